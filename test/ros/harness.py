@@ -1,0 +1,136 @@
+"""How do tests meet a running node? Processes to start and stop, a client that listens, and waiting for events.
+
+Import it as `from harness import Client, spawn, wait_until` in the tests of this folder. ROS_DOMAIN_ID comes from the
+environment (test/conftest.py gives every test process its own), and child processes inherit it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import rclpy
+from rclpy.context import Context
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.qos import QoSProfile
+
+Value = TypeVar("Value")
+
+
+def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str = "the condition") -> Value:
+    """Polls until `condition()` is true and returns its value; after `timeout` seconds fails naming `what`."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come within {timeout:g} s")
+        time.sleep(0.005)
+    return value
+
+
+class Process:
+    """A child process in its own process group whose output (both streams) can be read at any time."""
+
+    def __init__(self, command: tuple[str, ...]):
+        self._log = tempfile.TemporaryFile("w+")
+        self._popen = subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def output(self) -> str:
+        self._log.flush()
+        self._log.seek(0)
+        return self._log.read()
+
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    def send(self, signal_number: int) -> None:
+        self._popen.send_signal(signal_number)
+
+    def wait(self, timeout: float = 10.0) -> int:
+        """Exit status; fails with the output if the process is still running after `timeout` seconds."""
+        try:
+            return self._popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout:g} s; output:\n{self.output()}") from None
+
+    def stop(self, signal_number: int = signal.SIGTERM, timeout: float = 10.0) -> int:
+        """Sends the signal and returns the exit status."""
+        self.send(signal_number)
+        return self.wait(timeout)
+
+    def close(self) -> None:
+        """Kills whatever is left: for clean-up, never to test an exit."""
+        if self.running():
+            self._popen.kill()
+            self._popen.wait()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def spawn(*command: str) -> Iterator[Process]:
+    """Runs `python -m deer_vla_ros COMMAND...`; on a failing test its output is printed, at the end it is killed."""
+    process = Process((sys.executable, "-m", "deer_vla_ros", *command))
+    try:
+        yield process
+    except BaseException:
+        print(f"--- output of {' '.join(command)}\n{process.output()}---")
+        raise
+    finally:
+        process.close()
+
+
+class Client:
+    """A node of the test with its own context, spun in a thread. Use as a context manager.
+
+    `listen` keeps every message of a topic; `publisher` waits until somebody listens; `call` waits for a response.
+    """
+
+    def __init__(self, name: str = "test_client"):
+        self._context = Context()
+        rclpy.init(context=self._context)
+        self.node = rclpy.create_node(name, context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+        self._thread = threading.Thread(target=self._spin, name=f"{name}_spin")
+
+    def _spin(self) -> None:
+        with contextlib.suppress(ExternalShutdownException):  # how the executor reports that close() was called
+            self._executor.spin()
+
+    def __enter__(self) -> Client:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._executor.shutdown()
+        self._thread.join()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self._context)
+
+    def listen(self, message_type, topic: str, qos: QoSProfile | int = 100) -> list:
+        """A list that grows with every message received on `topic`."""
+        received: list = []
+        self.node.create_subscription(message_type, topic, received.append, qos)
+        return received
+
+    def publisher(self, message_type, topic: str, qos: QoSProfile | int = 10, timeout: float = 10.0):
+        """A publisher on `topic`, once a subscription has matched it."""
+        publisher = self.node.create_publisher(message_type, topic, qos)
+        wait_until(publisher.get_subscription_count, timeout, f"a subscription on {topic}")
+        return publisher
+
+    def call(self, service_type, name: str, request=None, timeout: float = 10.0):
+        """The response of service `name` to `request` (default: an empty one)."""
+        client = self.node.create_client(service_type, name)
+        wait_until(client.service_is_ready, timeout, f"service {name}")
+        future = client.call_async(request or service_type.Request())
+        wait_until(future.done, timeout, f"the response of {name}")
+        return future.result()
