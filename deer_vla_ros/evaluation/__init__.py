@@ -1,0 +1,1 @@
+"""How good, how cheap, how exact is it? Parity with the reference, reports."""

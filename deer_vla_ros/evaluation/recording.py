@@ -1,0 +1,133 @@
+"""What did the reference implementation compute? Folders of recorded tensors, read as they were written.
+
+The format is that of `shared/golden` (its MANIFEST.md names every array): `*_keys.json`, `*_weights.npz`, `*_rollout.npz`,
+`*_window.npz`, `*_info.json` per model, and `preproc.npz`, `text.json`, `tolerances.json` once.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
+from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
+
+MLP_WIDTHS = (1024, 512, 256)
+REFERENCE_HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class ModelRecording:
+    """One recorded model: its network with the recorded weights, and what the reference computed with it."""
+
+    name: str
+    model: MultiExitVLA
+    tokenizer: InstructionTokenizer
+    info: dict[str, Any]
+    rollout: dict[str, np.ndarray]
+    window: dict[str, np.ndarray]
+
+
+def read_model(folder: Path, name: str) -> ModelRecording:
+    """The recording `name` ("3b", "9b") of a folder."""
+    keys = read_json(folder / f"{name}_keys.json")
+    stored = {key: torch.from_numpy(array).float() for key, array in read_arrays(folder / f"{name}_weights.npz").items()}
+    tensors = {entry["key"]: stored[entry["stored_as"]] for entry in keys["keys"]}
+    config = model_config(keys, tensors)
+    return ModelRecording(
+        name=name,
+        model=MultiExitVLA.from_reference(tensors, config),
+        tokenizer=toy_tokenizer(keys["tokenizer_vocab"], config.max_tokens),
+        info=read_json(folder / f"{name}_info.json"),
+        rollout=read_arrays(folder / f"{name}_rollout.npz"),
+        window=read_arrays(folder / f"{name}_window.npz"),
+    )
+
+
+def model_config(keys: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ModelConfig:
+    """The shape of a recorded model, from its config where that says it and from its tensors where it does not."""
+    config = keys["config"]
+    language, clip, head = config["llm"]["config"], config["clip"], config["head"]
+    is_mpt = config["llm"]["kind"] == "mpt"
+    latents = tensors["perceiver.latents"]
+    resampler_inner = tensors["perceiver.layers.0.0.to_q.weight"].shape[0]
+    cross = next(key for key in tensors if key.endswith("gated_cross_attn_layer.attn.to_q.weight"))
+    return ModelConfig(
+        vision=VisionConfig(
+            image_size=clip["image_size"],
+            patch_size=clip["patch_size"],
+            width=clip["width"],
+            layers=clip["layers"],
+            heads=clip["width"] // clip["head_width"],
+            mlp_ratio=clip["mlp_ratio"],
+        ),
+        resampler=ResamplerConfig(
+            depth=sum(key.startswith("perceiver.layers.") and key.endswith("to_q.weight") for key in tensors),
+            latents=latents.shape[0],
+            heads=resampler_inner // REFERENCE_HEAD_WIDTH,
+            head_width=REFERENCE_HEAD_WIDTH,
+            mlp_ratio=tensors["perceiver.layers.0.1.1.weight"].shape[0] // latents.shape[1],
+        ),
+        decoder=DecoderConfig(
+            width=language["d_model"],
+            heads=language["n_heads"],
+            layers=config["early_exit_layer"] + 1,
+            vocabulary=tensors["lang_encoder.transformer.wte.weight"].shape[0],
+            cross_attention_every=config["cross_attn_every_n_layers"],
+            qk_norm=language["attn_config"]["qk_ln"] if is_mpt else language["attn_qk_ln"],
+            final_norm=is_mpt,
+            mlp_ratio=language["expansion_ratio"] if is_mpt else language["mlp_ratio"],
+            alibi_bias_max=(language["attn_config"] if is_mpt else language)["alibi_bias_max"],
+            cross_attention_heads=tensors[cross].shape[0] // REFERENCE_HEAD_WIDTH,
+            cross_attention_head_width=REFERENCE_HEAD_WIDTH,
+            cross_attention_mlp_ratio=tensors[cross.replace("attn.to_q", "ff.1")].shape[0] // language["d_model"],
+        ),
+        head=HeadConfig(
+            hidden=head["hidden_size"],
+            mlp_widths=MLP_WIDTHS[: head["mlp_num_hidden_layers"]],
+            lstm_layers=head["lstm_num_layers"],
+            lstm_dropout=head["lstm_dropout"],
+            mlp_dropout=head["exit_dropout"],
+        ),
+        exit_interval=config["exit_interval"],
+    )
+
+
+def toy_tokenizer(vocabulary: dict[str, int], max_tokens: int) -> InstructionTokenizer:
+    """The word-level tokenizer that the recordings were made with; an unknown word reads as end of text."""
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=END_OF_TEXT))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (END_OF_TEXT, END_OF_CHUNK, IMAGE, PAD)])
+    return InstructionTokenizer(tokenizer, max_tokens)
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a recording file; a missing or malformed one raises UserError."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}): copy the recording again") from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a recording file, none of them pickled; a missing or malformed one raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable npz file ({error}): copy the recording again") from error

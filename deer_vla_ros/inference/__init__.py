@@ -1,0 +1,1 @@
+"""How does one control step run? Preprocessing, the exit rule, the policy's state."""

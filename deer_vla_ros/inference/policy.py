@@ -1,0 +1,158 @@
+"""How does one control step run? From two images up the layers to the first exit that agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.preprocess import ImagePreprocessor
+from deer_vla_ros.inference.stopwatch import Stopwatch
+from deer_vla_ros.inference.types import Action, Observation, PolicyStep, StopReason
+from deer_vla_ros.model.decoder import TextContext
+from deer_vla_ros.model.head import HeadOutput, HeadState, pool
+from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.text import InstructionTokenizer
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """How a climb up the layers ended: the exit taken, and the heads read at it and just before it."""
+
+    index: int
+    stop: StopReason
+    chosen: HeadOutput
+    previous: HeadOutput | None
+    deltas: tuple[float, ...]
+    probes: int
+
+
+class DeerPolicy:
+    """The dynamic-depth policy: `reset` with an instruction, then `step` on every observation.
+
+    Its memory is the head's LSTM state, the depth of the last probing step and the step count; nothing grows with the episode.
+    `rule` may be replaced between two steps: thresholds change, memory stays.
+    """
+
+    def __init__(self, model: MultiExitVLA, tokenizer: InstructionTokenizer, rule: ExitRule):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._preprocess = ImagePreprocessor(model.config.vision.image_size, model.device, model.dtype)
+        self._text: TextContext | None = None
+        self._clear()
+        self.rule = rule
+
+    @property
+    def rule(self) -> ExitRule:
+        """The exit rule of the next step."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: ExitRule) -> None:
+        unknown = sorted(set(rule.exits) - set(self._model.config.exits))
+        if unknown:
+            raise UserError(f"exit rule: layers {unknown} are no exits of this network: choose from {self._model.config.exits}")
+        self._rule = rule
+
+    @property
+    def state(self) -> HeadState:
+        """The head's recurrent state after the last step."""
+        return self._state
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the current instruction, specials included; 0 before the first `reset`."""
+        return 0 if self._text is None else self._text.tokens
+
+    @torch.inference_mode()
+    def reset(self, instruction: str) -> None:
+        """Starts an episode: clears the memory and encodes the instruction, once."""
+        ids, mask = (tensor.to(self._model.device) for tensor in self._tokenizer.encode([instruction]))
+        self._text = self._model.encode_text(ids, mask, self._tokenizer.image_token)
+        self._clear()
+
+    @torch.inference_mode()
+    def step(self, observation: Observation) -> PolicyStep:
+        """One decision. Raises UserError before the first `reset`; a failure leaves the memory as it was."""
+        if self._text is None:
+            raise UserError("policy: no instruction yet: call reset(instruction) before step(observation)")
+        watch = Stopwatch(self._model.device)
+        images = self._preprocess((observation.static, observation.gripper))
+        watch.lap("preprocess")
+        visual = self._model.encode_images(images)
+        watch.lap("vision")
+        hidden_states = self._model.hidden_states(visual, self._text)
+        rule = self._rule
+        if rule.probes(self._episode_step):
+            walk = self._climb(rule, hidden_states, watch)
+        else:
+            walk = self._go_to(rule.index_not_shallower(self._last_exit_layer), rule, hidden_states, watch)
+        action = self._action(walk, rule.ensemble)
+        watch.lap("head")
+        self._state = walk.chosen.state
+        self._last_exit_layer = rule.exits[walk.index]
+        self._episode_step += 1
+        return PolicyStep(
+            action=action,
+            exits=rule.exits,
+            exit_index=walk.index,
+            stop=walk.stop,
+            deltas=walk.deltas,
+            thresholds=rule.thresholds,
+            head_probes=walk.probes,
+            tokens=self._text.tokens,
+            times=watch.times(),
+        )
+
+    def _climb(self, rule: ExitRule, hidden_states: Iterator[Tensor], watch: Stopwatch) -> _Walk:
+        """Stops at the first exit whose action agrees with the previous exit's (the first: with the layer before it)."""
+        deltas = [float("nan")] * len(rule.exits)
+        previous = self._read(_advance(hidden_states, rule.exits[0]), watch)
+        layer = rule.exits[0] - 1
+        for index, exit_layer in enumerate(rule.exits):
+            current = self._read(_advance(hidden_states, exit_layer - layer), watch)
+            deltas[index] = rule.measure(current.pose[0, 0], previous.pose[0, 0])
+            watch.lap("head")
+            deepest = exit_layer == rule.deepest
+            if deepest or rule.agrees(index, deltas[index]):
+                stop = StopReason.DEEPEST if deepest else StopReason.AGREED
+                partner = previous if index > 0 else None
+                return _Walk(index, stop, current, partner, tuple(deltas), probes=index + 2)
+            previous, layer = current, exit_layer
+        raise AssertionError("unreachable: the deepest exit always stops")
+
+    def _go_to(self, index: int, rule: ExitRule, hidden_states: Iterator[Tensor], watch: Stopwatch) -> _Walk:
+        """Runs to one exit and reads the head there only."""
+        chosen = self._read(_advance(hidden_states, rule.exits[index] + 1), watch)
+        return _Walk(index, StopReason.STAGE, chosen, None, (float("nan"),) * len(rule.exits), probes=1)
+
+    def _read(self, hidden: Tensor, watch: Stopwatch) -> HeadOutput:
+        """The shared head at a hidden state (1, S, width), from the stored state, which stays as it is."""
+        feature = pool(hidden)[:, None]
+        watch.lap("language")
+        output = self._model.shared_head(feature, self._state)
+        watch.lap("head")
+        return output
+
+    @staticmethod
+    def _action(walk: _Walk, ensemble: bool) -> Action:
+        outputs = [walk.chosen] if walk.previous is None or not ensemble else [walk.chosen, walk.previous]
+        pose = torch.stack([output.pose[0, 0].float() for output in outputs]).mean(0)
+        probability = torch.stack([output.gripper_logit[0, 0, 0].float().sigmoid() for output in outputs]).mean(0)
+        return Action(pose.cpu().numpy(), probability.item())
+
+    def _clear(self) -> None:
+        self._state = self._model.shared_head.initial_state()
+        self._last_exit_layer = -1
+        self._episode_step = 0
+
+
+def _advance(hidden_states: Iterator[Tensor], layers: int) -> Tensor:
+    """Runs the next `layers` layers (at least one) and returns the last one's output."""
+    for _ in range(layers - 1):
+        next(hidden_states)
+    return next(hidden_states)

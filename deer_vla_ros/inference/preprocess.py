@@ -1,0 +1,42 @@
+"""How does a camera image become the network's input? Exactly as the reference does it, through Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8: shortest side to `size` (bicubic), then the centre.
+
+    Pillow and nothing else: torch's antialiased bicubic differs by up to two levels.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    if short != size:
+        width, height = int(size * width / short), int(size * height / short)
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]
+
+
+class ImagePreprocessor:
+    """Raw images of one moment to one normalised batch on the device."""
+
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype):
+        self.size, self.device, self.dtype = size, device, dtype
+        self._mean = torch.tensor(CLIP_MEAN, device=device)[:, None, None]
+        self._std = torch.tensor(CLIP_STD, device=device)[:, None, None]
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Images (H, W, 3) uint8 of any sizes -> (1, cameras, 3, size, size)."""
+        pixels = np.stack([resize_and_crop(image, self.size) for image in images]).transpose(0, 3, 1, 2)
+        batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
+        return ((batch.float() / 255 - self._mean) / self._std).to(self.dtype)[None]

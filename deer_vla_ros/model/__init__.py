@@ -1,0 +1,1 @@
+"""What is the network? Vision tower, resampler, decoder layers, action head, checkpoints."""

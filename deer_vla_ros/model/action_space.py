@@ -1,0 +1,52 @@
+"""What does an action mean on the robot? Units, frame and gripper convention, declared by the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from deer_vla_ros.errors import UserError
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """How a normalised action becomes a motion.
+
+    frame: name of the frame in which motions, measured poses and targets are expressed.
+    translation_m: metres that a pose value of 1 stands for, per step.
+    rotation_rad: radians that a rotation value of 1 stands for, per step (XYZ Euler, fixed axes of `frame`).
+    gripper_open, gripper_closed: value of the gripper command for open and closed.
+    rate_hz: steps per second that the policy was trained at.
+    """
+
+    frame: str
+    translation_m: float
+    rotation_rad: float
+    gripper_open: float
+    gripper_closed: float
+    rate_hz: float
+
+    def __post_init__(self) -> None:
+        for name in ("translation_m", "rotation_rad", "rate_hz"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"action space: {name} is {value}: give a positive number")
+        if not self.frame:
+            raise UserError("action space: frame is empty: name the frame that the action is expressed in")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ActionSpace:
+        """From `config.json`; unknown or missing keys raise UserError by name."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise UserError(f"config.json: action_space must have exactly the keys {sorted(names)}, it has {sorted(values)}")
+        return cls(**values)
+
+
+CALVIN = ActionSpace(frame="world", translation_m=0.02, rotation_rad=0.05, gripper_open=1.0, gripper_closed=-1.0, rate_hz=30.0)
+"""What the released checkpoints were trained on (CALVIN, relative actions)."""
+
+TABLETOP = ActionSpace(frame="base", translation_m=0.03, rotation_rad=0.15, gripper_open=0.08, gripper_closed=0.0, rate_hz=10.0)
+"""The simulated table's: the gripper command is the opening between the fingers in metres."""

@@ -1,0 +1,120 @@
+"""How does a network rest on disk? A folder of plain files; no pickle is ever loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.action_space import ActionSpace
+from deer_vla_ros.model.config import ModelConfig
+from deer_vla_ros.model.network import MultiExitVLA, build
+from deer_vla_ros.model.text import InstructionTokenizer
+
+CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
+"""The checkpoint that ships with the package."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `config.json` says.
+
+    weights: where the weights come from, in one line; trained: whether they were trained at all.
+    delta, thresholds: the exit rule to start with, one threshold per exit of the model.
+    """
+
+    model: ModelConfig
+    action_space: ActionSpace
+    weights: str
+    trained: bool
+    delta: str
+    thresholds: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "thresholds": list(self.thresholds)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CheckpointInfo:
+        """Inverse of `to_dict`; unknown or missing keys raise UserError by name."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise UserError(f"config.json must have exactly the keys {sorted(names)}, it has {sorted(values)}")
+        model = ModelConfig.from_dict(values["model"])
+        info = cls(
+            model=model,
+            action_space=ActionSpace.from_dict(values["action_space"]),
+            weights=values["weights"],
+            trained=values["trained"],
+            delta=values["delta"],
+            thresholds=tuple(float(threshold) for threshold in values["thresholds"]),
+        )
+        if len(info.thresholds) != len(model.exits):
+            raise UserError(f"config.json: {len(info.thresholds)} thresholds for the {len(model.exits)} exits {model.exits}: give one each")
+        return info
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network ready for inference, and what is needed to use it."""
+
+    info: CheckpointInfo
+    model: MultiExitVLA
+    tokenizer: InstructionTokenizer
+
+
+def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Reads a checkpoint folder onto `device`, weights cast to `dtype`.
+
+    A missing file, a missing or unknown tensor, or one of the wrong shape raises UserError by name; nothing is half loaded.
+    """
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (folder / name).is_file():
+            raise UserError(f"checkpoint {folder}: {name} is missing: give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
+    try:
+        info = CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint") from error
+    tokenizer = InstructionTokenizer.from_file(folder / TOKENIZER, info.model.max_tokens)
+    if tokenizer.size > info.model.decoder.vocabulary:
+        raise UserError(
+            f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, the network embeds {info.model.decoder.vocabulary}: "
+            "they are not of the same model"
+        )
+    return Checkpoint(info, build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype)), tokenizer)
+
+
+def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a checkpoint folder; `readme` says where the weights come from and what they were measured to do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(checkpoint.info.to_dict(), indent=2) + "\n")
+    checkpoint.tokenizer.save(folder / TOKENIZER)
+    (folder / README).write_text(readme)
+
+
+def _read_weights(path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every tensor of the network, checked by name and shape before the first is loaded."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            for kind, names in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
+                if names:
+                    first = ", ".join(sorted(names)[:3])
+                    raise UserError(f"{path}: {len(names)} tensors are {kind}, first {first}: weights and {CONFIG} are not of the same model")
+            for name, shape in expected.items():
+                if found[name] != shape:
+                    raise UserError(f"{path}: tensor {name} has shape {found[name]}, {CONFIG} asks for {shape}")
+            return {name: file.get_tensor(name).to(dtype) for name in expected}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error}): copy the checkpoint again") from error

@@ -1,0 +1,185 @@
+"""Which sizes does the network have? Every size is one `ModelConfig`; nothing but the config differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from deer_vla_ros.errors import UserError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP ViT. `image_size` and `patch_size` in pixels, `width` in channels."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens of one image, class token not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Perceiver resampler: the patch tokens of one camera in, `latents` visual tokens out."""
+
+    depth: int = 6
+    latents: int = 64
+    heads: int = 8
+    head_width: int = 64
+    mlp_ratio: int = 4
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The layers: gated cross-attention on every `cross_attention_every`-th, a decoder block on each."""
+
+    width: int
+    heads: int
+    layers: int
+    vocabulary: int
+    cross_attention_every: int
+    qk_norm: bool
+    final_norm: bool
+    mlp_ratio: int = 4
+    alibi_bias_max: int = 8
+    cross_attention_heads: int = 8
+    cross_attention_head_width: int = 64
+    cross_attention_mlp_ratio: int = 4
+    gate_init: float = 0.0
+
+    def has_cross_attention(self, layer: int) -> bool:
+        """Whether `layer` (from 0) carries a gated cross-attention."""
+        return (layer + 1) % self.cross_attention_every == 0
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Action head: `lstm_layers` recurrent layers of `hidden`, then two MLPs of `mlp_widths`."""
+
+    hidden: int
+    mlp_widths: tuple[int, ...]
+    lstm_layers: int = 4
+    lstm_dropout: float = 0.3
+    mlp_dropout: float = 0.4
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shape of a `MultiExitVLA`.
+
+    Layers count from 0. Exits lie at layers interval-1, 2*interval-1, ... and at the last layer.
+    """
+
+    vision: VisionConfig
+    resampler: ResamplerConfig
+    decoder: DecoderConfig
+    head: HeadConfig
+    exit_interval: int = 2
+    max_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.exit_interval < 2:
+            raise UserError(
+                f"model config: exit_interval is {self.exit_interval}, but the first exit is compared with the layer before it: "
+                "set it to 2 or more"
+            )
+        for name, width, heads in (("vision", self.vision.width, self.vision.heads), ("decoder", self.decoder.width, self.decoder.heads)):
+            if heads < 1 or width % heads:
+                raise UserError(f"model config: {name}.width {width} is not a multiple of {name}.heads {heads}: change one of them")
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Layers at which an action can be read, ascending; the last layer is always one."""
+        last = self.decoder.layers - 1
+        return (*range(self.exit_interval - 1, last, self.exit_interval), last)
+
+    def exits_within(self, max_layers: int) -> tuple[int, ...]:
+        """Exits that a step of at most `max_layers` layers can reach; raises UserError where there is none."""
+        reachable = tuple(exit_layer for exit_layer in self.exits if exit_layer < max_layers)
+        if not reachable:
+            raise UserError(f"no exit lies within {max_layers} layers: the first needs {self.exits[0] + 1}; allow at least that many")
+        return reachable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, as `config.json` of a checkpoint folder stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`; an unknown or missing key raises UserError by name."""
+        parts = {"vision": VisionConfig, "resampler": ResamplerConfig, "decoder": DecoderConfig, "head": HeadConfig}
+        built = {name: _build(part, values.get(name, {}), f"model.{name}") for name, part in parts.items()}
+        return _build(cls, {**values, **built}, "model")
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """One config dataclass from JSON values; lists become tuples."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted(
+        name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
+    )
+    if unknown or missing:
+        raise UserError(f"config.json: {where} has unknown keys {unknown} and lacks {missing}: compare with ModelConfig")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def openflamingo_3b(layers: int = 12) -> ModelConfig:
+    """OpenFlamingo-3B (MPT-1B): cross-attention on every layer; 24 layers exist, DeeR uses 12."""
+    return ModelConfig(
+        vision=VisionConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16),
+        resampler=ResamplerConfig(),
+        decoder=DecoderConfig(
+            width=2048, heads=16, layers=layers, vocabulary=50280, cross_attention_every=1, qk_norm=True, final_norm=False
+        ),
+        head=HeadConfig(hidden=1024, mlp_widths=(1024, 512)),
+    )
+
+
+def openflamingo_9b(layers: int = 16) -> ModelConfig:
+    """OpenFlamingo-9B (MPT-7B): cross-attention on every fourth layer; 32 layers exist, DeeR uses 16."""
+    return ModelConfig(
+        vision=VisionConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16),
+        resampler=ResamplerConfig(),
+        decoder=DecoderConfig(
+            width=4096, heads=32, layers=layers, vocabulary=50280, cross_attention_every=4, qk_norm=False, final_norm=True
+        ),
+        head=HeadConfig(hidden=1024, mlp_widths=(1024, 512)),
+    )
+
+
+def tabletop(layers: int = 12) -> ModelConfig:
+    """The embedded default: the same network for the simulated table, small enough for a laptop without a GPU.
+
+    Gates start open: at zero an untrained network would be blind.
+    """
+    return ModelConfig(
+        vision=VisionConfig(image_size=80, patch_size=10, width=64, layers=3, heads=4),
+        resampler=ResamplerConfig(depth=2, latents=16, heads=4, head_width=16, mlp_ratio=2),
+        decoder=DecoderConfig(
+            width=96,
+            heads=4,
+            layers=layers,
+            vocabulary=512,
+            cross_attention_every=1,
+            qk_norm=True,
+            final_norm=False,
+            mlp_ratio=2,
+            cross_attention_heads=4,
+            cross_attention_head_width=16,
+            cross_attention_mlp_ratio=2,
+            gate_init=0.7,
+        ),
+        head=HeadConfig(hidden=96, mlp_widths=(128, 64), lstm_layers=2),
+    )
+
+
+PRESETS = {"openflamingo_3b": openflamingo_3b, "openflamingo_9b": openflamingo_9b, "tabletop": tabletop}

@@ -1,0 +1,173 @@
+"""What is a layer? One gated cross-attention to the visual tokens, then one block of the language model's decoder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deer_vla_ros.model.config import DecoderConfig
+from deer_vla_ros.model.reference import ReferenceWeights, placed
+from deer_vla_ros.model.resampler import FeedForward, merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """What the layers need of an instruction; computed once per episode.
+
+    embedding (B, S, width); attention_bias (B, heads, S, S), added to the attention scores; sees_image (B, S, 1), 0 before
+    `<image>`, 1 from there on.
+    """
+
+    embedding: Tensor
+    attention_bias: Tensor
+    sees_image: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.embedding.shape[1]
+
+
+def alibi_slopes(heads: int, bias_max: int) -> Tensor:
+    """(heads,) slopes 2^(-bias_max * h / heads), h = 1..heads; other than powers of two interleave the next power's (MPT)."""
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = 2.0 ** -(torch.arange(1, power + 1, dtype=torch.float32) * bias_max / power)
+    if power != heads:
+        slopes = torch.cat((slopes[1::2], slopes[::2]))[:heads]
+    return slopes
+
+
+def attention_bias(attention_mask: Tensor, config: DecoderConfig) -> Tensor:
+    """(B, S) mask, 1 = real token -> (B, heads, S, S): ALiBi, causal and key-padding mask in one."""
+    tokens = attention_mask.shape[1]
+    slopes = alibi_slopes(config.heads, config.alibi_bias_max).to(attention_mask.device)
+    positions = torch.arange(1 - tokens, 1, device=attention_mask.device, dtype=torch.float32)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=attention_mask.device).tril()
+    visible = causal & attention_mask.bool()[:, None, None, :]
+    bias = slopes[:, None, None] * positions
+    return torch.where(visible, bias, torch.finfo(torch.float32).min)
+
+
+class CrossAttention(nn.Module):
+    """Text tokens look at the visual tokens."""
+
+    REFERENCE = {
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+        "query.weight": "to_q.weight",
+        "key_value.weight": "to_kv.weight",
+        "out.weight": "to_out.weight",
+    }
+
+    def __init__(self, config: DecoderConfig, visual_width: int):
+        super().__init__()
+        inner = config.cross_attention_heads * config.cross_attention_head_width
+        self.heads = config.cross_attention_heads
+        self.norm = nn.LayerNorm(config.width)
+        self.query = nn.Linear(config.width, inner, bias=False)
+        self.key_value = nn.Linear(visual_width, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, x: Tensor, visual: Tensor, sees_image: Tensor) -> Tensor:
+        key, value = self.key_value(visual).chunk(2, dim=-1)
+        query, key, value = (split_heads(part, self.heads) for part in (self.query(self.norm(x)), key, value))
+        return self.out(merge_heads(F.scaled_dot_product_attention(query, key, value)) * sees_image)
+
+
+class GatedCrossAttention(nn.Module):
+    """`x += tanh(attention_gate) * CrossAttention(x, visual)`, `x += tanh(feed_forward_gate) * FeedForward(x)`."""
+
+    def __init__(self, config: DecoderConfig, visual_width: int):
+        super().__init__()
+        self.attention = CrossAttention(config, visual_width)
+        self.attention_gate = nn.Parameter(torch.full((1,), config.gate_init))
+        self.feed_forward = FeedForward(config.width, config.cross_attention_mlp_ratio)
+        self.feed_forward_gate = nn.Parameter(torch.full((1,), config.gate_init))
+
+    def forward(self, x: Tensor, visual: Tensor, sees_image: Tensor) -> Tensor:
+        x = x + self.attention_gate.tanh() * self.attention(x, visual, sees_image)
+        return x + self.feed_forward_gate.tanh() * self.feed_forward(x)
+
+    @staticmethod
+    def from_reference(weights: ReferenceWeights) -> dict[str, Tensor]:
+        """State dict from reference names (`gated_cross_attn_layer.*`)."""
+        return {
+            **weights.renamed({"attention_gate": "attn_gate", "feed_forward_gate": "ff_gate"}),
+            **placed("attention", weights.below("attn.").renamed(CrossAttention.REFERENCE)),
+            **placed("feed_forward", weights.below("ff.").renamed(FeedForward.REFERENCE)),
+        }
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm decoder block of MPT: fused q, k, v, ALiBi, exact GELU, no biases; q and k normed over the full width or not."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.norm_attention = nn.LayerNorm(width, bias=False)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.norm_query = nn.LayerNorm(width, bias=False) if config.qk_norm else nn.Identity()
+        self.norm_key = nn.LayerNorm(width, bias=False) if config.qk_norm else nn.Identity()
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm_mlp = nn.LayerNorm(width, bias=False)
+        self.up = nn.Linear(width, config.mlp_ratio * width, bias=False)
+        self.down = nn.Linear(config.mlp_ratio * width, width, bias=False)
+
+    def forward(self, x: Tensor, attention_bias: Tensor) -> Tensor:
+        query, key, value = self.query_key_value(self.norm_attention(x)).chunk(3, dim=-1)
+        query, key, value = (split_heads(part, self.heads) for part in (self.norm_query(query), self.norm_key(key), value))
+        x = x + self.out(merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_bias)))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+
+    @staticmethod
+    def from_reference(weights: ReferenceWeights) -> dict[str, Tensor]:
+        """State dict from the names of either language model (MosaicGPT of the 3B, MPT of the 9B)."""
+        shared = {"query_key_value.weight": "attn.Wqkv.weight", "out.weight": "attn.out_proj.weight"}
+        if "norm_1.weight" in weights:
+            return weights.renamed(
+                shared
+                | {
+                    "norm_attention.weight": "norm_1.weight",
+                    "norm_mlp.weight": "norm_2.weight",
+                    "up.weight": "ffn.up_proj.weight",
+                    "down.weight": "ffn.down_proj.weight",
+                }
+            )
+        return weights.renamed(
+            shared
+            | {
+                "norm_attention.weight": "ln_1.weight",
+                "norm_query.weight": "attn.q_ln.weight",
+                "norm_key.weight": "attn.k_ln.weight",
+                "norm_mlp.weight": "ln_2.weight",
+                "up.weight": "mlp.mlp_up.weight",
+                "down.weight": "mlp.mlp_down.weight",
+            }
+        )
+
+
+class Layer(nn.Module):
+    """One layer, as exits and budgets count them."""
+
+    def __init__(self, config: DecoderConfig, index: int, visual_width: int):
+        super().__init__()
+        self.cross_attention = GatedCrossAttention(config, visual_width) if config.has_cross_attention(index) else None
+        self.block = DecoderBlock(config)
+
+    def forward(self, x: Tensor, visual: Tensor, text: TextContext) -> Tensor:
+        """(B, S, width) hidden state in, hidden state out; visual (B, visual tokens, visual width)."""
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, visual, text.sees_image)
+        return self.block(x, text.attention_bias)
+
+    @staticmethod
+    def from_reference(weights: ReferenceWeights, has_cross_attention: bool) -> dict[str, Tensor]:
+        """State dict from reference names (`lang_encoder.transformer.blocks.N.*`)."""
+        state = placed("block", DecoderBlock.from_reference(weights.below("decoder_layer.")))
+        if has_cross_attention:
+            state |= placed("cross_attention", GatedCrossAttention.from_reference(weights.below("gated_cross_attn_layer.")))
+        return state

@@ -1,0 +1,106 @@
+"""How does a hidden state become an action? A recurrent head that accepts the feature of any exit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deer_vla_ros.model.config import HeadConfig
+from deer_vla_ros.model.reference import ReferenceWeights
+
+
+class HeadState(NamedTuple):
+    """LSTM state before the layer norms: hidden and cell, each (lstm layers, B, hidden)."""
+
+    hidden: Tensor
+    cell: Tensor
+
+
+class HeadOutput(NamedTuple):
+    """pose (B, T, 6) in -1..1; gripper_logit (B, T, 1); the state after the last of the T steps."""
+
+    pose: Tensor
+    gripper_logit: Tensor
+    state: HeadState
+
+
+def pool(hidden: Tensor) -> Tensor:
+    """(..., S, width) -> (..., width): maximum over all tokens, padding included, as the reference does."""
+    return hidden.amax(dim=-2)
+
+
+class MLP(nn.Module):
+    """`widths` times (Linear, LayerNorm, ReLU, dropout), then a Linear to `out`."""
+
+    def __init__(self, width: int, config: HeadConfig, out: int):
+        super().__init__()
+        widths = (width, *config.mlp_widths)
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.LayerNorm(b) for b in widths[1:])
+        self.dropout = config.mlp_dropout
+        self.out = nn.Linear(widths[-1], out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear, norm in zip(self.hidden, self.norms):
+            x = F.dropout(F.relu(norm(linear(x))), self.dropout, self.training)
+        return self.out(x)
+
+    @staticmethod
+    def from_reference(weights: ReferenceWeights, own: str, hidden_layers: int) -> dict[str, Tensor]:
+        """State dict, names prefixed by `own`; the reference's sequence repeats Linear, LayerNorm, ReLU, dropout from index 1."""
+        names = {}
+        for kind in ("weight", "bias"):
+            for i in range(hidden_layers):
+                names[f"{own}.hidden.{i}.{kind}"] = f"mlp.{4 * i + 1}.{kind}"
+                names[f"{own}.norms.{i}.{kind}"] = f"mlp.{4 * i + 2}.{kind}"
+            names[f"{own}.out.{kind}"] = f"mlp.{4 * hidden_layers + 1}.{kind}"
+        return weights.renamed(names)
+
+
+class ActionHead(nn.Module):
+    """LSTM layers, each followed by a layer norm, then an MLP for the pose and one for the gripper."""
+
+    def __init__(self, width: int, config: HeadConfig):
+        super().__init__()
+        widths = (width, *(config.hidden for _ in range(config.lstm_layers)))
+        self.lstms = nn.ModuleList(nn.LSTM(a, b, batch_first=True) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden) for _ in range(config.lstm_layers))
+        self.dropout = config.lstm_dropout
+        self.pose = MLP(config.hidden, config, out=6)
+        self.gripper = MLP(config.hidden, config, out=1)
+
+    def forward(self, feature: Tensor, state: HeadState) -> HeadOutput:
+        """(B, T, width) pooled features of T consecutive steps, and the state before the first of them."""
+        x, hiddens, cells = feature, [], []
+        for i, (lstm, norm) in enumerate(zip(self.lstms, self.norms)):
+            x, (hidden, cell) = lstm(x, (state.hidden[i : i + 1], state.cell[i : i + 1]))
+            hiddens.append(hidden)
+            cells.append(cell)
+            x = norm(x)
+            if i + 1 < len(self.lstms):
+                x = F.dropout(x, self.dropout, self.training)
+        return HeadOutput(self.pose(x).tanh(), self.gripper(x), HeadState(torch.cat(hiddens), torch.cat(cells)))
+
+    def initial_state(self, batch: int = 1) -> HeadState:
+        """The state in which an episode begins: zeros."""
+        weight = self.norms[0].weight
+        zeros = weight.new_zeros(len(self.lstms), batch, weight.shape[0])
+        return HeadState(zeros, zeros)
+
+    @staticmethod
+    def from_reference(weights: ReferenceWeights, config: HeadConfig) -> dict[str, Tensor]:
+        """State dict from reference names (`lm_head.*`, `extra_exit.*`, `lm_exit_modules.N.*`)."""
+        names = {}
+        for i in range(config.lstm_layers):
+            for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+                names[f"lstms.{i}.{name}"] = f"rnn.layers.{3 * i}.{name}"
+            for kind in ("weight", "bias"):
+                names[f"norms.{i}.{kind}"] = f"rnn.layers.{3 * i + 1}.{kind}"
+        return {
+            **weights.renamed(names),
+            **MLP.from_reference(weights.below("actions."), "pose", len(config.mlp_widths)),
+            **MLP.from_reference(weights.below("gripper."), "gripper", len(config.mlp_widths)),
+        }

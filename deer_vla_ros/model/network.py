@@ -1,0 +1,111 @@
+"""What is the whole network? Two cameras and an instruction up the layers, an action at every exit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deer_vla_ros.model.config import ModelConfig
+from deer_vla_ros.model.decoder import Layer, TextContext, attention_bias
+from deer_vla_ros.model.head import ActionHead
+from deer_vla_ros.model.reference import ReferenceWeights, placed
+from deer_vla_ros.model.resampler import PerceiverResampler
+from deer_vla_ros.model.vision import VisionTower
+
+
+class MultiExitVLA(nn.Module):
+    """The network of DeeR-VLA (Yue et al., NeurIPS 2024, arXiv 2411.02359), at any size.
+
+    The shared head reads an action at any exit; each exit but the last also has an auxiliary head, and the last layer a head
+    of its own: those train the layers and are not used to act.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        decoder, visual_width = config.decoder, config.vision.width
+        self.vision = VisionTower(config.vision)
+        self.resampler = PerceiverResampler(visual_width, config.resampler)
+        self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
+        self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
+        self.final_norm = nn.LayerNorm(decoder.width, bias=False) if decoder.final_norm else None
+        self.shared_head = ActionHead(decoder.width, config.head)
+        self.last_head = ActionHead(decoder.width, config.head)
+        self.auxiliary_heads = nn.ModuleDict(
+            {str(exit_layer): ActionHead(decoder.width, config.head) for exit_layer in config.exits[:-1]}
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.token_embedding.weight.dtype
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, cameras, 3, size, size) normalised images -> (B, cameras * latents, vision width) visual tokens.
+
+        All cameras pass the tower in one batch; their visual tokens then count as one image.
+        """
+        batch, cameras = images.shape[:2]
+        visual = self.resampler(self.vision(images.flatten(0, 1)))
+        return visual.unflatten(0, (batch, cameras)).flatten(1, 2)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor, image_token: int) -> TextContext:
+        """(B, S) token ids and mask (1 = real token) -> what the layers need of them; depends on nothing else."""
+        return TextContext(
+            embedding=self.token_embedding(input_ids),
+            attention_bias=attention_bias(attention_mask, self.config.decoder).to(self.dtype),
+            sees_image=((input_ids == image_token).cumsum(1) > 0)[..., None].to(self.dtype),
+        )
+
+    def hidden_states(self, visual: Tensor, text: TextContext) -> Iterator[Tensor]:
+        """The output (B, S, width) of layer 0, 1, ... in turn; a layer runs only when it is asked for."""
+        hidden = text.embedding
+        for layer in self.layers:
+            hidden = layer(hidden, visual, text)
+            yield hidden
+
+    @staticmethod
+    def from_reference(tensors: Mapping[str, Tensor], config: ModelConfig) -> MultiExitVLA:
+        """The network with weights under the reference's names (its full state dict, no `module.` prefix)."""
+        weights = ReferenceWeights(tensors)
+        blocks = weights.below("lang_encoder.transformer.")
+        state = {
+            **placed("vision", VisionTower.from_reference(weights.below("vision_encoder.visual."), config.vision.layers)),
+            **placed("resampler", PerceiverResampler.from_reference(weights.below("perceiver."), config.resampler.depth)),
+            **blocks.renamed({"token_embedding.weight": "wte.weight"}),
+            **placed("shared_head", ActionHead.from_reference(weights.below("extra_exit."), config.head)),
+            **placed("last_head", ActionHead.from_reference(weights.below("lm_head."), config.head)),
+        }
+        for i in range(config.decoder.layers):
+            has_cross_attention = config.decoder.has_cross_attention(i)
+            state |= placed(f"layers.{i}", Layer.from_reference(blocks.below(f"blocks.{i}."), has_cross_attention))
+        for i, exit_layer in enumerate(config.exits[:-1]):
+            head = ActionHead.from_reference(weights.below(f"lm_exit_modules.{i}."), config.head)
+            state |= placed(f"auxiliary_heads.{exit_layer}", head)
+        if config.decoder.final_norm:
+            state |= blocks.renamed({"final_norm.weight": "norm_f.weight"})
+        return build(config, state)
+
+
+def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
+    """A network that owns `state`'s tensors without a second copy in memory; ready for inference.
+
+    Raises RuntimeError where a name or shape does not fit (checkpoint.py checks them first, by name).
+    """
+    with torch.device("meta"):
+        model = MultiExitVLA(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    restore_buffers(model)
+    return model.eval().requires_grad_(False)
+
+
+def restore_buffers(model: MultiExitVLA) -> None:
+    """Refills what a state dict does not carry: the tower's position indices, lost on the meta device."""
+    embeddings = model.vision.clip.embeddings
+    positions = embeddings.position_embedding.weight
+    embeddings.position_ids = torch.arange(positions.shape[0], device=positions.device)[None]

@@ -1,0 +1,108 @@
+"""How do a camera's patch tokens become few visual tokens? The Perceiver resampler."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deer_vla_ros.model.config import ResamplerConfig
+from deer_vla_ros.model.reference import ReferenceWeights
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, S, head width) -> (B, S, heads * head width)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, S, heads * head width) -> (B, heads, S, head width)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """LayerNorm, Linear, exact GELU, Linear; no biases in the linear layers."""
+
+    REFERENCE = {"norm.weight": "0.weight", "norm.bias": "0.bias", "up.weight": "1.weight", "down.weight": "3.weight"}
+
+    def __init__(self, width: int, ratio: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width * ratio, bias=False)
+        self.down = nn.Linear(width * ratio, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+class LatentAttention(nn.Module):
+    """Latents look at the image tokens and at themselves, both normed."""
+
+    REFERENCE = {
+        "norm_image.weight": "norm_media.weight",
+        "norm_image.bias": "norm_media.bias",
+        "norm_latents.weight": "norm_latents.weight",
+        "norm_latents.bias": "norm_latents.bias",
+        "query.weight": "to_q.weight",
+        "key_value.weight": "to_kv.weight",
+        "out.weight": "to_out.weight",
+    }
+
+    def __init__(self, width: int, config: ResamplerConfig):
+        super().__init__()
+        inner = config.heads * config.head_width
+        self.heads = config.heads
+        self.norm_image = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key_value = nn.Linear(width, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        latents = self.norm_latents(latents)
+        key, value = self.key_value(torch.cat((self.norm_image(image), latents), dim=1)).chunk(2, dim=-1)
+        query, key, value = (split_heads(x, self.heads) for x in (self.query(latents), key, value))
+        return self.out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+
+
+class ResamplerLayer(nn.Module):
+    """`x += Attention(x, image)`, `x += FeedForward(x)`."""
+
+    def __init__(self, width: int, config: ResamplerConfig):
+        super().__init__()
+        self.attention = LatentAttention(width, config)
+        self.feed_forward = FeedForward(width, config.mlp_ratio)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        latents = latents + self.attention(latents, image)
+        return latents + self.feed_forward(latents)
+
+
+class PerceiverResampler(nn.Module):
+    """Image tokens of one camera in, a fixed number of visual tokens out; both cameras share the weights."""
+
+    def __init__(self, width: int, config: ResamplerConfig):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(config.latents, width))
+        self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, tokens, width) patch tokens -> (N, latents, width) visual tokens."""
+        latents = self.latents.expand(image.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, image)
+        return self.norm(latents)
+
+    @staticmethod
+    def from_reference(weights: ReferenceWeights, depth: int) -> dict[str, Tensor]:
+        """State dict from reference names (`perceiver.*`)."""
+        state = weights.renamed({name: name for name in ("latents", "norm.weight", "norm.bias")})
+        for layer in range(depth):
+            for own, theirs, names in (
+                ("attention", "0", LatentAttention.REFERENCE),
+                ("feed_forward", "1", FeedForward.REFERENCE),
+            ):
+                part = weights.below(f"layers.{layer}.{theirs}.")
+                state.update(part.renamed({f"layers.{layer}.{own}.{ours}": name for ours, name in names.items()}))
+        return state

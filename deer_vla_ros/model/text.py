@@ -1,0 +1,62 @@
+"""How does an instruction become token ids? The prompt template and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from deer_vla_ros.errors import UserError
+
+IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD = "<image>", "<|endofchunk|>", "<|endoftext|>", "<PAD>"
+
+
+def prompt(instruction: str) -> str:
+    """`<image>{instruction, stripped}<|endofchunk|><|endoftext|>`; special tokens spelled out in the instruction are dropped."""
+    for special in (IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD):
+        instruction = instruction.replace(special, " ")
+    return f"{IMAGE}{instruction.strip()}{END_OF_CHUNK}{END_OF_TEXT}"
+
+
+class InstructionTokenizer:
+    """Token ids of instructions, cut to `max_tokens` (an overlong one thereby loses its two closing specials)."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int):
+        missing = [token for token in (IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD) if tokenizer.token_to_id(token) is None]
+        if missing:
+            raise UserError(f"tokenizer: special tokens {missing} are missing: add them before saving tokenizer.json")
+        self._tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD, padding_side="right", truncation_side="right"
+        )
+        self.max_tokens = max_tokens
+        self.image_token = tokenizer.token_to_id(IMAGE)
+        self.size = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_file(cls, path: Path, max_tokens: int) -> InstructionTokenizer:
+        """From a `tokenizer.json`; an unreadable one raises UserError."""
+        try:
+            return cls(Tokenizer.from_file(str(path)), max_tokens)
+        except UserError:
+            raise
+        except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
+            raise UserError(f"{path}: not a tokenizer ({error}): restore the file from the checkpoint") from error
+
+    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask (1 = real token), both (B, S) int64, right-padded to the longest of the batch."""
+        batch = self._tokenizer(
+            [prompt(text) for text in instructions],
+            max_length=self.max_tokens,
+            truncation=True,
+            padding="longest",
+            add_special_tokens=False,
+        )
+        return torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+
+    def save(self, path: Path) -> None:
+        """Writes `tokenizer.json`."""
+        self._tokenizer.backend_tokenizer.save(str(path))
