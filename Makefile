@@ -73,14 +73,14 @@ build msgs: build/messages/.stamp
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-# The component without a name is what rosidl installs: the messages, not a second copy of the sources.
 build/messages/.stamp: msg/*.msg CMakeLists.txt package.xml .venv/.stamp-ros | .venv/.stamp-python
 	@echo "generating messages"
 	@rm -rf build/messages; mkdir -p build/messages; $(ACTIVATE); \
 	{ cmake -S . -B build/messages/cmake -DCMAKE_INSTALL_PREFIX="$$PWD/build/messages/prefix" \
-	    -DCMAKE_PREFIX_PATH="$$VIRTUAL_ENV" -DPython3_EXECUTABLE="$$VIRTUAL_ENV/bin/python" -DBUILD_TESTING=OFF && \
+	    -DCMAKE_PREFIX_PATH="$$VIRTUAL_ENV" -DPython3_EXECUTABLE="$$VIRTUAL_ENV/bin/python" -DBUILD_TESTING=OFF \
+	    -DDEER_VLA_MESSAGES_ONLY=ON && \
 	  cmake --build build/messages/cmake && \
-	  cmake --install build/messages/cmake --component Unspecified; \
+	  cmake --install build/messages/cmake; \
 	} >build/messages/log 2>&1 || { tail -n 40 build/messages/log >&2; exit 1; }
 	@touch $@
 
