@@ -1,1 +1,25 @@
-"""A table, an arm and two cameras in MuJoCo, behind the same topics as a robot."""
+"""A table, an arm and two cameras in MuJoCo: the simulated robot, without ROS and without the policy.
+
+`Table` (table.py) is the whole of it; scene.py says what stands where, kinematics.py how the arm gets to a pose,
+cameras.py what it looks like. Frame of every pose: `base`, the arm's mounting flange on the table top, x away from
+the arm, y to its left, z up. Metres, radians, seconds, quaternions xyzw.
+"""
+
+import os
+import sys
+
+from deer_vla_ros.errors import UserError
+
+# MuJoCo chooses its OpenGL once, when it is imported: headless where the user has not said otherwise.
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    # The software renderer's threads would take the cores the policy runs on, and small images gain nothing from them.
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+
+try:
+    import mujoco  # noqa: F401
+except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises depends on the library it misses
+    raise UserError(
+        f"MuJoCo does not start with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({error}): "
+        "pip install mujoco, and for rendering apt-get install -y libegl1 libgl1-mesa-dri libopengl0"
+    ) from error

@@ -38,15 +38,13 @@ class Process:
     """A child process in its own process group whose output (both streams) can be read at any time."""
 
     def __init__(self, command: tuple[str, ...]):
-        self._log = tempfile.TemporaryFile("w+")
-        self._popen = subprocess.Popen(
-            command, stdout=self._log, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        self._log = tempfile.NamedTemporaryFile("a")
+        self._popen = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def output(self) -> str:
-        self._log.flush()
-        self._log.seek(0)
-        return self._log.read()
+        # Opened anew: the child shares the file position of the handle it was given.
+        with open(self._log.name, errors="replace") as log:
+            return log.read()
 
     def running(self) -> bool:
         return self._popen.poll() is None
