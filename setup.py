@@ -49,12 +49,13 @@ class BuildWithCMake(build_ext):
         self.distribution.data_files = list(data_files(prefix))
 
     def install_with_cmake(self, scratch: Path) -> Path:
-        """Returns the scratch prefix. pip's isolated build hides the environment's packages from Python, the generators
-        are among them: the path is made again from the ROS prefixes."""
+        """Returns the scratch prefix. pip's isolated build replaces PYTHONPATH to hide the environment's packages, among
+        them the message generators: the path is made again from the ROS prefixes."""
         shutil.rmtree(scratch, ignore_errors=True)
         prefixes = ros_prefixes()
         joined = os.pathsep.join(map(str, prefixes))
-        python_path = [str(p) for prefix in prefixes for p in prefix.glob('**/lib/python3*/*-packages')]
+        python_path = [str(p) for prefix in prefixes for lib in ('lib', 'local/lib')
+                       for p in prefix.glob(f'{lib}/python3*/*-packages')]
         environment = {**os.environ, 'AMENT_PREFIX_PATH': joined, 'PYTHONPATH': os.pathsep.join(python_path)}
         cmake = shutil.which('cmake') or shutil.which('cmake', path=str(Path(sys.executable).parent))
         if cmake is None:

@@ -28,6 +28,9 @@ export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST
 export MUJOCO_GL="${MUJOCO_GL:-egl}"
 export LP_NUM_THREADS="${LP_NUM_THREADS:-1}"
 
+# numpy's and scipy's matrices are small here: their thread pools would only spin beside torch's, which keeps all cores.
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
+
 # A load limit, colcon's default, waits for minutes on a busy machine: jobs only.
 export MAKEFLAGS="-j$(nproc)"
 

@@ -14,10 +14,11 @@ USE_MESSAGES = """
 import pathlib, rclpy, deer_vla_ros
 from deer_vla_ros.msg import BudgetStatus, PolicyStep
 from deer_vla_ros.errors import UserError
-with rclpy.init():
-    node = rclpy.create_node('probe')
-    node.create_publisher(PolicyStep, 'step', 1).publish(PolicyStep())
-    node.create_publisher(BudgetStatus, 'budget', 1).publish(BudgetStatus())
+rclpy.init()
+node = rclpy.create_node('probe')
+node.create_publisher(PolicyStep, 'step', 1).publish(PolicyStep())
+node.create_publisher(BudgetStatus, 'budget', 1).publish(BudgetStatus())
+rclpy.shutdown()
 print(pathlib.Path(deer_vla_ros.__file__).parent)
 """
 
