@@ -77,7 +77,7 @@ class DeerPolicy:
 
     @torch.inference_mode()
     def step(self, observation: Observation) -> PolicyStep:
-        """One decision. Raises UserError before the first `reset`; a failure leaves the memory as it was."""
+        """One decision. Raises UserError before the first `reset`; a failure or a non-finite action leaves the memory as it was."""
         if self._text is None:
             raise UserError("policy: no instruction yet: call reset(instruction) before step(observation)")
         watch = Stopwatch(self._model.device)
@@ -93,9 +93,10 @@ class DeerPolicy:
             walk = self._go_to(rule.index_not_shallower(self._last_exit_layer), rule, hidden_states, watch)
         action = self._action(walk, rule.ensemble)
         watch.lap("head")
-        self._state = walk.chosen.state
-        self._last_exit_layer = rule.exits[walk.index]
-        self._episode_step += 1
+        if action.is_finite:
+            self._state = walk.chosen.state
+            self._last_exit_layer = rule.exits[walk.index]
+            self._episode_step += 1
         return PolicyStep(
             action=action,
             exits=rule.exits,

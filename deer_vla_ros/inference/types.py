@@ -32,6 +32,11 @@ class Action:
         """+1 open, -1 closed; exactly one half means closed, as in the reference."""
         return 1 if self.gripper_probability > 0.5 else -1
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value is a number that can be acted upon."""
+        return bool(np.isfinite(self.pose).all() and np.isfinite(self.gripper_probability))
+
 
 class StopReason(enum.Enum):
     """Why a step stopped where it did."""

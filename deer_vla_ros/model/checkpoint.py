@@ -70,6 +70,11 @@ class Checkpoint:
     tokenizer: InstructionTokenizer
 
 
+def folder_of(path: str) -> Path:
+    """The checkpoint folder that a user names; an empty path is the embedded one."""
+    return Path(path).expanduser() if path else EMBEDDED
+
+
 def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Reads a checkpoint folder onto `device`, weights cast to `dtype`.
 
@@ -96,6 +101,7 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in checkpoint.model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes it readable by its owner alone
     (folder / CONFIG).write_text(json.dumps(checkpoint.info.to_dict(), indent=2) + "\n")
     checkpoint.tokenizer.save(folder / TOKENIZER)
     (folder / README).write_text(readme)

@@ -1,0 +1,1 @@
+"""How much may a step cost? Cost tables, and the exit rule that a budget allows."""

@@ -1,0 +1,110 @@
+"""What does a step cost? Multiply-accumulates and bytes of every part, in closed form.
+
+1 GMAC = 10^9 multiply-accumulates, what the paper prints as 1 GFLOPs. Norms, activations and element-wise work are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
+
+CAMERAS = 2
+GIGA = 1e9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """GMAC of one step's parts at one instruction length.
+
+    vision: tower and resampler, all cameras; layers: each layer in turn; head: one probe.
+    """
+
+    tokens: int
+    vision: float
+    layers: tuple[float, ...]
+    head: float
+
+    def language(self, layers_run: int) -> float:
+        """GMAC of the first `layers_run` layers: the language part, which budgets count."""
+        return sum(self.layers[:layers_run])
+
+    def total(self, layers_run: int, head_probes: int) -> float:
+        """GMAC of a whole step."""
+        return self.vision + self.language(layers_run) + head_probes * self.head
+
+
+def cost_table(config: ModelConfig, tokens: int) -> CostTable:
+    """The costs of a step whose instruction has `tokens` tokens, specials included."""
+    visual_tokens = CAMERAS * config.resampler.latents
+    camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision)
+    layers = (
+        layer_macs(config.decoder, i, tokens, visual_tokens, config.vision.width) for i in range(config.decoder.layers)
+    )
+    return CostTable(
+        tokens=tokens,
+        vision=CAMERAS * camera / GIGA,
+        layers=tuple(macs / GIGA for macs in layers),
+        head=head_macs(config.head, config.decoder.width) / GIGA,
+    )
+
+
+def attention_macs(queries: int, keys: int, width: int) -> int:
+    """Scores and weighted sum of an attention of `width` channels over all heads."""
+    return 2 * queries * keys * width
+
+
+def vision_macs(config: VisionConfig) -> int:
+    """One image through the vision tower."""
+    tokens = config.tokens + 1
+    patches = config.tokens * 3 * config.patch_size**2 * config.width
+    mlp = int(config.width * config.mlp_ratio)
+    block = tokens * (4 * config.width**2 + 2 * config.width * mlp) + attention_macs(tokens, tokens, config.width)
+    return patches + config.layers * block
+
+
+def resampler_macs(config: ResamplerConfig, vision: VisionConfig) -> int:
+    """One camera's patch tokens through the resampler."""
+    width, inner, latents = vision.width, config.heads * config.head_width, config.latents
+    keys = vision.tokens + latents
+    projections = 2 * latents * width * inner + keys * width * 2 * inner
+    feed_forward = 2 * latents * width * config.mlp_ratio * width
+    return config.depth * (projections + attention_macs(latents, keys, inner) + feed_forward)
+
+
+def layer_macs(config: DecoderConfig, layer: int, tokens: int, visual_tokens: int, visual_width: int) -> int:
+    """One layer: its cross-attention, where it has one, and its decoder block."""
+    width = config.width
+    block = tokens * _block_weights(config) + attention_macs(tokens, tokens, width)
+    if not config.has_cross_attention(layer):
+        return block
+    inner = config.cross_attention_heads * config.cross_attention_head_width
+    text_side = tokens * (2 * width * inner + 2 * config.cross_attention_mlp_ratio * width**2)
+    visual_side = visual_tokens * visual_width * 2 * inner
+    return block + text_side + visual_side + attention_macs(tokens, visual_tokens, inner)
+
+
+def head_macs(config: HeadConfig, width: int) -> int:
+    """One probe of the action head, one step."""
+    widths = (width, *(config.hidden for _ in range(config.lstm_layers)))
+    recurrent = sum(4 * b * (a + b) for a, b in zip(widths, widths[1:]))
+    mlp = (config.hidden, *config.mlp_widths)
+    hidden = sum(a * b for a, b in zip(mlp, mlp[1:]))
+    return recurrent + 2 * hidden + mlp[-1] * (6 + 1)
+
+
+def layer_gib(config: ModelConfig, layer: int, bytes_per_weight: int) -> float:
+    """GiB of the matrices of one layer on the device."""
+    decoder = config.decoder
+    weights = _block_weights(decoder)
+    if decoder.has_cross_attention(layer):
+        inner = decoder.cross_attention_heads * decoder.cross_attention_head_width
+        weights += 2 * decoder.width * inner + 2 * config.vision.width * inner
+        weights += 2 * decoder.cross_attention_mlp_ratio * decoder.width**2
+    return weights * bytes_per_weight / GIB
+
+
+def _block_weights(config: DecoderConfig) -> int:
+    """Weights of a decoder block's matrices: q, k, v, out, up, down; each is one MAC per token."""
+    return (4 + 2 * config.mlp_ratio) * config.width**2

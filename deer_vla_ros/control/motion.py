@@ -1,0 +1,36 @@
+"""Where does a relative action send the TCP? Composition of poses, in the action frame."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from deer_vla_ros.control.types import Pose, Twist
+from deer_vla_ros.model.action_space import ActionSpace
+
+
+def motion_of(action: np.ndarray, space: ActionSpace) -> tuple[np.ndarray, Rotation]:
+    """A normalised action (6,) as a translation [m] and a rotation, both along the fixed axes of the action frame.
+
+    The last three values are XYZ Euler angles about fixed axes ("xyz" in scipy's spelling).
+    """
+    translation = np.asarray(action[:3], dtype=np.float64) * space.translation_m
+    angles = np.asarray(action[3:6], dtype=np.float64) * space.rotation_rad
+    return translation, Rotation.from_euler("xyz", angles)
+
+
+def moved(pose: Pose, translation: np.ndarray, rotation: Rotation) -> Pose:
+    """`pose` after a motion along the axes of the frame it is expressed in: the rotation is applied from the left."""
+    return Pose(pose.position + translation, (rotation * Rotation.from_quat(pose.quaternion)).as_quat())
+
+
+def motion_between(start: Pose, end: Pose) -> tuple[np.ndarray, Rotation]:
+    """The motion that `moved` would need to get from `start` to `end`."""
+    rotation = Rotation.from_quat(end.quaternion) * Rotation.from_quat(start.quaternion).inv()
+    return end.position - start.position, rotation
+
+
+def twist_of(start: Pose, end: Pose, seconds: float) -> Twist:
+    """The constant velocity that makes the motion from `start` to `end` in `seconds`."""
+    translation, rotation = motion_between(start, end)
+    return Twist(translation / seconds, rotation.as_rotvec() / seconds)

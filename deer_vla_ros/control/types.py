@@ -1,0 +1,139 @@
+"""What goes into a control tick and what comes out? Plain frozen data. Times are integer nanoseconds of one clock."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+
+from deer_vla_ros.budget.keeper import StepCost
+from deer_vla_ros.inference.types import PolicyStep
+
+
+class Camera(enum.Enum):
+    STATIC = "static"
+    GRIPPER = "gripper"
+
+
+class HoldReason(enum.Enum):
+    """Why the arm holds; the value is the sentence for people."""
+
+    STOPPING = "control is ending"
+    REQUESTED = "hold was requested through the service"
+    NO_INSTRUCTION = "no instruction, or an empty one"
+    NO_STATIC_FRAME = "no frame of the static camera yet"
+    NO_GRIPPER_FRAME = "no frame of the gripper camera yet"
+    STATIC_STALE = "the newest static frame is older than inputs.max_age_s"
+    GRIPPER_STALE = "the newest gripper frame is older than inputs.max_age_s"
+    STATIC_IN_FUTURE = "the static frame's stamp lies in the future: the camera uses another clock"
+    GRIPPER_IN_FUTURE = "the gripper frame's stamp lies in the future: the camera uses another clock"
+    SKEW = "the cameras' stamps are further apart than inputs.max_skew_s"
+    NO_POSE = "no measured TCP pose yet"
+    POSE_STALE = "the measured TCP pose is older than inputs.max_pose_age_s"
+    POSE_IN_FUTURE = "the measured TCP pose's stamp lies in the future: its publisher uses another clock"
+    POSE_FRAME = "the measured TCP pose is in another frame than the action"
+    POSE_INVALID = "the measured TCP pose is not finite or its quaternion is not of unit length"
+    NOT_FINITE = "the network's action is not finite"
+    INFERENCE_FAILED = "inference raised an error"
+
+
+class Limit(enum.Enum):
+    """Which limit of the guard shortened a motion."""
+
+    TRANSLATION = "guard.max_translation_m"
+    ROTATION = "guard.max_rotation_rad"
+    WORKSPACE = "guard.workspace_min / workspace_max"
+    LEASH = "guard.leash_m / leash_rad"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One camera image: (H, W, 3) uint8 RGB, stamped when it was taken [ns]."""
+
+    image: np.ndarray
+    stamp_ns: int
+
+
+@dataclass(frozen=True)
+class Pose:
+    """position (3,) [m]; quaternion (4,) x y z w, unit length."""
+
+    position: np.ndarray
+    quaternion: np.ndarray
+
+
+@dataclass(frozen=True)
+class MeasuredPose:
+    """The TCP's pose in `frame`, measured at `stamp_ns`."""
+
+    pose: Pose
+    frame: str
+    stamp_ns: int
+
+
+@dataclass(frozen=True)
+class Twist:
+    """linear (3,) [m/s] and angular (3,) [rad/s], both along the axes of the action frame."""
+
+    linear: np.ndarray
+    angular: np.ndarray
+
+    @classmethod
+    def zero(cls) -> Twist:
+        return cls(np.zeros(3), np.zeros(3))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One inference: what it saw, decided and cost.
+
+    step, episode and episode_step count from 0. limits: what the guard shortened; held: why it refused.
+    tick_ns: when the step began.
+    """
+
+    step: int
+    episode: int
+    episode_step: int
+    instruction: str
+    policy: PolicyStep
+    cost: StepCost
+    budget_id: int
+    static_stamp_ns: int
+    gripper_stamp_ns: int
+    pose_stamp_ns: int
+    tick_ns: int
+    limits: tuple[Limit, ...]
+    held: tuple[HoldReason, ...]
+
+    @property
+    def stamp_ns(self) -> int:
+        """The newer of the two camera stamps."""
+        return max(self.static_stamp_ns, self.gripper_stamp_ns)
+
+    @property
+    def skew_ns(self) -> int:
+        """Distance of the two camera stamps."""
+        return abs(self.static_stamp_ns - self.gripper_stamp_ns)
+
+    def age_ns(self, stamp_ns: int) -> int:
+        """Age of an input when the step began."""
+        return self.tick_ns - stamp_ns
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the arm is told at one tick.
+
+    target: absolute TCP pose in the action frame, None where nothing is to be published. gripper: command value, None: nothing.
+    stamp_ns: the decision's, or the tick's while holding. holds: why the arm holds; empty when it moves.
+    decision: present when this tick ran an inference. error: what went wrong, where `holds` has INFERENCE_FAILED.
+    """
+
+    stamp_ns: int
+    target: Pose | None
+    twist: Twist
+    gripper: float | None
+    holds: tuple[HoldReason, ...] = ()
+    decision: Decision | None = None
+    error: str = ""

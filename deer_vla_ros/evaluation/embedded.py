@@ -1,0 +1,128 @@
+"""Where does the checkpoint in `deer_vla_ros/embedded` come from? Made here, from a seed, until trained weights exist.
+
+Run as `python -m deer_vla_ros.evaluation.embedded`; it writes the folder anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.policy import DeerPolicy
+from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.model.action_space import TABLETOP
+from deer_vla_ros.model.checkpoint import EMBEDDED, Checkpoint, CheckpointInfo, save
+from deer_vla_ros.model.config import ModelConfig, tabletop
+from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
+from deer_vla_ros.sim.table import Table
+
+INSTRUCTIONS = (
+    *(f"{verb} the {color} block" for verb in ("lift", "pick up", "grasp") for color in ("red", "blue", "pink")),
+    *(f"push the {color} block to the {side}" for color in ("red", "blue", "pink") for side in ("left", "right")),
+    *(f"{verb} the drawer" for verb in ("open", "close", "pull", "push")),
+    *(f"move the slider to the {side}" for side in ("left", "right")),
+    *(f"{verb} the {light}" for verb in ("turn on", "turn off", "switch on", "switch off") for light in ("led", "lamp", "light")),
+    "stack the blocks on top of each other",
+    "place the block in the drawer",
+    "take the block out of the drawer",
+)
+"""What the tokenizer's merges are learnt from; being byte-level it takes any other text too, in more tokens."""
+
+
+def train_tokenizer(config: ModelConfig) -> InstructionTokenizer:
+    """A byte-level BPE that keeps the table's words whole; deterministic."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [AddedToken(token, special=True) for token in (END_OF_TEXT, END_OF_CHUNK, IMAGE, PAD)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.decoder.vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(INSTRUCTIONS, trainer)
+    return InstructionTokenizer(tokenizer, config.max_tokens)
+
+
+def table_observations(seed: int, steps: int) -> list[Observation]:
+    """Both cameras' views of one arrangement while the arm strolls about, 10 per second."""
+    random = np.random.default_rng(seed)
+    observations = []
+    with Table(seed) as table:
+        start = table.tcp_pose()
+        target = np.array(start.position)
+        for _ in range(steps):
+            target = start.position + np.clip(target - start.position + random.normal(0, 0.02, 3), -0.12, 0.12)
+            table.set_target(target, start.quaternion)
+            table.advance(0.1)
+            views = table.render()
+            observations.append(Observation(views.static, views.gripper))
+    return observations
+
+
+def measure_deltas(model: MultiExitVLA, tokenizer: InstructionTokenizer, seeds: range, steps: int) -> np.ndarray:
+    """(samples, exits) deltas of steps that go to full depth."""
+    exits = model.config.exits
+    policy = DeerPolicy(model, tokenizer, ExitRule(exits, (-1.0,) * len(exits)))
+    deltas = []
+    for seed in seeds:
+        policy.reset(INSTRUCTIONS[seed % len(INSTRUCTIONS)])
+        deltas += [policy.step(observation).deltas for observation in table_observations(seed, steps)]
+    return np.array(deltas)
+
+
+def equal_share_thresholds(deltas: np.ndarray) -> tuple[float, ...]:
+    """Thresholds under which each exit takes the same share of the samples (N, exits); the last takes what is left."""
+    left, thresholds = deltas, []
+    for index in range(deltas.shape[1] - 1):
+        threshold = float(np.quantile(left[:, index], 1 / (deltas.shape[1] - index)))
+        thresholds.append(threshold)
+        left = left[left[:, index] > threshold]
+    return (*thresholds, 1e8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=EMBEDDED)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    torch.manual_seed(args.seed)
+    config = tabletop()
+    model = MultiExitVLA(config).eval().requires_grad_(False)
+    tokenizer = train_tokenizer(config)
+    seeds, steps = range(8), 25
+    deltas = measure_deltas(model, tokenizer, seeds, steps)
+    info = CheckpointInfo(
+        model=config,
+        action_space=TABLETOP,
+        weights=f"random initialisation, seed {args.seed}: not trained, the arm does not follow instructions",
+        trained=False,
+        delta="l2",
+        thresholds=equal_share_thresholds(deltas),
+    )
+    readme = f"""# Embedded checkpoint
+
+The `tabletop` network, **randomly initialised** (torch seed {args.seed}) and not trained: it shows the whole path at work, images
+matter and exits vary, but the arm does not do what the instruction says. Trained weights will replace it.
+
+The thresholds give each of the {len(config.exits)} exits an equal share of {len(deltas)} steps on the simulated table (seeds {seeds.start}
+to {seeds.stop - 1}, {steps} steps each, arm moved at random).
+
+Made by `python -m deer_vla_ros.evaluation.embedded --seed {args.seed}`; weights are stored as float16.
+"""
+    save(args.out, Checkpoint(info, model, tokenizer), readme, torch.float16)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.out}: {parameters / 1e6:.2f} M parameters, thresholds {[round(t, 4) for t in info.thresholds]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What do messages mean? Between ROS messages and the plain data of the other rooms, both ways, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+from builtin_interfaces.msg import Time
+from geometry_msgs.msg import PoseStamped, TwistStamped
+from sensor_msgs.msg import Image
+from std_msgs.msg import Float64MultiArray
+
+from deer_vla_ros import msg
+from deer_vla_ros.budget.keeper import BudgetStatus
+from deer_vla_ros.control.types import Decision, Frame, MeasuredPose, Pose, Twist
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.types import StopReason
+
+SECOND = 1_000_000_000
+CHANNEL_ORDER = {"rgb8": slice(None), "bgr8": slice(None, None, -1)}
+
+STOP_REASONS = {
+    StopReason.AGREED: msg.PolicyStep.STOP_AGREED,
+    StopReason.DEEPEST: msg.PolicyStep.STOP_DEEPEST,
+    StopReason.STAGE: msg.PolicyStep.STOP_STAGE,
+}
+
+
+def nanoseconds(stamp: Time) -> int:
+    return stamp.sec * SECOND + stamp.nanosec
+
+
+def stamp(nanoseconds: int) -> Time:
+    return Time(sec=nanoseconds // SECOND, nanosec=nanoseconds % SECOND)
+
+
+def frame(message: Image) -> Frame:
+    """An image message as (H, W, 3) uint8 RGB; raises UserError for an encoding or a size that does not fit the data."""
+    if message.encoding not in CHANNEL_ORDER:
+        raise UserError(f"encoding '{message.encoding}' is not supported: publish {' or '.join(CHANNEL_ORDER)}")
+    height, width, step = message.height, message.width, message.step
+    if not (height and width and step >= 3 * width and len(message.data) >= height * step):
+        raise UserError(
+            f"{width} x {height} {message.encoding} with step {step} needs {height * max(step, 3 * width)} bytes, the message has "
+            f"{len(message.data)}: mend the camera driver"
+        )
+    rows = np.frombuffer(message.data, np.uint8, height * step).reshape(height, step)
+    image = rows[:, : 3 * width].reshape(height, width, 3)[..., CHANNEL_ORDER[message.encoding]]
+    return Frame(np.ascontiguousarray(image), nanoseconds(message.header.stamp))
+
+
+def measured_pose(message: PoseStamped) -> MeasuredPose:
+    position, orientation = message.pose.position, message.pose.orientation
+    pose = Pose(
+        np.array([position.x, position.y, position.z]), np.array([orientation.x, orientation.y, orientation.z, orientation.w])
+    )
+    return MeasuredPose(pose, message.header.frame_id, nanoseconds(message.header.stamp))
+
+
+def pose_message(pose: Pose, frame_id: str, stamp_ns: int) -> PoseStamped:
+    message = PoseStamped()
+    message.header.frame_id, message.header.stamp = frame_id, stamp(stamp_ns)
+    position, orientation = message.pose.position, message.pose.orientation
+    position.x, position.y, position.z = map(float, pose.position)
+    orientation.x, orientation.y, orientation.z, orientation.w = map(float, pose.quaternion)
+    return message
+
+
+def twist_message(twist: Twist, frame_id: str, stamp_ns: int) -> TwistStamped:
+    message = TwistStamped()
+    message.header.frame_id, message.header.stamp = frame_id, stamp(stamp_ns)
+    for vector, values in ((message.twist.linear, twist.linear), (message.twist.angular, twist.angular)):
+        vector.x, vector.y, vector.z = map(float, values)
+    return message
+
+
+def gripper_message(value: float) -> Float64MultiArray:
+    return Float64MultiArray(data=[float(value)])
+
+
+def step_message(decision: Decision, frame_id: str, published_ns: int) -> msg.PolicyStep:
+    """One decision as `~/step` tells it; `published_ns` is when its command went out."""
+    policy, action, times, cost = decision.policy, decision.policy.action, decision.policy.times, decision.cost
+    verdict = msg.PolicyStep.VERDICT_ACCEPTED
+    if decision.limits:
+        verdict = msg.PolicyStep.VERDICT_LIMITED
+    if decision.held:
+        verdict = msg.PolicyStep.VERDICT_HELD
+    message = msg.PolicyStep(
+        step=decision.step,
+        episode=decision.episode,
+        episode_step=decision.episode_step,
+        instruction=decision.instruction,
+        stop_reason=STOP_REASONS[policy.stop],
+        exit_index=policy.exit_index,
+        layers_run=policy.layers_run,
+        exit_layers=policy.exits,
+        deltas=policy.deltas,
+        thresholds=policy.thresholds,
+        budget_id=decision.budget_id,
+        tokens=policy.tokens,
+        language_gmac=cost.language_gmac,
+        language_gmac_full=cost.language_gmac_full,
+        total_gmac=cost.total_gmac,
+        preprocess_ms=times.preprocess,
+        vision_ms=times.vision,
+        language_ms=times.language,
+        head_ms=times.head,
+        total_ms=times.total,
+        stamp_to_publish_ms=milliseconds(published_ns - decision.stamp_ns),
+        static_stamp=stamp(decision.static_stamp_ns),
+        gripper_stamp=stamp(decision.gripper_stamp_ns),
+        pose_stamp=stamp(decision.pose_stamp_ns),
+        static_age_ms=milliseconds(decision.age_ns(decision.static_stamp_ns)),
+        gripper_age_ms=milliseconds(decision.age_ns(decision.gripper_stamp_ns)),
+        pose_age_ms=milliseconds(decision.age_ns(decision.pose_stamp_ns)),
+        skew_ms=milliseconds(decision.skew_ns),
+        action=action.pose,
+        gripper_probability=action.gripper_probability,
+        verdict=verdict,
+        reasons=[reason.name for reason in (*decision.limits, *decision.held)],
+    )
+    message.header.frame_id, message.header.stamp = frame_id, stamp(decision.stamp_ns)
+    return message
+
+
+def budget_message(status: BudgetStatus, now_ns: int) -> msg.BudgetStatus:
+    message = msg.BudgetStatus(
+        budget_id=status.budget_id,
+        tokens=status.tokens,
+        exit_layers=status.rule.exits,
+        thresholds=status.rule.thresholds,
+        deepest_exit_layer=status.rule.deepest,
+        requested_peak_gmac=status.requested_peak_gmac,
+        feasible_min_gmac=status.feasible_min_gmac,
+        feasible_max_gmac=status.feasible_max_gmac,
+        achieved_mean_gmac=status.achieved_mean_gmac,
+        achieved_steps=status.achieved_steps,
+        resident_layers=status.resident_layers,
+        resident_gib=status.resident_gib,
+    )
+    message.header.stamp = stamp(now_ns)
+    return message
+
+
+def milliseconds(nanoseconds: int) -> float:
+    return nanoseconds / 1e6

@@ -1,0 +1,165 @@
+"""Which parameters does the node have? Declared once, here: type, range, unit, description.
+
+`python -m deer_vla_ros.ros.parameters > config/deer_vla.yaml` writes the commented file that people edit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.node import Node
+
+from deer_vla_ros.budget.keeper import Budget
+from deer_vla_ros.control.controller import ControllerSettings
+from deer_vla_ros.control.guard import GuardLimits
+from deer_vla_ros.control.inputs import InputLimits
+from deer_vla_ros.errors import UserError
+
+NODE_NAME = "deer_vla"
+SECOND = 1_000_000_000
+"""Nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """One parameter. low and high bound numbers; live: may change while the node runs, between two steps."""
+
+    name: str
+    default: Any
+    description: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    live: bool = False
+
+    def descriptor(self) -> ParameterDescriptor:
+        unit = f" [{self.unit}]" if self.unit else ""
+        descriptor = ParameterDescriptor(description=self.description + unit, read_only=not self.live)
+        if self.choices:
+            descriptor.additional_constraints = f"one of: {', '.join(self.choices)}"
+        if self.low is not None and isinstance(self.default, float):
+            descriptor.floating_point_range = [FloatingPointRange(from_value=self.low, to_value=self.high)]
+        elif self.low is not None:
+            descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=int(self.high))]
+        return descriptor
+
+
+DECLARATIONS = (
+    Declaration("autostart", True, "Configure and activate on start; false waits for a lifecycle manager."),
+    Declaration("model.path", "", "Checkpoint folder; empty takes the one embedded in the package."),
+    Declaration("model.device", "auto", "Where the network runs; auto takes the GPU if there is one.", choices=("auto", "cpu", "cuda")),
+    Declaration("model.dtype", "float32", "Number type of the weights.", choices=("float32", "bfloat16", "float16")),
+    Declaration("model.cpu_threads", 1, "Threads of the network on a CPU; the embedded one is fastest with 1. 0: torch's choice.", low=0, high=256),
+    Declaration("control.rate_hz", 10.0, "At most so many steps, and while holding so many repeats, per second of ROS time.", "Hz", 0.1, 200.0),
+    Declaration("inputs.max_age_s", 0.3, "A camera frame older than this is stale: hold.", "s", 0.01, 10.0, live=True),
+    Declaration("inputs.max_pose_age_s", 0.3, "A measured TCP pose older than this is stale: hold.", "s", 0.01, 10.0, live=True),
+    Declaration(
+        "inputs.max_skew_s",
+        0.05,
+        "Camera stamps further apart than this do not belong together: hold. Also how far a stamp may lie in the future.",
+        "s",
+        0.001,
+        1.0,
+        live=True,
+    ),
+    Declaration(
+        "budget.peak_gmac",
+        0.0,
+        "Language part of a step, multiply-accumulates: no step goes to an exit that costs more. 0: no limit.",
+        "GMAC",
+        0.0,
+        1e6,
+        live=True,
+    ),
+    Declaration("guard.max_translation_m", 0.06, "The most that the target moves in one step.", "m", 1e-4, 1.0, live=True),
+    Declaration("guard.max_rotation_rad", 0.3, "The most that the target turns in one step.", "rad", 1e-4, 3.14, live=True),
+    Declaration("guard.leash_m", 0.15, "The furthest that the target may be from the measured TCP.", "m", 1e-3, 1.0, live=True),
+    Declaration("guard.leash_rad", 0.6, "The furthest that the target may be turned from the measured TCP.", "rad", 1e-3, 3.14, live=True),
+    Declaration(
+        "guard.workspace_min",
+        [-0.8, -0.8, 0.0],
+        "Lower corner x, y, z of the box that targets stay in, in the action frame. Set it to your cell.",
+        "m",
+        live=True,
+    ),
+    Declaration(
+        "guard.workspace_max",
+        [0.8, 0.8, 1.2],
+        "Upper corner x, y, z of the box that targets stay in, in the action frame. Set it to your cell.",
+        "m",
+        live=True,
+    ),
+)
+
+
+def declare(node: Node) -> None:
+    """Declares all of them; rclpy refuses an override outside its range."""
+    for declaration in DECLARATIONS:
+        node.declare_parameter(declaration.name, declaration.default, declaration.descriptor())
+
+
+def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Every parameter's value by name, `changes` put on top; raises UserError where a value is none of its choices."""
+    current = {declaration.name: node.get_parameter(declaration.name).value for declaration in DECLARATIONS} | (changes or {})
+    for declaration in DECLARATIONS:
+        if declaration.choices and current[declaration.name] not in declaration.choices:
+            raise UserError(f"{declaration.name} is '{current[declaration.name]}': use one of {', '.join(declaration.choices)}")
+    return current
+
+
+def controller_settings(given: dict[str, Any]) -> ControllerSettings:
+    """The controller's settings from parameter values; raises UserError naming value, limit and remedy."""
+    return ControllerSettings(
+        rate_hz=given["control.rate_hz"],
+        inputs=InputLimits(
+            max_age_ns=int(given["inputs.max_age_s"] * SECOND),
+            max_pose_age_ns=int(given["inputs.max_pose_age_s"] * SECOND),
+            max_skew_ns=int(given["inputs.max_skew_s"] * SECOND),
+        ),
+        guard=GuardLimits(
+            max_translation_m=given["guard.max_translation_m"],
+            max_rotation_rad=given["guard.max_rotation_rad"],
+            leash_m=given["guard.leash_m"],
+            leash_rad=given["guard.leash_rad"],
+            workspace_min=tuple(given["guard.workspace_min"]),
+            workspace_max=tuple(given["guard.workspace_max"]),
+        ),
+    )
+
+
+def budget(given: dict[str, Any]) -> Budget:
+    """The budget from parameter values."""
+    return Budget(peak_gmac=given["budget.peak_gmac"])
+
+
+def render_yaml() -> str:
+    """The text of `config/deer_vla.yaml`: every parameter with its default, unit, range and meaning."""
+    lines = [
+        "# Parameters of the deer_vla node, all at their defaults: copy, change what your robot needs, pass it as params_file.",
+        "# Written by `python -m deer_vla_ros.ros.parameters`; a test keeps it equal to what the node declares.",
+        "# live: may change while the node runs (`ros2 param set`), between two steps. The others are read when it starts.",
+        "/**:",
+        f"  {NODE_NAME}:",
+        "    ros__parameters:",
+    ]
+    group = ""
+    for declaration in DECLARATIONS:
+        prefix = declaration.name.partition(".")[0]
+        if prefix != group:
+            lines.append("")
+            group = prefix
+        facts = [declaration.unit, f"{declaration.low:g} to {declaration.high:g}" if declaration.low is not None else ""]
+        facts += [" | ".join(declaration.choices), "live" if declaration.live else ""]
+        suffix = ", ".join(fact for fact in facts if fact)
+        value = yaml.safe_dump(declaration.default, default_flow_style=True).removesuffix("\n...\n").strip()
+        lines.append(f"      # {declaration.description}{f' ({suffix})' if suffix else ''}")
+        lines.append(f"      {declaration.name}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(render_yaml(), end="")

@@ -1,0 +1,283 @@
+"""How does the policy meet the robot? A managed node that wires topics to the controller, and computes nothing."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseStamped, TwistStamped
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image
+from std_msgs.msg import Float64MultiArray, String
+from std_srvs.srv import SetBool, Trigger
+
+from deer_vla_ros import msg
+from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.control.types import Camera, Command, HoldReason
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model import checkpoint
+from deer_vla_ros.ros import conversions, parameters
+from deer_vla_ros.ros.telemetry import Telemetry
+
+NEWEST = QoSProfile(depth=1, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.BEST_EFFORT)
+"""For sensor data: matches best-effort and reliable publishers, and keeps nothing but the newest."""
+LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+THROTTLE_S = 5.0
+STATUS_PERIOD_S = 1.0
+
+
+class PolicyNode(LifecycleNode):
+    """configure loads the checkpoint, activate starts the control thread, deactivate ends it with a hold.
+
+    Subscriptions only hand over what came; the control thread ticks the controller whenever a frame arrives and at the control
+    rate, so that no inference ever runs inside a callback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(parameters.NODE_NAME)
+        parameters.declare(self)
+        self._controller: Controller | None = None
+        self._telemetry = Telemetry()
+        self._wake = threading.Event()
+        self._changes: list[Callable[[Controller], None]] = []
+        self._changes_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._running = False
+        self._instruction = ""
+        self._was_holding: tuple[HoldReason, ...] = ()
+        self.failure: Exception | None = None
+        self.add_on_set_parameters_callback(self._check_parameters)
+        self.add_post_set_parameters_callback(self._apply_parameters)
+
+        self._target = self.create_lifecycle_publisher(PoseStamped, "target_pose", 10)
+        self._twist = self.create_lifecycle_publisher(TwistStamped, "target_twist", 10)
+        self._gripper = self.create_lifecycle_publisher(Float64MultiArray, "gripper_command", 10)
+        self._steps = self.create_lifecycle_publisher(msg.PolicyStep, "~/step", 10)
+        self._budget = self.create_lifecycle_publisher(msg.BudgetStatus, "~/budget", LATCHED)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+
+        for camera in Camera:
+            topic = f"camera/{camera.value}/image_raw"
+            self.create_subscription(Image, topic, lambda message, camera=camera: self._on_image(camera, message), NEWEST)
+        self.create_subscription(PoseStamped, "ee_pose", self._on_pose, NEWEST)
+        # A volatile publisher never matches a transient-local subscription, a latched text never reaches a volatile one.
+        # Listening both ways hears both; the same text twice changes nothing, and no mismatch is worth a warning.
+        quiet = SubscriptionEventCallbacks(use_default_callbacks=False)
+        self.create_subscription(String, "instruction", self._on_instruction, 10)
+        self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
+        self.create_service(Trigger, "~/reset", self._on_reset)
+        self.create_service(SetBool, "~/hold", self._on_hold)
+        self._tick_timer = self.create_timer(1 / self._value("control.rate_hz"), self._wake.set)
+        self._status_timer = self.create_timer(STATUS_PERIOD_S, self._publish_status)
+
+    # --- life
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            given = parameters.values(self)
+            self._controller = self._make_controller(given)
+        except (UserError, RuntimeError) as error:
+            self.get_logger().error(f"configure failed: {error}")
+            self._release()
+            return TransitionCallbackReturn.FAILURE
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        result = super().on_activate(state)
+        self._publish_budget()
+        self._controller.request_reset()  # whatever it remembers is of another time
+        self._running = True
+        self._thread = threading.Thread(target=self._control, name="control")
+        self._thread.start()
+        return result
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop_control()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._release()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop_control()
+        self._release()
+        return super().on_shutdown(state)
+
+    def autostart(self) -> None:
+        """Configures and activates, where the parameter asks for it."""
+        if self._value("autostart") and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def close(self) -> None:
+        """A last hold, then everything is released; whatever state the node is in."""
+        self._stop_control()
+        self._release()
+
+    def _make_controller(self, given: dict[str, Any]) -> Controller:
+        """Loads and warms up the checkpoint that the parameters name; raises UserError."""
+        if given["model.cpu_threads"] > 0:
+            torch.set_num_threads(given["model.cpu_threads"])
+        wanted = given["model.device"]
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        loaded = checkpoint.load(checkpoint.folder_of(given["model.path"]), device, getattr(torch, given["model.dtype"]))
+        controller = Controller(loaded, parameters.controller_settings(given))
+        controller.check_budget(parameters.budget(given))
+        controller.set_budget(parameters.budget(given))
+        controller.warm_up()
+        controller.put_instruction(self._instruction)
+        self._frame_id = loaded.info.action_space.frame
+        self.get_logger().info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; action {loaded.info.action_space}")
+        return controller
+
+    def _stop_control(self) -> None:
+        """Ends the control thread, then tells the arm to hold."""
+        if self._thread is None:
+            return
+        self._running = False
+        self._wake.set()
+        self._thread.join()
+        self._thread = None
+        self._publish(self._controller.stop(self._now_ns()))
+
+    def _release(self) -> None:
+        self._controller = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # --- control
+
+    def _control(self) -> None:
+        """The control thread: one tick per arrival and per control period. Should it fail, the process ends, after a hold."""
+        try:
+            while self._running:
+                self._wake.wait()
+                self._wake.clear()
+                self._apply_changes()
+                command = self._controller.tick(self._now_ns())
+                if command is not None and self._running:
+                    self._publish(command)
+        except Exception as error:
+            self.failure = error
+
+    def _apply_changes(self) -> None:
+        """Accepted parameters take effect here: all of one request at once, between two ticks."""
+        with self._changes_lock:
+            changes, self._changes = self._changes, []
+        for change in changes:
+            change(self._controller)
+        if changes:
+            self._publish_budget()
+
+    def _publish(self, command: Command) -> None:
+        if command.target is not None:
+            self._target.publish(conversions.pose_message(command.target, self._frame_id, command.stamp_ns))
+        self._twist.publish(conversions.twist_message(command.twist, self._frame_id, command.stamp_ns))
+        if command.gripper is not None:
+            self._gripper.publish(conversions.gripper_message(command.gripper))
+        if command.decision is not None:
+            published_ns = self._now_ns()
+            self._telemetry.note_step(command.decision.stamp_ns, published_ns)
+            self._steps.publish(conversions.step_message(command.decision, self._frame_id, published_ns))
+            if command.decision.episode_step == 0:
+                self._publish_budget()  # cost depends on the instruction's length
+        self._tell(command)
+
+    def _tell(self, command: Command) -> None:
+        """Logs changes of state, and errors; not every repeat."""
+        if command.error:
+            self.get_logger().error(f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S)
+        if command.holds != self._was_holding:
+            if command.holds:
+                self.get_logger().warning("holding: " + "; ".join(reason.value for reason in command.holds))
+            else:
+                self.get_logger().info("controlling")
+            self._was_holding = command.holds
+
+    def _publish_budget(self) -> None:
+        self._budget.publish(conversions.budget_message(self._controller.budget_status, self._now_ns()))
+
+    def _publish_status(self) -> None:
+        active = self._thread is not None
+        if active:
+            self._publish_budget()
+        self._diagnostics.publish(self._telemetry.diagnostics(self.get_name(), self._controller, active, self._now_ns()))
+
+    # --- callbacks: hand over and wake, nothing else
+
+    def _on_image(self, camera: Camera, message: Image) -> None:
+        if self._controller is None:
+            return
+        try:
+            self._controller.put_frame(camera, conversions.frame(message))
+        except UserError as error:
+            self.get_logger().error(f"camera/{camera.value}/image_raw: {error}", throttle_duration_sec=THROTTLE_S)
+            return
+        self._wake.set()
+
+    def _on_pose(self, message: PoseStamped) -> None:
+        if self._controller is not None:
+            self._controller.put_pose(conversions.measured_pose(message))
+
+    def _on_instruction(self, message: String) -> None:
+        self._instruction = message.data  # a latched text comes once, perhaps before the node is configured
+        if self._controller is not None:
+            self._controller.put_instruction(message.data)
+            self._wake.set()
+
+    def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        return self._ask(response, lambda controller: controller.request_reset(), "the next step starts a new episode")
+
+    def _on_hold(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        done = "the arm holds" if request.data else "the hold is lifted"
+        return self._ask(response, lambda controller: controller.request_hold(request.data), done)
+
+    def _ask(self, response: Any, request: Callable[[Controller], None], done: str) -> Any:
+        if self._controller is None:
+            response.success, response.message = False, "the node is not configured: configure it first"
+        else:
+            request(self._controller)
+            self._wake.set()
+            response.success, response.message = True, done
+        return response
+
+    # --- parameters
+
+    def _check_parameters(self, changed: list[Parameter]) -> SetParametersResult:
+        """Refuses a change with its reason; nothing is applied here."""
+        try:
+            given = parameters.values(self, {parameter.name: parameter.value for parameter in changed})
+            parameters.controller_settings(given)
+            if self._controller is not None:
+                self._controller.check_budget(parameters.budget(given))
+        except UserError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _apply_parameters(self, changed: list[Parameter]) -> None:
+        """Hands accepted values to the control thread, which applies them all between two ticks."""
+        given = parameters.values(self)
+        names = {parameter.name for parameter in changed}
+        with self._changes_lock:
+            if any(name.startswith(("inputs.", "guard.")) for name in names):
+                settings = parameters.controller_settings(given)
+                self._changes.append(lambda controller: setattr(controller, "settings", settings))
+            if any(name.startswith("budget.") for name in names):
+                asked = parameters.budget(given)
+                self._changes.append(lambda controller: controller.set_budget(asked))
+        self._wake.set()
+
+    def _value(self, name: str) -> Any:
+        return self.get_parameter(name).value
+
+    def _now_ns(self) -> int:
+        return self.get_clock().now().nanoseconds

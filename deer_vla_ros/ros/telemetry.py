@@ -1,0 +1,57 @@
+"""How is the node doing? Rolling rate and latency, holds and drops, as `/diagnostics` tells them."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.ros.conversions import milliseconds, stamp
+
+WINDOW = 100
+"""Steps that rolling figures cover."""
+
+
+class Telemetry:
+    """Keeps the last steps' publication times and latencies; nothing grows with the episode."""
+
+    def __init__(self) -> None:
+        self._published_ns: deque[int] = deque(maxlen=WINDOW)
+        self._latency_ms: deque[float] = deque(maxlen=WINDOW)
+
+    def note_step(self, stamp_ns: int, published_ns: int) -> None:
+        """One step's newest camera stamp, and when its command went out [ns]."""
+        self._published_ns.append(published_ns)
+        self._latency_ms.append(milliseconds(published_ns - stamp_ns))
+
+    def rate_hz(self) -> float:
+        """Steps per second over the window; 0 before the second step."""
+        times = tuple(self._published_ns)
+        span = times[-1] - times[0] if len(times) > 1 else 0
+        return (len(times) - 1) * 1e9 / span if span > 0 else 0.0
+
+    def diagnostics(self, name: str, controller: Controller | None, active: bool, now_ns: int) -> DiagnosticArray:
+        """The node's status: OK while it moves the arm, WARN while it holds, STALE while it is not active."""
+        status = DiagnosticStatus(name=f"{name}: control", hardware_id=name)
+        if controller is None or not active:
+            status.level, status.message = DiagnosticStatus.STALE, "not active"
+        elif controller.holding:
+            status.level = DiagnosticStatus.WARN
+            status.message = "holding: " + "; ".join(reason.value for reason in controller.holding)
+        else:
+            status.level, status.message = DiagnosticStatus.OK, "controlling"
+        if controller is not None:
+            status.values = [KeyValue(key=key, value=value) for key, value in self._figures(controller).items()]
+        array = DiagnosticArray(status=[status])
+        array.header.stamp = stamp(now_ns)
+        return array
+
+    def _figures(self, controller: Controller) -> dict[str, str]:
+        latency = tuple(self._latency_ms)
+        figures = {"steps": str(controller.steps), "rate_hz": f"{self.rate_hz():.2f}", "dropped": str(controller.dropped)}
+        if latency:
+            for percentile in (50, 95):
+                figures[f"stamp_to_publish_ms.p{percentile}"] = f"{np.percentile(latency, percentile):.1f}"
+        return figures | {f"holds.{reason.name}": str(count) for reason, count in controller.holds.items()}
