@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import rclpy
 from rclpy.context import Context
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 
 Value = TypeVar("Value")
@@ -89,29 +89,39 @@ class Client:
     """A node of the test with its own context, spun in a thread. Use as a context manager.
 
     `listen` keeps every message of a topic; `publisher` waits until somebody listens; `call` waits for a response.
+    Relative topic names are in `namespace`: nodes of two tests that run at the same time need one each.
     """
 
-    def __init__(self, name: str = "test_client"):
+    def __init__(self, name: str = "test_client", namespace: str = ""):
         self._context = Context()
         rclpy.init(context=self._context)
-        self.node = rclpy.create_node(name, context=self._context)
+        self.node = rclpy.create_node(name, namespace=namespace, context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._spin, name=f"{name}_spin")
 
     def _spin(self) -> None:
-        with contextlib.suppress(ExternalShutdownException):  # how the executor reports that close() was called
-            self._executor.spin()
+        # Not executor.spin(): ending that from another thread destroys what it waits on.
+        try:
+            while not self._stop.is_set():
+                self._executor.spin_once(timeout_sec=0.1)
+        except BaseException as error:
+            self._failure = error
 
     def __enter__(self) -> Client:
         self._thread.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._executor.shutdown()
+        self._stop.set()
         self._thread.join()
+        self._executor.shutdown()
         self.node.destroy_node()
         rclpy.shutdown(context=self._context)
+        if self._failure is not None:
+            raise self._failure
 
     def listen(self, message_type, topic: str, qos: QoSProfile | int = 100) -> list:
         """A list that grows with every message received on `topic`."""

@@ -1,0 +1,1 @@
+"""How does the package meet the robot? The only room that imports rclpy."""
