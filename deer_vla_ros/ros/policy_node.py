@@ -179,11 +179,11 @@ class PolicyNode(LifecycleNode):
             self._publish_budget()
 
     def _publish(self, command: Command) -> None:
-        if command.target is not None:
-            self._target.publish(conversions.pose_message(command.target, self._frame_id, command.stamp_ns))
-        self._twist.publish(conversions.twist_message(command.twist, self._frame_id, command.stamp_ns))
         if command.gripper is not None:
             self._gripper.publish(conversions.gripper_message(command.gripper))
+        self._twist.publish(conversions.twist_message(command.twist, self._frame_id, command.stamp_ns))
+        if command.target is not None:  # last: a simulator in lock step goes on when it has this one
+            self._target.publish(conversions.pose_message(command.target, self._frame_id, command.stamp_ns))
         if command.decision is not None:
             published_ns = self._now_ns()
             self._telemetry.note_step(command.decision.stamp_ns, published_ns)

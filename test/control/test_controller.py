@@ -1,0 +1,242 @@
+"""From newest inputs to guarded command, on the embedded checkpoint; time is an argument."""
+
+import numpy as np
+import pytest
+from poses import distance_between
+
+from deer_vla_ros.budget.keeper import Budget
+from deer_vla_ros.control.controller import Controller, ControllerSettings
+from deer_vla_ros.control.guard import GuardLimits
+from deer_vla_ros.control.inputs import InputLimits
+from deer_vla_ros.control.types import Camera, Frame, HoldReason, MeasuredPose, Pose
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.types import StopReason
+from deer_vla_ros.model.checkpoint import EMBEDDED, load
+
+MS = 1_000_000
+PERIOD = 100 * MS
+START = 5_000 * MS
+DOWN = np.array([1.0, 0.0, 0.0, 0.0])
+SETTINGS = ControllerSettings(
+    rate_hz=10.0,
+    inputs=InputLimits(max_age_ns=300 * MS, max_pose_age_ns=300 * MS, max_skew_ns=50 * MS),
+    guard=GuardLimits(0.06, 0.3, 0.15, 0.6, (-0.8, -0.8, 0.0), (0.8, 0.8, 1.2)),
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return load(EMBEDDED)
+
+
+@pytest.fixture
+def controller(checkpoint):
+    return Controller(checkpoint, SETTINGS)
+
+
+class Robot:
+    """Feeds a controller: cameras and a measured pose at each tick of a made-up clock."""
+
+    def __init__(self, controller: Controller, instruction: str = "lift the red block"):
+        self.controller = controller
+        self.now = START
+        self.pose = Pose(np.array([0.4, 0.0, 0.3]), DOWN)
+        self._random = np.random.default_rng(0)
+        if instruction:
+            controller.put_instruction(instruction)
+
+    def image(self) -> np.ndarray:
+        return self._random.integers(0, 255, (60, 80, 3), dtype=np.uint8)
+
+    def tick(self, cameras=tuple(Camera), with_pose=True, follow=True):
+        """One period: new inputs, then a tick; the arm goes where it is told."""
+        self.now += PERIOD
+        for camera in cameras:
+            self.controller.put_frame(camera, Frame(self.image(), self.now))
+        if with_pose:
+            self.controller.put_pose(MeasuredPose(self.pose, "base", self.now))
+        command = self.controller.tick(self.now + MS)
+        if follow and command is not None and command.target is not None:
+            self.pose = command.target
+        return command
+
+
+def test_a_frame_in_gives_a_command_out(controller):
+    command = Robot(controller).tick()
+    assert command.holds == ()
+    assert command.decision.policy.layers_run == command.decision.policy.exit_layer + 1
+    assert command.stamp_ns == command.decision.static_stamp_ns == START + PERIOD
+    assert 0 < distance_between(command.target, Pose(np.array([0.4, 0.0, 0.3]), DOWN)) <= SETTINGS.guard.max_translation_m
+    assert command.gripper in (0.0, 0.08)
+
+
+def test_one_static_frame_gives_one_step(controller):
+    robot = Robot(controller)
+    robot.tick()
+    assert controller.tick(robot.now + 2 * MS) is None
+    robot.controller.put_frame(Camera.GRIPPER, Frame(robot.image(), robot.now + 10 * MS))
+    assert controller.tick(robot.now + 11 * MS) is None
+
+
+def test_a_fast_camera_is_stepped_at_the_control_rate(controller):
+    robot = Robot(controller)
+    robot.tick()
+    stepped = []
+    for i in range(1, 31):
+        now = robot.now + i * PERIOD // 3
+        for camera in Camera:
+            controller.put_frame(camera, Frame(robot.image(), now))
+        controller.put_pose(MeasuredPose(robot.pose, "base", now))
+        if controller.tick(now) is not None:
+            stepped.append(i)
+    assert stepped == list(range(3, 31, 3))
+    assert controller.dropped == 20
+
+
+def test_a_stale_camera_holds_where_the_arm_was_and_recovery_starts_from_there(controller):
+    robot = Robot(controller)
+    for _ in range(5):
+        robot.tick(follow=False)
+    for _ in range(4):
+        held = robot.tick(cameras=())
+    assert set(held.holds) == {HoldReason.STATIC_STALE, HoldReason.GRIPPER_STALE}
+    np.testing.assert_array_equal(held.target.position, robot.pose.position)
+    assert not held.twist.linear.any() and not held.twist.angular.any()
+    moved = Pose(robot.pose.position + [0.0, 0.2, 0.0], DOWN)
+    robot.pose = moved  # somebody moved the arm meanwhile
+    resumed = robot.tick()
+    assert resumed.holds == ()
+    assert distance_between(resumed.target, moved) <= SETTINGS.guard.max_translation_m
+
+
+def test_a_hold_is_repeated_at_the_control_rate_and_no_faster(controller):
+    robot = Robot(controller, instruction="")
+    told = [controller.tick(START + i * 10 * MS) is not None for i in range(40)]
+    assert 4 <= sum(told) <= 6
+
+
+def test_a_hold_keeps_the_pose_measured_when_it_began(controller):
+    robot = Robot(controller)
+    robot.tick()
+    controller.request_hold(True)
+    first = robot.tick(follow=False)
+    robot.pose = Pose(robot.pose.position + [0.0, 0.0, 0.1], DOWN)
+    later = robot.tick(follow=False)
+    np.testing.assert_array_equal(later.target.position, first.target.position)
+    controller.request_hold(False)
+    assert robot.tick().holds == ()
+
+
+def test_a_hold_without_a_measured_pose_publishes_no_target(controller):
+    robot = Robot(controller)
+    command = robot.tick(with_pose=False)
+    assert command.holds == (HoldReason.NO_POSE,)
+    assert command.target is None
+
+
+def test_a_hold_leaves_the_gripper_as_it_is(controller):
+    robot = Robot(controller)
+    moving = robot.tick()
+    controller.request_hold(True)
+    assert robot.tick().gripper == moving.gripper
+    assert Robot(controller, instruction="").controller.holding == (HoldReason.REQUESTED,)
+
+
+def test_a_new_instruction_starts_an_episode_and_the_same_one_does_not(controller):
+    robot = Robot(controller)
+    first, second = robot.tick().decision, robot.tick().decision
+    controller.put_instruction(" lift the red block ")
+    same = robot.tick().decision
+    controller.put_instruction("open the drawer")
+    new = robot.tick().decision
+    assert [d.episode for d in (first, second, same, new)] == [0, 0, 0, 1]
+    assert [d.episode_step for d in (first, second, same, new)] == [0, 1, 2, 0]
+
+
+def test_an_empty_instruction_holds_and_the_old_one_given_again_starts_anew(controller):
+    robot = Robot(controller)
+    robot.tick()
+    controller.put_instruction("")
+    assert robot.tick().holds == (HoldReason.NO_INSTRUCTION,)
+    controller.put_instruction("lift the red block")
+    assert robot.tick().decision.episode == 1
+
+
+def test_a_reset_clears_the_memory(checkpoint):
+    fresh, used = Robot(Controller(checkpoint, SETTINGS)), Robot(Controller(checkpoint, SETTINGS))
+    for _ in range(3):
+        used.tick()
+    used.controller.request_reset()
+    used._random = np.random.default_rng(0)
+    np.testing.assert_array_equal(used.tick().decision.policy.action.pose, fresh.tick().decision.policy.action.pose)
+
+
+def test_the_same_inputs_give_the_same_decisions(checkpoint):
+    def run():
+        robot = Robot(Controller(checkpoint, SETTINGS))
+        return [robot.tick() for _ in range(10)]
+
+    for a, b in zip(run(), run()):
+        assert a.decision.policy.exit_index == b.decision.policy.exit_index
+        np.testing.assert_array_equal(a.target.position, b.target.position)
+        np.testing.assert_array_equal(a.target.quaternion, b.target.quaternion)
+
+
+def test_a_lower_peak_is_obeyed_by_the_next_step_and_the_memory_stays(checkpoint):
+    plain, capped = Robot(Controller(checkpoint, SETTINGS)), Robot(Controller(checkpoint, SETTINGS))
+    plain.tick(), capped.tick()
+    status = capped.controller.budget_status
+    capped.controller.set_budget(Budget(peak_gmac=status.feasible_min_gmac))
+    plain.tick()
+    decision = capped.tick().decision
+    assert decision.cost.language_gmac <= status.feasible_min_gmac
+    assert decision.policy.stop is StopReason.DEEPEST and decision.episode_step == 1
+    assert decision.budget_id != status.budget_id
+
+
+def test_a_peak_below_the_first_exit_is_refused_and_changes_nothing(controller):
+    Robot(controller).tick()
+    before = controller.budget_status
+    with pytest.raises(UserError, match=f"{before.feasible_min_gmac:.4g} to {before.feasible_max_gmac:.4g}"):
+        controller.check_budget(Budget(peak_gmac=before.feasible_min_gmac * 0.99))
+    assert controller.budget_status.budget_id == before.budget_id
+
+
+def test_an_inference_that_fails_holds_and_the_next_frame_is_tried_again(controller, monkeypatch):
+    robot = Robot(controller)
+    robot.tick()
+    with monkeypatch.context() as patch:
+        patch.setattr(controller._policy, "step", lambda observation: 1 / 0)
+        failed = robot.tick()
+    assert failed.holds == (HoldReason.INFERENCE_FAILED,)
+    assert "ZeroDivisionError" in failed.error
+    np.testing.assert_array_equal(failed.target.position, robot.pose.position)
+    assert robot.tick().holds == ()
+
+
+def test_an_action_that_is_not_finite_holds_and_leaves_no_trace(checkpoint):
+    robot = Robot(Controller(load(EMBEDDED), SETTINGS))
+    robot.tick()
+    weight = robot.controller._policy._model.shared_head.pose.out.bias
+    original = weight.clone()
+    weight.fill_(float("nan"))
+    refused = robot.tick()
+    assert refused.holds == refused.decision.held == (HoldReason.NOT_FINITE,)
+    weight.copy_(original)
+    assert np.isfinite(robot.tick().target.position).all()
+
+
+def test_warming_up_leaves_no_trace(checkpoint):
+    cold, warm = Robot(Controller(checkpoint, SETTINGS)), Robot(Controller(checkpoint, SETTINGS))
+    warm.controller.warm_up()
+    a, b = cold.tick().decision, warm.tick().decision
+    assert (a.step, a.episode, a.budget_id) == (b.step, b.episode, b.budget_id)
+    np.testing.assert_array_equal(a.policy.action.pose, b.policy.action.pose)
+
+
+def test_stopping_is_a_hold_whatever_the_inputs(controller):
+    robot = Robot(controller)
+    robot.tick()
+    stopped = controller.stop(robot.now + 2 * MS)
+    assert stopped.holds == (HoldReason.STOPPING,)
+    np.testing.assert_array_equal(stopped.target.position, controller._gate.snapshot().pose.pose.position)

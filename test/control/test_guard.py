@@ -1,0 +1,124 @@
+"""The guard's promises, for any motion from anywhere."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from poses import angle_between, distance_between, poses, rotations, vectors
+from scipy.spatial.transform import Rotation
+
+from deer_vla_ros.control.guard import GuardLimits, guard
+from deer_vla_ros.control.types import Limit, Pose
+from deer_vla_ros.errors import UserError
+
+LIMITS = GuardLimits(
+    max_translation_m=0.05,
+    max_rotation_rad=0.2,
+    leash_m=0.1,
+    leash_rad=0.5,
+    workspace_min=(-0.5, -0.5, 0.0),
+    workspace_max=(0.5, 0.5, 0.8),
+)
+HOME = Pose(np.array([0.1, 0.0, 0.4]), np.array([1.0, 0.0, 0.0, 0.0]))
+STILL = Rotation.identity()
+EPSILON = 1e-6
+
+
+def outside_by(position: np.ndarray) -> np.ndarray:
+    """(3,) metres beyond the workspace box on each axis."""
+    return np.maximum(np.maximum(LIMITS.workspace_min - position, position - LIMITS.workspace_max), 0)
+
+
+@given(poses, poses, vectors, rotations)
+def test_a_target_is_never_beyond_the_leash(last, measured, translation, rotation):
+    target = guard(LIMITS, last, measured, translation, rotation).target
+    assert distance_between(target, measured) <= LIMITS.leash_m + EPSILON
+    assert angle_between(target, measured) <= LIMITS.leash_rad + EPSILON
+
+
+@given(poses, poses, vectors, rotations)
+def test_a_target_never_moves_more_than_one_step_from_where_the_step_starts(last, measured, translation, rotation):
+    result = guard(LIMITS, last, measured, translation, rotation)
+    # The leash is a ball, and pulling a point into a ball never takes it further from another point inside.
+    assert distance_between(result.target, result.start) <= LIMITS.max_translation_m + EPSILON
+    assert angle_between(result.target, result.start) <= LIMITS.max_rotation_rad + EPSILON
+
+
+@given(poses, poses, vectors, rotations)
+def test_a_target_never_goes_further_out_of_the_workspace_than_the_arm_is(last, measured, translation, rotation):
+    result = guard(LIMITS, last, measured, translation, rotation)
+    allowed = np.maximum(outside_by(result.start.position), outside_by(measured.position))
+    assert (outside_by(result.target.position) <= allowed + EPSILON).all()
+
+
+@given(vectors, rotations)
+def test_an_arm_inside_the_workspace_stays_inside(translation, rotation):
+    result = guard(LIMITS, HOME, HOME, translation, rotation)
+    assert (outside_by(result.target.position) == 0).all()
+
+
+@given(poses, poses, vectors, rotations)
+def test_every_target_is_finite_and_of_unit_length(last, measured, translation, rotation):
+    target = guard(LIMITS, last, measured, translation, rotation).target
+    assert np.isfinite(target.position).all()
+    assert np.linalg.norm(target.quaternion) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_small_motion_within_every_limit_passes_as_it_is():
+    result = guard(LIMITS, HOME, HOME, np.array([0.01, 0.0, -0.01]), Rotation.from_rotvec([0, 0, 0.1]))
+    np.testing.assert_allclose(result.target.position, HOME.position + [0.01, 0.0, -0.01])
+    assert angle_between(result.target, HOME) == pytest.approx(0.1)
+    assert result.limits == ()
+
+
+@pytest.mark.parametrize(
+    ("translation", "rotation", "limit"),
+    [
+        ([0.2, 0, 0], STILL, Limit.TRANSLATION),
+        ([0, 0, 0], Rotation.from_rotvec([0, 1.0, 0]), Limit.ROTATION),
+    ],
+)
+def test_what_shortened_a_motion_is_named(translation, rotation, limit):
+    assert guard(LIMITS, HOME, HOME, np.array(translation), rotation).limits == (limit,)
+
+
+def test_a_motion_out_of_the_box_stops_at_its_wall():
+    near_floor = Pose(np.array([0.1, 0.0, 0.01]), HOME.quaternion)
+    result = guard(LIMITS, near_floor, near_floor, np.array([0.02, 0.0, -0.03]), STILL)
+    np.testing.assert_allclose(result.target.position, [0.12, 0.0, 0.0], atol=1e-12)
+    assert result.limits == (Limit.WORKSPACE,)
+
+
+def test_an_arm_outside_the_box_may_come_back_without_a_jump():
+    outside = Pose(np.array([0.6, 0.0, 0.4]), HOME.quaternion)
+    inward = guard(LIMITS, outside, outside, np.array([-0.03, 0.0, 0.0]), STILL)
+    outward = guard(LIMITS, outside, outside, np.array([0.03, 0.0, 0.0]), STILL)
+    np.testing.assert_allclose(inward.target.position, [0.57, 0.0, 0.4])
+    np.testing.assert_allclose(outward.target.position, outside.position)
+
+
+def test_a_blocked_arm_keeps_its_target_on_the_leash():
+    target = HOME
+    for _ in range(20):
+        target = guard(LIMITS, target, HOME, np.array([0.03, 0.0, 0.0]), STILL).target
+    assert distance_between(target, HOME) == pytest.approx(LIMITS.leash_m)
+
+
+def test_an_arm_that_was_pushed_away_takes_its_target_along():
+    pushed = Pose(HOME.position + [0.0, 0.3, 0.0], HOME.quaternion)
+    result = guard(LIMITS, HOME, pushed, np.zeros(3), STILL)
+    assert distance_between(result.target, pushed) == pytest.approx(LIMITS.leash_m)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_translation_m": 0.0},
+        {"leash_rad": float("nan")},
+        {"workspace_min": (0.6, -0.5, 0.0)},
+        {"workspace_max": (0.5, 0.5)},
+        {"workspace_max": (0.5, 0.5, float("inf"))},
+    ],
+)
+def test_limits_that_make_no_sense_are_refused_by_name(change):
+    with pytest.raises(UserError, match=f"guard.{next(iter(change))}"):
+        GuardLimits(**{**LIMITS.__dict__, **change})

@@ -1,0 +1,116 @@
+"""Only fresh inputs that belong together may be acted upon."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deer_vla_ros.control.inputs import InputGate, InputLimits
+from deer_vla_ros.control.types import Camera, Frame, HoldReason, MeasuredPose, Pose
+
+MS = 1_000_000
+NOW = 10_000 * MS
+LIMITS = InputLimits(max_age_ns=300 * MS, max_pose_age_ns=300 * MS, max_skew_ns=50 * MS)
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+
+
+def pose(stamp_ns: int = NOW, frame: str = "base", position=(0, 0, 0), quaternion=(1, 0, 0, 0)) -> MeasuredPose:
+    return MeasuredPose(Pose(np.array(position, float), np.array(quaternion, float)), frame, stamp_ns)
+
+
+def gate(static: int | None = NOW, gripper: int | None = NOW, measured: MeasuredPose | None = None) -> InputGate:
+    """A gate that was given an instruction, a pose and frames with these stamps."""
+    result = InputGate(LIMITS, "base")
+    result.put_instruction("lift the red block")
+    result.put_pose(measured or pose())
+    for camera, stamp in ((Camera.STATIC, static), (Camera.GRIPPER, gripper)):
+        if stamp is not None:
+            result.put_frame(camera, Frame(IMAGE, stamp))
+    return result
+
+
+def reasons(gate: InputGate, now_ns: int = NOW) -> set[HoldReason]:
+    return set(gate.judge(gate.snapshot(), now_ns))
+
+
+def test_fresh_inputs_that_belong_together_pass():
+    assert reasons(gate()) == set()
+
+
+def test_nothing_at_all_names_everything_that_is_missing():
+    assert reasons(InputGate(LIMITS, "base")) == {
+        HoldReason.NO_INSTRUCTION,
+        HoldReason.NO_STATIC_FRAME,
+        HoldReason.NO_GRIPPER_FRAME,
+        HoldReason.NO_POSE,
+    }
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
+def test_no_input_older_than_its_limit_is_ever_acted_upon(static_age, gripper_age, pose_age):
+    found = reasons(gate(NOW - static_age * MS, NOW - gripper_age * MS, pose(NOW - pose_age * MS)))
+    assert (HoldReason.STATIC_STALE in found) == (static_age > 300)
+    assert (HoldReason.GRIPPER_STALE in found) == (gripper_age > 300)
+    assert (HoldReason.POSE_STALE in found) == (pose_age > 300)
+    if not found:
+        assert abs(static_age - gripper_age) <= 50
+
+
+def test_cameras_too_far_apart_hold():
+    assert reasons(gate(NOW, NOW - 51 * MS)) == {HoldReason.SKEW}
+    assert reasons(gate(NOW, NOW - 50 * MS)) == set()
+
+
+def test_a_camera_that_is_a_moment_late_does_not_hold():
+    waiting = gate(NOW, NOW)
+    waiting.put_frame(Camera.STATIC, Frame(IMAGE, NOW + 100 * MS))
+    assert reasons(waiting, NOW + 110 * MS) == set()
+    pair = waiting.snapshot().pair
+    assert (pair[0].stamp_ns, pair[1].stamp_ns) == (NOW, NOW)
+
+
+def test_a_camera_that_stays_behind_holds_once_the_last_pair_is_old():
+    lagging = gate(NOW, NOW)
+    held = []
+    for i in range(1, 5):
+        now = NOW + i * 100 * MS
+        lagging.put_frame(Camera.STATIC, Frame(IMAGE, now))
+        lagging.put_frame(Camera.GRIPPER, Frame(IMAGE, now - 60 * MS))
+        lagging.put_pose(pose(now))
+        held.append(reasons(lagging, now))
+    assert held == [set(), set(), set(), {HoldReason.SKEW}]
+
+
+def test_stamps_of_another_clock_hold():
+    assert HoldReason.STATIC_IN_FUTURE in reasons(gate(NOW + 60 * MS, NOW + 60 * MS))
+    assert HoldReason.POSE_IN_FUTURE in reasons(gate(measured=pose(NOW + 60 * MS)))
+
+
+@pytest.mark.parametrize(
+    ("measured", "reason"),
+    [
+        (pose(frame="world"), HoldReason.POSE_FRAME),
+        (pose(position=(0, float("nan"), 0)), HoldReason.POSE_INVALID),
+        (pose(quaternion=(1, 0, 0, float("nan"))), HoldReason.POSE_INVALID),
+        (pose(quaternion=(0, 0, 0, 0)), HoldReason.POSE_INVALID),
+        (pose(quaternion=(1, 1, 0, 0)), HoldReason.POSE_INVALID),
+    ],
+)
+def test_a_pose_that_cannot_be_built_upon_holds(measured, reason):
+    assert reasons(gate(measured=measured)) == {reason}
+
+
+def test_an_instruction_of_spaces_is_none():
+    spaces = gate()
+    spaces.put_instruction("   \n")
+    assert reasons(spaces) == {HoldReason.NO_INSTRUCTION}
+
+
+def test_pairs_replaced_before_a_step_used_them_are_counted_as_dropped():
+    camera = gate(NOW, NOW)
+    used = camera.snapshot().pair[0]
+    camera.mark_used(used)
+    for i in (1, 2, 3):
+        for which in Camera:
+            camera.put_frame(which, Frame(IMAGE, NOW + i * 100 * MS))
+    assert camera.snapshot().dropped == 2
