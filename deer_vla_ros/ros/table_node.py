@@ -37,7 +37,7 @@ MODES = ("paced", "lockstep")
 
 _NEWEST = QoSProfile(depth=1)
 _NEWEST_IMAGE = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
-_SIGNAL_LATENCY = 0.05  # s: how often a waiting main thread looks for a signal
+_SIGNAL_LATENCY = 0.05  # s: how often a waiting thread looks whether it is to stop
 _BACKLOG_LIMIT = 0.5  # s behind the pace before the table gives up catching up
 _LOG_EVERY = 2.0  # s between repetitions of the same complaint
 
@@ -101,7 +101,7 @@ class TableNode(Node):
             True, 0.001, 3600.0,
         )  # fmt: skip
         if mode not in MODES:
-            raise UserError(f"clock.mode is {mode!r}; it can be {' or '.join(MODES)}")
+            raise UserError(f"clock.mode is {mode!r}: set it to {' or '.join(MODES)}")
 
     # -- callbacks: they only leave something in the inbox ---------------------------------------------------------
 
@@ -280,7 +280,6 @@ def main(args: list[str] | None = None) -> int:
             node.run()
         finally:
             stop.set()
-            executor.wake()
             callbacks.join()
             node.destroy_node()
         for failure in failures:
@@ -296,7 +295,7 @@ def _spin(executor: SingleThreadedExecutor, stop: threading.Event, failures: lis
     """Runs callbacks until `stop`; an exception in one ends the node and is raised again by main()."""
     try:
         while not stop.is_set():
-            executor.spin_once(timeout_sec=1.0)
+            executor.spin_once(timeout_sec=_SIGNAL_LATENCY)
     except BaseException as error:
         failures.append(error)
         stop.set()

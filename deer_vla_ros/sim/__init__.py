@@ -18,8 +18,10 @@ if sys.platform == "linux":
 
 try:
     import mujoco  # noqa: F401
-except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises depends on the library it misses
+except ImportError as error:
+    raise UserError(f"the simulated table needs MuJoCo ({error}): pip install mujoco") from error
+except (AttributeError, OSError, RuntimeError) as error:  # what a missing or unknown OpenGL raises, by backend
     raise UserError(
-        f"MuJoCo does not start with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({error}): "
-        "pip install mujoco, and for rendering apt-get install -y libegl1 libgl1-mesa-dri libopengl0"
+        f"MuJoCo does not start with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({error}): unset MUJOCO_GL, and "
+        "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0"
     ) from error

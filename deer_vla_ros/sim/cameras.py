@@ -23,8 +23,8 @@ class Cameras:
             self._gripper = mujoco.Renderer(model, GRIPPER_SIZE, GRIPPER_SIZE)
         except Exception as error:  # each OpenGL backend has error classes of its own
             raise UserError(
-                f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({error}): "
-                "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0, or set MUJOCO_GL=osmesa"
+                f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({error}): unset MUJOCO_GL, "
+                "and apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0"
             ) from error
 
     def render(self, data: mujoco.MjData) -> Views:

@@ -1,6 +1,7 @@
 """Does a seed decide what the table looks like, and do both cameras show it?"""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -129,6 +130,18 @@ def test_a_closed_table_can_render_again():
     table.close()
     np.testing.assert_array_equal(table.render().static, first)
     table.close()
+
+
+@pytest.mark.parametrize("backend", ["bogus", "glfw"])
+def test_without_a_usable_opengl_the_error_names_the_remedy(backend):
+    program = (
+        "from deer_vla_ros.errors import UserError\n"
+        "try:\n from deer_vla_ros.sim.table import Table\n Table().render()\n"
+        "except UserError as error: print(error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"} | {"MUJOCO_GL": backend}
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert f"MUJOCO_GL={backend}" in shown.stdout and "apt-get install -y libegl1" in shown.stdout
 
 
 def test_the_table_needs_neither_torch_nor_ros():
