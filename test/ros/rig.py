@@ -1,0 +1,101 @@
+"""A robot as the policy node sees it: cameras and a measured pose over real DDS, each of which can misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from geometry_msgs.msg import PoseStamped, TwistStamped
+from harness import Client, wait_until
+from rclpy.duration import Duration
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from sensor_msgs.msg import Image
+from std_msgs.msg import Float64MultiArray, String
+
+from deer_vla_ros.msg import BudgetStatus, PolicyStep
+
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+PERIOD_S = 0.1
+
+
+def nanoseconds(stamp) -> int:
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+class Rig:
+    """Publishes at 10 Hz while `running()`; change the attributes to make it misbehave. Keeps everything the node says.
+
+    namespace: prefix of all topics, "" or one that ends in a slash.
+    """
+
+    def __init__(self, client: Client, namespace: str = ""):
+        self._client = client
+        node = client.node
+        self.cameras_on = True
+        self.gripper_lag_s = 0.0
+        self.pose_on = True
+        self.position = np.array([0.4, 0.0, 0.3])
+        self.encoding = "rgb8"
+        self._images = {
+            name: node.create_publisher(Image, f"{namespace}camera/{name}/image_raw", qos_profile_sensor_data) for name in ("static", "gripper")
+        }
+        self._pose = node.create_publisher(PoseStamped, f"{namespace}ee_pose", 10)
+        self._instruction = node.create_publisher(String, f"{namespace}instruction", LATCHED)
+        self.targets = client.listen(PoseStamped, f"{namespace}target_pose")
+        self.twists = client.listen(TwistStamped, f"{namespace}target_twist")
+        self.grippers = client.listen(Float64MultiArray, f"{namespace}gripper_command")
+        self.steps = client.listen(PolicyStep, f"{namespace}deer_vla/step")
+        self.budgets = client.listen(BudgetStatus, f"{namespace}deer_vla/budget", LATCHED)
+        self._random = np.random.default_rng(0)
+        self._stop = threading.Event()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Rig]:
+        thread = threading.Thread(target=self._run, name="rig")
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def instruct(self, text: str) -> None:
+        self._instruction.publish(String(data=text))
+
+    def await_steps(self, count: int = 1, timeout: float = 20.0) -> list[PolicyStep]:
+        """The next `count` steps from now on."""
+        begin = len(self.steps)
+        wait_until(lambda: len(self.steps) >= begin + count, timeout, f"{count} steps")
+        return self.steps[begin : begin + count]
+
+    def await_hold(self, timeout: float = 10.0) -> PoseStamped:
+        """The newest target once the arm holds: three zero twists in a row."""
+        begin = len(self.twists)
+        wait_until(lambda: len(self.twists) >= begin + 3 and not any(map(moves, self.twists[-3:])), timeout, "a hold")
+        return self.targets[-1]
+
+    def _run(self) -> None:
+        while not self._stop.wait(PERIOD_S):
+            now = self._client.node.get_clock().now()
+            if self.pose_on:
+                pose = PoseStamped()
+                pose.header.stamp, pose.header.frame_id = now.to_msg(), "base"
+                pose.pose.position.x, pose.pose.position.y, pose.pose.position.z = map(float, self.position)
+                pose.pose.orientation.x, pose.pose.orientation.w = 1.0, 0.0
+                self._pose.publish(pose)
+            if self.cameras_on:
+                self._publish_image("static", 200, now)
+                self._publish_image("gripper", 84, now - Duration(seconds=self.gripper_lag_s))
+
+    def _publish_image(self, name: str, size: int, time) -> None:
+        image = Image(height=size, width=size, encoding=self.encoding, step=3 * size)
+        image.header.stamp = time.to_msg()
+        image.data = self._random.integers(0, 255, 3 * size * size, dtype=np.uint8).tobytes()
+        self._images[name].publish(image)
+
+
+def moves(twist: TwistStamped) -> bool:
+    linear, angular = twist.twist.linear, twist.twist.angular
+    return any((linear.x, linear.y, linear.z, angular.x, angular.y, angular.z))

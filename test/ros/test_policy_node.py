@@ -1,0 +1,204 @@
+"""The policy node as a real process over real DDS: message in, command out; hold and recovery; parameters; its end."""
+
+import math
+import signal
+
+import numpy as np
+import pytest
+from harness import Client, Process, spawn, wait_until
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import DescribeParameters, SetParameters
+from rig import Rig, moves, nanoseconds
+from std_srvs.srv import SetBool, Trigger
+
+from deer_vla_ros.msg import PolicyStep
+
+START_TIMEOUT = 60.0
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client("policy_node_test") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def node(client):
+    with spawn("node") as process:
+        await_state(client, process, State.PRIMARY_STATE_ACTIVE)
+        yield process
+
+
+@pytest.fixture
+def rig(client, node):
+    """A healthy robot with a fresh instruction, already being controlled."""
+    rig = Rig(client)
+    with rig.running():
+        rig.instruct("lift the red block")
+        rig.await_steps()
+        yield rig
+        rig.instruct("")
+        rig.await_hold()
+
+
+def await_state(client: Client, process: Process, state: int) -> None:
+    def reached():
+        assert process.running(), process.output()
+        return client.call(GetState, "deer_vla/get_state", timeout=START_TIMEOUT).current_state.id == state
+
+    wait_until(reached, START_TIMEOUT, f"lifecycle state {state}")
+
+
+def set_parameter(client: Client, name: str, value: float):
+    parameter = Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
+    return client.call(SetParameters, "deer_vla/set_parameters", SetParameters.Request(parameters=[parameter])).results[0]
+
+
+def test_a_message_in_gives_a_command_out(rig):
+    step = rig.await_steps(2)[-1]
+    assert step.instruction == "lift the red block"
+    assert step.header.frame_id == "base"
+    assert nanoseconds(step.header.stamp) == max(nanoseconds(step.static_stamp), nanoseconds(step.gripper_stamp))
+    target = wait_until(lambda: [t for t in rig.targets if t.header.stamp == step.header.stamp], what="the step's target")[0]
+    assert target.header.frame_id == "base"
+    moved = [getattr(target.pose.position, axis) for axis in "xyz"] - rig.position
+    assert 0 < np.linalg.norm(moved) <= 0.15 + 1e-9
+    assert wait_until(lambda: [t for t in rig.twists if t.header.stamp == step.header.stamp and moves(t)], what="the twist")
+    assert rig.grippers[-1].data[0] in (0.0, 0.08)
+
+
+def test_a_step_says_what_it_saw_how_deep_it_thought_and_what_that_cost(rig):
+    step = rig.await_steps()[0]
+    assert step.layers_run == step.exit_layers[step.exit_index] + 1
+    probed = [delta for delta in step.deltas if not math.isnan(delta)]
+    assert len(probed) == step.exit_index + 1
+    if step.stop_reason == PolicyStep.STOP_AGREED:
+        assert probed[-1] <= step.thresholds[step.exit_index]
+    assert 0 < step.language_gmac <= step.language_gmac_full < step.total_gmac
+    stages = step.preprocess_ms + step.vision_ms + step.language_ms + step.head_ms
+    assert step.total_ms == pytest.approx(stages, rel=1e-3)
+    assert step.stamp_to_publish_ms >= step.total_ms
+    assert 0 <= step.static_age_ms < 300 and 0 <= step.skew_ms < 50
+    assert step.budget_id == rig.budgets[-1].budget_id
+
+
+def test_steps_come_at_the_control_rate_one_per_frame(rig):
+    steps = rig.await_steps(21)
+    assert [b.step - a.step for a, b in zip(steps, steps[1:])] == [1] * 20
+    seconds = (nanoseconds(steps[-1].header.stamp) - nanoseconds(steps[0].header.stamp)) / 1e9
+    assert 20 / seconds == pytest.approx(10, rel=0.15)
+
+
+def test_stale_cameras_hold_the_measured_pose_and_fresh_ones_resume(rig):
+    rig.cameras_on = False
+    held = rig.await_hold()
+    assert [getattr(held.pose.position, axis) for axis in "xyz"] == list(rig.position)
+    begin = len(rig.targets)
+    wait_until(lambda: len(rig.targets) >= begin + 5, what="the hold, repeated")
+    rig.cameras_on = True
+    assert rig.await_steps(3)
+
+
+def test_cameras_that_do_not_belong_together_hold_and_resume(rig):
+    rig.gripper_lag_s = 5.0
+    rig.await_hold()
+    rig.gripper_lag_s = 0.0
+    assert rig.await_steps(3)
+
+
+def test_no_measured_pose_holds_and_resumes(rig):
+    rig.pose_on = False
+    rig.await_hold()
+    rig.pose_on = True
+    assert rig.await_steps(3)
+
+
+def test_an_image_that_cannot_be_read_is_named_and_holds(rig, node):
+    rig.encoding = "yuv422"
+    rig.await_hold()
+    assert "camera/static/image_raw: encoding 'yuv422' is not supported" in node.output()
+    rig.encoding = "bgr8"
+    assert rig.await_steps(3)
+
+
+def test_hold_and_reset_services(rig, client):
+    episode = rig.await_steps()[0].episode
+    assert client.call(SetBool, "deer_vla/hold", SetBool.Request(data=True)).success
+    rig.await_hold()
+    assert client.call(SetBool, "deer_vla/hold", SetBool.Request(data=False)).success
+    assert rig.await_steps()[0].episode == episode
+    assert client.call(Trigger, "deer_vla/reset").success
+    wait_until(lambda: rig.steps[-1].episode == episode + 1, what="a new episode")
+
+
+def test_a_peak_budget_is_obeyed_live_and_an_infeasible_one_is_refused_with_the_range(rig, client):
+    rig.await_steps()
+    status = rig.budgets[-1]
+    refused = set_parameter(client, "budget.peak_gmac", status.feasible_min_gmac / 2)
+    assert not refused.successful
+    assert f"{status.feasible_min_gmac:.4g} to {status.feasible_max_gmac:.4g}" in refused.reason
+    assert set_parameter(client, "budget.peak_gmac", status.feasible_min_gmac).successful
+    capped = wait_until(lambda: [step for step in rig.steps if step.budget_id > status.budget_id], what="a step under the peak")
+    rig.await_steps(5)
+    assert all(step.language_gmac <= status.feasible_min_gmac for step in rig.steps if step.budget_id > status.budget_id)
+    assert capped[0].episode_step > 0, "the episode went on"
+    assert rig.budgets[-1].requested_peak_gmac == status.feasible_min_gmac
+    assert set_parameter(client, "budget.peak_gmac", 0.0).successful
+
+
+@pytest.mark.parametrize(("name", "value"), [("inputs.max_age_s", 100.0), ("guard.leash_m", -1.0), ("control.rate_hz", 20.0)])
+def test_out_of_range_and_read_only_parameters_are_refused(client, node, name, value):
+    assert not set_parameter(client, name, value).successful
+
+
+def test_parameters_describe_themselves(client, node):
+    request = DescribeParameters.Request(names=["inputs.max_skew_s", "budget.peak_gmac"])
+    skew, peak = client.call(DescribeParameters, "deer_vla/describe_parameters", request).descriptors
+    assert skew.description.endswith("[s]") and peak.description.endswith("[GMAC]")
+    assert skew.floating_point_range[0].to_value == 1.0
+    assert not peak.read_only
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_node_with_a_hold_and_status_0(client, number):
+    rig = Rig(client, "ended/")
+    with spawn("node", "--ros-args", "-r", "__ns:=/ended") as process, rig.running():
+        rig.instruct("open the drawer")
+        wait_until(lambda: any(map(moves, rig.twists)), START_TIMEOUT, "the arm to move")
+        assert process.stop(number) == 0
+        assert not moves(rig.twists[-1])
+
+
+def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigured(client):
+    with spawn("node", "--ros-args", "-r", "__ns:=/failing", "-p", "model.path:=/nowhere") as process:
+        wait_until(lambda: "configure failed" in process.output(), START_TIMEOUT, "the reason")
+        line = next(line for line in process.output().splitlines() if "configure failed" in line)
+        assert "/nowhere" in line and "config.json is missing" in line
+        assert "Traceback" not in process.output()
+        state = client.call(GetState, "failing/deer_vla/get_state").current_state
+        assert state.id == State.PRIMARY_STATE_UNCONFIGURED
+        assert process.stop() == 0
+
+
+def test_without_autostart_a_manager_leads_the_node_through_its_life(client):
+    with spawn("node", "--ros-args", "-r", "__ns:=/managed", "-p", "autostart:=false") as process:
+        def change(transition: int) -> bool:
+            request = ChangeState.Request(transition=Transition(id=transition))
+            return client.call(ChangeState, "managed/deer_vla/change_state", request, timeout=START_TIMEOUT).success
+
+        def state() -> int:
+            return client.call(GetState, "managed/deer_vla/get_state", timeout=START_TIMEOUT).current_state.id
+
+        assert state() == State.PRIMARY_STATE_UNCONFIGURED
+        for transition, reached in (
+            (Transition.TRANSITION_CONFIGURE, State.PRIMARY_STATE_INACTIVE),
+            (Transition.TRANSITION_ACTIVATE, State.PRIMARY_STATE_ACTIVE),
+            (Transition.TRANSITION_DEACTIVATE, State.PRIMARY_STATE_INACTIVE),
+            (Transition.TRANSITION_CLEANUP, State.PRIMARY_STATE_UNCONFIGURED),
+            (Transition.TRANSITION_CONFIGURE, State.PRIMARY_STATE_INACTIVE),
+        ):
+            assert change(transition), process.output()
+            assert state() == reached
+        assert process.stop() == 0
