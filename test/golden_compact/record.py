@@ -1,0 +1,89 @@
+"""Which part of the reference's recording travels with the repository? A subset small enough to commit, made here.
+
+Example: python test/golden_compact/record.py ../shared/golden
+
+Nothing is computed: every array is copied as the reference recorded it, or left out. `python -m deer_vla_ros parity` reads
+the result as it reads the whole. README.md says what is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+MODEL = "9b"  # the smaller weights; and cross-attention on some layers only, a final norm, exits below a max_layer
+CLIP_TEXT_TOWER = (
+    "vision_encoder.positional_embedding",
+    "vision_encoder.text_projection",
+    "vision_encoder.logit_scale",
+    "vision_encoder.transformer.",
+    "vision_encoder.token_embedding.",
+    "vision_encoder.ln_final.",
+)
+DROPPED_RUNS = (
+    "fixed_exit_5",
+    "layerwise_exit_3",
+    "layerwise_exit_5",
+    "dyn_B",
+    "dyn_C",
+    "dyn_probe_mean",
+    "dyn_probe_max",
+    "dyn_probe_cosine",
+    "dyn_maxlayer5",
+)
+HIDDEN_STATE_STEPS = 3
+DROPPED_BATCHES = ("batch0/", "fwd0/")  # batch1 has the longer texts
+KEPT_CAMERAS = ("gripper/",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the whole recording (shared/golden)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    source, out = args.source, args.out
+    shutil.copyfile(source / "tolerances.json", out / "tolerances.json")
+    shutil.copyfile(source / "text.json", out / "text.json")
+    copy_json(source, out, f"{MODEL}_keys.json", without_text_tower)
+    copy_json(source, out, f"{MODEL}_info.json", without_dropped_runs)
+    copy_arrays(source, out, f"{MODEL}_weights.npz", lambda name: not name.startswith(CLIP_TEXT_TOWER))
+    copy_arrays(source, out, f"{MODEL}_rollout.npz", lambda name: name.split("/")[0] not in DROPPED_RUNS)
+    copy_arrays(source, out, f"{MODEL}_window.npz", lambda name: not name.startswith(DROPPED_BATCHES))
+    copy_arrays(source, out, "preproc.npz", lambda name: name.startswith(KEPT_CAMERAS))
+    size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".npz", ".json"))
+    print(f"{out}: {size / 1e6:.2f} MB")
+
+
+def without_text_tower(keys: dict) -> dict:
+    """The key list without the tensors left out of the weights."""
+    return {**keys, "keys": [entry for entry in keys["keys"] if not entry["stored_as"].startswith(CLIP_TEXT_TOWER)]}
+
+
+def without_dropped_runs(info: dict) -> dict:
+    """The settings of the runs that are kept."""
+    return {**info, "dynamic": {tag: settings for tag, settings in info["dynamic"].items() if tag not in DROPPED_RUNS}}
+
+
+def copy_json(source: Path, out: Path, name: str, subset: Callable[[dict], dict]) -> None:
+    (out / name).write_text(json.dumps(subset(json.loads((source / name).read_text())), separators=(",", ":")) + "\n")
+
+
+def copy_arrays(source: Path, out: Path, name: str, keep: Callable[[str], bool]) -> None:
+    """The arrays that `keep` names; hidden states of whole runs are cut to their first steps. Same input, same bytes."""
+    with np.load(source / name) as arrays, zipfile.ZipFile(out / name, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        for key in filter(keep, arrays.files):
+            array = arrays[key][:HIDDEN_STATE_STEPS] if key.endswith("/hidden_states") else arrays[key]
+            entry = zipfile.ZipInfo(f"{key}.npy")  # dated 1980, so that a new run changes nothing
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with file.open(entry, "w") as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array) if array.ndim else array, allow_pickle=False)
+
+
+if __name__ == "__main__":
+    main()
