@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from sensor_msgs.msg import Image
 from std_msgs.msg import Float64MultiArray
@@ -13,8 +12,8 @@ from deer_vla_ros.budget.keeper import BudgetStatus
 from deer_vla_ros.control.types import Decision, Frame, MeasuredPose, Pose, Twist
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import StopReason
+from deer_vla_ros.ros.stamped import nanoseconds, stamp
 
-SECOND = 1_000_000_000
 CHANNEL_ORDER = {"rgb8": slice(None), "bgr8": slice(None, None, -1)}
 
 STOP_REASONS = {
@@ -22,14 +21,6 @@ STOP_REASONS = {
     StopReason.DEEPEST: msg.PolicyStep.STOP_DEEPEST,
     StopReason.STAGE: msg.PolicyStep.STOP_STAGE,
 }
-
-
-def nanoseconds(stamp: Time) -> int:
-    return stamp.sec * SECOND + stamp.nanosec
-
-
-def stamp(nanoseconds: int) -> Time:
-    return Time(sec=nanoseconds // SECOND, nanosec=nanoseconds % SECOND)
 
 
 def frame(message: Image) -> Frame:
@@ -53,15 +44,6 @@ def measured_pose(message: PoseStamped) -> MeasuredPose:
         np.array([position.x, position.y, position.z]), np.array([orientation.x, orientation.y, orientation.z, orientation.w])
     )
     return MeasuredPose(pose, message.header.frame_id, nanoseconds(message.header.stamp))
-
-
-def pose_message(pose: Pose, frame_id: str, stamp_ns: int) -> PoseStamped:
-    message = PoseStamped()
-    message.header.frame_id, message.header.stamp = frame_id, stamp(stamp_ns)
-    position, orientation = message.pose.position, message.pose.orientation
-    position.x, position.y, position.z = map(float, pose.position)
-    orientation.x, orientation.y, orientation.z, orientation.w = map(float, pose.quaternion)
-    return message
 
 
 def twist_message(twist: Twist, frame_id: str, stamp_ns: int) -> TwistStamped:

@@ -17,10 +17,9 @@ from deer_vla_ros.control.controller import ControllerSettings
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros.stamped import SECOND
 
 NODE_NAME = "deer_vla"
-SECOND = 1_000_000_000
-"""Nanoseconds."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rcl_interfaces.msg import SetParametersResult
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import Float64MultiArray, String
@@ -25,6 +25,7 @@ from deer_vla_ros.control.types import Camera, Command, HoldReason
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
 from deer_vla_ros.ros import conversions, parameters
+from deer_vla_ros.ros.stamped import pose_message
 from deer_vla_ros.ros.telemetry import Telemetry
 
 NEWEST = QoSProfile(depth=1, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -183,7 +184,7 @@ class PolicyNode(LifecycleNode):
             self._gripper.publish(conversions.gripper_message(command.gripper))
         self._twist.publish(conversions.twist_message(command.twist, self._frame_id, command.stamp_ns))
         if command.target is not None:  # last: a simulator in lock step goes on when it has this one
-            self._target.publish(conversions.pose_message(command.target, self._frame_id, command.stamp_ns))
+            self._target.publish(pose_message(command.target, self._frame_id, command.stamp_ns))
         if command.decision is not None:
             published_ns = self._now_ns()
             self._telemetry.note_step(command.decision.stamp_ns, published_ns)

@@ -11,17 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import rclpy
+from rclpy.exceptions import ParameterException
 from rclpy.signals import SignalHandlerOptions
+
+from deer_vla_ros.errors import UserError
 
 
 @contextmanager
 def ros_process(args: list[str] | None) -> Iterator[threading.Event]:
-    """rclpy from init to shutdown; yields an event that SIGINT or SIGTERM sets."""
+    """rclpy from init to shutdown; yields an event that SIGINT or SIGTERM sets. A refused parameter raises UserError."""
     stop = threading.Event()
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
         yield stop
+    except ParameterException as error:
+        raise UserError(f"parameter refused: {error}") from error
     finally:
         rclpy.try_shutdown()

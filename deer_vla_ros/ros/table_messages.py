@@ -6,7 +6,6 @@ import array
 
 import numpy as np
 from builtin_interfaces.msg import Time
-from geometry_msgs.msg import PoseStamped
 from sensor_msgs.msg import Image, JointState
 
 from deer_vla_ros.sim.table import Table
@@ -21,17 +20,6 @@ def image_message(pixels: np.ndarray, stamp: Time, frame: str) -> Image:
     message.header.stamp, message.header.frame_id = stamp, frame
     # rclpy takes an array.array as it is, and checks anything else number by number.
     message.data = array.array("B", pixels.tobytes())
-    return message
-
-
-def pose_message(table: Table, stamp: Time) -> PoseStamped:
-    """The measured TCP pose in the base frame."""
-    pose = table.tcp_pose()
-    message = PoseStamped()
-    message.header.stamp, message.header.frame_id = stamp, BASE_FRAME
-    position, orientation = message.pose.position, message.pose.orientation
-    position.x, position.y, position.z = pose.position.tolist()
-    orientation.x, orientation.y, orientation.z, orientation.w = pose.quaternion.tolist()
     return message
 
 

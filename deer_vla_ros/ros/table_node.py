@@ -7,28 +7,26 @@ command's arrival, and OpenGL stays in one thread.
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
-import rclpy
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
-from rclpy.exceptions import ParameterException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import Trigger
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.table_messages import BASE_FRAME, image_message, joints_message, pose_message
+from deer_vla_ros.ros.process import ros_process
+from deer_vla_ros.ros.stamped import nanoseconds, pose_message, stamp
+from deer_vla_ros.ros.table_messages import BASE_FRAME, image_message, joints_message
 from deer_vla_ros.sim.scene import MAX_OPENING
 from deer_vla_ros.sim.table import Table
 
@@ -237,26 +235,25 @@ class TableNode(Node):
 
     def _now(self) -> Time:
         if self._publishes_clock:
-            seconds, nanoseconds = divmod(self._elapsed_ns, 10**9)
-            return Time(sec=seconds, nanosec=nanoseconds)
+            return stamp(self._elapsed_ns)
         return self.get_clock().now().to_msg()
 
     def _publish_poses(self) -> None:
-        stamp = self._now()
+        now = self._now()
         if self._clock_topic is not None:
-            self._clock_topic.publish(Clock(clock=stamp))
-        self._ee_pose.publish(pose_message(self._table, stamp))
-        self._joint_states.publish(joints_message(self._table, stamp))
+            self._clock_topic.publish(Clock(clock=now))
+        self._ee_pose.publish(pose_message(self._table.tcp_pose(), BASE_FRAME, nanoseconds(now)))
+        self._joint_states.publish(joints_message(self._table, now))
 
     def _publish_frame(self) -> None:
         """Both cameras at one stamp; in lock step then waits for the answer to it."""
-        stamp = self._now()
+        now = self._now()
         views = self._table.render()
         if self._lockstep:
             with self._inbox:
-                self._awaited = stamp
-        self._static_image.publish(image_message(views.static, stamp, "static_camera"))
-        self._gripper_image.publish(image_message(views.gripper, stamp, "gripper_camera"))
+                self._awaited = now
+        self._static_image.publish(image_message(views.static, now, "static_camera"))
+        self._gripper_image.publish(image_message(views.gripper, now, "gripper_camera"))
         if self._lockstep:
             timeout = self.get_parameter("clock.lockstep_timeout_s").value
             self._wait(time.monotonic() + timeout, over=lambda: self._awaited is None)
@@ -264,12 +261,7 @@ class TableNode(Node):
 
 def main(args: list[str] | None = None) -> int:
     """Runs the node until SIGINT or SIGTERM (0); `args` as for rclpy.init. A wrong parameter raises UserError."""
-    stop = threading.Event()
-    # rclpy's own handlers would take the context away under the publishers.
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    try:
+    with ros_process(args) as stop:
         node = TableNode(stop)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
@@ -284,10 +276,6 @@ def main(args: list[str] | None = None) -> int:
             node.destroy_node()
         for failure in failures:
             raise failure
-    except ParameterException as error:
-        raise UserError(f"parameter refused: {error}") from error
-    finally:
-        rclpy.try_shutdown()
     return 0
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from deer_vla_ros.control.controller import Controller
-from deer_vla_ros.ros.conversions import milliseconds, stamp
+from deer_vla_ros.ros.conversions import milliseconds
+from deer_vla_ros.ros.stamped import stamp
 
 WINDOW = 100
 """Steps that rolling figures cover."""

@@ -7,14 +7,13 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
+from deer_vla_ros.msg import BudgetStatus, PolicyStep
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from harness import Client, wait_until
 from rclpy.duration import Duration
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Image
 from std_msgs.msg import Float64MultiArray, String
-
-from deer_vla_ros.msg import BudgetStatus, PolicyStep
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 PERIOD_S = 0.1

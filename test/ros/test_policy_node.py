@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+from deer_vla_ros.msg import PolicyStep
 from harness import Client, Process, spawn, wait_until
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
@@ -12,8 +13,6 @@ from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import DescribeParameters, SetParameters
 from rig import Rig, moves, nanoseconds
 from std_srvs.srv import SetBool, Trigger
-
-from deer_vla_ros.msg import PolicyStep
 
 START_TIMEOUT = 60.0
 
@@ -177,7 +176,7 @@ def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigur
         line = next(line for line in process.output().splitlines() if "configure failed" in line)
         assert "/nowhere" in line and "config.json is missing" in line
         assert "Traceback" not in process.output()
-        state = client.call(GetState, "failing/deer_vla/get_state").current_state
+        state = client.call(GetState, "failing/deer_vla/get_state", timeout=START_TIMEOUT).current_state
         assert state.id == State.PRIMARY_STATE_UNCONFIGURED
         assert process.stop() == 0
 
