@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.from_json import from_json
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,8 @@ class ActionSpace:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionSpace:
-        """From `config.json`; unknown or missing keys raise UserError by name."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
-            raise UserError(f"config.json: action_space must have exactly the keys {sorted(names)}, it has {sorted(values)}")
-        return cls(**values)
+        """From `config.json`; unknown or missing keys and values of another type raise UserError by name."""
+        return from_json(cls, values, "action_space")
 
 
 CALVIN = ActionSpace(frame="world", translation_m=0.02, rotation_rad=0.05, gripper_open=1.0, gripper_closed=-1.0, rate_hz=30.0)

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
-from deer_vla_ros.model.network import MultiExitVLA, build
+from deer_vla_ros.model.from_json import from_json
+from deer_vla_ros.model.network import MultiExitVLA, build, check_shapes
 from deer_vla_ros.model.text import InstructionTokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -38,27 +39,18 @@ class CheckpointInfo:
     delta: str
     thresholds: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        exits = self.model.exits
+        if len(self.thresholds) != len(exits):
+            raise UserError(f"config.json: {len(self.thresholds)} thresholds for the {len(exits)} exits {exits}: give one each")
+
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "thresholds": list(self.thresholds)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckpointInfo:
-        """Inverse of `to_dict`; unknown or missing keys raise UserError by name."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
-            raise UserError(f"config.json must have exactly the keys {sorted(names)}, it has {sorted(values)}")
-        model = ModelConfig.from_dict(values["model"])
-        info = cls(
-            model=model,
-            action_space=ActionSpace.from_dict(values["action_space"]),
-            weights=values["weights"],
-            trained=values["trained"],
-            delta=values["delta"],
-            thresholds=tuple(float(threshold) for threshold in values["thresholds"]),
-        )
-        if len(info.thresholds) != len(model.exits):
-            raise UserError(f"config.json: {len(info.thresholds)} thresholds for the {len(model.exits)} exits {model.exits}: give one each")
-        return info
+        """Inverse of `to_dict`; unknown or missing keys and values of another type raise UserError by name."""
+        return from_json(cls, values, "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
             raise UserError(f"checkpoint {folder}: {name} is missing: give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
     try:
         info = CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of bytes that are no text, and of text that is no JSON
         raise UserError(f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint") from error
     tokenizer = InstructionTokenizer.from_file(folder / TOKENIZER, info.model.max_tokens)
     if tokenizer.size > info.model.decoder.vocabulary:
@@ -109,18 +101,10 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
 
 def _read_weights(path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor of the network, checked by name and shape before the first is loaded."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            for kind, names in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
-                if names:
-                    first = ", ".join(sorted(names)[:3])
-                    raise UserError(f"{path}: {len(names)} tensors are {kind}, first {first}: weights and {CONFIG} are not of the same model")
-            for name, shape in expected.items():
-                if found[name] != shape:
-                    raise UserError(f"{path}: tensor {name} has shape {found[name]}, {CONFIG} asks for {shape}")
-            return {name: file.get_tensor(name).to(dtype) for name in expected}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            check_shapes(config, shapes, str(path))
+            return {name: file.get_tensor(name).to(dtype) for name in shapes}
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}): copy the checkpoint again") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.from_json import from_json
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,26 @@ class ModelConfig:
     max_tokens: int = 32
 
     def __post_init__(self) -> None:
+        for part in ("vision", "resampler", "decoder", "head"):
+            _check_sizes(part, getattr(self, part))
+        if self.max_tokens < 1:
+            raise UserError(f"model config: max_tokens is {self.max_tokens}: give 1 or more")
+        if self.decoder.layers < 2:
+            raise UserError(
+                f"model config: decoder.layers is {self.decoder.layers}, but an exit is compared with the layer before it: give 2 or more"
+            )
+        if self.vision.patch_size > self.vision.image_size:
+            raise UserError(
+                f"model config: vision.patch_size {self.vision.patch_size} is larger than vision.image_size {self.vision.image_size}: "
+                "change one of them"
+            )
         if self.exit_interval < 2:
             raise UserError(
                 f"model config: exit_interval is {self.exit_interval}, but the first exit is compared with the layer before it: "
                 "set it to 2 or more"
             )
         for name, width, heads in (("vision", self.vision.width, self.vision.heads), ("decoder", self.decoder.width, self.decoder.heads)):
-            if heads < 1 or width % heads:
+            if width % heads:
                 raise UserError(f"model config: {name}.width {width} is not a multiple of {name}.heads {heads}: change one of them")
 
     @property
@@ -114,22 +128,16 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`; an unknown or missing key raises UserError by name."""
-        parts = {"vision": VisionConfig, "resampler": ResamplerConfig, "decoder": DecoderConfig, "head": HeadConfig}
-        built = {name: _build(part, values.get(name, {}), f"model.{name}") for name, part in parts.items()}
-        return _build(cls, {**values, **built}, "model")
+        """Inverse of `to_dict`; an unknown or missing key, or a value of another type, raises UserError by name."""
+        return from_json(cls, values, "model")
 
 
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    """One config dataclass from JSON values; lists become tuples."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    missing = sorted(
-        name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
-    )
-    if unknown or missing:
-        raise UserError(f"config.json: {where} has unknown keys {unknown} and lacks {missing}: compare with ModelConfig")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+def _check_sizes(part: str, config: Any) -> None:
+    """Every whole number of a part is a size or a count: 1 or more."""
+    for name, value in vars(config).items():
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and size < 1:
+                raise UserError(f"model config: {part}.{name} is {value}: give 1 or more")
 
 
 def openflamingo_3b(layers: int = 12) -> ModelConfig:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.decoder import Layer, TextContext, attention_bias
 from deer_vla_ros.model.head import ActionHead
@@ -89,19 +90,33 @@ class MultiExitVLA(nn.Module):
             state |= placed(f"auxiliary_heads.{exit_layer}", head)
         if config.decoder.final_norm:
             state |= blocks.renamed({"final_norm.weight": "norm_f.weight"})
+        check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, "reference weights")
         return build(config, state)
 
 
 def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
     """A network that owns `state`'s tensors without a second copy in memory; ready for inference.
 
-    Raises RuntimeError where a name or shape does not fit (checkpoint.py checks them first, by name).
+    Raises RuntimeError where a name or shape does not fit: `check_shapes` beforehand says so in words for the user.
     """
     with torch.device("meta"):
         model = MultiExitVLA(config)
     model.load_state_dict(state, strict=True, assign=True)
     restore_buffers(model)
     return model.eval().requires_grad_(False)
+
+
+def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises UserError, by name, unless tensors of shapes `found` are exactly those of a network of this config."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
+    for kind, names in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise UserError(f"{where}: {len(names)} tensors are {kind}, first {first}: weights and config are not of the same model")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}: they are not of the same model")
 
 
 def restore_buffers(model: MultiExitVLA) -> None:
