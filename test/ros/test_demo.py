@@ -1,0 +1,126 @@
+"""The demo as a user runs it: real processes, real DDS, results on disk, and nothing left behind however it ends."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from harness import spawn, wait_until
+from PIL import Image
+
+from deer_vla_ros.msg import PolicyStep
+
+START_S = 120.0
+"""Generous: torch on a machine that is busy with other things."""
+CONTROLLING = "controlling"
+"""What the policy node logs when its first step is out."""
+
+
+def state_and_parent(pid):
+    """One letter and an id from /proc; None where the process is gone or only waits to be reaped."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else (state, int(parent))
+
+
+def children(parent):
+    """Ids of the processes that `parent` started and that still run."""
+    running = {int(folder.name): state_and_parent(folder.name) for folder in Path("/proc").glob("[0-9]*")}
+    return [pid for pid, found in running.items() if found and found[1] == parent]
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+
+
+def gone(pid):
+    return state_and_parent(pid) is None
+
+
+def started_by_demo(out):
+    """The demo's own id and its two processes by command, once the policy controls."""
+    log = out / "node.log"
+    wait_until(lambda: log.exists() and CONTROLLING in log.read_text(), START_S, "the first step")
+    (demo,) = [pid for pid in children(os.getpid()) if "demo" in command_of(pid)]
+    return demo, {command_of(pid)[3]: pid for pid in children(demo)}
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A results folder in which an earlier demo has left a summary."""
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / "summary.json").write_text("{}")
+    return out
+
+
+def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
+    with spawn("demo", "--seconds", "4", "--seed", "3", "--out", str(out)) as demo:
+        status = demo.wait(START_S)
+        output = demo.output()
+    summary = json.loads((out / "summary.json").read_text())
+    rows = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+    assert status == (0 if summary["passed"] else 1), output
+    assert summary["passed"], f"{summary['reason']}\n{output}"
+    assert len(rows) == summary["steps"] >= 36
+    assert summary["rate_hz"] == pytest.approx(10, abs=1)
+    assert sum(summary["exits"].values()) == summary["steps"]
+    assert 0 < summary["macs_fraction"] <= 1
+    assert all(stage["p50"] <= stage["p95"] for stage in summary["latency_ms"].values())
+    assert "NO_INSTRUCTION" not in summary["holds"]
+    assert summary["lost_steps"] == 0
+    assert summary["instructions"] == ["lift the red block", "open the drawer", "push the blue block to the left"]
+    assert summary["episodes"] == 3
+    assert summary["first_step_s"] > 0
+    assert summary["seed"] == 3
+    assert summary.keys() >= {"dropped", "weights", "trained"}
+    assert rows[0].keys() == PolicyStep.get_fields_and_field_types().keys()
+    assert ("NOT TRAINED" in output) == (not summary["trained"])
+    with Image.open(out / "cameras.png") as picture:
+        assert picture.width > 1000
+    assert {found.name for found in out.iterdir()} == {"summary.json", "steps.jsonl", "cameras.png", "table.log", "node.log"}
+
+
+@pytest.mark.parametrize(("command", "name"), [("node", "policy node"), ("sim", "table")])
+def test_a_demo_fails_when_one_of_its_processes_is_killed_and_ends_the_other(command, name, out):
+    with spawn("demo", "--seconds", "600", "--out", str(out)) as demo:
+        _, started = started_by_demo(out)
+        os.kill(started[command], signal.SIGKILL)
+        assert demo.wait(30) == 1
+        output = demo.output()
+    assert f"error: the {name} ended in the middle of the demo with signal SIGKILL" in output
+    assert f"--- the end of {out}" in output
+    assert set(started) == {"node", "sim"}
+    assert all(gone(pid) for pid in started.values())
+    assert not (out / "summary.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_ends_its_processes_in_order_and_leaves_no_half_summary(number, out):
+    with spawn("demo", "--seconds", "600", "--out", str(out)) as demo:
+        _, started = started_by_demo(out)
+        assert demo.stop(number, timeout=30) == 1
+        assert demo.output().endswith("interrupted\n")
+    assert all(gone(pid) for pid in started.values())
+    assert "control is ending" in (out / "node.log").read_text()  # a last hold: it was asked, not killed
+    assert {found.name for found in out.iterdir()} == {"table.log", "node.log"}
+
+
+def test_nothing_goes_on_after_a_demo_that_was_killed(out):
+    with spawn("demo", "--seconds", "600", "--out", str(out)) as demo:
+        pid, started = started_by_demo(out)
+        os.kill(pid, signal.SIGKILL)
+        demo.wait()
+        for name, child in started.items():
+            wait_until(lambda child=child: gone(child), 30, f"the end of {name}")
+
+
+def test_a_checkpoint_that_is_not_there_is_named_before_anything_starts(tmp_path):
+    with spawn("demo", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")) as demo:
+        assert demo.wait(30) == 1
+        assert "nothing/config.json cannot be read" in demo.output()
+    assert not (tmp_path / "out").exists()
