@@ -1,0 +1,62 @@
+"""The policy node on a robot.
+
+    ros2 launch deer_vla_ros deer_vla.launch.py params_file:=my_cell.yaml
+    ros2 launch deer_vla_ros deer_vla.launch.py namespace:=left model_path:=/data/my_checkpoint device:=cuda
+
+Topic names are relative: `namespace` moves them all, and an including launch file renames single ones with SetRemap. An argument
+left empty leaves the matter to params_file.
+"""
+
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
+from launch_ros.actions import LifecycleNode
+from launch_ros.parameter_descriptions import ParameterValue
+from launch_ros.substitutions import FindPackageShare
+
+PARAMETERS = {
+    "model_path": ("model.path", str),
+    "device": ("model.device", str),
+    "use_sim_time": ("use_sim_time", bool),
+    "autostart": ("autostart", bool),
+}
+"""Launch argument -> the node's parameter and its type."""
+
+
+def generate_launch_description() -> LaunchDescription:
+    default_params = PathJoinSubstitution([FindPackageShare("deer_vla_ros"), "config", "deer_vla.yaml"])
+    on_off = ["", "true", "false"]
+    return LaunchDescription(
+        [
+            DeclareLaunchArgument("params_file", default_value=default_params, description="Parameters of the node (YAML)."),
+            DeclareLaunchArgument("model_path", default_value="", description="Checkpoint folder; overrides params_file."),
+            DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node and of all its topics."),
+            DeclareLaunchArgument(
+                "device", default_value="", choices=["", "auto", "cpu", "cuda"], description="Where the network runs; overrides params_file."
+            ),
+            DeclareLaunchArgument("use_sim_time", default_value="", choices=on_off, description="Take time from /clock."),
+            DeclareLaunchArgument(
+                "autostart", default_value="", choices=on_off, description="false: wait for a lifecycle manager; overrides params_file."
+            ),
+            OpaqueFunction(function=_start_node),
+        ]
+    )
+
+
+def _start_node(context: LaunchContext) -> list[LifecycleNode]:
+    given = {
+        parameter: ParameterValue(LaunchConfiguration(argument), value_type=kind)
+        for argument, (parameter, kind) in PARAMETERS.items()
+        if LaunchConfiguration(argument).perform(context)
+    }
+    # A LifecycleNode, so that a launch file which includes this one can react to its transitions or cause them. Its own `autostart`
+    # stays off: the node's parameter of that name does it, with and without launch, and twice would be refused.
+    node = LifecycleNode(
+        package="deer_vla_ros",
+        executable="deer_vla_node",
+        name="deer_vla",
+        namespace=LaunchConfiguration("namespace"),
+        parameters=[LaunchConfiguration("params_file"), *([given] if given else [])],
+        output="screen",
+    )
+    return [node]

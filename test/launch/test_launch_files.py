@@ -1,0 +1,129 @@
+"""Launch files name what exists. `launch` is not on PyPI: without it they are read, with it (apt Jazzy) they are loaded."""
+
+import ast
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import rclpy
+import yaml
+from rclpy.context import Context
+
+from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY, DEMO = ROOT / "launch" / "deer_vla.launch.py", ROOT / "launch" / "demo.launch.py"
+ARGUMENTS = {
+    POLICY: {"params_file", "model_path", "namespace", "device", "use_sim_time", "autostart"},
+    DEMO: {"seed", "namespace"},
+}
+FILES = pytest.mark.parametrize("path", ARGUMENTS, ids=lambda path: path.name)
+
+
+def calls(path, name):
+    """Every call of `name` in the file."""
+    tree = ast.parse(path.read_text(), str(path))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == name]
+
+
+def keyword(call, name):
+    """The literal that a call gives as keyword argument `name`; None where it is no literal."""
+    value = {given.arg: given.value for given in call.keywords}[name]
+    return value.value if isinstance(value, ast.Constant) else None
+
+
+def nodes(path):
+    return calls(path, "Node") + calls(path, "LifecycleNode")
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@FILES
+def test_a_launch_file_compiles_and_declares_the_arguments_that_users_are_told(path):
+    compile(path.read_text(), str(path), "exec")
+    assert {call.args[0].value for call in calls(path, "DeclareLaunchArgument")} == ARGUMENTS[path]
+
+
+@FILES
+def test_every_launch_argument_is_used(path):
+    used = {call.args[0].value for call in calls(path, "LaunchConfiguration") if isinstance(call.args[0], ast.Constant)}
+    table = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assign)]
+    used |= {key.value for value in table if isinstance(value, ast.Dict) for key in value.keys}
+    assert used == ARGUMENTS[path]
+
+
+@FILES
+def test_launched_nodes_are_executables_of_this_package(path):
+    assert nodes(path)
+    for node in nodes(path):
+        script = ROOT / "scripts" / keyword(node, "executable")
+        assert keyword(node, "package") == "deer_vla_ros"
+        assert os.access(script, os.X_OK), f"{script} cannot be run"
+        assert script.name in (ROOT / "CMakeLists.txt").read_text()
+
+
+def test_the_policy_node_keeps_the_name_that_the_parameter_file_gives_it():
+    (node,) = nodes(POLICY)
+    assert keyword(node, "name") == NODE_NAME
+    assert yaml.safe_load((ROOT / "config" / "deer_vla.yaml").read_text())["/**"].keys() == {NODE_NAME}
+
+
+def test_launch_arguments_set_parameters_that_the_node_declares_and_with_their_type():
+    declared = {declaration.name: type(declaration.default).__name__ for declaration in DECLARATIONS} | {"use_sim_time": "bool"}
+    (table,) = [node.value for node in ast.walk(ast.parse(POLICY.read_text())) if isinstance(node, ast.Assign) and is_parameters(node)]
+    for value in table.values:
+        parameter, kind = value.elts
+        assert declared[parameter.value] == kind.id, parameter.value
+
+
+def is_parameters(node):
+    return getattr(node.targets[0], "id", "") == "PARAMETERS"
+
+
+@pytest.mark.parametrize("namespace", ["/", "/left"])
+def test_what_launch_gives_wins_over_the_parameter_file(namespace, tmp_path):
+    """The command line is the one that launch_ros writes: the file first, then a file of its own under the node's full name."""
+    given = tmp_path / "launch_params.yaml"
+    full_name = f"{namespace.rstrip('/')}/{NODE_NAME}"
+    given.write_text(yaml.safe_dump({full_name: {"ros__parameters": {"model.path": "/data/mine", "autostart": False}}}))
+    files = ["--params-file", str(ROOT / "config" / "deer_vla.yaml"), "--params-file", str(given)]
+    context = Context()
+    rclpy.init(context=context)
+    try:
+        node = rclpy.create_node(
+            "named_by_launch",
+            context=context,
+            cli_args=["--ros-args", "-r", f"__node:={NODE_NAME}", "-r", f"__ns:={namespace}", *files],
+            automatically_declare_parameters_from_overrides=True,
+        )
+        assert node.get_fully_qualified_name() == full_name
+        assert node.get_parameter("model.path").value == "/data/mine"
+        assert node.get_parameter("autostart").value is False
+        assert node.get_parameter("control.rate_hz").value == 10.0  # from deer_vla.yaml, in any namespace
+        node.destroy_node()
+    finally:
+        rclpy.shutdown(context=context)
+
+
+@FILES
+def test_a_launch_file_loads(path):
+    pytest.importorskip("launch_ros", reason="launch_ros comes with apt Jazzy and is not on PyPI")
+    description = load(path).generate_launch_description()
+    declared = {argument.name for argument in description.get_launch_arguments()}
+    assert declared >= ARGUMENTS[path]
+
+
+def test_the_policy_node_is_launched_with_only_the_parameters_given():
+    pytest.importorskip("launch_ros", reason="launch_ros comes with apt Jazzy and is not on PyPI")
+    from launch import LaunchContext
+
+    context = LaunchContext()
+    context.launch_configurations.update({name: "" for name in ARGUMENTS[POLICY]} | {"device": "cpu"})
+    (node,) = load(POLICY)._start_node(context)
+    assert node.node_executable == "deer_vla_node"
