@@ -58,6 +58,7 @@ build msgs: build/messages/.stamp
 .venv/bin/python: | .venv/.stamp-system
 	@echo "creating .venv with $(PYTHON)"
 	@"$(PYTHON)" -m venv .venv
+	@$(PIP) pip==26.3 # Python 3.10's own pip searches for minutes where this one needs seconds
 
 .venv/.stamp-ros: requirements-ros.txt | .venv/bin/python
 	@echo "installing ROS 2 Jazzy wheels"
