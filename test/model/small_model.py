@@ -49,11 +49,14 @@ def with_decoder(config: ModelConfig, **changes) -> ModelConfig:
 
 
 def small_model(config: ModelConfig = SMALL, seed: int = 0) -> MultiExitVLA:
-    """Random weights; layers grow with depth, so that neighbouring exits disagree measurably."""
+    """Random weights, larger than at initialisation: neighbouring exits disagree, each step differently."""
     torch.manual_seed(seed)
     model = MultiExitVLA(config).eval().requires_grad_(False)
+    for parameter in model.layers.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(3)
     for parameter in model.shared_head.parameters():
-        parameter.mul_(3)
+        parameter.mul_(2)
     return model
 
 

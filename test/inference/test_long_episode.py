@@ -1,0 +1,43 @@
+"""Does anything grow with the episode?"""
+
+import dataclasses
+import gc
+import os
+import sys
+from pathlib import Path
+
+from small_model import INSTRUCTION, SMALL, observations, small_model, small_tokenizer, with_decoder
+
+from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.policy import DeerPolicy
+from deer_vla_ros.model.config import HeadConfig
+
+STEPS, WARM_UP = 10_000, 1_000
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def footprint() -> tuple[int, int, int]:
+    """Objects that Python tracks, blocks that it has allocated (numbers count too), and bytes of the process (tensors count too)."""
+    gc.collect()
+    return len(gc.get_objects()), sys.getallocatedblocks(), resident_bytes()
+
+
+def test_ten_thousand_steps_use_no_more_memory_than_the_first_thousand():
+    config = dataclasses.replace(with_decoder(SMALL, layers=3, cross_attention_every=2), head=HeadConfig(hidden=16, mlp_widths=(), lstm_layers=1))
+    policy = DeerPolicy(small_model(config), small_tokenizer(), ExitRule(config.exits, (0.05, 1e8)))
+    policy.reset(INSTRUCTION)
+    views = observations(50)
+    depths = set()
+    for i in range(STEPS):
+        depths.add(policy.step(views[i % len(views)]).exit_layer)
+        if i == WARM_UP:
+            objects, blocks, resident = footprint()
+    objects_after, blocks_after, resident_after = footprint()
+    # One object, number or tensor kept per step would be 9000 of them.
+    assert objects_after - objects < 500
+    assert blocks_after - blocks < 2000
+    assert resident_after - resident < 8 * 2**20
+    assert depths == {1, 2}, "the episode took every exit"

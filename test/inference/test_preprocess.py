@@ -1,0 +1,77 @@
+"""Is a camera image prepared exactly as the reference prepares it?"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deer_vla_ros.inference.preprocess import CLIP_MEAN, CLIP_STD, ImagePreprocessor, resize_and_crop
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def through_pillow(image: np.ndarray, size: int) -> np.ndarray:
+    """The same in Pillow's own words: shortest side to `size`, the other in proportion and rounded down, the middle cut out."""
+    picture = Image.fromarray(image)
+    width, height = picture.size
+    if width <= height:
+        scaled = (size, int(size * height / width))
+    else:
+        scaled = (int(size * width / height), size)
+    picture = picture.resize(scaled, resample=Image.Resampling.BICUBIC)
+    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(480, 640), (640, 480), (200, 200), (84, 84), (224, 224), (224, 301), (301, 224), (225, 224), (37, 91), (1, 5), (5, 1), (1, 1)],
+)
+def test_an_image_of_any_shape_is_resized_and_cropped_as_pillow_does(height, width):
+    image = noise(height, width)
+    before = image.copy()
+    assert np.array_equal(resize_and_crop(image, 224), through_pillow(image, 224))
+    assert np.array_equal(image, before), "the camera's own image stays as it was"
+
+
+def test_an_image_of_the_right_size_is_taken_as_it_is():
+    image = noise(80, 80)
+    assert np.array_equal(resize_and_crop(image, 80), image)
+
+
+def test_an_odd_margin_is_rounded_to_the_even_side():
+    image = np.zeros((4, 7, 3), np.uint8)
+    image[:, :, 0] = np.arange(7)
+    assert resize_and_crop(image, 4)[0, :, 0].tolist() == [2, 3, 4, 5], "a margin of 1.5 pixels becomes 2, as in torchvision"
+
+
+@settings(deadline=None, max_examples=200)
+@given(height=st.integers(1, 70), width=st.integers(1, 70), size=st.integers(1, 60))
+def test_the_result_is_always_a_square_of_the_asked_size(height, width, size):
+    result = resize_and_crop(noise(height, width), size)
+    assert result.shape == (size, size, 3)
+    assert result.dtype == np.uint8
+
+
+def test_a_view_of_a_larger_buffer_is_read_like_a_copy():
+    buffer = noise(40, 90)
+    view = buffer[::-1, ::2]
+    assert np.array_equal(resize_and_crop(view, 16), resize_and_crop(view.copy(), 16))
+
+
+def test_the_batch_is_normalised_and_holds_both_cameras_in_order():
+    images = (noise(30, 40, seed=1), noise(12, 10, seed=2))
+    batch = ImagePreprocessor(16, torch.device("cpu"), torch.float32)(images)
+    assert batch.shape == (1, 2, 3, 16, 16)
+    for camera, image in enumerate(images):
+        expected = (through_pillow(image, 16) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+        np.testing.assert_allclose(batch[0, camera].numpy(), expected.transpose(2, 0, 1), rtol=0, atol=1e-6)
+
+
+def test_the_batch_has_the_networks_precision():
+    images = (noise(16, 16), noise(16, 16))
+    assert ImagePreprocessor(16, torch.device("cpu"), torch.bfloat16)(images).dtype == torch.bfloat16
