@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 from dataclasses import dataclass
 
@@ -76,9 +77,10 @@ class BudgetKeeper:
         """Raises UserError where `budget` cannot be kept at the current instruction length; changes nothing."""
         low, high = self._feasible()
         if not (budget.peak_gmac == 0 or (math.isfinite(budget.peak_gmac) and budget.peak_gmac >= low)):
+            named = _rounded_up(low)
             raise UserError(
-                f"budget.peak_gmac is {budget.peak_gmac:g}, which is not at least the {low:.4g} GMAC of the first exit at {self._table.tokens} tokens: "
-                f"ask for {low:.4g} to {high:.4g}, or 0 for no limit"
+                f"budget.peak_gmac is {budget.peak_gmac:g}, which is not at least the {named} GMAC of the first exit at {self._table.tokens} tokens: "
+                f"ask for {named} to {high:.4g}, or 0 for no limit"
             )
 
     def set(self, budget: Budget) -> None:
@@ -133,3 +135,8 @@ class BudgetKeeper:
         self._current = rule
         self._id += 1
         self._spent, self._steps = 0.0, 0
+
+
+def _rounded_up(gmac: float) -> str:
+    """Four digits that are enough: a budget of just what a message names must not be refused again."""
+    return f"{decimal.Context(prec=4, rounding=decimal.ROUND_CEILING).create_decimal(gmac):g}"
