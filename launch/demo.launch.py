@@ -6,6 +6,9 @@
 The arm holds until an instruction comes. When one of the two processes ends, the other one is ended too.
 """
 
+from pathlib import Path
+
+import deer_vla_ros
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, RegisterEventHandler, Shutdown
 from launch.event_handlers import OnProcessExit
@@ -13,6 +16,9 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution, ThisLaunchFileDir
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
+
+TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "sim" / "assets" / "guard.yaml"
+"""The policy node's limits on this table."""
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -27,7 +33,7 @@ def generate_launch_description() -> LaunchDescription:
     )
     policy = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(PathJoinSubstitution([ThisLaunchFileDir(), "deer_vla.launch.py"])),
-        launch_arguments={"namespace": namespace}.items(),
+        launch_arguments={"namespace": namespace, "params_file": str(TABLE_GUARD)}.items(),
     )
     return LaunchDescription(
         [

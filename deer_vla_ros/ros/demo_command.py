@@ -27,6 +27,8 @@ INSTRUCTIONS = ("lift the red block", "open the drawer", "push the blue block to
 RESULTS = ("summary.json", "steps.jsonl", "cameras.png")
 MOMENTS = 12
 """How many moments of the run the picture shows."""
+TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "sim" / "assets" / "guard.yaml"
+"""The policy node's limits on this table; found without importing MuJoCo."""
 HIGHEST_PORTABLE_DOMAIN = 101
 """Above it a domain's ports reach into the range that Linux hands out to other programs."""
 
@@ -50,8 +52,10 @@ def run(args: argparse.Namespace) -> int:
 
     from deer_vla_ros.ros.demo_processes import DemoProcess, kept
 
-    model = ["--ros-args", "-p", f"model.path:={Path(args.model).expanduser().resolve()}"] if args.model else []
-    node = DemoProcess("policy node", ["node", *model], args.out / "node.log")  # first: it takes longest to start
+    parameters = ["--ros-args", "--params-file", str(TABLE_GUARD)]
+    if args.model:
+        parameters += ["-p", f"model.path:={Path(args.model).expanduser().resolve()}"]
+    node = DemoProcess("policy node", ["node", *parameters], args.out / "node.log")  # first: it takes longest to start
     table = DemoProcess("table", ["sim", "--seed", str(args.seed)], args.out / "table.log")
     with kept(node, table):
         # rclpy and rich load while the others start; rclpy only after them, so that no thread of it is there to be forked.

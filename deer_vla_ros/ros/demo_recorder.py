@@ -10,18 +10,19 @@ from collections import OrderedDict
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
 from deer_vla_ros.evaluation.demo_report import Moment, image_array, row_of, seconds_of
 from deer_vla_ros.msg import PolicyStep
+from deer_vla_ros.ros.qos import LATCHED
+from deer_vla_ros.ros.stamped import SECOND, nanoseconds
 
 POLICY_NODE = "deer_vla"
 CAMERAS = ("static", "gripper")
 IMAGES_WAITING = 30
 """Images kept per camera until the step that used them is heard: 3 s at 10 Hz."""
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 EVERY_STEP = QoSProfile(depth=1000, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.RELIABLE)
 IMAGES = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
@@ -43,7 +44,7 @@ class DemoRecorder(Node):
         self.status = ""  # the policy node's state in its own words
         self._waits_for_instruction = False
         self._moment_interval_s = moment_interval_s
-        self._images: dict[str, OrderedDict[tuple[int, int], Image]] = {camera: OrderedDict() for camera in CAMERAS}
+        self._images: dict[str, OrderedDict[int, Image]] = {camera: OrderedDict() for camera in CAMERAS}
 
         self._instruction = self.create_publisher(String, "instruction", LATCHED)
         self.create_subscription(PolicyStep, f"{POLICY_NODE}/step", self._on_step, EVERY_STEP)
@@ -73,7 +74,7 @@ class DemoRecorder(Node):
 
     def _on_image(self, camera: str, image: Image) -> None:
         waiting = self._images[camera]
-        waiting[_key(image.header.stamp)] = image
+        waiting[nanoseconds(image.header.stamp)] = image
         if len(waiting) > IMAGES_WAITING:
             waiting.popitem(last=False)
 
@@ -86,8 +87,8 @@ class DemoRecorder(Node):
         self.rows.append(row)
         newest = self.moments[-1].row if self.moments else None
         if newest is None or _stamp_s(row) - _stamp_s(newest) >= self._moment_interval_s:
-            static = self._images["static"].get(_key(message.static_stamp))
-            gripper = self._images["gripper"].get(_key(message.gripper_stamp))
+            static = self._images["static"].get(nanoseconds(message.static_stamp))
+            gripper = self._images["gripper"].get(nanoseconds(message.gripper_stamp))
             if static and gripper:  # otherwise an image got lost on its way here: the next step will do as well
                 self.moments.append(Moment(row, image_array(static), image_array(gripper)))
 
@@ -97,12 +98,8 @@ class DemoRecorder(Node):
                 continue
             self.status = status.message
             self.figures = {pair.key: pair.value for pair in status.values}
-            self.figures_stamp_s = seconds_of({"sec": array.header.stamp.sec, "nanosec": array.header.stamp.nanosec})
+            self.figures_stamp_s = nanoseconds(array.header.stamp) / SECOND
             self._waits_for_instruction = status.level == DiagnosticStatus.WARN
-
-
-def _key(stamp) -> tuple[int, int]:
-    return stamp.sec, stamp.nanosec
 
 
 def _stamp_s(row: dict) -> float:

@@ -14,7 +14,6 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
@@ -25,12 +24,10 @@ from deer_vla_ros.control.types import Camera, Command, HoldReason
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
 from deer_vla_ros.ros import conversions, parameters
+from deer_vla_ros.ros.qos import LATCHED, NEWEST
 from deer_vla_ros.ros.stamped import pose_message
 from deer_vla_ros.ros.telemetry import Telemetry
 
-NEWEST = QoSProfile(depth=1, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.BEST_EFFORT)
-"""For sensor data: matches best-effort and reliable publishers, and keeps nothing but the newest."""
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 THROTTLE_S = 5.0
 STATUS_PERIOD_S = 1.0
 

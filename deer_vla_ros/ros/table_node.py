@@ -17,7 +17,7 @@ from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
@@ -25,6 +25,7 @@ from std_srvs.srv import Trigger
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.process import ros_process
+from deer_vla_ros.ros.qos import NEWEST
 from deer_vla_ros.ros.stamped import nanoseconds, pose_message, stamp
 from deer_vla_ros.ros.table_messages import BASE_FRAME, image_message, joints_message
 from deer_vla_ros.sim.scene import MAX_OPENING
@@ -33,8 +34,7 @@ from deer_vla_ros.sim.table import Table
 POSE_RATE_HZ = 50.0
 MODES = ("paced", "lockstep")
 
-_NEWEST = QoSProfile(depth=1)
-_NEWEST_IMAGE = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+_RELIABLE = QoSProfile(depth=1)
 _SIGNAL_LATENCY = 0.05  # s: how often a waiting thread looks whether it is to stop
 _BACKLOG_LIMIT = 0.5  # s behind the pace before the table gives up catching up
 _LOG_EVERY = 2.0  # s between repetitions of the same complaint
@@ -60,15 +60,15 @@ class TableNode(Node):
         self._resets_asked = self._resets_done = 0
         self._reset_seed = self._seed
 
-        self._static_image = self.create_publisher(Image, "camera/static/image_raw", _NEWEST_IMAGE)
-        self._gripper_image = self.create_publisher(Image, "camera/gripper/image_raw", _NEWEST_IMAGE)
-        self._ee_pose = self.create_publisher(PoseStamped, "ee_pose", _NEWEST)
-        self._joint_states = self.create_publisher(JointState, "joint_states", _NEWEST)
-        self._clock_topic = self.create_publisher(Clock, "/clock", _NEWEST) if self._publishes_clock else None
+        self._static_image = self.create_publisher(Image, "camera/static/image_raw", NEWEST)
+        self._gripper_image = self.create_publisher(Image, "camera/gripper/image_raw", NEWEST)
+        self._ee_pose = self.create_publisher(PoseStamped, "ee_pose", _RELIABLE)
+        self._joint_states = self.create_publisher(JointState, "joint_states", _RELIABLE)
+        self._clock_topic = self.create_publisher(Clock, "/clock", _RELIABLE) if self._publishes_clock else None
         # The gripper first: where both have arrived its callback runs first, and in lock step it is the target that
         # sets the table going.
-        self.create_subscription(Float64MultiArray, "gripper_command", self._on_gripper, _NEWEST)
-        self.create_subscription(PoseStamped, "target_pose", self._on_target, _NEWEST)
+        self.create_subscription(Float64MultiArray, "gripper_command", self._on_gripper, _RELIABLE)
+        self.create_subscription(PoseStamped, "target_pose", self._on_target, _RELIABLE)
         self.create_service(Trigger, "~/reset", self._on_reset)
 
     def _declare_parameters(self) -> None:
