@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,16 +119,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of bytes that are no text, and of text that is no JSON
         raise UserError(f"{path}: not JSON ({error}): copy the recording again") from error
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a recording file, none of them pickled; a missing or malformed one raises UserError."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with arrays:
             return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable npz file ({error}): copy the recording again") from error

@@ -26,7 +26,8 @@ def footprint() -> tuple[int, int, int]:
 
 
 def test_ten_thousand_steps_use_no_more_memory_than_the_first_thousand():
-    config = dataclasses.replace(with_decoder(SMALL, layers=3, cross_attention_every=2), head=HeadConfig(hidden=16, mlp_widths=(), lstm_layers=1))
+    head = HeadConfig(hidden=16, mlp_widths=(), lstm_layers=1)
+    config = dataclasses.replace(with_decoder(SMALL, layers=3, cross_attention_every=2), head=head)
     policy = DeerPolicy(small_model(config), small_tokenizer(), ExitRule(config.exits, (0.88, 1e8)))
     policy.reset(INSTRUCTION)
     views = observations(50)

@@ -1,0 +1,399 @@
+"""Is the network the reference's, and does the parity command notice when it, or the recording, is not?"""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deer_vla_ros.__main__ import main
+from deer_vla_ros.evaluation.parity import compare
+from deer_vla_ros.evaluation.recording import read_arrays, read_json, read_model
+from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.policy import DeerPolicy
+from deer_vla_ros.inference.preprocess import ImagePreprocessor, resize_and_crop
+from deer_vla_ros.inference.types import Observation
+
+REPOSITORY = Path(__file__).parent.parent.parent
+COMPACT = REPOSITORY / "test" / "golden_compact"
+COMPACT_LIMIT = 2_000_000
+
+LIGHT_RUNS = ("fixed_exit_7", "dyn_A", "dyn_ensemble")
+LIGHT_STEPS, LIGHT_WINDOW, LIGHT_HIDDEN_STEPS = 4, 3, 2
+
+
+def golden_folder(environment: Mapping[str, str]) -> Path:
+    """The whole recording. In CI its absence is a failure, elsewhere a skip."""
+    folder = Path(environment.get("DEER_VLA_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
+    if folder.is_dir():
+        return folder
+    reason = f"the reference's whole recording is not at {folder}: set DEER_VLA_GOLDEN (test/golden_compact is checked in any case)"
+    if environment.get("CI", "").lower() not in ("", "0", "false"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+# The network is the reference's
+
+
+def test_the_whole_recording_is_within_tolerance():
+    folder = golden_folder(os.environ)
+    command = (sys.executable, "-m", "deer_vla_ros", "parity", str(folder))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "FAIL" not in result.stdout
+    for name in ("3b", "9b", "text", "preproc"):
+        assert f"ok   {name} " in result.stdout
+
+
+def test_the_compact_recording_is_within_tolerance(capsys):
+    assert main(["parity", str(COMPACT)]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+def test_the_compact_recording_is_small_enough_to_carry():
+    assert sum(path.stat().st_size for path in COMPACT.rglob("*") if path.is_file()) <= COMPACT_LIMIT
+
+
+def test_the_compact_recording_is_an_unchanged_part_of_the_whole():
+    whole = golden_folder(os.environ)
+    assert (COMPACT / "tolerances.json").read_bytes() == (whole / "tolerances.json").read_bytes()
+    for path in COMPACT.glob("*.npz"):
+        original = read_arrays(whole / path.name)
+        for name, array in read_arrays(path).items():
+            expected = original[name][: len(array)] if name.endswith("/hidden_states") else original[name]
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("ci", ["true", "1"])
+def test_in_ci_a_missing_recording_is_a_failure(tmp_path, ci):
+    with pytest.raises(pytest.fail.Exception, match="set DEER_VLA_GOLDEN"):
+        golden_folder({"CI": ci, "DEER_VLA_GOLDEN": str(tmp_path / "nowhere")})
+
+
+def test_elsewhere_a_missing_recording_is_a_skip_with_its_reason(tmp_path):
+    with pytest.raises(pytest.skip.Exception, match="nowhere: set DEER_VLA_GOLDEN"):
+        golden_folder({"DEER_VLA_GOLDEN": str(tmp_path / "nowhere")})
+
+
+# Lengths come from the arrays. The recording cut here is also what the tests below damage: it is checked in a second.
+
+
+def state_after(recording, tag: str, steps: int) -> dict[str, np.ndarray]:
+    """The head's state after the first steps of a run, which the reference recorded after the last only: our own."""
+    settings = recording.info["dynamic"].get(tag) or {"thresholds": {tag.removeprefix("fixed_exit_"): 1e8}}
+    thresholds = {int(layer): threshold for layer, threshold in settings["thresholds"].items()}
+    policy = DeerPolicy(recording.model, recording.tokenizer, ExitRule(tuple(thresholds), tuple(thresholds.values())))
+    policy.reset(recording.info["instruction"])
+    for static, gripper in zip(recording.rollout["raw_static"][:steps], recording.rollout["raw_gripper"]):
+        policy.step(Observation(static, gripper))
+    return {f"{tag}/h_final": policy.state.hidden.numpy(), f"{tag}/c_final": policy.state.cell.numpy()}
+
+
+def cut_rollout(name: str, array: np.ndarray) -> np.ndarray:
+    if name.startswith("t0/") or name in ("input_ids", "attention_mask"):
+        return array
+    return array[: LIGHT_HIDDEN_STEPS if name.endswith("/hidden_states") else LIGHT_STEPS]
+
+
+def cut_window(name: str, array: np.ndarray) -> np.ndarray:
+    if name.endswith("/pooled"):
+        return array[:, :, :LIGHT_WINDOW]
+    if name.startswith("values/") or array.ndim < 2 or name.endswith(("input_ids", "attention_mask", "hidden_states_t0", "strategy2_idx")):
+        return array
+    return array[:, :LIGHT_WINDOW]
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory) -> Path:
+    """The compact recording with fewer runs and every length cut."""
+    folder = tmp_path_factory.mktemp("light")
+    shutil.copytree(COMPACT, folder, dirs_exist_ok=True)
+    recording = read_model(COMPACT, "9b")
+    rollout = {name: cut_rollout(name, array) for name, array in recording.rollout.items() if "/" not in name or name.startswith("t0/")}
+    for tag in LIGHT_RUNS:
+        rollout |= {name: cut_rollout(name, array) for name, array in recording.rollout.items() if name.startswith(f"{tag}/")}
+        rollout |= state_after(recording, tag, LIGHT_STEPS)
+    np.savez(folder / "9b_rollout.npz", **rollout)
+    np.savez(folder / "9b_window.npz", **{name: cut_window(name, array) for name, array in recording.window.items()})
+    return folder
+
+
+@pytest.fixture
+def folder(light, tmp_path) -> Path:
+    """A copy of the light recording to damage."""
+    shutil.copytree(light, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def failed(folder: Path, capsys) -> set[str]:
+    """The kinds whose line says FAIL; exit status 1 exactly if there is one."""
+    status = main(["parity", str(folder)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    kinds = {line[2] for line in lines if line[0] == "FAIL"}
+    assert status == (1 if kinds else 0)
+    return kinds
+
+
+def refusal(folder: Path, capsys) -> str:
+    """The one line with which the command gives up, exit status 1."""
+    assert main(["parity", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
+    return error
+
+
+def test_a_recording_of_other_lengths_passes(folder, capsys):
+    arrays = read_arrays(folder / "9b_rollout.npz")
+    assert len(arrays["raw_static"]) == LIGHT_STEPS
+    assert len(arrays["fixed_exit_7/hidden_states"]) == LIGHT_HIDDEN_STEPS
+    assert failed(folder, capsys) == set()
+
+
+def test_a_single_recorded_step_passes(folder, capsys):
+    recording = read_model(folder, "9b")
+    cut = {name: array if name.startswith("t0/") or "_final" in name else array[:1] for name, array in recording.rollout.items()}
+    np.savez(folder / "9b_rollout.npz", **cut | {k: v for tag in LIGHT_RUNS for k, v in state_after(recording, tag, 1).items()})
+    assert failed(folder, capsys) == set()
+
+
+def test_a_recording_of_another_image_size_passes(folder, capsys):
+    """40 pixels are no multiple of the 16 that the normalised image is sampled by."""
+    raw = read_arrays(folder / "preproc.npz")["gripper/raw_hwc_uint8"]
+    arrays = {
+        "gripper/raw_hwc_uint8": raw,
+        "gripper/resized_cropped_chw_uint8": resize_and_crop(raw, 40).transpose(2, 0, 1),
+        "gripper/out_sub16": ImagePreprocessor(40, torch.device("cpu"), torch.float32)([raw])[0, 0, :, ::16, ::16].numpy(),
+    }
+    np.savez(folder / "preproc.npz", **arrays)
+    assert failed(folder, capsys) == set()
+
+
+# A difference is noticed, and on its own line
+
+
+def change(path: Path, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    arrays = read_arrays(path)
+    arrays[name] = edit(arrays[name].copy())
+    np.savez(path, **arrays)
+
+
+def off_by(amount: float) -> Callable[[np.ndarray], np.ndarray]:
+    """The last value of an array moved by a little more than a tolerance."""
+
+    def edit(array: np.ndarray) -> np.ndarray:
+        array.reshape(-1)[-1] += np.array(amount, array.dtype)
+        return array
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "name", "amount"),
+    [
+        ("images", "9b_rollout.npz", "vision_x", 1e-6),
+        ("input_ids", "9b_rollout.npz", "input_ids", 1),
+        ("input_ids", "9b_rollout.npz", "attention_mask", -1),
+        ("vit_tokens", "9b_rollout.npz", "t0/vit_tokens_gripper", 2e-4),
+        ("resampler", "9b_rollout.npz", "t0/perceiver_static", 1e-3),
+        ("token_embedding", "9b_rollout.npz", "t0/token_embedding", 1e-5),
+        ("hidden_states", "9b_rollout.npz", "fixed_exit_7/hidden_states", 2e-3),
+        ("hidden_states", "9b_window.npz", "fwd1/hidden_states_t0", 2e-3),
+        ("pooled", "9b_rollout.npz", "dyn_A/pooled", 2e-3),
+        ("pooled", "9b_window.npz", "fwd1/pooled", 2e-3),
+        ("pose", "9b_rollout.npz", "dyn_ensemble/pose", 2e-3),
+        ("pose", "9b_window.npz", "fwd1/extra_strategy2/pose", 2e-3),
+        ("gripper_logit", "9b_window.npz", "fwd1/aux_exit_3/gripper_logit", 2e-3),
+        ("gripper_prob", "9b_rollout.npz", "fixed_exit_7/gripper_prob", 5e-4),
+        ("deltas", "9b_rollout.npz", "dyn_A/deltas", 1e-3),
+        ("exits", "9b_rollout.npz", "dyn_A/exit_layer", 2),
+        ("action_fp16", "9b_rollout.npz", "dyn_ensemble/action_fp16", -2),
+        ("lstm_h", "9b_rollout.npz", "dyn_A/h_final", 2e-3),
+        ("lstm_c", "9b_rollout.npz", "dyn_ensemble/c_final", 5e-3),
+        ("preprocess_uint8_levels", "preproc.npz", "gripper/resized_cropped_chw_uint8", 1),
+        ("preprocess_float", "preproc.npz", "gripper/out_sub16", 1e-6),
+    ],
+)
+def test_one_value_beyond_its_tolerance_fails_its_own_kind_only(folder, capsys, kind, file, name, amount):
+    if name.endswith("/deltas"):  # the last value may be NaN: not probed
+        change(folder / file, name, lambda array: array + np.float32(amount))
+    else:
+        change(folder / file, name, off_by(amount))
+    assert failed(folder, capsys) == {kind}
+
+
+@pytest.mark.parametrize("edit", [lambda text: text.strip(), lambda text: text.replace("the", "a", 1)])
+def test_another_prompt_fails_the_template(folder, capsys, edit):
+    recorded = read_json(folder / "text.json")
+    recorded["strings"] = [edit(text) + ("" if edit(text) != text else "!") for text in recorded["strings"]]
+    (folder / "text.json").write_text(json.dumps(recorded))
+    assert failed(folder, capsys) == {"template"}
+
+
+def test_another_weight_fails_what_depends_on_it_and_nothing_before_it(folder, capsys):
+    change(folder / "9b_weights.npz", "perceiver.latents", lambda array: array * np.linspace(1, 2, array.shape[1], dtype=array.dtype))
+    kinds = failed(folder, capsys)
+    assert {"resampler", "hidden_states", "pose", "deltas", "lstm_h"} <= kinds
+    assert not kinds & {"images", "input_ids", "vit_tokens", "token_embedding", "template", "preprocess_float"}
+
+
+def test_another_threshold_fails_the_exits(folder, capsys):
+    info = read_json(folder / "9b_info.json")
+    info["dynamic"]["dyn_A"]["thresholds"]["1"] = 1e8
+    (folder / "9b_info.json").write_text(json.dumps(info))
+    assert {"exits", "deltas"} <= failed(folder, capsys)
+
+
+@pytest.mark.parametrize("pattern", ["one more", "one less"])
+def test_another_pattern_of_missing_values_fails(folder, capsys, pattern):
+    def edit(deltas: np.ndarray) -> np.ndarray:
+        step, column = np.argwhere(~np.isnan(deltas) if pattern == "one more" else np.isnan(deltas))[0]
+        deltas[step, column] = np.nan if pattern == "one more" else 0.0
+        return deltas
+
+    change(folder / "9b_rollout.npz", "dyn_A/deltas", edit)
+    assert failed(folder, capsys) == {"deltas"}
+
+
+def test_a_recording_of_another_shape_fails(folder, capsys):
+    change(folder / "9b_rollout.npz", "dyn_A/pose", lambda poses: poses[:-1])
+    assert failed(folder, capsys) == {"pose"}
+
+
+def test_a_kind_that_nothing_recorded_fails(folder, capsys):
+    arrays = read_arrays(folder / "9b_rollout.npz")
+    np.savez(folder / "9b_rollout.npz", **{name: array for name, array in arrays.items() if not name.endswith("/deltas")})
+    main(["parity", str(folder)])
+    assert "FAIL 9b       deltas" in (out := capsys.readouterr().out)
+    assert "nothing recorded" in out
+
+
+def test_a_kind_without_a_tolerance_must_be_equal(folder, capsys):
+    tolerances = read_json(folder / "tolerances.json")
+    del tolerances["hidden_states"]
+    (folder / "tolerances.json").write_text(json.dumps(tolerances))
+    assert failed(folder, capsys) == {"hidden_states"}
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1.0])
+def test_a_value_that_ours_does_not_have_is_no_agreement(value):
+    recorded = np.array([value], np.float32)
+    assert compare("pose", "here", recorded, np.zeros(1, np.float32)).value == (1.0 if value == 1.0 else np.inf)
+    assert compare("pose", "here", recorded, recorded).value == 0
+
+
+def test_the_failing_line_names_the_worst_array_and_the_tolerance(folder, capsys):
+    change(folder / "9b_rollout.npz", "dyn_A/h_final", off_by(0.5))
+    assert main(["parity", str(folder)]) == 1
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("FAIL"))
+    assert "lstm_h" in line and "dyn_A/h_final" in line and "5.00e-01" in line and "5.00e-04" in line
+    assert out.splitlines()[-1] == "18 of 19 kinds within tolerance"
+
+
+def test_the_verdicts_can_be_written_as_json(folder, capsys, tmp_path_factory):
+    file = tmp_path_factory.mktemp("json") / "parity.json"
+    change(folder / "9b_rollout.npz", "dyn_A/h_final", off_by(0.5))
+    assert main(["parity", str(folder), "--json", str(file)]) == 1
+    rows = {(row["recording"], row["kind"]): row for row in json.loads(file.read_text())}
+    assert len(rows) == 19
+    assert [key for key, row in rows.items() if not row["passed"]] == [("9b", "lstm_h")]
+    assert rows["9b", "exits"]["tolerance"] == 0
+
+
+# A recording that cannot be read is refused in one line
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["9b_weights.npz", "9b_rollout.npz", "9b_window.npz", "9b_info.json", "text.json", "preproc.npz", "tolerances.json"],
+)
+def test_a_missing_file_is_named(folder, capsys, name):
+    (folder / name).unlink()
+    assert f"{name} is missing" in refusal(folder, capsys)
+
+
+def test_a_folder_without_recordings_is_refused(folder, capsys):
+    (folder / "9b_keys.json").unlink()
+    assert "no *_keys.json" in refusal(folder, capsys)
+    assert "is no folder" in refusal(folder / "nowhere", capsys)
+
+
+def as_npy() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+def with_objects() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, raw_static=np.array([{}], dtype=object))
+    return buffer.getvalue()
+
+
+def scrambled(content: bytes) -> bytes:
+    """The list of members intact, what they hold not."""
+    return content[:80] + bytes(byte ^ 0xFF for byte in content[80:4000]) + content[4000:]
+
+
+@pytest.mark.parametrize("name", ["9b_weights.npz", "preproc.npz"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content[: len(content) // 2], id="truncated"),
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(scrambled, id="scrambled"),
+        pytest.param(lambda content: as_npy(), id="npy"),
+        pytest.param(lambda content: with_objects(), id="objects"),
+        pytest.param(lambda content: b"no arrays at all", id="text"),
+    ],
+)
+def test_a_damaged_array_file_is_refused_with_its_path(folder, capsys, name, damage):
+    path = folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert str(path) in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize("name", ["9b_keys.json", "9b_info.json", "text.json", "tolerances.json"])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
+def test_a_damaged_json_file_is_refused_with_its_path(folder, capsys, name, content):
+    (folder / name).write_bytes(content)
+    assert str(folder / name) in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("9b_rollout.npz", "raw_gripper"),
+        ("9b_rollout.npz", "dyn_A/h_final"),
+        ("9b_window.npz", "fwd1/strategy2_idx"),
+        ("9b_weights.npz", "perceiver.latents"),
+        ("preproc.npz", "gripper/out_sub16"),
+    ],
+)
+def test_a_missing_array_is_named(folder, capsys, file, name):
+    arrays = read_arrays(folder / file)
+    del arrays[name]
+    np.savez(folder / file, **arrays)
+    assert name in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize(("file", "key"), [("text.json", "truncation_case"), ("9b_info.json", "instruction"), ("9b_keys.json", "config")])
+def test_a_missing_entry_is_named(folder, capsys, file, key):
+    values = read_json(folder / file)
+    del values[key]
+    (folder / file).write_text(json.dumps(values))
+    assert f"'{key}'" in refusal(folder, capsys)
+
+
+def test_a_weight_of_another_shape_is_refused_by_name(folder, capsys):
+    change(folder / "9b_weights.npz", "lang_encoder.transformer.norm_f.weight", lambda array: array[:-1])
+    assert "final_norm.weight has shape" in refusal(folder, capsys)
