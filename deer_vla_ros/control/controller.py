@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deer_vla_ros.budget.keeper import Budget, BudgetKeeper, BudgetStatus
-from deer_vla_ros.control.guard import GuardLimits, guard
+from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
 from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
 from deer_vla_ros.control.types import Camera, Command, Decision, Frame, HoldReason, MeasuredPose, Pose, Twist
@@ -120,7 +120,7 @@ class Controller:
 
     @property
     def dropped(self) -> int:
-        """Camera pairs that were replaced by newer ones before a step used them."""
+        """Camera pairs that were replaced by newer ones before a tick saw them."""
         return self._gate.snapshot().dropped
 
     @property
@@ -138,7 +138,10 @@ class Controller:
         """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None: nothing to say."""
         inputs = self._gate.snapshot()
         reasons = self._gate.judge(inputs, now_ns)
+        if not reasons and is_beyond_workspace(self._settings.guard, inputs.pose.pose):
+            reasons = (HoldReason.BEYOND_WORKSPACE,)
         if reasons:
+            self._gate.mark_seen(inputs.pair)
             return None if self._is_repeated(reasons, now_ns) else self._hold(inputs, reasons, now_ns)
         if not self._is_due(inputs.pair[0]):
             return None
@@ -170,7 +173,7 @@ class Controller:
 
     def _act(self, inputs: Inputs, now_ns: int) -> Command:
         static, gripper = inputs.pair
-        self._gate.mark_used(static)
+        self._gate.mark_seen(inputs.pair)
         self._last_static_ns = static.stamp_ns
         try:
             if inputs.instruction != self._instruction or inputs.resets != self._resets:

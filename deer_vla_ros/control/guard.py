@@ -50,14 +50,28 @@ class Guarded:
     limits: tuple[Limit, ...]
 
 
+def is_beyond_workspace(limits: GuardLimits, measured: Pose) -> bool:
+    """Whether the arm is further outside the box than the leash reaches: no target in the box is then near enough to be given."""
+    nearest = np.clip(measured.position, limits.workspace_min, limits.workspace_max)
+    return bool(np.linalg.norm(measured.position - nearest) > limits.leash_m)
+
+
 def guard(limits: GuardLimits, last_target: Pose, measured: Pose, translation: np.ndarray, rotation: Rotation) -> Guarded:
     """The motion from the last target, shortened until every limit holds. All arguments are finite.
 
-    The step starts at the last target, pulled onto the leash should the arm have been moved. A box that the start lies outside
-    of (the arm was there already) lets the target come back in, never further out, and never makes it jump.
+    Not for an arm that `is_beyond_workspace`. A last target outside the box (the arm was there when control began) may come back
+    in, never go further out, and never jumps. Box and leash are convex and every point below is reached from one inside both, so
+    shortening for one never breaks the other, nor the limit per step.
     """
     shortened: list[Limit] = []
-    start = _pull_to(measured, last_target, limits.leash_m, limits.leash_rad)
+    low = np.minimum(limits.workspace_min, last_target.position)
+    high = np.maximum(limits.workspace_max, last_target.position)
+    # Should the arm have been moved away, the step starts as near to the last target as the leash reaches.
+    inside = np.clip(measured.position, low, high)
+    start = Pose(
+        _towards(inside, last_target.position, measured.position, limits.leash_m),
+        _within(measured, last_target, limits.leash_rad),
+    )
 
     distance = float(np.linalg.norm(translation))
     if distance > limits.max_translation_m:
@@ -67,30 +81,36 @@ def guard(limits: GuardLimits, last_target: Pose, measured: Pose, translation: n
     if angle > limits.max_rotation_rad:
         rotation = Rotation.from_rotvec(rotation.as_rotvec() * (limits.max_rotation_rad / angle))
         shortened.append(Limit.ROTATION)
-    target = moved(start, translation, rotation)
+    wanted = moved(start, translation, rotation)
 
-    low = np.minimum(limits.workspace_min, start.position)
-    high = np.maximum(limits.workspace_max, start.position)
-    inside = np.clip(target.position, low, high)
-    if not np.array_equal(inside, target.position):
-        target = Pose(inside, target.quaternion)
+    boxed = np.clip(wanted.position, low, high)
+    if not np.array_equal(boxed, wanted.position):
         shortened.append(Limit.WORKSPACE)
-
-    leashed = _pull_to(measured, target, limits.leash_m, limits.leash_rad)
-    if leashed is not target:
-        target = leashed
+    target = Pose(
+        _towards(start.position, boxed, measured.position, limits.leash_m), _within(measured, wanted, limits.leash_rad)
+    )
+    if target.position is not boxed or target.quaternion is not wanted.quaternion:
         shortened.append(Limit.LEASH)
     return Guarded(start, target, tuple(shortened))
 
 
-def _pull_to(anchor: Pose, pose: Pose, radius_m: float, radius_rad: float) -> Pose:
-    """`pose` itself where it is within both radii of `anchor`, else the nearest pose on the way there that is."""
-    translation, rotation = motion_between(anchor, pose)
-    distance, angle = float(np.linalg.norm(translation)), rotation.magnitude()
-    if distance <= radius_m and angle <= radius_rad:
-        return pose
-    if distance > radius_m:
-        translation = translation * (radius_m / distance)
-    if angle > radius_rad:
-        rotation = Rotation.from_rotvec(rotation.as_rotvec() * (radius_rad / angle))
-    return moved(anchor, translation, rotation)
+def _towards(start: np.ndarray, end: np.ndarray, anchor: np.ndarray, radius: float) -> np.ndarray:
+    """`end` itself where it is within `radius` of `anchor`, else the last point on the way from `start`, which is, that is too."""
+    if np.linalg.norm(end - anchor) <= radius:
+        return end
+    way, offset = end - start, start - anchor
+    # |offset + t * way| = radius, its larger solution t
+    a, b, c = way @ way, offset @ way, min(offset @ offset - radius**2, 0.0)
+    if a == 0.0:
+        return start
+    return start + way * np.clip((-b + math.sqrt(b * b - a * c)) / a, 0.0, 1.0)
+
+
+def _within(anchor: Pose, pose: Pose, radius_rad: float) -> np.ndarray:
+    """`pose`'s own quaternion where it is within `radius_rad` of `anchor`, else that of the nearest orientation that is."""
+    _, rotation = motion_between(anchor, pose)
+    angle = rotation.magnitude()
+    if angle <= radius_rad:
+        return pose.quaternion
+    shorter = Rotation.from_rotvec(rotation.as_rotvec() * (radius_rad / angle))
+    return moved(anchor, np.zeros(3), shorter).quaternion

@@ -32,7 +32,7 @@ class Inputs:
     """The newest of everything at one moment.
 
     pair: the newest static and gripper frame that belong together. dropped: static frames of pairs that were
-    replaced before a step used them.
+    replaced before a tick saw them.
     """
 
     static: Frame | None = None
@@ -53,7 +53,7 @@ class InputGate:
         self._action_frame = frame
         self._lock = threading.Lock()
         self._inputs = Inputs()
-        self._used: Frame | None = None
+        self._seen: Frame | None = None
 
     def snapshot(self) -> Inputs:
         """Everything as it is now; frozen, so that a tick sees one moment."""
@@ -66,7 +66,7 @@ class InputGate:
             static, gripper = inputs.static, inputs.gripper
             if static and gripper and abs(static.stamp_ns - gripper.stamp_ns) <= self.limits.max_skew_ns:
                 # A second gripper frame for the same static frame makes a newer pair, not one more step.
-                dropped = inputs.pair is not None and inputs.pair[0] is not self._used and inputs.pair[0] is not static
+                dropped = inputs.pair is not None and inputs.pair[0] is not self._seen and inputs.pair[0] is not static
                 inputs = dataclasses.replace(inputs, pair=(static, gripper), dropped=inputs.dropped + int(dropped))
             self._inputs = inputs
 
@@ -83,10 +83,10 @@ class InputGate:
         with self._lock:
             self._inputs = dataclasses.replace(self._inputs, resets=self._inputs.resets + 1)
 
-    def mark_used(self, static: Frame) -> None:
-        """A step acted on this static frame."""
+    def mark_seen(self, pair: tuple[Frame, Frame] | None) -> None:
+        """A tick stepped on this pair or deliberately held: it is not dropped."""
         with self._lock:
-            self._used = static
+            self._seen = pair[0] if pair else None
 
     def judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
         """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the first."""

@@ -34,6 +34,7 @@ class HoldReason(enum.Enum):
     POSE_IN_FUTURE = "the measured TCP pose's stamp lies in the future: its publisher uses another clock"
     POSE_FRAME = "the measured TCP pose is in another frame than the action"
     POSE_INVALID = "the measured TCP pose is not finite or its quaternion is not of unit length"
+    BEYOND_WORKSPACE = "the arm is further outside the guard's workspace than the leash reaches: move it back in"
     NOT_FINITE = "the network's action is not finite"
     INFERENCE_FAILED = "inference raised an error"
 

@@ -99,6 +99,7 @@ def test_a_stale_camera_holds_where_the_arm_was_and_recovery_starts_from_there(c
         robot.tick(follow=False)
     for _ in range(4):
         held = robot.tick(cameras=())
+    assert controller.dropped == 0
     assert set(held.holds) == {HoldReason.STATIC_STALE, HoldReason.GRIPPER_STALE}
     np.testing.assert_array_equal(held.target.position, robot.pose.position)
     assert not held.twist.linear.any() and not held.twist.angular.any()
@@ -198,6 +199,25 @@ def test_a_peak_below_the_first_exit_is_refused_and_changes_nothing(controller):
     with pytest.raises(UserError, match=f"{before.feasible_min_gmac:.4g} to {before.feasible_max_gmac:.4g}"):
         controller.check_budget(Budget(peak_gmac=before.feasible_min_gmac * 0.99))
     assert controller.budget_status.budget_id == before.budget_id
+
+
+def test_an_arm_far_outside_the_workspace_holds_until_it_is_moved_back(controller):
+    robot = Robot(controller)
+    robot.pose = Pose(np.array([1.0, 0.0, 0.3]), DOWN)
+    assert robot.tick().holds == (HoldReason.BEYOND_WORKSPACE,)
+    assert robot.tick().holds == (HoldReason.BEYOND_WORKSPACE,)
+    robot.pose = Pose(np.array([0.7, 0.0, 0.3]), DOWN)
+    assert robot.tick().holds == ()
+
+
+def test_an_arm_that_drifts_away_from_its_targets_never_takes_them_out_of_the_workspace(controller):
+    robot = Robot(controller)
+    for i in range(20):  # an arm that does not follow, on its way out
+        robot.pose = Pose(np.array([0.4 + 0.05 * i, 0.0, 0.3]), DOWN)
+        command = robot.tick(follow=False)
+        if not command.holds:
+            assert command.target.position[0] <= SETTINGS.guard.workspace_max[0]
+    assert command.holds == (HoldReason.BEYOND_WORKSPACE,)
 
 
 def test_an_inference_that_fails_holds_and_the_next_frame_is_tried_again(controller, monkeypatch):

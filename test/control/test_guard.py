@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from poses import angle_between, distance_between, poses, rotations, vectors
 from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.control.guard import GuardLimits, guard
+from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
 from deer_vla_ros.control.types import Limit, Pose
 from deer_vla_ros.errors import UserError
 
@@ -28,26 +29,44 @@ def outside_by(position: np.ndarray) -> np.ndarray:
     return np.maximum(np.maximum(LIMITS.workspace_min - position, position - LIMITS.workspace_max), 0)
 
 
-@given(poses, poses, vectors, rotations)
-def test_a_target_is_never_beyond_the_leash(last, measured, translation, rotation):
+situations = st.tuples(poses, poses).filter(lambda pair: not is_beyond_workspace(LIMITS, pair[1]))
+"""A last target anywhere, and an arm that is not beyond the workspace."""
+
+
+@given(situations, vectors, rotations)
+def test_a_target_is_never_beyond_the_leash(situation, translation, rotation):
+    last, measured = situation
     target = guard(LIMITS, last, measured, translation, rotation).target
     assert distance_between(target, measured) <= LIMITS.leash_m + EPSILON
     assert angle_between(target, measured) <= LIMITS.leash_rad + EPSILON
 
 
-@given(poses, poses, vectors, rotations)
-def test_a_target_never_moves_more_than_one_step_from_where_the_step_starts(last, measured, translation, rotation):
-    result = guard(LIMITS, last, measured, translation, rotation)
-    # The leash is a ball, and pulling a point into a ball never takes it further from another point inside.
+@given(situations, vectors, rotations)
+def test_a_target_never_moves_more_than_one_step_from_where_the_step_starts(situation, translation, rotation):
+    result = guard(LIMITS, *situation, translation, rotation)
     assert distance_between(result.target, result.start) <= LIMITS.max_translation_m + EPSILON
     assert angle_between(result.target, result.start) <= LIMITS.max_rotation_rad + EPSILON
 
 
-@given(poses, poses, vectors, rotations)
-def test_a_target_never_goes_further_out_of_the_workspace_than_the_arm_is(last, measured, translation, rotation):
+@given(situations, vectors, rotations)
+def test_a_target_never_goes_further_out_of_the_workspace_than_the_last_one(situation, translation, rotation):
+    last, measured = situation
     result = guard(LIMITS, last, measured, translation, rotation)
-    allowed = np.maximum(outside_by(result.start.position), outside_by(measured.position))
-    assert (outside_by(result.target.position) <= allowed + EPSILON).all()
+    assert (outside_by(result.target.position) <= outside_by(last.position) + EPSILON).all()
+
+
+@given(situations)
+def test_the_step_starts_at_the_last_target_where_the_leash_allows_it(situation):
+    last, measured = situation
+    start = guard(LIMITS, last, measured, np.zeros(3), STILL).start
+    if distance_between(last, measured) <= LIMITS.leash_m:
+        np.testing.assert_array_equal(start.position, last.position)
+
+
+@given(poses)
+def test_an_arm_is_beyond_the_workspace_where_no_point_of_the_box_is_on_the_leash(measured):
+    nearest = np.linalg.norm(outside_by(measured.position))
+    assert is_beyond_workspace(LIMITS, measured) == (nearest > LIMITS.leash_m)
 
 
 @given(vectors, rotations)
@@ -56,9 +75,9 @@ def test_an_arm_inside_the_workspace_stays_inside(translation, rotation):
     assert (outside_by(result.target.position) == 0).all()
 
 
-@given(poses, poses, vectors, rotations)
-def test_every_target_is_finite_and_of_unit_length(last, measured, translation, rotation):
-    target = guard(LIMITS, last, measured, translation, rotation).target
+@given(situations, vectors, rotations)
+def test_every_target_is_finite_and_of_unit_length(situation, translation, rotation):
+    target = guard(LIMITS, *situation, translation, rotation).target
     assert np.isfinite(target.position).all()
     assert np.linalg.norm(target.quaternion) == pytest.approx(1.0, abs=1e-9)
 

@@ -106,10 +106,9 @@ def test_an_instruction_of_spaces_is_none():
     assert reasons(spaces) == {HoldReason.NO_INSTRUCTION}
 
 
-def test_pairs_replaced_before_a_step_used_them_are_counted_as_dropped():
+def test_pairs_replaced_before_a_tick_saw_them_are_counted_as_dropped():
     camera = gate(NOW, NOW)
-    used = camera.snapshot().pair[0]
-    camera.mark_used(used)
+    camera.mark_seen(camera.snapshot().pair)
     for i in (1, 2, 3):
         for which in Camera:
             camera.put_frame(which, Frame(IMAGE, NOW + i * 100 * MS))
