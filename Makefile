@@ -24,8 +24,9 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ifeq ($(shell command -v nvidia-smi),)
-# A CPU build sorts above the plain one of the same version; where that index is unreachable pip goes on without it.
-TORCH_PIP_ARGS ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
+# A CPU build sorts above the plain one of the same version; where that index is unreachable pip goes on without it, and without
+# retries it does so quietly.
+TORCH_PIP_ARGS ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 0
 else
 TORCH_PIP_ARGS ?= torch==2.13.0
 endif

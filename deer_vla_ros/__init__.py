@@ -7,4 +7,4 @@ checkout the generated `deer_vla_ros.msg` lies in a build folder, beside these s
 from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)
-__version__ = '0.1.0'
+__version__ = "0.1.0"

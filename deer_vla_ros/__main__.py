@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import deer_vla_ros
 from deer_vla_ros.errors import UserError
 
-PROGRAM = 'python -m deer_vla_ros'
+PROGRAM = "python -m deer_vla_ros"
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Command:
 
 
 COMMANDS = {
-    'node': Command('deer_vla_ros.ros.node_command', 'the policy node', takes_ros_args=True),
-    'sim': Command('deer_vla_ros.ros.table_command', 'the simulated table as a ROS 2 node', takes_ros_args=True),
-    'demo': Command('deer_vla_ros.ros.demo_command', 'table and policy in closed loop: prints and plots what happened'),
-    'parity': Command('deer_vla_ros.evaluation.parity_command', 'checks the network against recorded reference tensors'),
+    "node": Command("deer_vla_ros.ros.node_command", "the policy node", takes_ros_args=True),
+    "sim": Command("deer_vla_ros.ros.table_command", "the simulated table as a ROS 2 node", takes_ros_args=True),
+    "demo": Command("deer_vla_ros.ros.demo_command", "table and policy in closed loop: prints and plots what happened"),
+    "parity": Command("deer_vla_ros.evaluation.parity_command", "checks the network against recorded reference tensors"),
 }
 
 
@@ -39,20 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     name = _program_parser().parse_args(own[:1]).command
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(prog=f'{PROGRAM} {name}', description=module.__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     module.add_arguments(parser)
     args = parser.parse_args(own[1:])
     if ros_args and not command.takes_ros_args:
-        parser.error(f'{name} takes no --ros-args; only {", ".join(_ros_commands())} do')
+        parser.error(f"{name} takes no --ros-args; only {', '.join(_ros_commands())} do")
     args.ros_args = ros_args
     try:
         return module.run(args)
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 1
 
 
@@ -62,9 +63,9 @@ def split_ros_args(argv: list[str]) -> tuple[list[str], list[str]]:
     ros_args: list[str] = []
     in_ros_args = False
     for argument in argv:
-        in_ros_args = in_ros_args or argument == '--ros-args'
+        in_ros_args = in_ros_args or argument == "--ros-args"
         (ros_args if in_ros_args else own).append(argument)
-        in_ros_args = in_ros_args and argument != '--'
+        in_ros_args = in_ros_args and argument != "--"
     return own, ros_args
 
 
@@ -74,15 +75,18 @@ def _ros_commands() -> list[str]:
 
 def _program_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
-    table = '\n'.join(f'  {name:{width}}  {command.summary}' for name, command in COMMANDS.items())
+    table = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, usage=f'{PROGRAM} COMMAND ...', formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='A multi-exit vision-language-action policy for ROS 2.',
-        epilog=f'commands:\n{table}\n\n`{PROGRAM} COMMAND --help` explains one, with an example.')
-    parser.add_argument('command', metavar='COMMAND', choices=COMMANDS, help='one of the commands below')
-    parser.add_argument('--version', action='version', version=deer_vla_ros.__version__)
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A multi-exit vision-language-action policy for ROS 2.",
+        epilog=f"commands:\n{table}\n\n`{PROGRAM} COMMAND --help` explains one, with an example.",
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
+    parser.add_argument("--version", action="version", version=deer_vla_ros.__version__)
     return parser
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main())

@@ -7,12 +7,13 @@ Topic names are relative: `namespace` moves them all, and an including launch fi
 left empty leaves the matter to params_file.
 """
 
-from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import LifecycleNode
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
+
+from launch import LaunchContext, LaunchDescription
 
 PARAMETERS = {
     "model_path": ("model.path", str),
@@ -32,11 +33,17 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("model_path", default_value="", description="Checkpoint folder; overrides params_file."),
             DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node and of all its topics."),
             DeclareLaunchArgument(
-                "device", default_value="", choices=["", "auto", "cpu", "cuda"], description="Where the network runs; overrides params_file."
+                "device",
+                default_value="",
+                choices=["", "auto", "cpu", "cuda"],
+                description="Where the network runs; overrides params_file.",
             ),
             DeclareLaunchArgument("use_sim_time", default_value="", choices=on_off, description="Take time from /clock."),
             DeclareLaunchArgument(
-                "autostart", default_value="", choices=on_off, description="false: wait for a lifecycle manager; overrides params_file."
+                "autostart",
+                default_value="",
+                choices=on_off,
+                description="false: wait for a lifecycle manager; overrides params_file.",
             ),
             OpaqueFunction(function=_start_node),
         ]

@@ -8,14 +8,15 @@ The arm holds until an instruction comes. When one of the two processes ends, th
 
 from pathlib import Path
 
-import deer_vla_ros
-from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, RegisterEventHandler, Shutdown
 from launch.event_handlers import OnProcessExit
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution, ThisLaunchFileDir
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
+
+import deer_vla_ros
+from launch import LaunchDescription
 
 TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "sim" / "assets" / "guard.yaml"
 """The policy node's limits on this table."""

@@ -39,9 +39,7 @@ def cost_table(config: ModelConfig, tokens: int) -> CostTable:
     """The costs of a step whose instruction has `tokens` tokens, specials included."""
     visual_tokens = CAMERAS * config.resampler.latents
     camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision)
-    layers = (
-        layer_macs(config.decoder, i, tokens, visual_tokens, config.vision.width) for i in range(config.decoder.layers)
-    )
+    layers = (layer_macs(config.decoder, i, tokens, visual_tokens, config.vision.width) for i in range(config.decoder.layers))
     return CostTable(
         tokens=tokens,
         vision=CAMERAS * camera / GIGA,

@@ -36,9 +36,13 @@ class GuardLimits:
                 raise UserError(f"guard.{name} is {value}: give a positive number")
         corners = (*self.workspace_min, *self.workspace_max)
         if len(corners) != 6 or not all(map(math.isfinite, corners)):
-            raise UserError(f"guard.workspace_min {self.workspace_min} and guard.workspace_max {self.workspace_max}: give x, y, z each, finite")
+            raise UserError(
+                f"guard.workspace_min {self.workspace_min} and guard.workspace_max {self.workspace_max}: give x, y, z each, finite"
+            )
         if any(low >= high for low, high in zip(self.workspace_min, self.workspace_max)):
-            raise UserError(f"guard.workspace_min {self.workspace_min} is not below guard.workspace_max {self.workspace_max} on every axis")
+            raise UserError(
+                f"guard.workspace_min {self.workspace_min} is not below guard.workspace_max {self.workspace_max} on every axis"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,7 @@ def guard(limits: GuardLimits, last_target: Pose, measured: Pose, translation: n
     boxed = np.clip(wanted.position, low, high)
     if not np.array_equal(boxed, wanted.position):
         shortened.append(Limit.WORKSPACE)
-    target = Pose(
-        _towards(start.position, boxed, measured.position, limits.leash_m), _within(measured, wanted, limits.leash_rad)
-    )
+    target = Pose(_towards(start.position, boxed, measured.position, limits.leash_m), _within(measured, wanted, limits.leash_rad))
     if target.position is not boxed or target.quaternion is not wanted.quaternion:
         shortened.append(Limit.LEASH)
     return Guarded(start, target, tuple(shortened))

@@ -44,7 +44,9 @@ def draw(rows: list[dict[str, Any]], moments: list[Moment], weights: dict[str, A
     top = 1 - 0.75 / total
     for band in range(bands):
         bottom = top - heights[band] / total
-        grid = GridSpec(2, COLUMNS, figure, left=0.055, right=0.985, top=top, bottom=bottom + CAPTION_HEIGHT / total, hspace=0.03, wspace=0.05)
+        grid = GridSpec(
+            2, COLUMNS, figure, left=0.055, right=0.985, top=top, bottom=bottom + CAPTION_HEIGHT / total, hspace=0.03, wspace=0.05
+        )
         for column, moment in enumerate(moments[band * COLUMNS : (band + 1) * COLUMNS]):
             _draw_moment(figure, grid, column, moment, began_s, colours[moment.row["instruction"]])
         top = bottom
@@ -100,4 +102,6 @@ def _draw_depth(axes: Any, rows: list[dict[str, Any]], moments: list[Moment], be
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     handles = [Patch(color=colour, label=text) for text, colour in colours.items()]
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), fontsize=8, frameon=False, borderaxespad=0)
+    axes.legend(
+        handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), fontsize=8, frameon=False, borderaxespad=0
+    )

@@ -245,7 +245,9 @@ def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterato
     model, arrays = recording.model, recording.window
     images = torch.from_numpy(np.stack((arrays[f"{batch}/rgb_static"], arrays[f"{batch}/rgb_gripper"]), axis=2))
     samples, window = images.shape[:2]
-    ids, mask = (torch.from_numpy(arrays[f"{batch}/{name}"]).repeat_interleave(window, 0) for name in ("input_ids", "attention_mask"))
+    ids, mask = (
+        torch.from_numpy(arrays[f"{batch}/{name}"]).repeat_interleave(window, 0) for name in ("input_ids", "attention_mask")
+    )
     text = model.encode_text(ids, mask, recording.tokenizer.image_token)
     hidden = list(model.hidden_states(model.encode_images(images.flatten(0, 1)), text))
     if model.final_norm is not None:  # nothing exits in training: the final norm is one more hidden state, and the last head's

@@ -41,7 +41,9 @@ class ExitRule:
         if not self.exits or list(self.exits) != sorted(set(self.exits)):
             raise UserError(f"exit rule: exits are {self.exits}: give at least one, ascending, none twice")
         if len(self.thresholds) != len(self.exits):
-            raise UserError(f"exit rule: {len(self.thresholds)} thresholds for {len(self.exits)} exits {self.exits}: give one each")
+            raise UserError(
+                f"exit rule: {len(self.thresholds)} thresholds for {len(self.exits)} exits {self.exits}: give one each"
+            )
         if any(math.isnan(threshold) for threshold in self.thresholds):
             raise UserError(f"exit rule: thresholds {self.thresholds} contain NaN: use -1 for never, a large value for always")
         if self.delta not in DELTAS:

@@ -105,9 +105,14 @@ class ModelConfig:
                 f"model config: exit_interval is {self.exit_interval}, but the first exit is compared with the layer before it: "
                 "set it to 2 or more"
             )
-        for name, width, heads in (("vision", self.vision.width, self.vision.heads), ("decoder", self.decoder.width, self.decoder.heads)):
+        for name, width, heads in (
+            ("vision", self.vision.width, self.vision.heads),
+            ("decoder", self.decoder.width, self.decoder.heads),
+        ):
             if width % heads:
-                raise UserError(f"model config: {name}.width {width} is not a multiple of {name}.heads {heads}: change one of them")
+                raise UserError(
+                    f"model config: {name}.width {width} is not a multiple of {name}.heads {heads}: change one of them"
+                )
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -119,7 +124,9 @@ class ModelConfig:
         """Exits that a step of at most `max_layers` layers can reach; raises UserError where there is none."""
         reachable = tuple(exit_layer for exit_layer in self.exits if exit_layer < max_layers)
         if not reachable:
-            raise UserError(f"no exit lies within {max_layers} layers: the first needs {self.exits[0] + 1}; allow at least that many")
+            raise UserError(
+                f"no exit lies within {max_layers} layers: the first needs {self.exits[0] + 1}; allow at least that many"
+            )
         return reachable
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,10 +113,14 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
     for kind, names in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
         if names:
             first = ", ".join(sorted(names)[:3])
-            raise UserError(f"{where}: {len(names)} tensors are {kind}, first {first}: weights and config are not of the same model")
+            raise UserError(
+                f"{where}: {len(names)} tensors are {kind}, first {first}: weights and config are not of the same model"
+            )
     for name, shape in expected.items():
         if found[name] != shape:
-            raise UserError(f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}: they are not of the same model")
+            raise UserError(
+                f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}: they are not of the same model"
+            )
 
 
 def restore_buffers(model: MultiExitVLA) -> None:

@@ -34,8 +34,12 @@ HIGHEST_PORTABLE_DOMAIN = 101
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder of the results (default: %(default)s)")
-    parser.add_argument("--seconds", type=_positive, default=20.0, help="control time, from the first step on (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder of the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=_positive, default=20.0, help="control time, from the first step on (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="arrangement of the table (default: %(default)s)")
     parser.add_argument("--model", default="", metavar="DIR", help="checkpoint folder (default: the one embedded in the package)")
     parser.add_argument("--instruction", action="append", metavar="TEXT", help="what to do; more than one share the time equally")
@@ -61,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         # rclpy and rich load while the others start; rclpy only after them, so that no thread of it is there to be forked.
         from deer_vla_ros.ros.demo_run import control
 
-        recorded = control(args.instruction or list(INSTRUCTIONS), args.seconds, args.seconds / MOMENTS, [node, table], weights, started)
+        recorded = control(
+            args.instruction or list(INSTRUCTIONS), args.seconds, args.seconds / MOMENTS, [node, table], weights, started
+        )
     return _report(args, recorded, weights)
 
 

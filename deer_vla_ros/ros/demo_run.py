@@ -36,7 +36,9 @@ class Recorded:
 class _Demo:
     """One demo in progress: everything happens in the thread that calls `until`."""
 
-    def __init__(self, recorder: DemoRecorder, view: DemoView, processes: list[DemoProcess], stopped: Callable[[], bool], started: float):
+    def __init__(
+        self, recorder: DemoRecorder, view: DemoView, processes: list[DemoProcess], stopped: Callable[[], bool], started: float
+    ):
         self._recorder = recorder
         self._view = view
         self._processes = processes
@@ -55,7 +57,9 @@ class _Demo:
             for process in self._processes:
                 process.check()
             if time.monotonic() > deadline:
-                raise UserError(f"nothing came from {what()} within {timeout_s:g} s; the node says '{self._recorder.status or 'nothing'}'")
+                raise UserError(
+                    f"nothing came from {what()} within {timeout_s:g} s; the node says '{self._recorder.status or 'nothing'}'"
+                )
             if self._recorder.first_step_at is None:
                 self._view.waiting(what(), time.monotonic() - self._started)
             else:
@@ -63,7 +67,12 @@ class _Demo:
 
 
 def control(
-    instructions: list[str], seconds: float, moment_interval_s: float, processes: list[DemoProcess], weights: dict[str, Any], started: float
+    instructions: list[str],
+    seconds: float,
+    moment_interval_s: float,
+    processes: list[DemoProcess],
+    weights: dict[str, Any],
+    started: float,
 ) -> Recorded:
     """Runs `seconds` of control from the first step on, the instructions sharing them equally.
 
@@ -72,7 +81,9 @@ def control(
     with ros_process([]) as stop, DemoView(seconds) as view:
         view.say(f"weights: {weights['weights']}")
         if not weights["trained"]:
-            view.say("NOT TRAINED: the arm moves, but it does not do what it is told. Timing, exits and safety are what this demo shows.")
+            view.say(
+                "NOT TRAINED: the arm moves, but it does not do what it is told. Timing, exits and safety are what this demo shows."
+            )
         recorder = DemoRecorder(moment_interval_s)
         demo = _Demo(recorder, view, processes, stop.is_set, started)
         demo.until(recorder.ready, START_TIMEOUT_S, recorder.missing)

@@ -56,7 +56,12 @@ class DemoView:
         if self.console.is_terminal:
             bar = ProgressBar(total=self._seconds, completed=min(elapsed_s, self._seconds), width=40)
             line = Table.grid(padding=(0, 2))
-            line.add_row(bar, f"{min(elapsed_s, self._seconds):.1f} of {self._seconds:g} s", f"{len(rows)} steps", f"{_recent_rate(rows):.1f} steps/s")
+            line.add_row(
+                bar,
+                f"{min(elapsed_s, self._seconds):.1f} of {self._seconds:g} s",
+                f"{len(rows)} steps",
+                f"{_recent_rate(rows):.1f} steps/s",
+            )
             self._live.update(Group(_steps_table(rows[-ROWS_SHOWN:]), line), refresh=True)
         elif rows and time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + LINE_PERIOD_S
@@ -121,13 +126,19 @@ def _steps_table(rows: list[dict[str, Any]]) -> Table:
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     latency = summary["latency_ms"]
     return [
-        ("steps", f"{summary['steps']} at {summary['rate_hz']:.2f} steps/s, {summary['lost_steps']} lost, {summary['dropped']} frames dropped"),
+        (
+            "steps",
+            f"{summary['steps']} at {summary['rate_hz']:.2f} steps/s, {summary['lost_steps']} lost, {summary['dropped']} frames dropped",
+        ),
         ("first step", f"{summary['first_step_s']:.1f} s after the start"),
         ("instructions", ", then ".join(summary["instructions"])),
         ("exits", "  ".join(f"layer {layer}: {count}" for layer, count in summary["exits"].items())),
         ("language MACs", f"{summary['macs_fraction']:.0%} of full depth, {summary['mean_layers_run']:.1f} layers in the mean"),
         ("p50 / p95 ms", "  ".join(f"{stage} {value['p50']:.1f} / {value['p95']:.1f}" for stage, value in latency.items())),
-        ("holds", ", ".join(f"{reason}: {count}" for reason, count in summary["holds"].items()) or "none since the first instruction"),
+        (
+            "holds",
+            ", ".join(f"{reason}: {count}" for reason, count in summary["holds"].items()) or "none since the first instruction",
+        ),
         ("guard", ", ".join(f"{name} {count}" for name, count in summary["verdicts"].items())),
         ("weights", summary["weights"]),
     ]

@@ -50,10 +50,25 @@ class Declaration:
 DECLARATIONS = (
     Declaration("autostart", True, "Configure and activate on start; false waits for a lifecycle manager."),
     Declaration("model.path", "", "Checkpoint folder; empty takes the one embedded in the package."),
-    Declaration("model.device", "auto", "Where the network runs; auto takes the GPU if there is one.", choices=("auto", "cpu", "cuda")),
+    Declaration(
+        "model.device", "auto", "Where the network runs; auto takes the GPU if there is one.", choices=("auto", "cpu", "cuda")
+    ),
     Declaration("model.dtype", "float32", "Number type of the weights.", choices=("float32", "bfloat16", "float16")),
-    Declaration("model.cpu_threads", 1, "Threads of the network on a CPU; the embedded one is fastest with 1. 0: torch's choice.", low=0, high=256),
-    Declaration("control.rate_hz", 10.0, "At most so many steps, and while holding so many repeats, per second of ROS time.", "Hz", 0.1, 200.0),
+    Declaration(
+        "model.cpu_threads",
+        1,
+        "Threads of the network on a CPU; the embedded one is fastest with 1. 0: torch's choice.",
+        low=0,
+        high=256,
+    ),
+    Declaration(
+        "control.rate_hz",
+        10.0,
+        "At most so many steps, and while holding so many repeats, per second of ROS time.",
+        "Hz",
+        0.1,
+        200.0,
+    ),
     Declaration("inputs.max_age_s", 0.3, "A camera frame older than this is stale: hold.", "s", 0.01, 10.0, live=True),
     Declaration("inputs.max_pose_age_s", 0.3, "A measured TCP pose older than this is stale: hold.", "s", 0.01, 10.0, live=True),
     Declaration(
@@ -77,7 +92,9 @@ DECLARATIONS = (
     Declaration("guard.max_translation_m", 0.06, "The most that the target moves in one step.", "m", 1e-4, 1.0, live=True),
     Declaration("guard.max_rotation_rad", 0.3, "The most that the target turns in one step.", "rad", 1e-4, 3.14, live=True),
     Declaration("guard.leash_m", 0.15, "The furthest that the target may be from the measured TCP.", "m", 1e-3, 1.0, live=True),
-    Declaration("guard.leash_rad", 0.6, "The furthest that the target may be turned from the measured TCP.", "rad", 1e-3, 3.14, live=True),
+    Declaration(
+        "guard.leash_rad", 0.6, "The furthest that the target may be turned from the measured TCP.", "rad", 1e-3, 3.14, live=True
+    ),
     Declaration(
         "guard.workspace_min",
         [-0.8, -0.8, 0.0],

@@ -133,7 +133,9 @@ class PolicyNode(LifecycleNode):
         controller.warm_up()
         controller.put_instruction(self._instruction)
         self._frame_id = loaded.info.action_space.frame
-        self.get_logger().info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; action {loaded.info.action_space}")
+        self.get_logger().info(
+            f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; action {loaded.info.action_space}"
+        )
         return controller
 
     def _stop_control(self) -> None:

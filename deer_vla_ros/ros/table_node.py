@@ -73,18 +73,14 @@ class TableNode(Node):
 
     def _declare_parameters(self) -> None:
         def declare(name, default, description, live=False, low=None, high=None, constraint=""):
-            descriptor = ParameterDescriptor(
-                description=description, read_only=not live, additional_constraints=constraint
-            )
+            descriptor = ParameterDescriptor(description=description, read_only=not live, additional_constraints=constraint)
             if isinstance(default, float):
                 descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high)]
             elif type(default) is int:
                 descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
             return self.declare_parameter(name, default, descriptor).value
 
-        declare(
-            "seed", 0, "arrangement of the table; a new value counts from the next reset on", True, 0, 2**31 - 1
-        )
+        declare("seed", 0, "arrangement of the table; a new value counts from the next reset on", True, 0, 2**31 - 1)
         declare("camera.rate_hz", 10.0, "camera pairs per second of table time", low=1.0, high=50.0)
         declare("clock.publish", False, "publish /clock and stamp everything with the table's own time from 0 s on")
         mode = declare(

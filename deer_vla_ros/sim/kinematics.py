@@ -57,9 +57,7 @@ class ArmKinematics:
         mujoco.mju_mat2Quat(quaternion, self._data.site_xmat[self._tcp])
         return self._data.site_xpos[self._tcp].copy(), quaternion
 
-    def step(
-        self, joints: np.ndarray, position: np.ndarray, quaternion_wxyz: np.ndarray, seconds: float
-    ) -> np.ndarray:
+    def step(self, joints: np.ndarray, position: np.ndarray, quaternion_wxyz: np.ndarray, seconds: float) -> np.ndarray:
         """The joint positions (7,), `seconds` after `joints`, on the way to a TCP pose.
 
         Within the limits of joint range, joint speed and TCP speed, whatever the target: an unreachable one is

@@ -38,9 +38,7 @@ class Scene:
             "panda_finger_joint2",
         )
         self._tcp = self.model.site("tcp").id
-        self._address = {
-            self.model.joint(n).name: int(self.model.joint(n).qposadr[0]) for n in range(self.model.njnt)
-        }
+        self._address = {self.model.joint(n).name: int(self.model.joint(n).qposadr[0]) for n in range(self.model.njnt)}
         self._led_geom, self._lamp_geom = self.model.geom("led").id, self.model.geom("lamp").id
         self._led_materials = self.model.material("led_off").id, self.model.material("led_on").id
         self._lamp_materials = self.model.material("lamp_off").id, self.model.material("lamp_on").id

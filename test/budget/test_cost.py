@@ -10,7 +10,11 @@ from deer_vla_ros.model.config import ModelConfig, openflamingo_3b, openflamingo
 from deer_vla_ros.model.network import MultiExitVLA, restore_buffers
 
 VISUAL_TOKENS = 128
-SIZES = [pytest.param(tabletop(), id="tabletop"), pytest.param(openflamingo_3b(4), id="3b"), pytest.param(openflamingo_9b(8), id="9b")]
+SIZES = [
+    pytest.param(tabletop(), id="tabletop"),
+    pytest.param(openflamingo_3b(4), id="3b"),
+    pytest.param(openflamingo_9b(8), id="9b"),
+]
 
 
 def on_meta(config: ModelConfig) -> MultiExitVLA:
@@ -66,7 +70,9 @@ def test_one_layer_of_the_3b_costs_what_the_paper_says():
 
 def test_one_layer_of_the_3b_is_split_between_decoder_and_cross_attention_as_the_paper_says():
     config = openflamingo_3b()
-    every_other = ModelConfig.from_dict({**config.to_dict(), "decoder": {**config.to_dict()["decoder"], "cross_attention_every": 2}})
+    every_other = ModelConfig.from_dict(
+        {**config.to_dict(), "decoder": {**config.to_dict()["decoder"], "cross_attention_every": 2}}
+    )
     decoder, both = (layer_macs(every_other.decoder, layer, 32, VISUAL_TOKENS, 1024) / 1e9 for layer in (0, 1))
     assert decoder == pytest.approx(1.62, abs=0.01)
     assert both - decoder == pytest.approx(1.28, abs=0.01)

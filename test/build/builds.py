@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NOT_SOURCES = shutil.ignore_patterns('.git', '.venv', 'build', 'install', 'log', 'out', '__pycache__', '*.egg-info')
+NOT_SOURCES = shutil.ignore_patterns(".git", ".venv", "build", "install", "log", "out", "__pycache__", "*.egg-info")
 
 # Publishing makes the middleware load its own type support, which an import alone would not.
 USE_MESSAGES = """
@@ -26,32 +26,37 @@ print(pathlib.Path(deer_vla_ros.__file__).parent)
 def copy_sources(folder: Path) -> Path:
     """The sources alone, as a clone has them: no test builds in, or leaves files in, the checkout."""
     # test/build is this folder's name as well as the build folder's: only the one at the top is no source.
-    copy = folder / 'deer_vla_ros'
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=lambda path, names: (
-        NOT_SOURCES(path, names) if Path(path) == ROOT else {'__pycache__'}))
+    copy = folder / "deer_vla_ros"
+    shutil.copytree(
+        ROOT, copy, symlinks=True, ignore=lambda path, names: NOT_SOURCES(path, names) if Path(path) == ROOT else {"__pycache__"}
+    )
     return copy
 
 
 def clean_environment() -> dict[str, str]:
     """The environment of a person who has ROS and nothing of this checkout on any path."""
     environment = dict(os.environ)
-    for name in ('PYTHONPATH', 'AMENT_PREFIX_PATH', 'LD_LIBRARY_PATH', 'CMAKE_PREFIX_PATH'):
-        kept = [part for part in environment.pop(name, '').split(os.pathsep)
-                if part and (not part.startswith(str(ROOT)) or part.startswith(sys.prefix))]
+    for name in ("PYTHONPATH", "AMENT_PREFIX_PATH", "LD_LIBRARY_PATH", "CMAKE_PREFIX_PATH"):
+        kept = [
+            part
+            for part in environment.pop(name, "").split(os.pathsep)
+            if part and (not part.startswith(str(ROOT)) or part.startswith(sys.prefix))
+        ]
         if kept:
             environment[name] = os.pathsep.join(kept)
-    environment['MAKEFLAGS'] = '-j2'
+    environment["MAKEFLAGS"] = "-j2"
     return environment
 
 
 def run(*command, cwd: Path, env: dict[str, str]) -> str:
     """Run to the end and return what it printed; a failure shows the same."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    assert done.returncode == 0, f'{command} in {cwd} exited with {done.returncode}:\n{done.stdout[-6000:]}'
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, f"{command} in {cwd} exited with {done.returncode}:\n{done.stdout[-6000:]}"
     return done.stdout
 
 
 def run_sourced(setup: Path, *command, cwd: Path, env: dict[str, str]) -> str:
     """The same in a shell that sourced an installation's setup.bash, as a person would."""
-    return run('bash', '-c', '. "$0" && exec "$@"', setup, *command, cwd=cwd, env=env)
+    return run("bash", "-c", '. "$0" && exec "$@"', setup, *command, cwd=cwd, env=env)

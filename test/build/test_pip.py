@@ -9,34 +9,42 @@ from builds import USE_MESSAGES, clean_environment, copy_sources, run
 
 def test_installed_package_works_from_elsewhere(tmp_path):
     # Given: a new environment that sees the packages of this one, and pip's default isolated build, which hides them.
-    sources, prefix = copy_sources(tmp_path), tmp_path / 'venv'
+    sources, prefix = copy_sources(tmp_path), tmp_path / "venv"
     environment = clean_environment()
-    run(sys.executable, '-m', 'venv', '--without-pip', prefix, cwd=tmp_path, env=environment)
-    site = next(prefix.glob('lib/python3*/site-packages'))
-    (site / 'ros.pth').write_text(sysconfig.get_path('purelib'))
-    python = prefix / 'bin/python'
+    run(sys.executable, "-m", "venv", "--without-pip", prefix, cwd=tmp_path, env=environment)
+    site = next(prefix.glob("lib/python3*/site-packages"))
+    (site / "ros.pth").write_text(sysconfig.get_path("purelib"))
+    python = prefix / "bin/python"
     # When
-    run(sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', sources, cwd=tmp_path, env=environment)
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", sources, cwd=tmp_path, env=environment)
     # Then: the messages are usable although none of our folders is in LD_LIBRARY_PATH.
-    assert run(python, '-c', USE_MESSAGES, cwd='/', env=environment).splitlines()[-1] == str(site / 'deer_vla_ros')
-    assert 'usage: python -m deer_vla_ros' in run(prefix / 'bin/deer-vla', '--help', cwd='/', env=environment)
-    assert (prefix / 'share/ament_index/resource_index/packages/deer_vla_ros').is_file()
-    assert (prefix / 'lib/deer_vla_ros/deer_vla_node').stat().st_mode & 0o111
-    missing = [path for path in (sources / 'deer_vla_ros').rglob('*')
-               if path.is_file() and not (site / path.relative_to(sources)).is_file()]
+    assert run(python, "-c", USE_MESSAGES, cwd="/", env=environment).splitlines()[-1] == str(site / "deer_vla_ros")
+    assert "usage: python -m deer_vla_ros" in run(prefix / "bin/deer-vla", "--help", cwd="/", env=environment)
+    assert (prefix / "share/ament_index/resource_index/packages/deer_vla_ros").is_file()
+    assert (prefix / "lib/deer_vla_ros/deer_vla_node").stat().st_mode & 0o111
+    missing = [
+        path
+        for path in (sources / "deer_vla_ros").rglob("*")
+        if path.is_file() and not (site / path.relative_to(sources)).is_file()
+    ]
     assert not missing
 
 
 def test_without_ros_the_error_names_the_remedy(tmp_path):
     # Given: an interpreter whose prefix holds no ROS.
-    run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'empty', cwd=tmp_path, env=clean_environment())
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty", cwd=tmp_path, env=clean_environment())
     environment = clean_environment()
-    environment.pop('AMENT_PREFIX_PATH')
-    environment['PYTHONPATH'] = sysconfig.get_path('purelib')
+    environment.pop("AMENT_PREFIX_PATH")
+    environment["PYTHONPATH"] = sysconfig.get_path("purelib")
     # When
-    done = subprocess.run([tmp_path / 'empty/bin/python', 'setup.py', '--quiet', 'build'], cwd=copy_sources(tmp_path),
-                          env=environment, text=True, capture_output=True)
+    done = subprocess.run(
+        [tmp_path / "empty/bin/python", "setup.py", "--quiet", "build"],
+        cwd=copy_sources(tmp_path),
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
     # Then
     assert done.returncode != 0
-    assert 'rosidl_default_generators not found' in done.stderr
-    assert 'pip install -r requirements-ros.txt' in done.stderr
+    assert "rosidl_default_generators not found" in done.stderr
+    assert "pip install -r requirements-ros.txt" in done.stderr

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
+from deer_vla_ros.msg import PolicyStep
 from PIL import Image
 from sensor_msgs.msg import Image as ImageMessage
 
 from deer_vla_ros.evaluation import demo_report as report
 from deer_vla_ros.evaluation.demo_picture import draw
-from deer_vla_ros.msg import PolicyStep
 
 EXITS = [1, 3, 5]
 PERIOD_NS = 100_000_000
@@ -21,7 +21,9 @@ def step(number, exit_index=0, **fields):
     """A `~/step` of a network with three exits and six layers, one every 100 ms; a layer costs 0.5 GMAC."""
     nanoseconds = 1_700_000_000 * 10**9 + number * PERIOD_NS
     layers = EXITS[exit_index] + 1
-    message = PolicyStep(step=number, exit_index=exit_index, layers_run=layers, exit_layers=EXITS, instruction="lift the red block")
+    message = PolicyStep(
+        step=number, exit_index=exit_index, layers_run=layers, exit_layers=EXITS, instruction="lift the red block"
+    )
     message.header.stamp = Time(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)
     message.deltas = [0.01 if index <= exit_index else math.nan for index in range(3)]
     message.thresholds = [0.02, 0.02, math.inf]

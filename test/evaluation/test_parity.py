@@ -34,7 +34,9 @@ def golden_folder(environment: Mapping[str, str]) -> Path:
     folder = Path(environment.get("DEER_VLA_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
     if folder.is_dir():
         return folder
-    reason = f"the reference's whole recording is not at {folder}: set DEER_VLA_GOLDEN (test/golden_compact is checked in any case)"
+    reason = (
+        f"the reference's whole recording is not at {folder}: set DEER_VLA_GOLDEN (test/golden_compact is checked in any case)"
+    )
     if environment.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -107,7 +109,11 @@ def cut_rollout(name: str, array: np.ndarray) -> np.ndarray:
 def cut_window(name: str, array: np.ndarray) -> np.ndarray:
     if name.endswith("/pooled"):
         return array[:, :, :LIGHT_WINDOW]
-    if name.startswith("values/") or array.ndim < 2 or name.endswith(("input_ids", "attention_mask", "hidden_states_t0", "strategy2_idx")):
+    if (
+        name.startswith("values/")
+        or array.ndim < 2
+        or name.endswith(("input_ids", "attention_mask", "hidden_states_t0", "strategy2_idx"))
+    ):
         return array
     return array[:, :LIGHT_WINDOW]
 
@@ -118,7 +124,9 @@ def light(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("light")
     shutil.copytree(COMPACT, folder, dirs_exist_ok=True)
     recording = read_model(COMPACT, "9b")
-    rollout = {name: cut_rollout(name, array) for name, array in recording.rollout.items() if "/" not in name or name.startswith("t0/")}
+    rollout = {
+        name: cut_rollout(name, array) for name, array in recording.rollout.items() if "/" not in name or name.startswith("t0/")
+    }
     for tag in LIGHT_RUNS:
         rollout |= {name: cut_rollout(name, array) for name, array in recording.rollout.items() if name.startswith(f"{tag}/")}
         rollout |= state_after(recording, tag, LIGHT_STEPS)
@@ -239,7 +247,9 @@ def test_another_prompt_fails_the_template(folder, capsys, edit):
 
 
 def test_another_weight_fails_what_depends_on_it_and_nothing_before_it(folder, capsys):
-    change(folder / "9b_weights.npz", "perceiver.latents", lambda array: array * np.linspace(1, 2, array.shape[1], dtype=array.dtype))
+    change(
+        folder / "9b_weights.npz", "perceiver.latents", lambda array: array * np.linspace(1, 2, array.shape[1], dtype=array.dtype)
+    )
     kinds = failed(folder, capsys)
     assert {"resampler", "hidden_states", "pose", "deltas", "lstm_h"} <= kinds
     assert not kinds & {"images", "input_ids", "vit_tokens", "token_embedding", "template", "preprocess_float"}
@@ -386,7 +396,9 @@ def test_a_missing_array_is_named(folder, capsys, file, name):
     assert name in refusal(folder, capsys)
 
 
-@pytest.mark.parametrize(("file", "key"), [("text.json", "truncation_case"), ("9b_info.json", "instruction"), ("9b_keys.json", "config")])
+@pytest.mark.parametrize(
+    ("file", "key"), [("text.json", "truncation_case"), ("9b_info.json", "instruction"), ("9b_keys.json", "config")]
+)
 def test_a_missing_entry_is_named(folder, capsys, file, key):
     values = read_json(folder / file)
     del values[key]

@@ -40,7 +40,13 @@ def mixed_rule(**changes) -> ExitRule:
 
 def outcome(step: PolicyStep) -> tuple:
     """What a step decided, to the bit, without the time it took."""
-    return step.action.pose.tobytes(), step.action.gripper_probability, step.exit_layer, step.stop, np.array(step.deltas).tobytes()
+    return (
+        step.action.pose.tobytes(),
+        step.action.gripper_probability,
+        step.exit_layer,
+        step.stop,
+        np.array(step.deltas).tobytes(),
+    )
 
 
 def same_state(a: HeadState, b: HeadState) -> bool:
@@ -78,7 +84,9 @@ def test_the_first_exit_is_compared_with_the_layer_just_before_it_and_the_others
     assert step.deltas == tuple(expected)
 
 
-@pytest.mark.parametrize(("rule", "layers"), [(ALWAYS, 2), (NEVER, 6), (ExitRule((1, 3), (-1.0, -1.0)), 4), (ExitRule((3,), (1.0,)), 4)])
+@pytest.mark.parametrize(
+    ("rule", "layers"), [(ALWAYS, 2), (NEVER, 6), (ExitRule((1, 3), (-1.0, -1.0)), 4), (ExitRule((3,), (1.0,)), 4)]
+)
 def test_a_step_runs_no_layer_deeper_than_its_exit(rule, layers):
     model = small_model()
     ran = []
@@ -330,7 +338,8 @@ def test_the_stages_are_not_negative_and_sum_to_about_the_time_of_the_step():
 
 
 @pytest.mark.parametrize(
-    ("part", "stage", "calls"), [("vision", "vision", 1), ("resampler", "vision", 1), ("layers.2", "language", 1), ("shared_head", "head", 4)]
+    ("part", "stage", "calls"),
+    [("vision", "vision", 1), ("resampler", "vision", 1), ("layers.2", "language", 1), ("shared_head", "head", 4)],
 )
 def test_a_slow_part_is_booked_on_its_own_stage(part, stage, calls):
     model = small_model()
@@ -338,12 +347,12 @@ def test_a_slow_part_is_booked_on_its_own_stage(part, stage, calls):
     usual = np.median([dataclasses.astuple(step.times) for step in run(policy, 10)], axis=0)
 
     def dawdle(*_):
-        end = time.perf_counter() + 0.03
+        end = time.perf_counter() + 0.1
         while time.perf_counter() < end:
             pass
 
     model.get_submodule(part).register_forward_hook(dawdle)
     slow = np.median([dataclasses.astuple(step.times) for step in run(policy, 3)], axis=0)
     extra = dict(zip(("preprocess", "vision", "language", "head"), slow - usual))
-    assert extra.pop(stage) > 0.9 * 30 * calls
-    assert max(extra.values()) < 20
+    assert extra.pop(stage) > 0.9 * 100 * calls
+    assert max(extra.values()) < 50

@@ -29,7 +29,20 @@ def through_pillow(image: np.ndarray, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("height", "width"),
-    [(480, 640), (640, 480), (200, 200), (84, 84), (224, 224), (224, 301), (301, 224), (225, 224), (37, 91), (1, 5), (5, 1), (1, 1)],
+    [
+        (480, 640),
+        (640, 480),
+        (200, 200),
+        (84, 84),
+        (224, 224),
+        (224, 301),
+        (301, 224),
+        (225, 224),
+        (37, 91),
+        (1, 5),
+        (5, 1),
+        (1, 1),
+    ],
 )
 def test_an_image_of_any_shape_is_resized_and_cropped_as_pillow_does(height, width):
     image = noise(height, width)

@@ -76,7 +76,9 @@ def test_the_policy_node_keeps_the_name_that_the_parameter_file_gives_it():
 
 def test_launch_arguments_set_parameters_that_the_node_declares_and_with_their_type():
     declared = {declaration.name: type(declaration.default).__name__ for declaration in DECLARATIONS} | {"use_sim_time": "bool"}
-    (table,) = [node.value for node in ast.walk(ast.parse(POLICY.read_text())) if isinstance(node, ast.Assign) and is_parameters(node)]
+    (table,) = [
+        node.value for node in ast.walk(ast.parse(POLICY.read_text())) if isinstance(node, ast.Assign) and is_parameters(node)
+    ]
     for value in table.values:
         parameter, kind = value.elts
         assert declared[parameter.value] == kind.id, parameter.value

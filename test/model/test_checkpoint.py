@@ -17,12 +17,21 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.model.action_space import CALVIN
-from deer_vla_ros.model.checkpoint import CONFIG, EMBEDDED, README, TOKENIZER, WEIGHTS, Checkpoint, CheckpointInfo, folder_of, load, save
+from deer_vla_ros.model.checkpoint import (
+    CONFIG,
+    EMBEDDED,
+    README,
+    TOKENIZER,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointInfo,
+    folder_of,
+    load,
+    save,
+)
 from deer_vla_ros.model.config import tabletop
 
-INFO = CheckpointInfo(
-    model=SMALL, action_space=CALVIN, weights="random", trained=False, delta="l2", thresholds=(0.01, 0.02, 1e8)
-)
+INFO = CheckpointInfo(model=SMALL, action_space=CALVIN, weights="random", trained=False, delta="l2", thresholds=(0.01, 0.02, 1e8))
 
 
 @pytest.fixture
@@ -190,7 +199,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, TOKENIZER])
-@pytest.mark.parametrize("write", [lambda path, bomb: path.write_bytes(pickle.dumps(bomb)), lambda path, bomb: torch.save(bomb, path)])
+@pytest.mark.parametrize(
+    "write", [lambda path, bomb: path.write_bytes(pickle.dumps(bomb)), lambda path, bomb: torch.save(bomb, path)]
+)
 def test_a_pickle_is_never_loaded(folder, name, write):
     trace = folder / "pickle_was_loaded"
     write(folder / name, Bomb(trace))

@@ -56,7 +56,9 @@ def test_text_before_the_image_token_gets_no_cross_attention():
     image, ids = tokenizer.image_token, [5, 6, tokenizer.image_token, 7, 8]
     one, other = (hidden_states(model, ids, image, visual_tokens(seed)) for seed in (1, 2))
     assert torch.equal(one[:, :2], other[:, :2])
-    assert ((one[:, 2:] - other[:, 2:]).abs().amax(-1) > 1e-4).all(), "from <image> on every token sees the images, in every layer"
+    assert ((one[:, 2:] - other[:, 2:]).abs().amax(-1) > 1e-4).all(), (
+        "from <image> on every token sees the images, in every layer"
+    )
 
 
 def test_without_an_image_token_the_images_change_nothing():
@@ -79,7 +81,9 @@ def test_right_padding_does_not_change_the_hidden_states_of_real_tokens():
     short, long = "lift block", "push the red block to the left"
     ids, mask = tokenizer.encode([short, long])
     visual = visual_tokens(0)
-    together = torch.stack(list(model.hidden_states(visual.expand(2, -1, -1), model.encode_text(ids, mask, tokenizer.image_token))))
+    together = torch.stack(
+        list(model.hidden_states(visual.expand(2, -1, -1), model.encode_text(ids, mask, tokenizer.image_token)))
+    )
     for row, instruction in enumerate((short, long)):
         alone_ids, _ = tokenizer.encode([instruction])
         alone = hidden_states(model, alone_ids[0].tolist(), tokenizer.image_token, visual)

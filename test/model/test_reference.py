@@ -93,7 +93,9 @@ def test_a_converted_reference_gives_the_same_outputs_after_it_was_saved_and_loa
     images = torch.from_numpy(recording.rollout["vision_x"][:2, 0, 0]).transpose(0, 1)
     results = []
     for checkpoint in (Checkpoint(info, model, recording.tokenizer), loaded):
-        text = checkpoint.model.encode_text(*checkpoint.tokenizer.encode([recording.info["instruction"]]), recording.tokenizer.image_token)
+        text = checkpoint.model.encode_text(
+            *checkpoint.tokenizer.encode([recording.info["instruction"]]), recording.tokenizer.image_token
+        )
         hidden = list(checkpoint.model.hidden_states(checkpoint.model.encode_images(images), text))
         head = checkpoint.model.shared_head
         results.append((*hidden, head(hidden[-1].amax(-2)[None], head.initial_state()).pose))

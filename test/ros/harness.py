@@ -20,6 +20,7 @@ import rclpy
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
+from rclpy.task import Future
 
 Value = TypeVar("Value")
 
@@ -135,10 +136,19 @@ class Client:
         wait_until(publisher.get_subscription_count, timeout, f"a subscription on {topic}")
         return publisher
 
-    def call(self, service_type, name: str, request=None, timeout: float = 10.0):
-        """The response of service `name` to `request` (default: an empty one)."""
+    def call(self, service_type, name: str, request=None, timeout: float = 10.0, again_after: float = 2.0):
+        """The response of service `name` to `request` (default: an empty one).
+
+        A server that has not yet discovered the client's reader drops its response (rmw gives it 100 ms): after `again_after` seconds
+        without one the request is sent again. Give infinity where once is all there may be.
+        """
         client = self.node.create_client(service_type, name)
         wait_until(client.service_is_ready, timeout, f"service {name}")
-        future = client.call_async(request or service_type.Request())
-        wait_until(future.done, timeout, f"the response of {name}")
-        return future.result()
+        sent: list[tuple[float, Future]] = []
+
+        def answered() -> list[Future]:
+            if not sent or time.monotonic() - sent[-1][0] > again_after:
+                sent.append((time.monotonic(), client.call_async(request or service_type.Request())))
+            return [future for _, future in sent if future.done()]
+
+        return wait_until(answered, timeout, f"the response of {name}")[0].result()

@@ -38,7 +38,8 @@ class Rig:
         self.position = np.array([0.4, 0.0, 0.3])
         self.encoding = "rgb8"
         self._images = {
-            name: node.create_publisher(Image, f"{namespace}camera/{name}/image_raw", qos_profile_sensor_data) for name in ("static", "gripper")
+            name: node.create_publisher(Image, f"{namespace}camera/{name}/image_raw", qos_profile_sensor_data)
+            for name in ("static", "gripper")
         }
         self._pose = node.create_publisher(PoseStamped, f"{namespace}ee_pose", 10)
         self._instruction = node.create_publisher(String, f"{namespace}instruction", LATCHED)

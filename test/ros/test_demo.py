@@ -6,10 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from deer_vla_ros.msg import PolicyStep
 from harness import spawn, wait_until
 from PIL import Image
-
-from deer_vla_ros.msg import PolicyStep
 
 START_S = 120.0
 """Generous: torch on a machine that is busy with other things."""

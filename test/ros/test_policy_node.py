@@ -183,9 +183,11 @@ def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigur
 
 def test_without_autostart_a_manager_leads_the_node_through_its_life(client):
     with spawn("node", "--ros-args", "-r", "__ns:=/managed", "-p", "autostart:=false") as process:
+
         def change(transition: int) -> bool:
             request = ChangeState.Request(transition=Transition(id=transition))
-            return client.call(ChangeState, "managed/deer_vla/change_state", request, timeout=START_TIMEOUT).success
+            service = "managed/deer_vla/change_state"
+            return client.call(ChangeState, service, request, timeout=START_TIMEOUT, again_after=float("inf")).success
 
         def state() -> int:
             return client.call(GetState, "managed/deer_vla/get_state", timeout=START_TIMEOUT).current_state.id

@@ -54,9 +54,7 @@ def test_without_a_command_the_arm_stays_at_home(table):
     assert np.linalg.norm(table.tcp_pose().position - home) < 1e-3
 
 
-@pytest.mark.parametrize(
-    "position", [(0.45, 0.0, -1.0), (-0.6, 0.0, 0.3), (3.0, 0.0, 0.3), (0.0, 0.0, 0.1), (1e30, -1e30, 1e30)]
-)
+@pytest.mark.parametrize("position", [(0.45, 0.0, -1.0), (-0.6, 0.0, 0.3), (3.0, 0.0, 0.3), (0.0, 0.0, 0.1), (1e30, -1e30, 1e30)])
 def test_an_unreachable_target_neither_jumps_nor_stops_the_arm_from_coming_back(table, position):
     table.set_target(np.array(position), DOWN)
     assert fastest_joint(table, 3.0) < COLLIDING_SPEED

@@ -66,9 +66,7 @@ def test_joint_range_and_speed_hold_for_any_target_from_any_posture(arm, joints,
         joints = following
 
 
-@given(
-    first=st.tuples(*[st.floats(-np.pi, np.pi)] * 3), second=st.tuples(*[st.floats(-np.pi, np.pi)] * 3)
-)
+@given(first=st.tuples(*[st.floats(-np.pi, np.pi)] * 3), second=st.tuples(*[st.floats(-np.pi, np.pi)] * 3))
 def test_rotation_vector_turns_the_current_orientation_into_the_target(first, second):
     target, current = Rotation.from_euler("xyz", first), Rotation.from_euler("xyz", second)
     turned = Rotation.from_rotvec(rotation_vector(wxyz(target), wxyz(current))) * current

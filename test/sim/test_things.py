@@ -150,9 +150,7 @@ def test_what_nobody_touches_stays_where_it_is():
     after = table.state()
     for colour in COLOURS:
         np.testing.assert_allclose(after.block(colour).position, before.block(colour).position, atol=1e-3)
-    assert (after.drawer, after.slider, after.switch) == pytest.approx(
-        (before.drawer, before.slider, before.switch), abs=1e-3
-    )
+    assert (after.drawer, after.slider, after.switch) == pytest.approx((before.drawer, before.slider, before.switch), abs=1e-3)
     assert (after.led, after.lamp) == (before.led, before.lamp)
 
 
