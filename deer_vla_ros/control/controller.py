@@ -70,7 +70,7 @@ class Controller:
         self._last_target: Pose | None = None
         self._last_gripper: float | None = None
         self._held: _Held | None = None
-        self.holds: Counter[HoldReason] = Counter()
+        self._holds: Counter[HoldReason] = Counter()
 
     # --- inputs, from any thread
 
@@ -122,6 +122,11 @@ class Controller:
     def dropped(self) -> int:
         """Camera pairs that were replaced by newer ones before a tick saw them."""
         return self._gate.snapshot().dropped
+
+    @property
+    def holds(self) -> dict[HoldReason, int]:
+        """How often a hold began, by reason."""
+        return dict(self._holds)
 
     @property
     def steps(self) -> int:
@@ -244,6 +249,6 @@ class Controller:
             self._last_target = None  # whatever comes next starts from the measured pose
         else:
             pose = self._held.pose
-        self.holds.update(set(reasons) - set(self.holding))
+        self._holds.update(set(reasons) - set(self.holding))
         self._held = _Held(pose, reasons, now_ns)
         return Command(now_ns, pose, Twist.zero(), self._last_gripper, holds=reasons, error=error)
