@@ -67,6 +67,7 @@ class Controller:
         self._episode = -1
         self._episode_step = 0
         self._last_static_ns: int | None = None
+        self._last_tick_ns: int | None = None
         self._last_target: Pose | None = None
         self._last_gripper: float | None = None
         self._held: _Held | None = None
@@ -141,6 +142,8 @@ class Controller:
 
     def tick(self, now_ns: int) -> Command | None:
         """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None: nothing to say."""
+        if self._clock_jumped(now_ns):
+            return self._start_over(now_ns)
         inputs = self._gate.snapshot()
         reasons = self._gate.judge(inputs, now_ns)
         if not reasons and is_beyond_workspace(self._settings.guard, inputs.pose.pose):
@@ -169,12 +172,23 @@ class Controller:
         self._policy.rule = rule
         self._instruction = ""
 
+    def _clock_jumped(self, now_ns: int) -> bool:
+        """Whether time went back since the last tick, by more than the clocks of two inputs may differ anyway."""
+        last_ns, self._last_tick_ns = self._last_tick_ns, now_ns
+        return last_ns is not None and now_ns < last_ns - self._settings.inputs.max_skew_ns
+
+    def _start_over(self, now_ns: int) -> Command:
+        """Holds; nothing from before the jump is acted upon, the measured pose neither, and a new episode follows."""
+        inputs = self._gate.snapshot()
+        self._gate.forget()
+        self._gate.request_reset()
+        self._last_static_ns = None
+        self._held = None
+        return self._hold(inputs, (HoldReason.CLOCK_JUMPED,), now_ns)
+
     def _is_due(self, static: Frame) -> bool:
-        """Once per new static frame, and not faster than the control rate; a stamp that jumped back counts as new."""
-        if self._last_static_ns is None:
-            return True
-        elapsed = static.stamp_ns - self._last_static_ns
-        return elapsed < 0 or elapsed >= self._settings.min_interval_ns
+        """Once per new static frame, and not faster than the control rate; one older than the last step's is not new."""
+        return self._last_static_ns is None or static.stamp_ns - self._last_static_ns >= self._settings.min_interval_ns
 
     def _act(self, inputs: Inputs, now_ns: int) -> Command:
         static, gripper = inputs.pair

@@ -88,6 +88,10 @@ class InputGate:
         with self._lock:
             self._seen = pair[0] if pair else None
 
+    def forget(self) -> None:
+        """Drops frames and pose, which belong to another time; instruction and requests stay."""
+        self._replace(static=None, gripper=None, pair=None, pose=None)
+
     def judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
         """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the first."""
         reasons = []
@@ -123,12 +127,14 @@ class InputGate:
         than a frame may be old.
         """
         reasons = []
-        for frame, missing, stale, future in (
-            (inputs.static, HoldReason.NO_STATIC_FRAME, HoldReason.STATIC_STALE, HoldReason.STATIC_IN_FUTURE),
-            (inputs.gripper, HoldReason.NO_GRIPPER_FRAME, HoldReason.GRIPPER_STALE, HoldReason.GRIPPER_IN_FUTURE),
-        ):
+        for name, frame in (("STATIC", inputs.static), ("GRIPPER", inputs.gripper)):
+            missing, unstamped, stale, future = (
+                HoldReason[text.format(name)] for text in ("NO_{}_FRAME", "{}_UNSTAMPED", "{}_STALE", "{}_IN_FUTURE")
+            )
             if frame is None:
                 reasons.append(missing)
+            elif frame.stamp_ns == 0:
+                reasons.append(unstamped)
             elif now_ns - frame.stamp_ns > self.limits.max_age_ns:
                 reasons.append(stale)
             elif now_ns - frame.stamp_ns < -self.limits.max_skew_ns:

@@ -21,9 +21,12 @@ class HoldReason(enum.Enum):
 
     STOPPING = "control is ending"
     REQUESTED = "hold was requested through the service"
+    CLOCK_JUMPED = "the clock jumped backwards: everything received before it is forgotten"
     NO_INSTRUCTION = "no instruction, or an empty one"
     NO_STATIC_FRAME = "no frame of the static camera yet"
     NO_GRIPPER_FRAME = "no frame of the gripper camera yet"
+    STATIC_UNSTAMPED = "the static frame's stamp is zero: have the camera driver stamp its images"
+    GRIPPER_UNSTAMPED = "the gripper frame's stamp is zero: have the camera driver stamp its images"
     STATIC_STALE = "the newest static frame is older than inputs.max_age_s"
     GRIPPER_STALE = "the newest gripper frame is older than inputs.max_age_s"
     STATIC_IN_FUTURE = "the static frame's stamp lies in the future: the camera uses another clock"

@@ -110,6 +110,47 @@ def test_a_stale_camera_holds_where_the_arm_was_and_recovery_starts_from_there(c
     assert distance_between(resumed.target, moved) <= SETTINGS.guard.max_translation_m
 
 
+def test_a_clock_that_jumps_back_holds_forgets_and_starts_a_new_episode(controller):
+    robot = Robot(controller)
+    for _ in range(3):
+        robot.tick()
+    robot.now -= 2_000 * MS
+    jumped = controller.tick(robot.now)
+    assert jumped.holds == (HoldReason.CLOCK_JUMPED,)
+    assert HoldReason.NO_STATIC_FRAME in controller.tick(robot.now + PERIOD).holds
+    resumed = robot.tick()
+    assert resumed.decision.episode == 1 and resumed.decision.episode_step == 0
+
+
+def test_a_clock_that_wavers_does_not_count_as_a_jump(controller):
+    robot = Robot(controller)
+    robot.tick()
+    assert controller.tick(robot.now - 10 * MS) is None
+    assert robot.tick().decision.episode == 0
+
+
+def test_a_frozen_stamp_gives_no_steps_and_then_a_hold(controller):
+    robot = Robot(controller)
+    robot.tick()
+    frozen = robot.now
+    told = []
+    for i in range(1, 5):
+        for camera in Camera:
+            controller.put_frame(camera, Frame(robot.image(), frozen))
+        controller.put_pose(MeasuredPose(robot.pose, "base", frozen + i * PERIOD))
+        told.append(controller.tick(frozen + i * PERIOD + MS))
+    assert told[:2] == [None, None]
+    assert set(told[-1].holds) == {HoldReason.STATIC_STALE, HoldReason.GRIPPER_STALE}
+
+
+def test_a_frame_older_than_the_last_one_stepped_on_is_not_acted_upon(controller):
+    robot = Robot(controller)
+    robot.tick()
+    for camera in Camera:
+        controller.put_frame(camera, Frame(robot.image(), robot.now - 50 * MS))
+    assert controller.tick(robot.now + 2 * MS) is None
+
+
 def test_a_hold_is_repeated_at_the_control_rate_and_no_faster(controller):
     told = [controller.tick(START + i * 10 * MS) is not None for i in range(40)]
     assert 4 <= sum(told) <= 6

@@ -81,6 +81,10 @@ def test_a_camera_that_stays_behind_holds_once_the_last_pair_is_old():
     assert held == [set(), set(), set(), {HoldReason.SKEW}]
 
 
+def test_frames_without_a_stamp_hold_and_say_so():
+    assert reasons(gate(0, 0)) == {HoldReason.STATIC_UNSTAMPED, HoldReason.GRIPPER_UNSTAMPED}
+
+
 def test_stamps_of_another_clock_hold():
     assert HoldReason.STATIC_IN_FUTURE in reasons(gate(NOW + 60 * MS, NOW + 60 * MS))
     assert HoldReason.POSE_IN_FUTURE in reasons(gate(measured=pose(NOW + 60 * MS)))
