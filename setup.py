@@ -105,7 +105,7 @@ setup(
     cmdclass={"build_ext": BuildWithCMake},
     install_requires=[
         "numpy>=1.26,<3",
-        "pillow>=10",
+        "pillow>=10.1",
         "pyyaml",
         "safetensors>=0.4",
         "scipy>=1.11",

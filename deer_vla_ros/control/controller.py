@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deer_vla_ros.budget.keeper import Budget, BudgetKeeper, BudgetStatus
+from deer_vla_ros.control.gripper import GripperSwitch
 from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
 from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
@@ -28,11 +29,15 @@ JITTER = 0.8
 
 @dataclass(frozen=True)
 class ControllerSettings:
-    """rate_hz: at most so many steps, and while holding as many repeats, per second."""
+    """rate_hz: at most so many steps, and while holding as many repeats, per second.
+
+    gripper_hysteresis: how far from one half the gripper's probability must be to change it.
+    """
 
     rate_hz: float
     inputs: InputLimits
     guard: GuardLimits
+    gripper_hysteresis: float = 0.0
 
     @property
     def min_interval_ns(self) -> int:
@@ -54,12 +59,13 @@ class Controller:
     Inputs may be given from any thread; `tick`, `stop` and the budget from one thread at a time.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: ControllerSettings):
+    def __init__(self, checkpoint: Checkpoint, settings: ControllerSettings, action_space: ActionSpace | None = None):
+        """action_space: units, frame and gripper values of this robot, where they are not the checkpoint's."""
         info = checkpoint.info
-        self._space: ActionSpace = info.action_space
+        self.action_space = action_space or info.action_space
         self._budget = BudgetKeeper(info.model, info.delta, info.thresholds, checkpoint.model.dtype.itemsize)
         self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._budget.rule)
-        self._gate = InputGate(settings.inputs, self._space.frame)
+        self._gate = InputGate(settings.inputs, self.action_space.frame)
         self._settings = settings
         self._instruction = ""
         self._resets = 0
@@ -69,6 +75,7 @@ class Controller:
         self._last_static_ns: int | None = None
         self._last_tick_ns: int | None = None
         self._last_target: Pose | None = None
+        self._gripper = GripperSwitch(settings.gripper_hysteresis)
         self._last_gripper: float | None = None
         self._held: _Held | None = None
         self._holds: Counter[HoldReason] = Counter()
@@ -103,6 +110,7 @@ class Controller:
     def settings(self, settings: ControllerSettings) -> None:
         self._settings = settings
         self._gate.limits = settings.inputs
+        self._gripper.hysteresis = settings.gripper_hysteresis
 
     def check_budget(self, budget: Budget) -> None:
         """Raises UserError where `budget` cannot be kept; changes nothing."""
@@ -128,6 +136,12 @@ class Controller:
     def holds(self) -> dict[HoldReason, int]:
         """How often a hold began, by reason."""
         return dict(self._holds)
+
+    @property
+    def newest_frames(self) -> tuple[Frame | None, Frame | None]:
+        """The newest static and gripper frame, whether or not a step acts on them."""
+        inputs = self._gate.snapshot()
+        return inputs.static, inputs.gripper
 
     @property
     def steps(self) -> int:
@@ -207,13 +221,14 @@ class Controller:
             return dataclasses.replace(self._hold(inputs, held, now_ns), decision=dataclasses.replace(decision, held=held))
         self._held = None
         measured = inputs.pose.pose
-        guarded = guard(self._settings.guard, self._last_target or measured, measured, *motion_of(action.pose, self._space))
+        guarded = guard(self._settings.guard, self._last_target or measured, measured, *motion_of(action.pose, self.action_space))
         self._last_target = guarded.target
-        self._last_gripper = self._space.gripper_open if action.gripper > 0 else self._space.gripper_closed
+        space = self.action_space
+        self._last_gripper = space.gripper_open if self._gripper.decide(action) else space.gripper_closed
         return Command(
             stamp_ns=decision.stamp_ns,
             target=guarded.target,
-            twist=twist_of(guarded.start, guarded.target, 1 / self._space.rate_hz),
+            twist=twist_of(guarded.start, guarded.target, 1 / self.action_space.rate_hz),
             gripper=self._last_gripper,
             decision=dataclasses.replace(decision, limits=guarded.limits),
         )

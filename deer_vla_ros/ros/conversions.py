@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped, TwistStamped
-from sensor_msgs.msg import Image
 from std_msgs.msg import Float64MultiArray
 
 from deer_vla_ros import msg
 from deer_vla_ros.budget.keeper import BudgetStatus
-from deer_vla_ros.control.types import Decision, Frame, MeasuredPose, Pose, Twist
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.control.types import Decision, MeasuredPose, Pose, Twist
 from deer_vla_ros.inference.types import StopReason
 from deer_vla_ros.ros.stamped import nanoseconds, stamp
-
-CHANNEL_ORDER = {"rgb8": slice(None), "bgr8": slice(None, None, -1)}
 
 STOP_REASONS = {
     StopReason.AGREED: msg.PolicyStep.STOP_AGREED,
     StopReason.DEEPEST: msg.PolicyStep.STOP_DEEPEST,
     StopReason.STAGE: msg.PolicyStep.STOP_STAGE,
 }
-
-
-def frame(message: Image) -> Frame:
-    """An image message as (H, W, 3) uint8 RGB; raises UserError for an encoding or a size that does not fit the data."""
-    if message.encoding not in CHANNEL_ORDER:
-        raise UserError(f"encoding '{message.encoding}' is not supported: publish {' or '.join(CHANNEL_ORDER)}")
-    height, width, step = message.height, message.width, message.step
-    if not (height and width and step >= 3 * width and len(message.data) >= height * step):
-        raise UserError(
-            f"{width} x {height} {message.encoding} with step {step} needs {height * max(step, 3 * width)} bytes, the message has "
-            f"{len(message.data)}: mend the camera driver"
-        )
-    rows = np.frombuffer(message.data, np.uint8, height * step).reshape(height, step)
-    image = rows[:, : 3 * width].reshape(height, width, 3)[..., CHANNEL_ORDER[message.encoding]]
-    return Frame(np.ascontiguousarray(image), nanoseconds(message.header.stamp))
 
 
 def measured_pose(message: PoseStamped) -> MeasuredPose:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import bisect
 import functools
 import math
@@ -11,10 +10,8 @@ import unicodedata
 import numpy as np
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
-from sensor_msgs.msg import Image
 
 from deer_vla_ros.control.types import Decision, HoldReason
-from deer_vla_ros.ros.stamped import stamp
 
 WIDTH, HEIGHT = 640, 480
 PAD = 8
@@ -55,16 +52,6 @@ def draw(
         _draw_ladder(pen, decision)
     _draw_band(pen, decision, holds)
     return np.asarray(canvas)
-
-
-def message(image: np.ndarray, stamp_ns: int) -> Image:
-    """The overlay as rgb8; rclpy takes an array.array as it is, and checks anything else number by number."""
-    height, width, _ = image.shape
-    pixels = array.array("B")
-    pixels.frombytes(np.ascontiguousarray(image).data)
-    result = Image(height=height, width=width, encoding="rgb8", step=3 * width, data=pixels)
-    result.header.stamp = stamp(stamp_ns)
-    return result
 
 
 def _place(canvas: Picture.Image, pen: ImageDraw.ImageDraw, image: np.ndarray, box: tuple[int, int, int, int], name: str) -> None:

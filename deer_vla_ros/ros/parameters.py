@@ -1,10 +1,11 @@
 """Which parameters does the node have? Declared once, here: type, range, unit, description.
 
-`python -m deer_vla_ros.ros.parameters > config/deer_vla.yaml` writes the commented file that people edit.
+`python -m deer_vla_ros.ros.reference` writes config/deer_vla.yaml and docs/reference from them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from deer_vla_ros.control.controller import ControllerSettings
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.ros.stamped import SECOND
 
 NODE_NAME = "deer_vla"
@@ -49,6 +51,9 @@ class Declaration:
 
 DECLARATIONS = (
     Declaration("autostart", True, "Configure and activate on start; false waits for a lifecycle manager."),
+    Declaration(
+        "overlay.rate_hz", 2.0, "How often ~/overlay is drawn while somebody subscribes to it; 0: no such topic.", "Hz", 0.0, 30.0
+    ),
     Declaration("model.path", "", "Checkpoint folder; empty takes the one embedded in the package."),
     Declaration(
         "model.device", "auto", "Where the network runs; auto takes the GPU if there is one.", choices=("auto", "cpu", "cuda")
@@ -69,6 +74,12 @@ DECLARATIONS = (
         0.1,
         200.0,
     ),
+    Declaration(
+        "inputs.image_transport",
+        "raw",
+        "Which camera topics to listen to: .../image_raw, or .../image_raw/compressed.",
+        choices=("raw", "compressed"),
+    ),
     Declaration("inputs.max_age_s", 0.3, "A camera frame older than this is stale: hold.", "s", 0.01, 10.0, live=True),
     Declaration("inputs.max_pose_age_s", 0.3, "A measured TCP pose older than this is stale: hold.", "s", 0.01, 10.0, live=True),
     Declaration(
@@ -87,6 +98,34 @@ DECLARATIONS = (
         "GMAC",
         0.0,
         1e6,
+        live=True,
+    ),
+    Declaration("action.mode", "both", "Which motion commands are published.", choices=("pose", "twist", "both")),
+    Declaration("action.frame", "", "Frame of motions, measured poses and targets; empty: the checkpoint's."),
+    Declaration("action.translation_m", 0.0, "What a translation of 1 stands for, per step; 0: the checkpoint's.", "m", 0.0, 1.0),
+    Declaration("action.rotation_rad", 0.0, "What a rotation of 1 stands for, per step; 0: the checkpoint's.", "rad", 0.0, 3.14),
+    Declaration(
+        "action.gripper_open",
+        0.0,
+        "Gripper command for open; where it equals action.gripper_closed: the checkpoint's.",
+        "",
+        -1e3,
+        1e3,
+    ),
+    Declaration(
+        "action.gripper_closed",
+        0.0,
+        "Gripper command for closed; where it equals action.gripper_open: the checkpoint's.",
+        "",
+        -1e3,
+        1e3,
+    ),
+    Declaration(
+        "action.gripper_hysteresis",
+        0.05,
+        "How far from one half the gripper's probability must be to change it; 0: the reference's rule.",
+        low=0.0,
+        high=0.5,
         live=True,
     ),
     Declaration("guard.max_translation_m", 0.06, "The most that the target moves in one step.", "m", 1e-4, 1.0, live=True),
@@ -144,7 +183,16 @@ def controller_settings(given: dict[str, Any]) -> ControllerSettings:
             workspace_min=tuple(given["guard.workspace_min"]),
             workspace_max=tuple(given["guard.workspace_max"]),
         ),
+        gripper_hysteresis=given["action.gripper_hysteresis"],
     )
+
+
+def action_space(given: dict[str, Any], checkpoint: ActionSpace) -> ActionSpace:
+    """The checkpoint's action space, with what the parameters say otherwise; raises UserError."""
+    changes = {name: given[f"action.{name}"] for name in ("frame", "translation_m", "rotation_rad") if given[f"action.{name}"]}
+    if given["action.gripper_open"] != given["action.gripper_closed"]:
+        changes |= {name: given[f"action.{name}"] for name in ("gripper_open", "gripper_closed")}
+    return dataclasses.replace(checkpoint, **changes)
 
 
 def budget(given: dict[str, Any]) -> Budget:
@@ -156,7 +204,7 @@ def render_yaml() -> str:
     """The text of `config/deer_vla.yaml`: every parameter with its default, unit, range and meaning."""
     lines = [
         "# Parameters of the deer_vla node, all at their defaults: copy, change what your robot needs, pass it as params_file.",
-        "# Written by `python -m deer_vla_ros.ros.parameters`; a test keeps it equal to what the node declares.",
+        "# Written by `python -m deer_vla_ros.ros.reference`; a test keeps it equal to what the node declares.",
         "# live: may change while the node runs (`ros2 param set`), between two steps. The others are read when it starts.",
         "/**:",
         f"  {NODE_NAME}:",
@@ -175,7 +223,3 @@ def render_yaml() -> str:
         lines.append(f"      # {declaration.description}{f' ({suffix})' if suffix else ''}")
         lines.append(f"      {declaration.name}: {value}")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(render_yaml(), end="")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
@@ -14,22 +15,26 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
 from deer_vla_ros import msg
 from deer_vla_ros.control.controller import Controller
-from deer_vla_ros.control.types import Camera, Command, HoldReason
+from deer_vla_ros.control.types import Camera, Command, Decision, Frame, HoldReason
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
-from deer_vla_ros.ros import conversions, parameters
+from deer_vla_ros.ros import conversions, images, overlay, parameters
+from deer_vla_ros.ros.graph import neighbours
 from deer_vla_ros.ros.qos import LATCHED, NEWEST
-from deer_vla_ros.ros.stamped import pose_message
+from deer_vla_ros.ros.stamped import image_message, pose_message
 from deer_vla_ros.ros.telemetry import Telemetry
 
 THROTTLE_S = 5.0
+MAX_INSTRUCTION = 500
+"""Characters; more than any network here reads."""
 STATUS_PERIOD_S = 1.0
+NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 
 
 class PolicyNode(LifecycleNode):
@@ -51,20 +56,22 @@ class PolicyNode(LifecycleNode):
         self._running = False
         self._instruction = ""
         self._was_holding: tuple[HoldReason, ...] = ()
+        self._newest_decision: Decision | None = None
+        self._told_problems: set[str] = set()
         self.failure: Exception | None = None
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
 
-        self._target = self.create_lifecycle_publisher(PoseStamped, "target_pose", 10)
-        self._twist = self.create_lifecycle_publisher(TwistStamped, "target_twist", 10)
+        mode = self._value("action.mode")
+        self._target = self.create_lifecycle_publisher(PoseStamped, "target_pose", 10) if mode != "twist" else None
+        self._twist = self.create_lifecycle_publisher(TwistStamped, "target_twist", 10) if mode != "pose" else None
         self._gripper = self.create_lifecycle_publisher(Float64MultiArray, "gripper_command", 10)
         self._steps = self.create_lifecycle_publisher(msg.PolicyStep, "~/step", 10)
         self._budget = self.create_lifecycle_publisher(msg.BudgetStatus, "~/budget", LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
 
         for camera in Camera:
-            topic = f"camera/{camera.value}/image_raw"
-            self.create_subscription(Image, topic, lambda message, camera=camera: self._on_image(camera, message), NEWEST)
+            self._listen_to_camera(camera)
         self.create_subscription(PoseStamped, "ee_pose", self._on_pose, NEWEST)
         # A volatile publisher never matches a transient-local subscription, a latched text never reaches a volatile one.
         # Listening both ways hears both; the same text twice changes nothing, and no mismatch is worth a warning.
@@ -74,7 +81,18 @@ class PolicyNode(LifecycleNode):
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/hold", self._on_hold)
         self._tick_timer = self.create_timer(1 / self._value("control.rate_hz"), self._wake.set)
+        overlay_hz = self._value("overlay.rate_hz")
+        self._overlay = self.create_lifecycle_publisher(Image, "~/overlay", 1) if overlay_hz else None
+        self._overlay_timer = self.create_timer(1 / overlay_hz, self._publish_overlay) if overlay_hz else None
         self._status_timer = self.create_timer(STATUS_PERIOD_S, self._publish_status)
+
+    def _listen_to_camera(self, camera: Camera) -> None:
+        """Raw or compressed, as the parameter says."""
+        topic = f"camera/{camera.value}/image_raw"
+        kind, decode = Image, images.frame
+        if self._value("inputs.image_transport") == "compressed":
+            topic, kind, decode = f"{topic}/compressed", CompressedImage, images.compressed_frame
+        self.create_subscription(kind, topic, lambda message: self._on_image(camera, topic, decode, message), NEWEST)
 
     # --- life
 
@@ -127,15 +145,14 @@ class PolicyNode(LifecycleNode):
         wanted = given["model.device"]
         device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
         loaded = checkpoint.load(checkpoint.folder_of(given["model.path"]), device, getattr(torch, given["model.dtype"]))
-        controller = Controller(loaded, parameters.controller_settings(given))
+        space = parameters.action_space(given, loaded.info.action_space)
+        controller = Controller(loaded, parameters.controller_settings(given), space)
         controller.check_budget(parameters.budget(given))
         controller.set_budget(parameters.budget(given))
         controller.warm_up()
         controller.put_instruction(self._instruction)
-        self._frame_id = loaded.info.action_space.frame
-        self.get_logger().info(
-            f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; action {loaded.info.action_space}"
-        )
+        self._frame_id = space.frame
+        self.get_logger().info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}")
         return controller
 
     def _stop_control(self) -> None:
@@ -181,10 +198,12 @@ class PolicyNode(LifecycleNode):
     def _publish(self, command: Command) -> None:
         if command.gripper is not None:
             self._gripper.publish(conversions.gripper_message(command.gripper))
-        self._twist.publish(conversions.twist_message(command.twist, self._frame_id, command.stamp_ns))
-        if command.target is not None:  # last: a simulator in lock step goes on when it has this one
+        if self._twist:
+            self._twist.publish(conversions.twist_message(command.twist, self._frame_id, command.stamp_ns))
+        if self._target and command.target is not None:  # last: a simulator in lock step goes on when it has this one
             self._target.publish(pose_message(command.target, self._frame_id, command.stamp_ns))
         if command.decision is not None:
+            self._newest_decision = command.decision
             published_ns = self._now_ns()
             self._telemetry.note_step(command.decision.stamp_ns, published_ns)
             self._steps.publish(conversions.step_message(command.decision, self._frame_id, published_ns))
@@ -210,17 +229,29 @@ class PolicyNode(LifecycleNode):
         active = self._thread is not None
         if active:
             self._publish_budget()
-        self._diagnostics.publish(self._telemetry.diagnostics(self.get_name(), self._controller, active, self._now_ns()))
+        around = neighbours(self, self.subscriptions, [self._gripper, *filter(None, (self._target, self._twist))])
+        for problem in set(around.problems) - self._told_problems:
+            self.get_logger().warning(problem)
+        self._told_problems = set(around.problems)
+        self._diagnostics.publish(self._telemetry.diagnostics(self.get_name(), self._controller, active, around, self._now_ns()))
+
+    def _publish_overlay(self) -> None:
+        """Draws in the executor's thread, where it delays no inference, and not at all for nobody."""
+        if self._controller is None or self._overlay.get_subscription_count() == 0:
+            return
+        frames = [frame.image if frame else NO_IMAGE for frame in self._controller.newest_frames]
+        picture = overlay.draw(*frames, self._instruction, self._newest_decision, self._controller.holding)
+        self._overlay.publish(image_message(picture, "", self._now_ns()))
 
     # --- callbacks: hand over and wake, nothing else
 
-    def _on_image(self, camera: Camera, message: Image) -> None:
+    def _on_image(self, camera: Camera, topic: str, decode: Callable[[Any], Frame], message: Image | CompressedImage) -> None:
         if self._controller is None:
             return
         try:
-            self._controller.put_frame(camera, conversions.frame(message))
+            self._controller.put_frame(camera, decode(message))
         except UserError as error:
-            self.get_logger().error(f"camera/{camera.value}/image_raw: {error}", throttle_duration_sec=THROTTLE_S)
+            self.get_logger().error(f"{topic}: {error}", throttle_duration_sec=THROTTLE_S)
             return
         self._wake.set()
 
@@ -229,9 +260,12 @@ class PolicyNode(LifecycleNode):
             self._controller.put_pose(conversions.measured_pose(message))
 
     def _on_instruction(self, message: String) -> None:
-        self._instruction = message.data  # a latched text comes once, perhaps before the node is configured
+        text = message.data
+        if len(text) > MAX_INSTRUCTION:
+            self.get_logger().warning(f"instruction of {len(text)} characters cut to {MAX_INSTRUCTION}: say it in fewer")
+        self._instruction = text[:MAX_INSTRUCTION]  # a latched text comes once, perhaps before the node is configured
         if self._controller is not None:
-            self._controller.put_instruction(message.data)
+            self._controller.put_instruction(self._instruction)
             self._wake.set()
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:

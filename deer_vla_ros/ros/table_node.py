@@ -26,11 +26,11 @@ from std_srvs.srv import Trigger
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.process import ros_process
 from deer_vla_ros.ros.qos import NEWEST
-from deer_vla_ros.ros.stamped import nanoseconds, pose_message, stamp
-from deer_vla_ros.ros.table_messages import BASE_FRAME, image_message, joints_message
+from deer_vla_ros.ros.stamped import image_message, nanoseconds, pose_message, stamp
 from deer_vla_ros.sim.scene import MAX_OPENING
 from deer_vla_ros.sim.table import Table
 
+BASE_FRAME = "base"
 POSE_RATE_HZ = 50.0
 MODES = ("paced", "lockstep")
 
@@ -239,7 +239,11 @@ class TableNode(Node):
         if self._clock_topic is not None:
             self._clock_topic.publish(Clock(clock=now))
         self._ee_pose.publish(pose_message(self._table.tcp_pose(), BASE_FRAME, nanoseconds(now)))
-        self._joint_states.publish(joints_message(self._table, now))
+        joints = JointState(name=list(self._table.joint_names))
+        joints.header.stamp = now
+        joints.position = self._table.joint_positions().tolist()
+        joints.velocity = self._table.joint_velocities().tolist()
+        self._joint_states.publish(joints)
 
     def _publish_frame(self) -> None:
         """Both cameras at one stamp; in lock step then waits for the answer to it."""
@@ -248,8 +252,8 @@ class TableNode(Node):
         if self._lockstep:
             with self._inbox:
                 self._awaited = now
-        self._static_image.publish(image_message(views.static, now, "static_camera"))
-        self._gripper_image.publish(image_message(views.gripper, now, "gripper_camera"))
+        self._static_image.publish(image_message(views.static, "static_camera", nanoseconds(now)))
+        self._gripper_image.publish(image_message(views.gripper, "gripper_camera", nanoseconds(now)))
         if self._lockstep:
             timeout = self.get_parameter("clock.lockstep_timeout_s").value
             self._wait(time.monotonic() + timeout, over=lambda: self._awaited is None)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 
 import numpy as np
+import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.ros.conversions import milliseconds
+from deer_vla_ros.ros.graph import Neighbours
 from deer_vla_ros.ros.stamped import stamp
 
 WINDOW = 100
@@ -33,18 +36,23 @@ class Telemetry:
         span = times[-1] - times[0] if len(times) > 1 else 0
         return (len(times) - 1) * 1e9 / span if span > 0 else 0.0
 
-    def diagnostics(self, name: str, controller: Controller | None, active: bool, now_ns: int) -> DiagnosticArray:
-        """The node's status: OK while it moves the arm, WARN while it holds, STALE while it is not active."""
-        status = DiagnosticStatus(name=f"{name}: control", hardware_id=name)
+    def diagnostics(
+        self, name: str, controller: Controller | None, active: bool, around: Neighbours, now_ns: int
+    ) -> DiagnosticArray:
+        """The node's status: OK while it moves the arm, WARN while it holds or the graph has a problem, STALE while not active."""
+        level, message = DiagnosticStatus.OK, "controlling"
         if controller is None or not active:
-            status.level, status.message = DiagnosticStatus.STALE, "not active"
+            level, message = DiagnosticStatus.STALE, "not active"
         elif controller.holding:
-            status.level = DiagnosticStatus.WARN
-            status.message = "holding: " + "; ".join(reason.value for reason in controller.holding)
-        else:
-            status.level, status.message = DiagnosticStatus.OK, "controlling"
+            level, message = DiagnosticStatus.WARN, "holding: " + "; ".join(reason.value for reason in controller.holding)
+        elif around.problems:
+            level, message = DiagnosticStatus.WARN, "; ".join(around.problems)
+        figures = {f"publishers.{topic}": str(count) for topic, count in around.publishers.items()}
+        figures |= {f"problem.{i}": problem for i, problem in enumerate(around.problems)}
         if controller is not None:
-            status.values = [KeyValue(key=key, value=value) for key, value in self._figures(controller).items()]
+            figures |= self._figures(controller)
+        status = DiagnosticStatus(level=level, name=f"{name}: control", hardware_id=name, message=message)
+        status.values = [KeyValue(key=key, value=value) for key, value in figures.items()]
         array = DiagnosticArray(status=[status])
         array.header.stamp = stamp(now_ns)
         return array
@@ -53,6 +61,10 @@ class Telemetry:
         latency = tuple(self._latency_ms)
         figures = {"steps": str(controller.steps), "rate_hz": f"{self.rate_hz():.2f}", "dropped": str(controller.dropped)}
         if latency:
-            for percentile in (50, 95):
+            for percentile in (50, 95, 99):
                 figures[f"stamp_to_publish_ms.p{percentile}"] = f"{np.percentile(latency, percentile):.1f}"
-        return figures | {f"holds.{reason.name}": str(count) for reason, count in controller.holds.items()}
+        figures |= {f"holds.{reason.name}": str(count) for reason, count in controller.holds.items()}
+        figures |= {f"action.{name}": str(value) for name, value in dataclasses.asdict(controller.action_space).items()}
+        if torch.cuda.is_available():
+            figures["device_memory_mib"] = f"{torch.cuda.memory_allocated() / 2**20:.0f}"
+        return figures

@@ -18,6 +18,7 @@ from deer_vla_ros.budget.keeper import StepCost
 from deer_vla_ros.control.types import Decision, HoldReason, Limit
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason
 from deer_vla_ros.ros import overlay
+from deer_vla_ros.ros.stamped import image_message
 
 LAYOUT = json.loads((Path(__file__).parents[2] / "config" / "foxglove_layout.json").read_text())
 TOPICS = {
@@ -129,14 +130,11 @@ def test_sixteen_exits_and_two_full_frames_take_less_than_ten_milliseconds():
 
 
 def test_the_message_carries_the_picture():
-    image = drawn()
-    message = overlay.message(image, 5_000_000_007)
+    image = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+    message = image_message(image, "camera", 5_000_000_007)
     assert (message.height, message.width, message.step, message.encoding) == (480, 640, 1920, "rgb8")
-    assert (message.header.stamp.sec, message.header.stamp.nanosec) == (5, 7)
+    assert (message.header.stamp.sec, message.header.stamp.nanosec, message.header.frame_id) == (5, 7, "camera")
     assert bytes(message.data) == image.tobytes()
-
-
-# --- the Foxglove layout
 
 
 def panels(tree):
