@@ -42,6 +42,10 @@ class Process:
         self._log = tempfile.NamedTemporaryFile("a")
         self._popen = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
 
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
     def output(self) -> str:
         # Opened anew: the child shares the file position of the handle it was given.
         with open(self._log.name, errors="replace") as log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Iterator
 
@@ -10,9 +11,11 @@ import numpy as np
 from deer_vla_ros.msg import BudgetStatus, PolicyStep
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from harness import Client, wait_until
+from PIL import Image as Picture
 from rclpy.duration import Duration
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
-from sensor_msgs.msg import Image
+from rclpy.time import Time
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Float64MultiArray, String
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -26,10 +29,10 @@ def nanoseconds(stamp) -> int:
 class Rig:
     """Publishes at 10 Hz while `running()`; change the attributes to make it misbehave. Keeps everything the node says.
 
-    namespace: prefix of all topics, "" or one that ends in a slash.
+    namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG.
     """
 
-    def __init__(self, client: Client, namespace: str = ""):
+    def __init__(self, client: Client, namespace: str = "", compressed: bool = False):
         self._client = client
         node = client.node
         self.cameras_on = True
@@ -37,10 +40,14 @@ class Rig:
         self.pose_on = True
         self.position = np.array([0.4, 0.0, 0.3])
         self.encoding = "rgb8"
+        self.follows = False
+        self.corrupt = False
+        kind, suffix = (CompressedImage, "/compressed") if compressed else (Image, "")
         self._images = {
-            name: node.create_publisher(Image, f"{namespace}camera/{name}/image_raw", qos_profile_sensor_data)
+            name: node.create_publisher(kind, f"{namespace}camera/{name}/image_raw{suffix}", qos_profile_sensor_data)
             for name in ("static", "gripper")
         }
+        self._compressed = compressed
         self._pose = node.create_publisher(PoseStamped, f"{namespace}ee_pose", 10)
         self._instruction = node.create_publisher(String, f"{namespace}instruction", LATCHED)
         self.targets = client.listen(PoseStamped, f"{namespace}target_pose")
@@ -70,15 +77,18 @@ class Rig:
         wait_until(lambda: len(self.steps) >= begin + count, timeout, f"{count} steps")
         return self.steps[begin : begin + count]
 
-    def await_hold(self, timeout: float = 10.0) -> PoseStamped:
-        """The newest target once the arm holds: three zero twists in a row."""
+    def await_hold(self, timeout: float = 10.0) -> PoseStamped | None:
+        """The newest target, if there ever was one, once the arm holds: three zero twists in a row."""
         begin = len(self.twists)
         wait_until(lambda: len(self.twists) >= begin + 3 and not any(map(moves, self.twists[-3:])), timeout, "a hold")
-        return self.targets[-1]
+        return self.targets[-1] if self.targets else None
 
     def _run(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            now = self._client.node.get_clock().now()
+            now = self.now()
+            if self.follows and self.targets:
+                target = self.targets[-1].pose.position
+                self.position = np.array([target.x, target.y, target.z])
             if self.pose_on:
                 pose = PoseStamped()
                 pose.header.stamp, pose.header.frame_id = now.to_msg(), "base"
@@ -89,10 +99,20 @@ class Rig:
                 self._publish_image("static", 200, now)
                 self._publish_image("gripper", 84, now - Duration(seconds=self.gripper_lag_s))
 
-    def _publish_image(self, name: str, size: int, time) -> None:
-        image = Image(height=size, width=size, encoding=self.encoding, step=3 * size)
+    def now(self) -> Time:
+        """The time that inputs are stamped with."""
+        return self._client.node.get_clock().now()
+
+    def _publish_image(self, name: str, size: int, time: Time) -> None:
+        pixels = self._random.integers(0, 255, (size, size, 3), dtype=np.uint8)
+        if self._compressed:
+            buffer = io.BytesIO()
+            Picture.fromarray(pixels).save(buffer, "jpeg")
+            data = buffer.getvalue()
+            image = CompressedImage(format="jpeg", data=data[: len(data) // 2] if self.corrupt else data)
+        else:
+            image = Image(height=size, width=size, encoding=self.encoding, step=3 * size, data=pixels.tobytes())
         image.header.stamp = time.to_msg()
-        image.data = self._random.integers(0, 255, 3 * size * size, dtype=np.uint8).tobytes()
         self._images[name].publish(image)
 
 

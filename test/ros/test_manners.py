@@ -1,0 +1,260 @@
+"""What a robotics engineer expects of a node that moves an arm: life, inputs, outputs and neighbours, over real DDS."""
+
+import re
+import signal
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from geometry_msgs.msg import PoseStamped
+from harness import Client, Process, spawn, wait_until
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.time import Time
+from rig import Rig, nanoseconds
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CompressedImage
+from std_msgs.msg import String
+
+from deer_vla_ros.ros.graph import type_name
+from deer_vla_ros.ros.interface import INPUTS, OUTPUTS, SERVICES
+
+START_TIMEOUT = 60.0
+NAMESPACE = "manners"
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client("manners_test") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def node(client):
+    with spawn("node", "--ros-args", "-r", f"__ns:=/{NAMESPACE}") as process:
+        await_active(client, process, NAMESPACE)
+        yield process
+
+
+@pytest.fixture(scope="module")
+def diagnostics(client):
+    return client.listen(DiagnosticArray, "/diagnostics")
+
+
+@pytest.fixture
+def rig(client, node):
+    rig = Rig(client, f"{NAMESPACE}/")
+    with rig.running():
+        rig.instruct("lift the red block")
+        rig.await_steps()
+        yield rig
+        rig.instruct("")
+        rig.await_hold()
+
+
+def await_active(client: Client, process: Process, namespace: str) -> None:
+    def active() -> bool:
+        assert process.running(), process.output()
+        state = client.call(GetState, f"{namespace}/deer_vla/get_state", timeout=START_TIMEOUT).current_state
+        return state.id == State.PRIMARY_STATE_ACTIVE
+
+    wait_until(active, START_TIMEOUT, "the node to be active")
+
+
+def newest_status(diagnostics: list, key: str) -> DiagnosticStatus | None:
+    """The newest status whose values name `key` (any part of it)."""
+    found = [status for array in diagnostics for status in array.status if any(key in pair.key for pair in status.values)]
+    return found[-1] if found else None
+
+
+# --- inputs
+
+
+def test_without_any_frame_the_node_is_active_holds_and_says_how_many_publish(client, diagnostics):
+    with spawn("node", "--ros-args", "-r", "__ns:=/lonely") as process:
+        await_active(client, process, "lonely")
+        key = "publishers./lonely/camera/static/image_raw"
+        status = wait_until(
+            lambda: (s := newest_status(diagnostics, key)) and s.level == DiagnosticStatus.WARN and s, 10.0, "a warning"
+        )
+        assert "no frame of the static camera yet" in status.message
+        assert {pair.key: pair.value for pair in status.values}[key] == "0"
+
+
+def test_a_publisher_of_another_type_is_reported_with_the_remedy(rig, node):
+    report = "/stranger publishes sensor_msgs/msg/CompressedImage, the node listens to sensor_msgs/msg/Image: remap"
+    with Client("stranger") as stranger:  # one process may use a topic with one type only
+        stranger.node.create_publisher(CompressedImage, f"{NAMESPACE}/camera/static/image_raw", 10)
+        wait_until(lambda: report in node.output(), what="the report")
+
+
+def test_a_publisher_that_cannot_be_heard_is_reported_with_the_remedy(rig, client, node):
+    quality = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+    publisher = client.node.create_publisher(String, f"{NAMESPACE}/instruction", quality)
+    wait_until(lambda: "publish with reliability RELIABLE" in node.output(), what="the report")
+    client.node.destroy_publisher(publisher)
+
+
+def test_a_second_commander_is_reported(rig, client, node, diagnostics):
+    publisher = client.node.create_publisher(PoseStamped, f"{NAMESPACE}/target_pose", 10)
+    wait_until(lambda: f"/{NAMESPACE}/target_pose is commanded by 2 publishers" in node.output(), what="the report")
+    key = f"publishers./{NAMESPACE}/ee_pose"
+    wait_until(lambda: newest_status(diagnostics, key).level == DiagnosticStatus.WARN, what="the warning")
+    client.node.destroy_publisher(publisher)
+    wait_until(lambda: newest_status(diagnostics, key).level == DiagnosticStatus.OK, what="all well again")
+
+
+def test_an_overlong_instruction_is_cut_with_a_warning(rig, node):
+    rig.instruct("push " * 1000)
+    wait_until(lambda: "instruction of 5000 characters cut to 500" in node.output(), what="the warning")
+    wait_until(lambda: rig.steps[-1].instruction == ("push " * 100).strip(), what="a step under it")
+
+
+def test_the_same_text_again_does_not_restart_the_episode(rig):
+    episode = rig.await_steps()[0].episode
+    rig.instruct("  lift the red block\n")
+    assert {step.episode for step in rig.await_steps(5)} == {episode}
+
+
+def test_compressed_images_are_heard_and_a_corrupt_one_is_named_and_holds(client):
+    rig = Rig(client, "squeezed/", compressed=True)
+    parameters = ("-p", "inputs.image_transport:=compressed", "-p", "action.mode:=twist")
+    with spawn("node", "--ros-args", "-r", "__ns:=/squeezed", *parameters) as process, rig.running():
+        rig.instruct("open the drawer")
+        rig.await_steps(3, START_TIMEOUT)
+        assert client.node.count_publishers("squeezed/target_pose") == 0, "action.mode is twist"
+        rig.corrupt = True
+        rig.await_hold()
+        assert "camera/static/image_raw/compressed: " in process.output()
+        rig.corrupt = False
+        rig.await_steps(3)
+
+
+class TimedRig(Rig):
+    """A robot on simulated time."""
+
+    seconds = 100.0
+
+    def now(self) -> Time:
+        self.seconds += 0.1
+        self.clock.publish(Clock(clock=Time(seconds=self.seconds).to_msg()))
+        return Time(seconds=self.seconds)
+
+
+def test_simulated_time_works_and_its_jump_back_starts_a_new_episode_after_a_hold(client):
+    rig = TimedRig(client, "timed/")
+    rig.clock = client.node.create_publisher(Clock, "/clock", 10)
+    with spawn("node", "--ros-args", "-r", "__ns:=/timed", "-p", "use_sim_time:=true") as process, rig.running():
+        rig.instruct("open the drawer")
+        before = rig.await_steps(5, START_TIMEOUT)[-1]
+        assert nanoseconds(before.header.stamp) < 10_000 * 10**9, "stamps are simulated time"
+        rig.seconds = 50.0
+        after = wait_until(lambda: [s for s in rig.steps if s.episode > before.episode], 20.0, "a new episode")[0]
+        assert nanoseconds(after.header.stamp) < nanoseconds(before.header.stamp)
+        assert "the clock jumped backwards" in process.output()
+
+
+# --- life
+
+
+def test_the_first_step_takes_no_more_than_twice_the_median(client):
+    rig = Rig(client, "warm/")
+    with spawn("node", "--ros-args", "-r", "__ns:=/warm", "-p", "autostart:=false") as process, rig.running():
+
+        def change(transition: int) -> None:
+            request, service = ChangeState.Request(transition=Transition(id=transition)), "warm/deer_vla/change_state"
+            assert client.call(ChangeState, service, request, timeout=START_TIMEOUT, again_after=float("inf")).success
+
+        change(Transition.TRANSITION_CONFIGURE)
+        rig.instruct("lift the red block")
+        ratios = []
+        for _ in range(3):  # the best of three: somebody else's load may hit one first step, hardly three
+            begin = len(rig.steps)
+            change(Transition.TRANSITION_ACTIVATE)
+            wait_until(lambda begin=begin: len(rig.steps) >= begin + 20, 20.0, "20 steps")
+            per_layer = [step.total_ms / (10 + step.layers_run) for step in rig.steps[begin : begin + 20]]
+            ratios.append(per_layer[0] / statistics.median(per_layer))
+            change(Transition.TRANSITION_DEACTIVATE)
+        assert min(ratios) <= 2.0, (ratios, process.output())
+
+
+def test_a_node_killed_and_started_again_does_not_make_the_arm_jump(client):
+    rig = Rig(client, "killed/")
+    rig.follows = True
+    with rig.running():
+        rig.instruct("lift the red block")
+        for _ in range(2):
+            with spawn("node", "--ros-args", "-r", "__ns:=/killed") as process:
+                begin = len(rig.targets)
+                rig.await_steps(10, START_TIMEOUT)
+                process.send(signal.SIGKILL)
+                process.wait()
+            positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[begin:]]
+            steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+            assert steps.max() <= 0.06 + 1e-6
+            if begin:
+                before = [getattr(rig.targets[begin - 1].pose.position, axis) for axis in "xyz"]
+                assert np.linalg.norm(np.subtract(positions[0], before)) <= 0.06 + 1e-6
+
+
+def test_configuring_a_hundred_times_leaves_no_memory_and_no_thread_behind(client):
+    with spawn("node", "--ros-args", "-r", "__ns:=/often", "-p", "autostart:=false") as process:
+
+        def change(transition: int) -> None:
+            request, service = ChangeState.Request(transition=Transition(id=transition)), "often/deer_vla/change_state"
+            assert client.call(ChangeState, service, request, timeout=START_TIMEOUT, again_after=float("inf")).success
+
+        def cycle() -> None:
+            for transition in (
+                Transition.TRANSITION_CONFIGURE,
+                Transition.TRANSITION_ACTIVATE,
+                Transition.TRANSITION_DEACTIVATE,
+                Transition.TRANSITION_CLEANUP,
+            ):
+                change(transition)
+
+        def usage() -> tuple[int, int]:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
+
+        for _ in range(20):
+            cycle()
+        memory_kib, threads = usage()
+        for _ in range(80):
+            cycle()
+        grown_kib = usage()[0] - memory_kib
+        assert usage()[1] == threads
+        assert grown_kib < 80 * 100, f"{grown_kib} KiB in 80 configures"
+        assert process.stop() == 0
+
+
+# --- neighbours
+
+
+def test_the_running_node_has_the_topics_and_services_that_the_reference_names(client, node):
+    def absolute(name: str) -> str:
+        return name if name.startswith("/") else f"/{NAMESPACE}/{name.replace('~', 'deer_vla')}"
+
+    graph = client.node
+    heard = dict(graph.get_subscriber_names_and_types_by_node("deer_vla", f"/{NAMESPACE}"))
+    said = dict(graph.get_publisher_names_and_types_by_node("deer_vla", f"/{NAMESPACE}"))
+    served = dict(graph.get_service_names_and_types_by_node("deer_vla", f"/{NAMESPACE}"))
+    for table, running in ((INPUTS, heard), (OUTPUTS, said), (SERVICES, served)):
+        for entry in table:
+            if getattr(entry, "when", "") != "inputs.image_transport: compressed":
+                assert running[absolute(entry.name)] == [type_name(entry.type)]
+    ours = {name for name in said if not re.search(r"rosout|parameter_events|transition_event", name)}
+    assert ours == {absolute(topic.name) for topic in OUTPUTS}
+
+
+def test_two_nodes_in_two_namespaces_do_not_hear_each_other(rig, client, node):
+    other = Rig(client, "neighbour/")
+    with spawn("node", "--ros-args", "-r", "__ns:=/neighbour") as process, other.running():
+        other.instruct("open the drawer")
+        steps = other.await_steps(5, START_TIMEOUT)
+        assert {step.instruction for step in steps} == {"open the drawer"}
+        assert {step.instruction for step in rig.await_steps(5)} == {"lift the red block"}
+        assert "commanded by" not in process.output()
