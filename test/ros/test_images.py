@@ -1,0 +1,357 @@
+"""Images as frames: every layout to the same RGB, every defect to one line, and nothing else whatever comes."""
+
+import io
+import struct
+import sys
+import time
+import zlib
+from array import array
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Picture
+from PIL import ImageFile
+from sensor_msgs.msg import CompressedImage, Image
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros import images
+
+CHANNELS = {"rgb8": "rgb", "bgr8": "bgr", "rgba8": "rgba", "bgra8": "bgra", "mono8": "m", "8UC3": "bgr", "8UC1": "m"}
+CHANNELS |= {"rgb16": "rgb", "bgr16": "bgr", "rgba16": "rgba", "bgra16": "bgra", "mono16": "m"}
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
+SMOOTH = np.stack(np.broadcast_arrays(np.arange(64) * 3, np.arange(48)[:, None] * 4, 40), axis=2).astype(np.uint8)
+"""Colours that JPEG keeps."""
+END_CHUNK, END_CHUNK_CHECKSUM = 12, 4
+"""Bytes at the end of a PNG that say nothing of the picture."""
+
+
+def raw(encoding: str, width: int, height: int, data: bytes, step: int | None = None, is_bigendian: int = 0) -> Image:
+    depth = 2 if encoding.endswith("16") else 1
+    step = width * depth * len(CHANNELS.get(encoding, "m")) if step is None else step
+    message = Image(width=width, height=height, encoding=encoding, step=step, is_bigendian=is_bigendian, data=array("B", data))
+    message.header.stamp.sec, message.header.stamp.nanosec = 12, 34
+    return message
+
+
+def compressed(data: bytes, format: str = "jpeg") -> CompressedImage:
+    message = CompressedImage(format=format, data=array("B", data))
+    message.header.stamp.sec, message.header.stamp.nanosec = 12, 34
+    return message
+
+
+def encoded(picture: Picture.Image | np.ndarray, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    (picture if isinstance(picture, Picture.Image) else Picture.fromarray(picture)).save(file, format, **options)
+    return file.getvalue()
+
+
+def plainly(message: Image) -> list:
+    """The definition of an encoding, one pixel at a time."""
+    names, order = CHANNELS[message.encoding], "big" if message.is_bigendian else "little"
+    depth = 2 if message.encoding.endswith("16") else 1
+
+    def value(row: int, column: int, colour: str) -> int:
+        at = row * message.step + (column * len(names) + names.index(colour if colour in names else "m")) * depth
+        number = int.from_bytes(message.data[at : at + depth].tobytes(), order)
+        return number if depth == 1 else round(number * 255 / 65535)
+
+    return [[[value(row, column, c) for c in "rgb"] for column in range(message.width)] for row in range(message.height)]
+
+
+def refusal(convert, message) -> str:
+    """What the message is refused with: one line of bearable length."""
+    with pytest.raises(UserError) as caught:
+        convert(message)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+@st.composite
+def layouts(draw) -> Image:
+    encoding = draw(st.sampled_from(sorted(CHANNELS)))
+    width, height, padding = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(0, 9))
+    step = width * len(CHANNELS[encoding]) * (2 if encoding.endswith("16") else 1) + padding
+    size = height * step + draw(st.sampled_from((0, 0, 5)))
+    return raw(encoding, width, height, draw(st.binary(min_size=size, max_size=size)), step, draw(st.sampled_from((0, 1, 255))))
+
+
+# --- raw
+
+
+@given(layouts())
+def test_every_encoding_step_and_byte_order_gives_the_rgb_that_its_definition_says(message):
+    frame = images.frame(message)
+    assert frame.image.dtype == np.uint8 and frame.image.flags.c_contiguous and frame.image.flags.writeable
+    assert frame.image.tolist() == plainly(message)
+    assert frame.stamp_ns == 12_000_000_034
+
+
+def test_all_values_of_16_bits_become_the_nearest_of_8_in_both_byte_orders():
+    values = np.arange(65536)
+    expected = np.repeat(np.rint(values / 257).astype(np.uint8)[:, None], 3, axis=1).reshape(256, 256, 3)
+    for order, kind in enumerate(("<u2", ">u2")):
+        frame = images.frame(raw("mono16", 256, 256, values.astype(kind).tobytes(), is_bigendian=order))
+        assert np.array_equal(frame.image, expected)
+
+
+@pytest.mark.parametrize(("encoding", "raw_mode"), [("rgb8", "RGB"), ("bgr8", "BGR"), ("rgba8", "RGBX"), ("bgra8", "BGRX")])
+def test_a_camera_sized_image_with_padded_rows_is_what_pillow_reads(encoding, raw_mode):
+    step = 640 * len(raw_mode) + 32
+    data = RNG.bytes(480 * step)
+    expected = Picture.frombuffer("RGB", (640, 480), data, "raw", raw_mode, step, 1)
+    assert np.array_equal(images.frame(raw(encoding, 640, 480, data, step)).image, np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
+def test_a_camera_sized_image_costs_less_than_a_millisecond(encoding):
+    message = raw(encoding, 640, 480, bytes(3 * 640 * 480))
+    seconds = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        images.frame(message)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 1e-3
+
+
+@pytest.mark.skipif(images.BRIDGE is not None, reason="cv_bridge copies always")
+def test_packed_rgb8_is_not_copied():
+    message = raw("rgb8", 17, 13, COLOURS.tobytes())
+    assert np.shares_memory(images.frame(message).image, np.frombuffer(message.data, np.uint8))
+
+
+@pytest.mark.parametrize("encoding", ["yuv422", "16UC1", "", "rgb8\nrgb8", "x" * 5000])
+def test_an_encoding_that_is_not_supported_is_named_with_those_that_are(encoding):
+    text = refusal(images.frame, raw(encoding, 4, 4, bytes(64)))
+    assert f"encoding {repr(encoding)[:-1][:40]}" in text and "rgb8, bgr8, rgba8" in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 4), (4, 0), (0, 0), (8193, 1), (1, 8193), (2**32 - 1, 2**32 - 1), (-4, 4)])
+def test_a_size_that_no_camera_has_is_named_with_the_limit(width, height):
+    text = refusal(images.frame, raw("rgb8", width, height, bytes(64), step=12))
+    assert f"{width} x {height}" in text and "1 to 8192 pixels" in text
+
+
+def test_the_largest_side_is_accepted():
+    assert images.frame(raw("mono8", 8192, 1, bytes(8192))).image.shape == (1, 8192, 3)
+
+
+@pytest.mark.parametrize("missing", [1, 47, 48])
+def test_data_that_end_too_early_are_refused_with_both_sizes(missing):
+    text = refusal(images.frame, raw("bgr8", 4, 4, bytes(48 - missing)))
+    assert "needs 48 bytes" in text and f"has {48 - missing}" in text
+
+
+@pytest.mark.parametrize(("encoding", "step"), [("rgb8", 11), ("rgba16", 31), ("mono8", 0), ("rgb8", 2**32 - 1)])
+def test_a_step_that_does_not_fit_is_refused(encoding, step):
+    assert f"step {step} needs" in refusal(images.frame, raw(encoding, 4, 4, bytes(48), step))
+
+
+def test_more_data_than_needed_is_accepted():
+    assert np.array_equal(images.frame(raw("rgb8", 17, 13, COLOURS.tobytes() + b"more")).image, COLOURS)
+
+
+# --- compressed
+
+
+@pytest.mark.parametrize("format", ["png", "rgb8; png compressed bgr8", "bgr8; png compressed ", "bgr8; jpeg compressed", ""])
+def test_a_png_is_read_exactly_whatever_the_format_says_of_channel_order(format):
+    frame = images.compressed_frame(compressed(encoded(COLOURS, "PNG"), format))
+    assert np.array_equal(frame.image, COLOURS) and frame.image.flags.writeable
+    assert frame.stamp_ns == 12_000_000_034
+
+
+@pytest.mark.parametrize("format", ["jpeg", "jpg", "rgb8; jpeg compressed bgr8", "bgr8; jpeg compressed rgb8"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_is_rgb_whatever_the_format_says_of_channel_order(format, progressive):
+    data = encoded(SMOOTH, "JPEG", quality=95, progressive=progressive)
+    image = images.compressed_frame(compressed(data, format)).image
+    assert image.dtype == np.uint8 and image.shape == SMOOTH.shape and image.flags.c_contiguous
+    assert np.abs(image.astype(int) - SMOOTH).max() < 16
+
+
+@pytest.mark.parametrize("kind", ["L JPEG", "CMYK JPEG", "L PNG", "LA PNG", "RGBA PNG", "1 PNG"])
+def test_files_of_other_colours_become_rgb(kind):
+    mode, format = kind.split()
+    picture = Picture.fromarray(SMOOTH).convert(mode)
+    options = {"quality": 95} if format == "JPEG" else {}
+    image = images.compressed_frame(compressed(encoded(picture, format, **options))).image
+    assert image.shape == SMOOTH.shape and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - np.asarray(picture.convert("RGB"))).max() < (16 if format == "JPEG" else 1)
+
+
+def test_a_palette_becomes_its_colours():
+    picture = Picture.fromarray(SMOOTH).quantize(16)
+    image = images.compressed_frame(compressed(encoded(picture, "PNG"))).image
+    assert np.array_equal(image, np.asarray(picture.convert("RGB"))) and len(np.unique(image.reshape(-1, 3), axis=0)) == 16
+
+
+def test_a_grey_png_of_16_bits_has_the_values_of_the_raw_image():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    image = images.compressed_frame(compressed(encoded(values, "PNG"), "mono16; png compressed ")).image
+    assert np.array_equal(image, images.frame(raw("mono16", 256, 256, values.tobytes())).image)
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize("tail", [b"", bytes(4096)])
+@pytest.mark.parametrize(
+    ("format", "options", "needless"), [("JPEG", {}, 0), ("JPEG", {"progressive": True}, 0), ("PNG", {}, END_CHUNK_CHECKSUM)]
+)
+def test_a_file_cut_anywhere_is_refused_even_when_padded_or_when_pillow_was_told_to_accept_it(
+    monkeypatch, format, options, needless, tail, lenient
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    data = encoded(SMOOTH, format, **options)
+    for length in range(len(data) - needless):
+        text = refusal(images.compressed_frame, compressed(data[:length] + tail, format))
+        assert "are no JPEG or PNG" in text or "is corrupt" in text or "1 to 8192" in text
+
+
+def test_a_png_with_any_byte_of_its_picture_wrong_is_refused():
+    data = encoded(COLOURS, "PNG")
+    for index in range(len(data) - END_CHUNK):
+        refusal(images.compressed_frame, compressed(data[:index] + bytes([data[index] ^ 0x55]) + data[index + 1 :], "png"))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", bytes(1000), b"GIF89a" + bytes(100), encoded(COLOURS, "BMP")])
+def test_bytes_that_are_no_jpeg_or_png_are_refused_with_their_number_and_format(data):
+    assert f"{len(data)} bytes of format 'h264' are no JPEG or PNG" in refusal(images.compressed_frame, compressed(data, "h264"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("width", "height"), [(8193, 1), (1, 8193), (12000, 12000), (60000, 60000)])
+def test_a_header_that_promises_too_many_pixels_is_refused_before_they_are_unpacked(width, height):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+    begin = time.perf_counter()
+    assert "1 to 8192 pixels" in refusal(images.compressed_frame, compressed(bomb, "png"))
+    assert time.perf_counter() - begin < 1.0
+
+
+@pytest.mark.parametrize("format", ["16UC1; compressedDepth png", "compressedDepth"])
+def test_a_depth_image_is_refused_with_the_remedy(format):
+    assert "remap to the camera's colour image" in refusal(images.compressed_frame, compressed(encoded(COLOURS, "PNG"), format))
+
+
+# --- whatever comes
+
+
+def is_frame_or_refused(convert, message) -> None:
+    begin = time.perf_counter()
+    try:
+        image = convert(message).image
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+    else:
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        assert all(1 <= side <= images.MAX_SIDE for side in image.shape[:2])
+    assert time.perf_counter() - begin < 5.0
+
+
+SIDES = st.one_of(st.integers(0, 9), st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.builds(
+        raw,
+        encoding=st.one_of(st.sampled_from(sorted(CHANNELS)), st.text()),
+        width=SIDES,
+        height=SIDES,
+        step=SIDES,
+        is_bigendian=st.integers(0, 255),
+        data=st.binary(max_size=500),
+    )
+)
+def test_any_raw_message_is_a_frame_or_refused(message):
+    is_frame_or_refused(images.frame, message)
+
+
+FILES = (encoded(SMOOTH, "JPEG"), encoded(SMOOTH, "JPEG", progressive=True), encoded(COLOURS, "PNG"))
+
+
+@st.composite
+def damaged_files(draw) -> bytes:
+    data = bytearray(draw(st.sampled_from(FILES)))
+    for _ in range(draw(st.integers(1, 8))):
+        begin = draw(st.integers(0, len(data)))
+        data[begin : begin + draw(st.integers(0, 8))] = draw(st.binary(max_size=8))
+    return bytes(data)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(damaged_files(), st.binary(max_size=500)), st.one_of(st.just("jpeg"), st.text()))
+def test_any_compressed_message_is_a_frame_or_refused(data, format):
+    is_frame_or_refused(images.compressed_frame, compressed(data, format))
+
+
+# --- cv_bridge
+
+
+@pytest.mark.skipif(images.BRIDGE is None, reason=images.NO_BRIDGE)
+@settings(max_examples=500)
+@given(layouts())
+def test_cv_bridge_and_numpy_give_the_same_bits(message):
+    if images.bridgeable(message):
+        assert np.array_equal(images.BRIDGE.imgmsg_to_cv2(message, "rgb8"), images.by_numpy(message))
+    assert np.array_equal(images.frame(message).image, images.by_numpy(message))
+
+
+class Recorder:
+    """In place of a working cv_bridge: a white image for whatever it is given."""
+
+    def imgmsg_to_cv2(self, message, encoding):
+        assert encoding == "rgb8"
+        return np.full((message.height, message.width, 3), 255, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("message", "bridged"),
+    [
+        (raw("rgb8", 2, 2, bytes(12)), True),
+        (raw("mono16", 2, 2, bytes(8), is_bigendian=1), True),
+        (raw("bgr8", 2, 2, bytes(18), step=9), True),
+        (raw("bgr8", 2, 2, bytes(16), step=8), False),
+        (raw("mono16", 2, 2, bytes(8), is_bigendian=2), False),
+        (raw("8UC3", 2, 2, bytes(12)), False),
+        (raw("8UC1", 2, 2, bytes(4)), False),
+    ],
+)
+def test_cv_bridge_is_used_where_it_reads_the_layout_rightly(monkeypatch, message, bridged):
+    monkeypatch.setattr(images, "BRIDGE", Recorder())
+    assert images.frame(message).image.all() == bridged
+
+
+WRONG = "class CvBridge:\n    def imgmsg_to_cv2(self, message, encoding):\n        return "
+NUMPY_1_PAGE = "import sys\nsys.stderr.write('A module that was compiled using NumPy 1.x cannot be run in NumPy 2')\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "compiled", "reason"),
+    [
+        ("class CvBridge: ...", "raise AttributeError('_ARRAY_API not found')", "_ARRAY_API not found"),
+        ("import no_such_opencv", "", "no_such_opencv"),
+        (WRONG + "1 / 0", NUMPY_1_PAGE, "compiled for numpy 1"),
+        (WRONG + "1 / 0", "", "division by zero"),
+        (WRONG + "[[[0, 0, 0]]]", "", "converts rgb8"),
+    ],
+)
+def test_a_cv_bridge_that_does_not_work_is_left_out_with_its_reason(monkeypatch, tmp_path, capsys, package, compiled, reason):
+    (tmp_path / "cv_bridge" / "boost").mkdir(parents=True)
+    (tmp_path / "cv_bridge" / "__init__.py").write_text(package)
+    (tmp_path / "cv_bridge" / "boost" / "cv_bridge_boost.py").write_text(compiled)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("cv_bridge", "cv_bridge.boost", "cv_bridge.boost.cv_bridge_boost"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    try:
+        bridge, why = images.find_bridge()
+    finally:
+        for name in [name for name in sys.modules if name.startswith("cv_bridge")]:
+            del sys.modules[name]
+    assert bridge is None and reason in why and "\n" not in why
+    assert capsys.readouterr().err == ""
