@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped, TwistStamped
-from std_msgs.msg import Float64MultiArray
 
 from deer_vla_ros import msg
 from deer_vla_ros.budget.keeper import BudgetStatus
@@ -33,10 +32,6 @@ def twist_message(twist: Twist, frame_id: str, stamp_ns: int) -> TwistStamped:
     for vector, values in ((message.twist.linear, twist.linear), (message.twist.angular, twist.angular)):
         vector.x, vector.y, vector.z = map(float, values)
     return message
-
-
-def gripper_message(value: float) -> Float64MultiArray:
-    return Float64MultiArray(data=[float(value)])
 
 
 def step_message(decision: Decision, frame_id: str, published_ns: int) -> msg.PolicyStep:

@@ -69,6 +69,7 @@ OUTPUTS = (
         Float64MultiArray,
         RELIABLE,
         "One value: the action space's for open or for closed. While holding: the last one, repeated.",
+        "action.gripper_interface: topic",
     ),
     Topic("~/step", PolicyStep, RELIABLE, "One per inference."),
     Topic(

@@ -19,6 +19,7 @@ from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import ActionSpace
+from deer_vla_ros.ros.gripper import INTERFACES
 from deer_vla_ros.ros.stamped import SECOND
 
 NODE_NAME = "deer_vla"
@@ -120,6 +121,12 @@ DECLARATIONS = (
         -1e3,
         1e3,
     ),
+    Declaration(
+        "action.gripper_interface", "topic", "How the gripper is told; the actions need control_msgs.", choices=INTERFACES
+    ),
+    Declaration("action.gripper_action", "gripper_controller/gripper_cmd", "Name of the gripper's action."),
+    Declaration("action.gripper_joint", "", "Joint that a ParallelGripperCommand names; empty: none, the controller's only one."),
+    Declaration("action.gripper_max_effort", 0.0, "Effort that a GripperCommand allows; 0: the controller's own.", "N", 0.0, 1e4),
     Declaration(
         "action.gripper_hysteresis",
         0.05,

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
-from geometry_msgs.msg import PoseStamped, TwistStamped
+from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from deer_vla_ros import msg
@@ -26,8 +26,9 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
 from deer_vla_ros.ros import conversions, images, overlay, parameters
 from deer_vla_ros.ros.graph import neighbours
+from deer_vla_ros.ros.outputs import Outputs
 from deer_vla_ros.ros.qos import LATCHED, NEWEST
-from deer_vla_ros.ros.stamped import image_message, pose_message
+from deer_vla_ros.ros.stamped import image_message
 from deer_vla_ros.ros.telemetry import Telemetry
 
 THROTTLE_S = 5.0
@@ -62,10 +63,7 @@ class PolicyNode(LifecycleNode):
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
 
-        mode = self._value("action.mode")
-        self._target = self.create_lifecycle_publisher(PoseStamped, "target_pose", 10) if mode != "twist" else None
-        self._twist = self.create_lifecycle_publisher(TwistStamped, "target_twist", 10) if mode != "pose" else None
-        self._gripper = self.create_lifecycle_publisher(Float64MultiArray, "gripper_command", 10)
+        self._outputs = Outputs(self, self._value("action.mode"), self._value("action.gripper_interface"))
         self._steps = self.create_lifecycle_publisher(msg.PolicyStep, "~/step", 10)
         self._budget = self.create_lifecycle_publisher(msg.BudgetStatus, "~/budget", LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -99,6 +97,7 @@ class PolicyNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         try:
             given = parameters.values(self)
+            self._outputs.open(given)
             self._controller = self._make_controller(given)
         except (UserError, RuntimeError) as error:
             self.get_logger().error(f"configure failed: {error}")
@@ -167,6 +166,7 @@ class PolicyNode(LifecycleNode):
 
     def _release(self) -> None:
         self._controller = None
+        self._outputs.close()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -196,12 +196,7 @@ class PolicyNode(LifecycleNode):
             self._publish_budget()
 
     def _publish(self, command: Command) -> None:
-        if command.gripper is not None:
-            self._gripper.publish(conversions.gripper_message(command.gripper))
-        if self._twist:
-            self._twist.publish(conversions.twist_message(command.twist, self._frame_id, command.stamp_ns))
-        if self._target and command.target is not None:  # last: a simulator in lock step goes on when it has this one
-            self._target.publish(pose_message(command.target, self._frame_id, command.stamp_ns))
+        self._outputs.publish(command, self._frame_id)
         if command.decision is not None:
             self._newest_decision = command.decision
             published_ns = self._now_ns()
@@ -229,7 +224,7 @@ class PolicyNode(LifecycleNode):
         active = self._thread is not None
         if active:
             self._publish_budget()
-        around = neighbours(self, self.subscriptions, [self._gripper, *filter(None, (self._target, self._twist))])
+        around = neighbours(self, self.subscriptions, self._outputs.publishers)
         for problem in set(around.problems) - self._told_problems:
             self.get_logger().warning(problem)
         self._told_problems = set(around.problems)
