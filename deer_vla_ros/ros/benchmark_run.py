@@ -1,0 +1,127 @@
+"""In which order is the node measured? First the relay alone, then beside a node of each thread setting; idle and loaded each."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros import benchmark_figures
+from deer_vla_ros.ros.benchmark_figures import Row
+from deer_vla_ros.ros.demo_processes import DemoProcess, kept
+
+CPU_THREADS = (1, 0)
+"""model.cpu_threads: the default, by whose idle row the node is judged, and torch's choice."""
+RATE_HZ = 30.0
+START_TIMEOUT_S = 120.0
+SETTLE_S = 2.0
+"""Between the first step, or the start of the load, and the first sample."""
+TRAIL_S = 0.5
+"""After the last sample's stamp, for its command to arrive."""
+NAMESPACE, FRAME = "deer_vla_benchmark", "base"
+PROFILES = "FASTRTPS_DEFAULT_PROFILES_FILE"
+"""Where Fast DDS 2, Jazzy's default middleware, looks for its settings."""
+SHARED_MEMORY = """<?xml version="1.0" encoding="UTF-8"?>
+<dds xmlns="http://www.eprosima.com">
+  <profiles>
+    <transport_descriptors>
+      <transport_descriptor>
+        <transport_id>shared_memory</transport_id><type>SHM</type><segment_size>16777216</segment_size>
+      </transport_descriptor>
+      <transport_descriptor><transport_id>udp</transport_id><type>UDPv4</type></transport_descriptor>
+    </transport_descriptors>
+    <participant profile_name="large_images" is_default_profile="true">
+      <rtps>
+        <userTransports><transport_id>shared_memory</transport_id><transport_id>udp</transport_id></userTransports>
+        <useBuiltinTransports>false</useBuiltinTransports>
+      </rtps>
+    </participant>
+  </profiles>
+</dds>
+"""
+"""Fast DDS's own shared memory segment of 512 KiB is smaller than one 640x480 rgb8 image, and most best-effort images are lost
+in it (https://github.com/ros2/rmw_fastrtps/issues/739). The segment belongs to the publisher: on a robot, to the camera driver."""
+COLUMNS = ("relay alone", "relay", "command", "compute", "overhead")
+HEAD = " " * 17 + "".join(f"{column:>16}" for column in (*COLUMNS, "ratio")) + "   frames sent, heard; steps /s"
+
+
+def measure(seconds: float, out: Path) -> list[Row]:
+    """All conditions, `seconds` each, told line by line as they are done; raises UserError where a process fails.
+
+    Nothing is drawn while a condition is measured: a progress bar would run on the cores whose latency is the question.
+    """
+    if PROFILES not in os.environ:
+        profiles = out / "shared_memory.xml"
+        profiles.write_text(SHARED_MEMORY)
+        os.environ[PROFILES] = str(profiles.resolve())
+    cores = len(os.sched_getaffinity(0))
+    conditions = {"idle": 0, "loaded": cores}
+    windows = len(conditions) * (1 + len(CPU_THREADS))
+    print(f"{windows} x {seconds:g} s on {cores} cores, first the relay alone; ms at p50 / p99", HEAD, sep="\n", flush=True)
+    log = out / "listener.log"
+    parts = [_part(name, out / f"{name}.log") for name in ("camera", "relay", "listener")]
+    rows = []
+    with kept(*parts):
+        _await(log, "relay", parts)
+        alone = {name: _window(seconds, parts, spinning, out) for name, spinning in conditions.items()}
+        for threads in CPU_THREADS:
+            node = _node(threads, out)
+            with kept(node):
+                _await(log, "step", [node, *parts])
+                for name, spinning in conditions.items():
+                    window = _window(seconds, [node, *parts], spinning, out)
+                    rows.append(benchmark_figures.row(benchmark_figures.read(log), name, threads, window, alone[name]))
+                    print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _window(seconds: float, processes: list[DemoProcess], spinning: int, out: Path) -> tuple[int, int]:
+    """Lets everything run, beside `spinning` processes that keep a core busy each; begin and end of the stamps that count [ns]."""
+    load = [_part("load", out / f"load{i}.log") for i in range(spinning)]
+    with kept(*load):
+        _pause(SETTLE_S, [*processes, *load])
+        begin_ns = time.time_ns()
+        _pause(seconds, [*processes, *load])
+        end_ns = time.time_ns()
+        _pause(TRAIL_S, [*processes, *load])
+    return begin_ns, end_ns
+
+
+def _node(threads: int, out: Path) -> DemoProcess:
+    settings = {"control.rate_hz": RATE_HZ, "model.cpu_threads": threads, "action.frame": FRAME}
+    parameters = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
+    return DemoProcess("policy node", ["node", "--ros-args", "-r", f"__ns:=/{NAMESPACE}", *parameters], out / "node.log")
+
+
+def _part(name: str, log: Path) -> DemoProcess:
+    return DemoProcess(name, ["benchmark", name], log)
+
+
+def _await(log: Path, what: str, processes: Iterable[DemoProcess]) -> None:
+    """Until the listener hears one `what` of a frame from now on."""
+    now_ns, deadline = time.time_ns(), time.monotonic() + START_TIMEOUT_S
+    while max(getattr(benchmark_figures.read(log), what), default=0) < now_ns:
+        if time.monotonic() > deadline:
+            raise UserError(f"no {what} was heard within {START_TIMEOUT_S:g} s: see the logs in {log.parent}")
+        _pause(0.2, processes)
+
+
+def _pause(seconds: float, processes: Iterable[DemoProcess]) -> None:
+    """Sleeps, and looks once a second whether all processes are alive; raises UserError where one is not."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, 1.0))
+        for process in processes:
+            process.check()
+
+
+def _line(row: Row) -> str:
+    def pair(values: dict[str, float]) -> str:
+        return f"{values['p50']:.2f} / {values['p99']:.2f}"
+
+    cells = [pair(getattr(row, f"{column.replace(' ', '_')}_ms")) for column in COLUMNS]
+    cells.append(pair({"p50": row.p50_ratio, "p99": row.p99_ratio}))
+    rates = f"{row.camera_rate_hz:.1f}, {row.camera_rate_heard_hz:.1f}; {row.step_rate_hz:.1f} ({row.samples} samples)"
+    return f"{row.condition:<7}threads {row.cpu_threads:<2}" + "".join(f"{cell:>16}" for cell in cells) + f"   {rates}"
