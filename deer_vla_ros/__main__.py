@@ -29,7 +29,7 @@ COMMANDS = {
     "node": Command("deer_vla_ros.ros.node_command", "the policy node", takes_ros_args=True),
     "sim": Command("deer_vla_ros.ros.table_command", "the simulated table as a ROS 2 node", takes_ros_args=True),
     "demo": Command("deer_vla_ros.ros.demo_command", "table and policy in closed loop: prints and plots what happened"),
-    "benchmark": Command("deer_vla_ros.ros.benchmark_command", "how long from a camera's stamp to the command, against a bare relay"),
+    "benchmark": Command("deer_vla_ros.ros.benchmark_command", "camera stamp to command, against a bare relay"),
     "parity": Command("deer_vla_ros.evaluation.parity_command", "checks the network against recorded reference tensors"),
 }
 

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=_positive, default=15.0, help="measured time of each condition (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("out/benchmark"), metavar="DIR", help="folder of logs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/benchmark"), metavar="DIR", help="folder of logs (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -34,8 +34,8 @@ class Row:
     overhead_ms: command less compute, sample by sample, and its two parts: arriving_ms: from the stamp to the begin of the
     control tick; leaving_ms: everything else of that tick, and the command's way to the listener.
     relay_alone_ms: the relay's before there was a node beside it, under the same load.
-    Ratios: overhead to relay at that percentile, p50 to p50 and p99 to p99; `_alone`: to relay_alone_ms. Rates: steps, frames published, and frames heard by the relay, per second;
-    camera_gap_ms: the longest time between two frames at the publisher.
+    Ratios: overhead to relay, p50 to p50 and p99 to p99; `_alone`: to relay_alone_ms. Rates, per second: steps, frames published,
+    and frames heard by the relay. camera_gap_ms: the longest time between two frames at the publisher.
     """
 
     condition: str

@@ -45,7 +45,8 @@ def camera() -> None:
     with ros_process([]) as stop:
         node = rclpy.create_node("cameras", namespace=NAMESPACE)
         images = {
-            name: node.create_publisher(Image, f"camera/{name}/image_raw", qos_profile_sensor_data) for name in ("gripper", "static")
+            name: node.create_publisher(Image, f"camera/{name}/image_raw", qos_profile_sensor_data)
+            for name in ("gripper", "static")
         }
         pixels = np.random.default_rng(0).integers(0, 255, (*CAMERA_SIZE, 3), dtype=np.uint8)
         image = image_message(pixels, "camera", 0)  # made once: a driver hands on a buffer that the hardware has filled
@@ -85,7 +86,7 @@ def relay() -> None:
 
 
 def listener() -> None:
-    """Prints `[what, stamp, arrival, ...]` for every small message that comes; times in ns of one clock, no image anywhere near."""
+    """Prints `[what, stamp, arrival, ...]` for every small message; times in ns of one clock, and no image anywhere near."""
     sys.stdout.reconfigure(line_buffering=True)
 
     def tell(what: str, message: Any, *figures: float) -> None:

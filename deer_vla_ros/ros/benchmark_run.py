@@ -42,7 +42,7 @@ SHARED_MEMORY = """<?xml version="1.0" encoding="UTF-8"?>
 </dds>
 """
 """Fast DDS's own shared memory segment of 512 KiB is smaller than one 640x480 rgb8 image, and most best-effort images are lost
-in it (https://github.com/ros2/rmw_fastrtps/issues/739). The segment belongs to the publisher: on a robot, to the camera driver."""
+in it (https://github.com/ros2/rmw_fastrtps/issues/739). The segment is the publisher's: on a robot, the camera driver's."""
 COLUMNS = ("relay alone", "relay", "command", "compute", "overhead")
 HEAD = " " * 17 + "".join(f"{column:>16}" for column in (*COLUMNS, "ratio")) + "   frames sent, heard; steps /s"
 
@@ -78,7 +78,7 @@ def measure(seconds: float, out: Path) -> list[Row]:
 
 
 def _window(seconds: float, processes: list[DemoProcess], spinning: int, out: Path) -> tuple[int, int]:
-    """Lets everything run, beside `spinning` processes that keep a core busy each; begin and end of the stamps that count [ns]."""
+    """Lets everything run, with `spinning` processes that keep a core busy each; begin and end of the stamps that count [ns]."""
     load = [_part("load", out / f"load{i}.log") for i in range(spinning)]
     with kept(*load):
         _pause(SETTLE_S, [*processes, *load])
