@@ -9,11 +9,13 @@ import argparse
 import importlib
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import deer_vla_ros
 from deer_vla_ros.errors import UserError
 
 PROGRAM = "python -m deer_vla_ros"
+ROS_MODULES = ("rclpy", "deer_vla_ros", "std_msgs", "sensor_msgs", "geometry_msgs")
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,31 @@ def main(argv: list[str] | None = None) -> int:
     own, ros_args = split_ros_args(sys.argv[1:] if argv is None else argv)
     name = _program_parser().parse_args(own[:1]).command
     command = COMMANDS[name]
-    module = importlib.import_module(command.module)
+    try:
+        module = importlib.import_module(command.module)
+        return _run(name, command, module, own[1:], ros_args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ROS_MODULES:
+            raise
+        print(f"error: {error}: source your ROS workspace, or run `make build` and `. scripts/env.sh`", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    return 1
+
+
+def _run(name: str, command: Command, module: ModuleType, own: list[str], ros_args: list[str]) -> int:
+    """Parses the command's own arguments and runs it."""
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    args = parser.parse_args(own[1:])
+    args = parser.parse_args(own)
     if ros_args and not command.takes_ros_args:
         parser.error(f"{name} takes no --ros-args; only {', '.join(_ros_commands())} do")
     args.ros_args = ros_args
-    try:
-        return module.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
+    return module.run(args)
 
 
 def split_ros_args(argv: list[str]) -> tuple[list[str], list[str]]:

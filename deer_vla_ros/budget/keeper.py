@@ -38,6 +38,11 @@ class BudgetStatus:
     resident_layers: int
     resident_gib: float
 
+    @property
+    def is_clamped(self) -> bool:
+        """Whether this instruction's first exit alone costs more than the peak asked for."""
+        return 0 < self.requested_peak_gmac < self.feasible_min_gmac
+
 
 @dataclass(frozen=True)
 class StepCost:

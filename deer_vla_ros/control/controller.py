@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +17,13 @@ from deer_vla_ros.control.gripper import GripperSwitch
 from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
 from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
+from deer_vla_ros.control.pace import Pace
 from deer_vla_ros.control.types import Camera, Command, Decision, Frame, HoldReason, MeasuredPose, Pose, Twist
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation, PolicyStep
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.checkpoint import Checkpoint
-
-JITTER = 0.8
-"""Share of the control period that must pass between two steps: a camera at the control rate may jitter by the rest."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,6 @@ class ControllerSettings:
     guard: GuardLimits
     gripper_hysteresis: float = 0.0
 
-    @property
-    def min_interval_ns(self) -> int:
-        return int(JITTER * 1e9 / self.rate_hz)
-
 
 @dataclass(frozen=True)
 class _Held:
@@ -56,7 +51,7 @@ class _Held:
 class Controller:
     """One arm's control, from newest inputs to guarded command.
 
-    Inputs may be given from any thread; `tick`, `stop` and the budget from one thread at a time.
+    Inputs may be given from any thread; `start`, `tick` and the budget from one thread at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: ControllerSettings, action_space: ActionSpace | None = None):
@@ -72,7 +67,7 @@ class Controller:
         self._step = 0
         self._episode = -1
         self._episode_step = 0
-        self._last_static_ns: int | None = None
+        self._pace = Pace(settings.rate_hz)
         self._last_tick_ns: int | None = None
         self._last_target: Pose | None = None
         self._gripper = GripperSwitch(settings.gripper_hysteresis)
@@ -154,25 +149,48 @@ class Controller:
 
     # --- the tick
 
-    def tick(self, now_ns: int) -> Command | None:
-        """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None: nothing to say."""
+    def start(self) -> None:
+        """Control begins, or begins again: nothing of an earlier time is remembered, held or repeated."""
+        self.forget_motion()
+        self._last_gripper = self._last_tick_ns = None
+        self._gripper = GripperSwitch(self._settings.gripper_hysteresis)
+        self._pace.forget()
+        self._gate.request_reset()
+
+    def forget_motion(self) -> None:
+        """The last command was not given to the arm: the next one starts from the measured pose."""
+        self._held = self._last_target = None
+
+    def tick(self, now_ns: int, finished: Callable[[], int] | None = None) -> Command | None:
+        """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None: nothing to say.
+
+        finished: tells the time when the inference is over, for then the inputs are judged once more; without it (replay) an
+        inference takes no time.
+        """
         if self._clock_jumped(now_ns):
             return self._start_over(now_ns)
         inputs = self._gate.snapshot()
-        reasons = self._gate.judge(inputs, now_ns)
-        if not reasons and is_beyond_workspace(self._settings.guard, inputs.pose.pose):
-            reasons = (HoldReason.BEYOND_WORKSPACE,)
+        reasons = self._judge(inputs, now_ns)
         if reasons:
             self._gate.mark_seen(inputs.pair)
             return None if self._is_repeated(reasons, now_ns) else self._hold(inputs, reasons, now_ns)
-        if not self._is_due(inputs.pair[0]):
-            return None
-        return self._act(inputs, now_ns)
+        if self._pace.admits(inputs.pair[0].stamp_ns):
+            return self._act(inputs, now_ns, finished or (lambda: now_ns))
+        reasons = self.holding  # a hold whose reason is gone lasts until the next step
+        return None if not reasons or self._is_repeated(reasons, now_ns) else self._hold(inputs, reasons, now_ns)
 
-    def stop(self, now_ns: int) -> Command:
-        """The last command before control ends: a hold, whatever the inputs."""
-        self._held = None
-        return self._hold(self._gate.snapshot(), (HoldReason.STOPPING,), now_ns)
+    def _judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
+        """Why the arm must not be moved on these inputs; empty when it may."""
+        reasons = self._gate.judge(inputs, now_ns)
+        if not reasons and is_beyond_workspace(self._settings.guard, inputs.pose.pose):
+            reasons = (HoldReason.BEYOND_WORKSPACE,)
+        return reasons
+
+    def hold_now(self, now_ns: int, reason: HoldReason) -> Command:
+        """A hold at the newest measured pose, whatever a tick in another thread is about; changes nothing, so any thread may ask."""
+        inputs = self._gate.snapshot()
+        pose = None if self._gate.judge_pose(inputs, now_ns) else inputs.pose.pose
+        return Command(now_ns, pose, Twist.zero(), None, holds=(reason,))
 
     def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
         """Runs every exit once on a grey image, so that the first real step is not the slow one; leaves no trace."""
@@ -196,18 +214,14 @@ class Controller:
         inputs = self._gate.snapshot()
         self._gate.forget()
         self._gate.request_reset()
-        self._last_static_ns = None
+        self._pace.forget()
         self._held = None
         return self._hold(inputs, (HoldReason.CLOCK_JUMPED,), now_ns)
 
-    def _is_due(self, static: Frame) -> bool:
-        """Once per new static frame, and not faster than the control rate; one older than the last step's is not new."""
-        return self._last_static_ns is None or static.stamp_ns - self._last_static_ns >= self._settings.min_interval_ns
-
-    def _act(self, inputs: Inputs, now_ns: int) -> Command:
+    def _act(self, inputs: Inputs, now_ns: int, finished: Callable[[], int]) -> Command:
         static, gripper = inputs.pair
         self._gate.mark_seen(inputs.pair)
-        self._last_static_ns = static.stamp_ns
+        self._pace.take(static.stamp_ns)
         try:
             if inputs.instruction != self._instruction or inputs.resets != self._resets:
                 self._begin_episode(inputs)
@@ -215,23 +229,39 @@ class Controller:
         except Exception as error:  # whatever the device or the network throws: the arm holds, and the reason is told
             return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), now_ns, error=f"{type(error).__name__}: {error}")
         decision = self._decide(inputs, policy_step, now_ns)
-        action = policy_step.action
-        if not action.is_finite:
-            held = (HoldReason.NOT_FINITE,)
-            return dataclasses.replace(self._hold(inputs, held, now_ns), decision=dataclasses.replace(decision, held=held))
+        after, after_ns = self._gate.snapshot(), finished()
+        if not policy_step.action.is_finite:
+            return self._refuse(after, (HoldReason.NOT_FINITE,), after_ns, decision)
+        # Much may have happened during the inference: what it decided is given only to an arm that may still be moved.
+        if reasons := self._judge(after, after_ns):
+            return self._refuse(after, reasons, after_ns, decision)
+        if self._gate.is_outdated(inputs.pair, after_ns):
+            return self._refuse(after, (HoldReason.TOO_SLOW,), after_ns, decision)
+        return self._move(after, after_ns, decision)
+
+    def _move(self, inputs: Inputs, now_ns: int, decision: Decision) -> Command:
+        """The decision as a command, within the guard's limits around the newest measured pose."""
+        action, measured = decision.policy.action, inputs.pose.pose
+        last_target = self._last_target or measured
+        guarded = guard(self._settings.guard, last_target, measured, *motion_of(action.pose, self.action_space))
+        if guarded.arm_moved:
+            self._held = None
+            return self._refuse(inputs, (HoldReason.ARM_MOVED,), now_ns, decision)
         self._held = None
-        measured = inputs.pose.pose
-        guarded = guard(self._settings.guard, self._last_target or measured, measured, *motion_of(action.pose, self.action_space))
         self._last_target = guarded.target
         space = self.action_space
         self._last_gripper = space.gripper_open if self._gripper.decide(action) else space.gripper_closed
         return Command(
             stamp_ns=decision.stamp_ns,
             target=guarded.target,
-            twist=twist_of(guarded.start, guarded.target, 1 / self.action_space.rate_hz),
+            twist=twist_of(last_target, guarded.target, 1 / self._settings.rate_hz),
             gripper=self._last_gripper,
             decision=dataclasses.replace(decision, limits=guarded.limits),
         )
+
+    def _refuse(self, inputs: Inputs, reasons: tuple[HoldReason, ...], now_ns: int, decision: Decision) -> Command:
+        """A hold in place of what was decided."""
+        return dataclasses.replace(self._hold(inputs, reasons, now_ns), decision=dataclasses.replace(decision, held=reasons))
 
     def _begin_episode(self, inputs: Inputs) -> None:
         """Clears the temporal state and makes the exit rule for the instruction's length."""
@@ -266,18 +296,18 @@ class Controller:
     def _is_repeated(self, reasons: tuple[HoldReason, ...], now_ns: int) -> bool:
         """Whether this very hold was told less than a control period ago."""
         held = self._held
-        return held is not None and reasons == held.reasons and 0 <= now_ns - held.repeated_ns < self._settings.min_interval_ns
+        interval_ns = self._pace.period_ns - self._pace.slack_ns
+        return held is not None and reasons == held.reasons and 0 <= now_ns - held.repeated_ns < interval_ns
 
     def _hold(self, inputs: Inputs, reasons: tuple[HoldReason, ...], now_ns: int, error: str = "") -> Command:
-        """Begins or goes on with a hold. The pose held is the one measured when it began."""
+        """Begins or goes on with a hold. The pose held is the one measured when it began, or the first usable one since."""
         if HoldReason.NO_INSTRUCTION in reasons:
             self._instruction = ""  # the same text given again starts a new episode
+        pose = self._held.pose if self._held else None
         if self._held is None:
-            usable = inputs.pose is not None and not self._gate.judge_pose(inputs.pose, now_ns)
-            pose = inputs.pose.pose if usable else None
             self._last_target = None  # whatever comes next starts from the measured pose
-        else:
-            pose = self._held.pose
+        if pose is None and not self._gate.judge_pose(inputs, now_ns):
+            pose = inputs.pose.pose
         self._holds.update(set(reasons) - set(self.holding))
         self._held = _Held(pose, reasons, now_ns)
         return Command(now_ns, pose, Twist.zero(), self._last_gripper, holds=reasons, error=error)

@@ -17,7 +17,7 @@ from deer_vla_ros.errors import UserError
 class GuardLimits:
     """All in the action frame.
 
-    max_translation_m, max_rotation_rad: the most that a target may move in one step.
+    max_translation_m, max_rotation_rad: the most that a target may move in one step, from the last target on.
     leash_m, leash_rad: the furthest that a target may be from the measured pose.
     workspace_min, workspace_max: corners (3,) [m] of the box that targets stay in.
     """
@@ -34,11 +34,10 @@ class GuardLimits:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"guard.{name} is {value}: give a positive number")
-        corners = (*self.workspace_min, *self.workspace_max)
-        if len(corners) != 6 or not all(map(math.isfinite, corners)):
-            raise UserError(
-                f"guard.workspace_min {self.workspace_min} and guard.workspace_max {self.workspace_max}: give x, y, z each, finite"
-            )
+        for name in ("workspace_min", "workspace_max"):
+            corner = getattr(self, name)
+            if len(corner) != 3 or not all(map(math.isfinite, corner)):
+                raise UserError(f"guard.{name} is {corner}: give x, y and z, finite")
         if any(low >= high for low, high in zip(self.workspace_min, self.workspace_max)):
             raise UserError(
                 f"guard.workspace_min {self.workspace_min} is not below guard.workspace_max {self.workspace_max} on every axis"
@@ -47,11 +46,15 @@ class GuardLimits:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A target that the arm may be given; start: where the step's motion begins; limits: what shortened it."""
+    """A target that the arm may be given; start: where the step's motion begins; limits: what shortened it.
+
+    arm_moved: the arm is so far from its last target that the leash alone would move it by more than a step allows; hold instead.
+    """
 
     start: Pose
     target: Pose
     limits: tuple[Limit, ...]
+    arm_moved: bool
 
 
 def is_beyond_workspace(limits: GuardLimits, measured: Pose) -> bool:
@@ -67,33 +70,36 @@ def guard(limits: GuardLimits, last_target: Pose, measured: Pose, translation: n
     in, never go further out, and never jumps. Box and leash are convex and every point below is reached from one inside both, so
     shortening for one never breaks the other, nor the limit per step.
     """
-    shortened: list[Limit] = []
     low = np.minimum(limits.workspace_min, last_target.position)
     high = np.maximum(limits.workspace_max, last_target.position)
     # Should the arm have been moved away, the step starts as near to the last target as the leash reaches.
-    inside = np.clip(measured.position, low, high)
     start = Pose(
-        _towards(inside, last_target.position, measured.position, limits.leash_m),
+        _towards(np.clip(measured.position, low, high), last_target.position, measured.position, limits.leash_m),
         _within(measured, last_target, limits.leash_rad),
     )
+    dragged, turned = motion_between(last_target, start)
+    left_m = limits.max_translation_m - float(np.linalg.norm(dragged))
+    left_rad = limits.max_rotation_rad - float(turned.magnitude())
 
-    distance = float(np.linalg.norm(translation))
-    if distance > limits.max_translation_m:
-        translation = translation * (limits.max_translation_m / distance)
+    shortened: list[Limit] = []
+    distance, angle = float(np.linalg.norm(translation)), float(rotation.magnitude())
+    if distance > max(left_m, 0.0):
+        translation = translation * (max(left_m, 0.0) / distance)
         shortened.append(Limit.TRANSLATION)
-    angle = rotation.magnitude()
-    if angle > limits.max_rotation_rad:
-        rotation = Rotation.from_rotvec(rotation.as_rotvec() * (limits.max_rotation_rad / angle))
+    if angle > max(left_rad, 0.0):
+        rotation = Rotation.from_rotvec(rotation.as_rotvec() * (max(left_rad, 0.0) / angle))
         shortened.append(Limit.ROTATION)
     wanted = moved(start, translation, rotation)
 
     boxed = np.clip(wanted.position, low, high)
-    if not np.array_equal(boxed, wanted.position):
-        shortened.append(Limit.WORKSPACE)
     target = Pose(_towards(start.position, boxed, measured.position, limits.leash_m), _within(measured, wanted, limits.leash_rad))
-    if target.position is not boxed or target.quaternion is not wanted.quaternion:
+    is_outside = ((target.position < limits.workspace_min) | (target.position > limits.workspace_max)).any()
+    if is_outside or not np.array_equal(boxed, wanted.position):
+        shortened.append(Limit.WORKSPACE)
+    is_leashed = target.position is not boxed or target.quaternion is not wanted.quaternion
+    if is_leashed or start.position is not last_target.position or start.quaternion is not last_target.quaternion:
         shortened.append(Limit.LEASH)
-    return Guarded(start, target, tuple(shortened))
+    return Guarded(start, target, tuple(shortened), arm_moved=min(left_m, left_rad) < 0)
 
 
 def _towards(start: np.ndarray, end: np.ndarray, anchor: np.ndarray, radius: float) -> np.ndarray:

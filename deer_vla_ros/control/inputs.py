@@ -13,6 +13,11 @@ from deer_vla_ros.control.types import Camera, Frame, HoldReason, MeasuredPose
 UNIT_QUATERNION_TOLERANCE = 1e-2
 """How far a quaternion's length may be from 1: covers float32 publishers, not a forgotten field."""
 
+MAX_ARM_SPEED = 3.0
+"""m/s: faster than any arm of this kind moves; a measured pose that moves faster is wrong, or of another arm."""
+POSE_NOISE_M = 0.02
+"""How far two measured poses may be apart at no distance in time."""
+
 
 @dataclass(frozen=True)
 class InputLimits:
@@ -31,6 +36,7 @@ class InputLimits:
 class Inputs:
     """The newest of everything at one moment.
 
+    pose_jump_ns: stamp of the last pose that was too far from the one before to be believed.
     pair: the newest static and gripper frame that belong together. dropped: static frames of pairs that were
     replaced before a tick saw them.
     """
@@ -41,6 +47,7 @@ class Inputs:
     pose: MeasuredPose | None = None
     instruction: str = ""
     hold_requested: bool = False
+    pose_jump_ns: int | None = None
     resets: int = 0
     dropped: int = 0
 
@@ -71,7 +78,10 @@ class InputGate:
             self._inputs = inputs
 
     def put_pose(self, pose: MeasuredPose) -> None:
-        self._replace(pose=pose)
+        with self._lock:
+            jumped = _is_jump(self._inputs.pose, pose)
+            jump_ns = pose.stamp_ns if jumped else self._inputs.pose_jump_ns
+            self._inputs = dataclasses.replace(self._inputs, pose=pose, pose_jump_ns=jump_ns)
 
     def put_instruction(self, text: str) -> None:
         self._replace(instruction=text.strip())
@@ -90,7 +100,7 @@ class InputGate:
 
     def forget(self) -> None:
         """Drops frames and pose, which belong to another time; instruction and requests stay."""
-        self._replace(static=None, gripper=None, pair=None, pose=None)
+        self._replace(static=None, gripper=None, pair=None, pose=None, pose_jump_ns=None)
 
     def judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
         """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the first."""
@@ -100,11 +110,12 @@ class InputGate:
         if not inputs.instruction:
             reasons.append(HoldReason.NO_INSTRUCTION)
         reasons += self._judge_cameras(inputs, now_ns)
-        reasons += self.judge_pose(inputs.pose, now_ns)
+        reasons += self.judge_pose(inputs, now_ns)
         return tuple(reasons)
 
-    def judge_pose(self, pose: MeasuredPose | None, now_ns: int) -> list[HoldReason]:
+    def judge_pose(self, inputs: Inputs, now_ns: int) -> list[HoldReason]:
         """Why the measured pose cannot be built upon; empty when it can."""
+        pose = inputs.pose
         if pose is None:
             return [HoldReason.NO_POSE]
         reasons = []
@@ -118,6 +129,8 @@ class InputGate:
             reasons.append(HoldReason.POSE_STALE)
         if age < -self.limits.max_skew_ns:
             reasons.append(HoldReason.POSE_IN_FUTURE)
+        if inputs.pose_jump_ns is not None and pose.stamp_ns - inputs.pose_jump_ns <= self.limits.max_pose_age_ns:
+            reasons.append(HoldReason.POSE_JUMPED)
         return reasons
 
     def _judge_cameras(self, inputs: Inputs, now_ns: int) -> list[HoldReason]:
@@ -139,14 +152,22 @@ class InputGate:
                 reasons.append(stale)
             elif now_ns - frame.stamp_ns < -self.limits.max_skew_ns:
                 reasons.append(future)
-        if not reasons and (inputs.pair is None or now_ns - _oldest_ns(inputs.pair) > self.limits.max_age_ns):
+        if not reasons and (inputs.pair is None or self.is_outdated(inputs.pair, now_ns)):
             reasons.append(HoldReason.SKEW)
         return reasons
+
+    def is_outdated(self, pair: tuple[Frame, Frame], now_ns: int) -> bool:
+        """Whether one of the pair is older than a frame may be."""
+        return now_ns - min(frame.stamp_ns for frame in pair) > self.limits.max_age_ns
 
     def _replace(self, **changes: object) -> None:
         with self._lock:
             self._inputs = dataclasses.replace(self._inputs, **changes)
 
 
-def _oldest_ns(pair: tuple[Frame, Frame]) -> int:
-    return min(frame.stamp_ns for frame in pair)
+def _is_jump(before: MeasuredPose | None, now: MeasuredPose) -> bool:
+    """Whether no arm could have moved from one measured pose to the other in the time between them."""
+    if before is None or before.frame != now.frame:
+        return False
+    distance = float(np.linalg.norm(now.pose.position - before.pose.position))
+    return distance > POSE_NOISE_M + MAX_ARM_SPEED * abs(now.stamp_ns - before.stamp_ns) / 1e9

@@ -9,6 +9,8 @@ from typing import Any
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.from_json import from_json
 
+MIN_RATE_HZ, MAX_RATE_HZ = 0.1, 1000.0
+
 
 @dataclass(frozen=True)
 class ActionSpace:
@@ -33,6 +35,11 @@ class ActionSpace:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"action space: {name} is {value}: give a positive number")
+        for name in ("gripper_open", "gripper_closed"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"action space: {name} is {getattr(self, name)}: give a finite number")
+        if not MIN_RATE_HZ <= self.rate_hz <= MAX_RATE_HZ:
+            raise UserError(f"action space: rate_hz is {self.rate_hz}: give {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} steps per second")
         if not self.frame:
             raise UserError("action space: frame is empty: name the frame that the action is expressed in")
 

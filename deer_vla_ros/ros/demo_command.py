@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import time
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=_positive, default=20.0, help="control time, from the first step on (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="arrangement of the table (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="arrangement of the table (default: %(default)s)")
     parser.add_argument("--model", default="", metavar="DIR", help="checkpoint folder (default: the one embedded in the package)")
     parser.add_argument("--instruction", action="append", metavar="TEXT", help="what to do; more than one share the time equally")
 
@@ -108,7 +109,16 @@ def _weights(model: str) -> dict[str, Any]:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds above 0")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 to {2**31 - 1}")
+    return int(text)

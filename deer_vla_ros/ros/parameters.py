@@ -76,6 +76,9 @@ DECLARATIONS = (
         200.0,
     ),
     Declaration(
+        "control.start_held", False, "Hold from the start, until ~/hold is called with false: no motion after a restart."
+    ),
+    Declaration(
         "inputs.image_transport",
         "raw",
         "Which camera topics to listen to: .../image_raw, or .../image_raw/compressed.",
@@ -95,7 +98,7 @@ DECLARATIONS = (
     Declaration(
         "budget.peak_gmac",
         0.0,
-        "Language part of a step, multiply-accumulates: no step goes to an exit that costs more. 0: no limit.",
+        "Language part of a step, multiply-accumulates: no step goes to an exit that costs more, but for the first exit. 0: no limit.",
         "GMAC",
         0.0,
         1e6,
@@ -162,6 +165,14 @@ def declare(node: Node) -> None:
     """Declares all of them; rclpy refuses an override outside its range."""
     for declaration in DECLARATIONS:
         node.declare_parameter(declaration.name, declaration.default, declaration.descriptor())
+
+
+def unknown(node: Node) -> list[str]:
+    """Overrides given at start that no parameter has: a typing error, or a file meant for another node."""
+    ours = {declaration.name for declaration in DECLARATIONS}
+    return sorted(
+        name for name in node._parameter_overrides if name not in ours and not name.startswith(("use_sim_time", "qos_overrides"))
+    )
 
 
 def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:

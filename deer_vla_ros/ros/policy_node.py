@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock, ClockType
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -35,6 +37,8 @@ THROTTLE_S = 5.0
 MAX_INSTRUCTION = 500
 """Characters; more than any network here reads."""
 STATUS_PERIOD_S = 1.0
+JOIN_S = 2.0
+"""How long the end of control waits for an inference."""
 NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 
 
@@ -54,10 +58,15 @@ class PolicyNode(LifecycleNode):
         self._changes: list[Callable[[Controller], None]] = []
         self._changes_lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._output_lock = threading.Lock()  # guards what follows: who may tell the arm something
         self._running = False
+        self._busy_since: float | None = None
+        self._overruled = False
         self._instruction = ""
+        self._hold_requested = self._value("control.start_held")
         self._was_holding: tuple[HoldReason, ...] = ()
         self._newest_decision: Decision | None = None
+        self._clamped_id: int | None = None
         self._told_problems: set[str] = set()
         self.failure: Exception | None = None
         self.add_on_set_parameters_callback(self._check_parameters)
@@ -78,11 +87,15 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/hold", self._on_hold)
-        self._tick_timer = self.create_timer(1 / self._value("control.rate_hz"), self._wake.set)
+        # Ticks come in ROS time; what watches over them must not stop with it.
+        self._tick_s = 1 / self._value("control.rate_hz")
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._tick_timer = self.create_timer(self._tick_s, self._wake.set)
+        self._watch_timer = self.create_timer(self._tick_s, self._watch, clock=steady)
+        self._status_timer = self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=steady)
         overlay_hz = self._value("overlay.rate_hz")
         self._overlay = self.create_lifecycle_publisher(Image, "~/overlay", 1) if overlay_hz else None
-        self._overlay_timer = self.create_timer(1 / overlay_hz, self._publish_overlay) if overlay_hz else None
-        self._status_timer = self.create_timer(STATUS_PERIOD_S, self._publish_status)
+        self._overlay_timer = self.create_timer(1 / overlay_hz, self._publish_overlay, clock=steady) if overlay_hz else None
 
     def _listen_to_camera(self, camera: Camera) -> None:
         """Raw or compressed, as the parameter says."""
@@ -106,11 +119,15 @@ class PolicyNode(LifecycleNode):
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        if self._thread is not None:
+            self.get_logger().error("activate failed: an inference of the last activation has not ended yet: restart the node")
+            return TransitionCallbackReturn.FAILURE
         result = super().on_activate(state)
         self._publish_budget()
-        self._controller.request_reset()  # whatever it remembers is of another time
-        self._running = True
-        self._thread = threading.Thread(target=self._control, name="control")
+        self._controller.start()
+        self._running, self._overruled = True, False
+        # A daemon: an inference that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._control, name="control", daemon=True)
         self._thread.start()
         return result
 
@@ -143,6 +160,10 @@ class PolicyNode(LifecycleNode):
             torch.set_num_threads(given["model.cpu_threads"])
         wanted = given["model.device"]
         device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "model.device is 'cuda', but torch sees no GPU here: use 'cpu' or 'auto', or install a CUDA build of torch"
+            )
         loaded = checkpoint.load(checkpoint.folder_of(given["model.path"]), device, getattr(torch, given["model.dtype"]))
         space = parameters.action_space(given, loaded.info.action_space)
         controller = Controller(loaded, parameters.controller_settings(given), space)
@@ -150,19 +171,38 @@ class PolicyNode(LifecycleNode):
         controller.set_budget(parameters.budget(given))
         controller.warm_up()
         controller.put_instruction(self._instruction)
+        controller.request_hold(self._hold_requested)
         self._frame_id = space.frame
-        self.get_logger().info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}")
+        self._telemetry = Telemetry()
+        log = self.get_logger()
+        log.info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}")
+        if not loaded.info.trained:
+            log.warning(
+                f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')"
+            )
+        if given["control.rate_hz"] > space.rate_hz:
+            log.warning(
+                f"control.rate_hz is {given['control.rate_hz']:g}, the checkpoint was made for {space.rate_hz:g}: with cameras as fast, "
+                f"the arm moves {given['control.rate_hz'] / space.rate_hz:.1f} times as fast as it was trained to"
+            )
+        if strangers := parameters.unknown(self):
+            log.warning(f"no such parameters: {', '.join(strangers)}: see config/deer_vla.yaml")
         return controller
 
     def _stop_control(self) -> None:
-        """Ends the control thread, then tells the arm to hold."""
+        """Tells the arm to hold, at once; whatever the control thread still decides is thrown away."""
         if self._thread is None:
             return
-        self._running = False
+        with self._output_lock:
+            if self._running:
+                self._running = False
+                self._publish(self._controller.hold_now(self._now_ns(), HoldReason.STOPPING))
         self._wake.set()
-        self._thread.join()
-        self._thread = None
-        self._publish(self._controller.stop(self._now_ns()))
+        self._thread.join(JOIN_S)
+        if self._thread.is_alive():
+            self.get_logger().error(f"the inference has not ended within {JOIN_S:g} s; it is left behind")
+        else:
+            self._thread = None
 
     def _release(self) -> None:
         self._controller = None
@@ -175,16 +215,31 @@ class PolicyNode(LifecycleNode):
 
     def _control(self) -> None:
         """The control thread: one tick per arrival and per control period. Should it fail, the process ends, after a hold."""
+        controller = self._controller
         try:
             while self._running:
-                self._wake.wait()
+                self._wake.wait(self._tick_s)
                 self._wake.clear()
                 self._apply_changes()
-                command = self._controller.tick(self._now_ns())
-                if command is not None and self._running:
-                    self._publish(command)
+                self._busy_since = time.monotonic()
+                command = controller.tick(self._now_ns(), self._now_ns)
+                with self._output_lock:
+                    self._busy_since = None
+                    if self._overruled:
+                        self._overruled = False
+                        controller.forget_motion()
+                    elif command is not None and self._running:
+                        self._publish(command)
         except Exception as error:
             self.failure = error
+
+    def _watch(self) -> None:
+        """Overrules a step that takes longer than its inputs may be old: the arm holds now, and what the step decides is thrown away."""
+        with self._output_lock:
+            busy_since = self._busy_since
+            if self._running and busy_since is not None and time.monotonic() - busy_since > self._value("inputs.max_age_s"):
+                self._overruled = True
+                self._publish(self._controller.hold_now(self._now_ns(), HoldReason.TOO_SLOW))
 
     def _apply_changes(self) -> None:
         """Accepted parameters take effect here: all of one request at once, between two ticks."""
@@ -218,7 +273,14 @@ class PolicyNode(LifecycleNode):
             self._was_holding = command.holds
 
     def _publish_budget(self) -> None:
-        self._budget.publish(conversions.budget_message(self._controller.budget_status, self._now_ns()))
+        status = self._controller.budget_status
+        if status.is_clamped and status.budget_id != self._clamped_id:
+            self._clamped_id = status.budget_id
+            self.get_logger().warning(
+                f"budget.peak_gmac is {status.requested_peak_gmac:g}, but the first exit costs {status.feasible_min_gmac:.4g} GMAC at the "
+                f"{status.tokens} tokens of this instruction: steps stop there"
+            )
+        self._budget.publish(conversions.budget_message(status, self._now_ns()))
 
     def _publish_status(self) -> None:
         active = self._thread is not None
@@ -267,8 +329,14 @@ class PolicyNode(LifecycleNode):
         return self._ask(response, lambda controller: controller.request_reset(), "the next step starts a new episode")
 
     def _on_hold(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        self._hold_requested = request.data  # outlives a cleanup, as the instruction does
         done = "the arm holds" if request.data else "the hold is lifted"
-        return self._ask(response, lambda controller: controller.request_hold(request.data), done)
+        answer = self._ask(response, lambda controller: controller.request_hold(request.data), done)
+        with self._output_lock:  # nothing that was decided before leaves after the answer
+            if request.data and self._running:
+                self._overruled = self._busy_since is not None
+                self._publish(self._controller.hold_now(self._now_ns(), HoldReason.REQUESTED))
+        return answer
 
     def _ask(self, response: Any, request: Callable[[Controller], None], done: str) -> Any:
         if self._controller is None:
@@ -297,7 +365,7 @@ class PolicyNode(LifecycleNode):
         given = parameters.values(self)
         names = {parameter.name for parameter in changed}
         with self._changes_lock:
-            if any(name.startswith(("inputs.", "guard.")) for name in names):
+            if any(name.startswith(("inputs.", "guard.", "action.")) for name in names):
                 settings = parameters.controller_settings(given)
                 self._changes.append(lambda controller: setattr(controller, "settings", settings))
             if any(name.startswith("budget.") for name in names):

@@ -21,7 +21,10 @@ from deer_vla_ros.errors import UserError
 def ros_process(args: list[str] | None) -> Iterator[threading.Event]:
     """rclpy from init to shutdown; yields an event that SIGINT or SIGTERM sets. A refused parameter raises UserError."""
     stop = threading.Event()
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:  # rcl's own, for arguments and parameter files that it cannot read
+        raise UserError(f"ROS arguments refused: {str(error).splitlines()[0]}") from error
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:

@@ -293,9 +293,97 @@ def test_warming_up_leaves_no_trace(checkpoint):
     np.testing.assert_array_equal(a.policy.action.pose, b.policy.action.pose)
 
 
-def test_stopping_is_a_hold_whatever_the_inputs(controller):
+def test_a_hold_can_be_had_at_any_time_and_changes_nothing(controller):
     robot = Robot(controller)
     robot.tick()
-    stopped = controller.stop(robot.now + 2 * MS)
-    assert stopped.holds == (HoldReason.STOPPING,)
-    np.testing.assert_array_equal(stopped.target.position, controller._gate.snapshot().pose.pose.position)
+    robot.controller.put_pose(MeasuredPose(robot.pose, "base", robot.now))
+    held = controller.hold_now(robot.now + 2 * MS, HoldReason.STOPPING)
+    assert held.holds == (HoldReason.STOPPING,)
+    np.testing.assert_array_equal(held.target.position, robot.pose.position)
+    assert controller.holding == () and robot.tick().holds == ()
+
+
+def test_control_that_begins_again_remembers_nothing_of_before(controller):
+    robot = Robot(controller)
+    robot.tick()
+    controller.request_hold(True)
+    robot.tick()
+    robot.now += 10_000 * MS
+    robot.pose = Pose(robot.pose.position + [0.0, 0.4, 0.0], DOWN)  # somebody moved the arm meanwhile
+    controller.start()
+    held = robot.tick(follow=False)
+    np.testing.assert_array_equal(held.target.position, robot.pose.position)
+    assert held.gripper is None
+    controller.request_hold(False)
+    assert robot.tick().decision.episode_step == 0
+
+
+def test_a_hold_requested_during_the_inference_is_obeyed(controller):
+    robot = Robot(controller)
+    robot.tick()
+    robot.now += PERIOD
+    for camera in Camera:
+        controller.put_frame(camera, Frame(robot.image(), robot.now))
+    controller.put_pose(MeasuredPose(robot.pose, "base", robot.now))
+
+    def finished() -> int:
+        controller.request_hold(True)
+        return robot.now + 10 * MS
+
+    # the request lies between the step and its judgement, as if it had come from another thread
+    controller.request_hold(False)
+    original = controller._policy.step
+    controller._policy.step = lambda observation: (finished(), original(observation))[1]
+    command = controller.tick(robot.now + MS, finished)
+    assert command.holds == (HoldReason.REQUESTED,) == command.decision.held
+    assert not command.twist.linear.any()
+
+
+def test_an_inference_that_outlasts_its_frames_is_thrown_away(controller):
+    robot = Robot(controller)
+    robot.tick()
+    robot.now += PERIOD
+    for camera in Camera:
+        controller.put_frame(camera, Frame(robot.image(), robot.now))
+    controller.put_pose(MeasuredPose(robot.pose, "base", robot.now))
+    begun = robot.now
+
+    def finished() -> int:
+        later = begun + 2_000 * MS
+        for camera in Camera:
+            controller.put_frame(camera, Frame(robot.image(), later))
+        controller.put_pose(MeasuredPose(robot.pose, "base", later))
+        return later
+
+    original = controller._policy.step
+    controller._policy.step = lambda observation: (finished(), original(observation))[1]
+    command = controller.tick(begun + MS, finished)
+    assert command.holds == (HoldReason.TOO_SLOW,)
+    np.testing.assert_array_equal(command.target.position, robot.pose.position)
+
+
+def test_a_measured_pose_that_jumps_holds_without_a_target_until_it_is_steady(controller):
+    robot = Robot(controller)
+    robot.tick()
+    robot.pose = Pose(np.array([-0.6, -0.6, 0.1]), DOWN)  # 1.2 m in 0.1 s
+    jumped = robot.tick()
+    assert HoldReason.POSE_JUMPED in jumped.holds and jumped.target is None
+    for _ in range(4):
+        steady = robot.tick()
+    assert steady.holds == ()
+    assert distance_between(steady.target, Pose(np.array([-0.6, -0.6, 0.1]), DOWN)) <= 0.3
+
+
+def test_a_hold_that_began_without_a_pose_takes_the_first_usable_one(controller):
+    robot = Robot(controller, instruction="")
+    assert robot.tick(with_pose=False).target is None
+    np.testing.assert_array_equal(robot.tick().target.position, robot.pose.position)
+
+
+def test_a_failing_inference_is_held_at_the_control_rate(controller, monkeypatch):
+    robot = Robot(controller)
+    robot.tick()
+    monkeypatch.setattr(controller._policy, "step", lambda observation: 1 / 0)
+    assert robot.tick().holds == (HoldReason.INFERENCE_FAILED,)
+    assert controller.tick(robot.now + 100 * MS).holds == (HoldReason.INFERENCE_FAILED,)
+    assert controller.tick(robot.now + 110 * MS) is None

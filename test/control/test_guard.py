@@ -8,6 +8,7 @@ from poses import angle_between, distance_between, poses, rotations, vectors
 from scipy.spatial.transform import Rotation
 
 from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
+from deer_vla_ros.control.motion import moved
 from deer_vla_ros.control.types import Limit, Pose
 from deer_vla_ros.errors import UserError
 
@@ -42,10 +43,22 @@ def test_a_target_is_never_beyond_the_leash(situation, translation, rotation):
 
 
 @given(situations, vectors, rotations)
-def test_a_target_never_moves_more_than_one_step_from_where_the_step_starts(situation, translation, rotation):
-    result = guard(LIMITS, *situation, translation, rotation)
-    assert distance_between(result.target, result.start) <= LIMITS.max_translation_m + EPSILON
-    assert angle_between(result.target, result.start) <= LIMITS.max_rotation_rad + EPSILON
+def test_a_target_never_moves_more_than_one_step_from_the_last_one(situation, translation, rotation):
+    last, measured = situation
+    result = guard(LIMITS, last, measured, translation, rotation)
+    if not result.arm_moved:
+        assert distance_between(result.target, last) <= LIMITS.max_translation_m + EPSILON
+        assert angle_between(result.target, last) <= LIMITS.max_rotation_rad + EPSILON
+
+
+@given(situations, vectors, rotations)
+def test_a_target_that_is_not_the_plain_motion_says_why(situation, translation, rotation):
+    last, measured = situation
+    result = guard(LIMITS, last, measured, translation, rotation)
+    plain = moved(last, translation, rotation)
+    changed = distance_between(result.target, plain) > EPSILON or angle_between(result.target, plain) > 1e-5
+    outside = (outside_by(result.target.position) > 0).any()
+    assert bool(result.limits) or not (changed or outside)
 
 
 @given(situations, vectors, rotations)
@@ -122,10 +135,25 @@ def test_a_blocked_arm_keeps_its_target_on_the_leash():
     assert distance_between(target, HOME) == pytest.approx(LIMITS.leash_m)
 
 
-def test_an_arm_that_was_pushed_away_takes_its_target_along():
-    pushed = Pose(HOME.position + [0.0, 0.3, 0.0], HOME.quaternion)
-    result = guard(LIMITS, HOME, pushed, np.zeros(3), STILL)
-    assert distance_between(result.target, pushed) == pytest.approx(LIMITS.leash_m)
+def test_an_arm_that_is_pushed_slowly_takes_its_target_along():
+    target, pushed = HOME, HOME
+    for _ in range(30):
+        pushed = Pose(pushed.position + [0.0, 0.01, 0.0], HOME.quaternion)
+        result = guard(LIMITS, target, pushed, np.zeros(3), STILL)
+        assert not result.arm_moved
+        target = result.target
+    assert distance_between(target, pushed) == pytest.approx(LIMITS.leash_m)
+    assert result.limits == (Limit.LEASH,)
+
+
+def test_an_arm_that_was_moved_far_away_gets_no_target_there():
+    elsewhere = Pose(HOME.position + [0.0, 0.3, 0.0], HOME.quaternion)
+    assert guard(LIMITS, HOME, elsewhere, np.zeros(3), STILL).arm_moved
+
+
+def test_a_target_outside_the_box_is_always_reported():
+    outside = Pose(np.array([0.55, 0.0, 0.4]), HOME.quaternion)
+    assert guard(LIMITS, outside, outside, np.array([-0.01, 0.0, 0.0]), STILL).limits == (Limit.WORKSPACE,)
 
 
 @pytest.mark.parametrize(
