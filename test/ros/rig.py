@@ -38,16 +38,15 @@ class Rig:
         self.cameras_on = True
         self.gripper_lag_s = 0.0
         self.pose_on = True
+        self.poses_sent = 0
         self.position = np.array([0.4, 0.0, 0.3])
         self.encoding = "rgb8"
         self.follows = False
         self.corrupt = False
-        kind, suffix = (CompressedImage, "/compressed") if compressed else (Image, "")
-        self._images = {
-            name: node.create_publisher(kind, f"{namespace}camera/{name}/image_raw{suffix}", qos_profile_sensor_data)
-            for name in ("static", "gripper")
-        }
-        self._compressed = compressed
+        self.sizes = {"static": 200, "gripper": 84}
+        self._namespace, self._compressed = namespace, compressed
+        self._images: dict = {}
+        self.make_cameras(reliable=False)
         self._pose = node.create_publisher(PoseStamped, f"{namespace}ee_pose", 10)
         self._instruction = node.create_publisher(String, f"{namespace}instruction", LATCHED)
         self.targets = client.listen(PoseStamped, f"{namespace}target_pose")
@@ -57,6 +56,17 @@ class Rig:
         self.budgets = client.listen(BudgetStatus, f"{namespace}deer_vla/budget", LATCHED)
         self._random = np.random.default_rng(0)
         self._stop = threading.Event()
+
+    def make_cameras(self, reliable: bool) -> None:
+        """Camera publishers of that reliability, in place of any before."""
+        kind, suffix = (CompressedImage, "/compressed") if self._compressed else (Image, "")
+        old, quality = self._images, QoSProfile(depth=5) if reliable else qos_profile_sensor_data
+        self._images = {
+            name: self._client.node.create_publisher(kind, f"{self._namespace}camera/{name}/image_raw{suffix}", quality)
+            for name in self.sizes
+        }
+        for publisher in old.values():
+            self._client.node.destroy_publisher(publisher)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Rig]:
@@ -95,15 +105,17 @@ class Rig:
                 pose.pose.position.x, pose.pose.position.y, pose.pose.position.z = map(float, self.position)
                 pose.pose.orientation.x, pose.pose.orientation.w = 1.0, 0.0
                 self._pose.publish(pose)
+                self.poses_sent += 1
             if self.cameras_on:
-                self._publish_image("static", 200, now)
-                self._publish_image("gripper", 84, now - Duration(seconds=self.gripper_lag_s))
+                self._publish_image("static", now)
+                self._publish_image("gripper", now - Duration(seconds=self.gripper_lag_s))
 
     def now(self) -> Time:
         """The time that inputs are stamped with."""
         return self._client.node.get_clock().now()
 
-    def _publish_image(self, name: str, size: int, time: Time) -> None:
+    def _publish_image(self, name: str, time: Time) -> None:
+        size = self.sizes[name]
         pixels = self._random.integers(0, 255, (size, size, 3), dtype=np.uint8)
         if self._compressed:
             buffer = io.BytesIO()
