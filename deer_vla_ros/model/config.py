@@ -120,15 +120,6 @@ class ModelConfig:
         last = self.decoder.layers - 1
         return (*range(self.exit_interval - 1, last, self.exit_interval), last)
 
-    def exits_within(self, max_layers: int) -> tuple[int, ...]:
-        """Exits that a step of at most `max_layers` layers can reach; raises UserError where there is none."""
-        reachable = tuple(exit_layer for exit_layer in self.exits if exit_layer < max_layers)
-        if not reachable:
-            raise UserError(
-                f"no exit lies within {max_layers} layers: the first needs {self.exits[0] + 1}; allow at least that many"
-            )
-        return reachable
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as `config.json` of a checkpoint folder stores them."""
         return dataclasses.asdict(self)

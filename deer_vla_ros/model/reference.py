@@ -10,16 +10,15 @@ from deer_vla_ros.errors import UserError
 
 
 class ReferenceWeights:
-    """A state dict of the reference, read below a prefix; remembers what was taken, so that leftovers can be named."""
+    """A state dict of the reference, read below a prefix; a missing tensor is named in full."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "", taken: set[str] | None = None):
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = ""):
         self._tensors = tensors
         self._prefix = prefix
-        self._taken = set() if taken is None else taken
 
     def below(self, prefix: str) -> ReferenceWeights:
         """The same weights with `prefix` prepended to every name asked for."""
-        return ReferenceWeights(self._tensors, self._prefix + prefix, self._taken)
+        return ReferenceWeights(self._tensors, self._prefix + prefix)
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._tensors
@@ -28,16 +27,11 @@ class ReferenceWeights:
         key = self._prefix + name
         if key not in self._tensors:
             raise UserError(f"reference weights: tensor '{key}' is missing: is this file complete, and of this model?")
-        self._taken.add(key)
         return self._tensors[key]
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """{own name: tensor} for a table {own name: reference name}."""
         return {own: self[reference] for own, reference in names.items()}
-
-    def unused(self) -> list[str]:
-        """Names below the prefix that nobody asked for, sorted."""
-        return sorted(key for key in self._tensors if key.startswith(self._prefix) and key not in self._taken)
 
 
 def placed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

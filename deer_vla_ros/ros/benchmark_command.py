@@ -35,9 +35,7 @@ ENOUGH_SAMPLES = 300
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("node", *PARTS), metavar="WHAT", help=f"node; {', '.join(PARTS)}: see above")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument(
-        "--seconds", type=_positive, default=15.0, help="measured time of each condition (default: %(default)s)"
-    )
+    parser.add_argument("--seconds", type=_positive, default=15.0, help="measured time of each condition (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("out/benchmark"), metavar="DIR", help="folder of logs (default: %(default)s)"
     )

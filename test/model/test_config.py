@@ -42,13 +42,6 @@ def test_a_wider_interval_spaces_the_exits_out():
     assert config.exits == (2, 5)
 
 
-def test_exits_within_a_number_of_layers_are_those_that_so_many_layers_reach():
-    assert tabletop().exits_within(12) == (1, 3, 5, 7, 9, 11)
-    assert tabletop().exits_within(5) == (1, 3)
-    with pytest.raises(UserError, match="no exit lies within 1 layers: the first needs 2"):
-        tabletop().exits_within(1)
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_config_survives_json(preset):
     config = PRESETS[preset]()

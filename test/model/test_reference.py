@@ -75,15 +75,6 @@ def test_every_tensor_of_the_reference_has_its_place_or_is_known_to_have_none(ke
     assert left == {"vision_encoder.visual.proj", "vision_encoder.visual.ln_post.weight", "vision_encoder.visual.ln_post.bias"}
 
 
-def test_unused_names_those_that_nobody_asked_for():
-    weights = ReferenceWeights({"a.x": torch.zeros(1), "a.y": torch.zeros(1), "b.z": torch.zeros(1)})
-    below = weights.below("a.")
-    assert "x" in below and "z" not in below
-    below.renamed({"own": "x"})
-    assert weights.unused() == ["a.y", "b.z"]
-    assert below.unused() == ["a.y"]
-
-
 def test_a_converted_reference_gives_the_same_outputs_after_it_was_saved_and_loaded(tmp_path):
     recording = read_model(RECORDING, "9b")
     model = recording.model
