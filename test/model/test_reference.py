@@ -10,7 +10,6 @@ from deer_vla_ros.evaluation.recording import model_config, read_arrays, read_js
 from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
 from deer_vla_ros.model.network import MultiExitVLA
-from deer_vla_ros.model.reference import ReferenceWeights
 
 RECORDING = Path(__file__).parent.parent / "golden_compact"
 
