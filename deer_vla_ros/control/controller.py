@@ -139,6 +139,11 @@ class Controller:
         return inputs.static, inputs.gripper
 
     @property
+    def instruction(self) -> str:
+        """The newest instruction, whether or not a step has acted on it."""
+        return self._gate.snapshot().instruction
+
+    @property
     def steps(self) -> int:
         return self._step
 

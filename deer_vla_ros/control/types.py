@@ -37,7 +37,7 @@ class HoldReason(enum.Enum):
     POSE_IN_FUTURE = "the measured TCP pose's stamp lies in the future: its publisher uses another clock"
     POSE_FRAME = "the measured TCP pose is in another frame than the action"
     POSE_INVALID = "the measured TCP pose is not finite or its quaternion is not of unit length"
-    POSE_JUMPED = "the measured TCP pose jumped further than an arm moves: it must be steady before it is built upon"
+    POSE_JUMPED = "the measured TCP pose jumped further than an arm moves: wait until it is steady"
     ARM_MOVED = "the arm was moved away from its target: control starts again from where it is"
     BEYOND_WORKSPACE = "the arm is further outside the guard's workspace than the leash reaches: move it back in"
     NOT_FINITE = "the network's action is not finite"

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
@@ -21,25 +19,20 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
-from deer_vla_ros import msg
 from deer_vla_ros.control.controller import Controller
-from deer_vla_ros.control.types import Camera, Command, Decision, Frame, HoldReason
+from deer_vla_ros.control.types import Camera, Command, Frame, HoldReason
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
-from deer_vla_ros.ros import conversions, images, overlay, parameters
-from deer_vla_ros.ros.graph import neighbours
+from deer_vla_ros.ros import conversions, images, parameters
 from deer_vla_ros.ros.outputs import Outputs
 from deer_vla_ros.ros.qos import LATCHED, NEWEST
-from deer_vla_ros.ros.stamped import image_message
-from deer_vla_ros.ros.telemetry import Telemetry
+from deer_vla_ros.ros.reports import Reports
 
 THROTTLE_S = 5.0
 MAX_INSTRUCTION = 500
 """Characters; more than any network here reads."""
-STATUS_PERIOD_S = 1.0
 JOIN_S = 2.0
 """How long the end of control waits for an inference."""
-NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 
 
 class PolicyNode(LifecycleNode):
@@ -53,7 +46,6 @@ class PolicyNode(LifecycleNode):
         super().__init__(parameters.NODE_NAME)
         parameters.declare(self)
         self._controller: Controller | None = None
-        self._telemetry = Telemetry()
         self._wake = threading.Event()
         self._changes: list[Callable[[Controller], None]] = []
         self._changes_lock = threading.Lock()
@@ -64,18 +56,13 @@ class PolicyNode(LifecycleNode):
         self._overruled = False
         self._instruction = ""
         self._hold_requested = self._value("control.start_held")
-        self._was_holding: tuple[HoldReason, ...] = ()
-        self._newest_decision: Decision | None = None
-        self._clamped_id: int | None = None
-        self._told_problems: set[str] = set()
         self.failure: Exception | None = None
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
 
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # ticks come in ROS time; what watches over them must not stop with it
         self._outputs = Outputs(self, self._value("action.mode"), self._value("action.gripper_interface"))
-        self._steps = self.create_lifecycle_publisher(msg.PolicyStep, "~/step", 10)
-        self._budget = self.create_lifecycle_publisher(msg.BudgetStatus, "~/budget", LATCHED)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._reports = Reports(self, self._outputs, self._value("overlay.rate_hz"), steady)
 
         for camera in Camera:
             self._listen_to_camera(camera)
@@ -87,15 +74,9 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/hold", self._on_hold)
-        # Ticks come in ROS time; what watches over them must not stop with it.
         self._tick_s = 1 / self._value("control.rate_hz")
-        steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._tick_timer = self.create_timer(self._tick_s, self._wake.set)
         self._watch_timer = self.create_timer(self._tick_s, self._watch, clock=steady)
-        self._status_timer = self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=steady)
-        overlay_hz = self._value("overlay.rate_hz")
-        self._overlay = self.create_lifecycle_publisher(Image, "~/overlay", 1) if overlay_hz else None
-        self._overlay_timer = self.create_timer(1 / overlay_hz, self._publish_overlay, clock=steady) if overlay_hz else None
 
     def _listen_to_camera(self, camera: Camera) -> None:
         """Raw or compressed, as the parameter says."""
@@ -112,6 +93,7 @@ class PolicyNode(LifecycleNode):
             given = parameters.values(self)
             self._outputs.open(given)
             self._controller = self._make_controller(given)
+            self._reports.open(self._controller)
         except (UserError, RuntimeError) as error:
             self.get_logger().error(f"configure failed: {error}")
             self._release()
@@ -119,11 +101,12 @@ class PolicyNode(LifecycleNode):
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self.get_logger().error("activate failed: an inference of the last activation has not ended yet: restart the node")
             return TransitionCallbackReturn.FAILURE
         result = super().on_activate(state)
-        self._publish_budget()
+        self._reports.budget()
+        self._reports.set_active(True)
         self._controller.start()
         self._running, self._overruled = True, False
         # A daemon: an inference that hangs must not keep the process from ending.
@@ -173,7 +156,6 @@ class PolicyNode(LifecycleNode):
         controller.put_instruction(self._instruction)
         controller.request_hold(self._hold_requested)
         self._frame_id = space.frame
-        self._telemetry = Telemetry()
         log = self.get_logger()
         log.info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}")
         if not loaded.info.trained:
@@ -193,6 +175,7 @@ class PolicyNode(LifecycleNode):
         """Tells the arm to hold, at once; whatever the control thread still decides is thrown away."""
         if self._thread is None:
             return
+        self._reports.set_active(False)
         with self._output_lock:
             if self._running:
                 self._running = False
@@ -206,6 +189,7 @@ class PolicyNode(LifecycleNode):
 
     def _release(self) -> None:
         self._controller = None
+        self._reports.close()
         self._outputs.close()
         gc.collect()
         if torch.cuda.is_available():
@@ -248,57 +232,12 @@ class PolicyNode(LifecycleNode):
         for change in changes:
             change(self._controller)
         if changes:
-            self._publish_budget()
+            self._reports.budget()
 
     def _publish(self, command: Command) -> None:
+        """Tells the arm, then everybody else."""
         self._outputs.publish(command, self._frame_id)
-        if command.decision is not None:
-            self._newest_decision = command.decision
-            published_ns = self._now_ns()
-            self._telemetry.note_step(command.decision.stamp_ns, published_ns)
-            self._steps.publish(conversions.step_message(command.decision, self._frame_id, published_ns))
-            if command.decision.episode_step == 0:
-                self._publish_budget()  # cost depends on the instruction's length
-        self._tell(command)
-
-    def _tell(self, command: Command) -> None:
-        """Logs changes of state, and errors; not every repeat."""
-        if command.error:
-            self.get_logger().error(f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S)
-        if command.holds != self._was_holding:
-            if command.holds:
-                self.get_logger().warning("holding: " + "; ".join(reason.value for reason in command.holds))
-            else:
-                self.get_logger().info("controlling")
-            self._was_holding = command.holds
-
-    def _publish_budget(self) -> None:
-        status = self._controller.budget_status
-        if status.is_clamped and status.budget_id != self._clamped_id:
-            self._clamped_id = status.budget_id
-            self.get_logger().warning(
-                f"budget.peak_gmac is {status.requested_peak_gmac:g}, but the first exit costs {status.feasible_min_gmac:.4g} GMAC at the "
-                f"{status.tokens} tokens of this instruction: steps stop there"
-            )
-        self._budget.publish(conversions.budget_message(status, self._now_ns()))
-
-    def _publish_status(self) -> None:
-        active = self._thread is not None
-        if active:
-            self._publish_budget()
-        around = neighbours(self, self.subscriptions, self._outputs.publishers)
-        for problem in set(around.problems) - self._told_problems:
-            self.get_logger().warning(problem)
-        self._told_problems = set(around.problems)
-        self._diagnostics.publish(self._telemetry.diagnostics(self.get_name(), self._controller, active, around, self._now_ns()))
-
-    def _publish_overlay(self) -> None:
-        """Draws in the executor's thread, where it delays no inference, and not at all for nobody."""
-        if self._controller is None or self._overlay.get_subscription_count() == 0:
-            return
-        frames = [frame.image if frame else NO_IMAGE for frame in self._controller.newest_frames]
-        picture = overlay.draw(*frames, self._instruction, self._newest_decision, self._controller.holding)
-        self._overlay.publish(image_message(picture, "", self._now_ns()))
+        self._reports.command(command, self._frame_id)
 
     # --- callbacks: hand over and wake, nothing else
 

@@ -13,7 +13,7 @@ from geometry_msgs.msg import PoseStamped, TwistStamped
 from harness import Client, wait_until
 from PIL import Image as Picture
 from rclpy.duration import Duration
-from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Float64MultiArray, String
@@ -60,7 +60,10 @@ class Rig:
     def make_cameras(self, reliable: bool) -> None:
         """Camera publishers of that reliability, in place of any before."""
         kind, suffix = (CompressedImage, "/compressed") if self._compressed else (Image, "")
-        old, quality = self._images, QoSProfile(depth=5) if reliable else qos_profile_sensor_data
+        # Depth 1, and destroyed when done: all images that a process keeps share 512 KiB of shared memory, and one that finds no
+        # place there is lost.
+        reliability = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
+        old, quality = self._images, QoSProfile(depth=1, reliability=reliability)
         self._images = {
             name: self._client.node.create_publisher(kind, f"{self._namespace}camera/{name}/image_raw{suffix}", quality)
             for name in self.sizes
@@ -77,6 +80,8 @@ class Rig:
         finally:
             self._stop.set()
             thread.join()
+            for publisher in self._images.values():
+                self._client.node.destroy_publisher(publisher)
 
     def instruct(self, text: str) -> None:
         self._instruction.publish(String(data=text))

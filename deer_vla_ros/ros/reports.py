@@ -1,0 +1,105 @@
+"""What does the node say about itself? One message per step, the budget, diagnostics, the overlay, and lines in the log."""
+
+from __future__ import annotations
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock
+from rclpy.lifecycle import LifecycleNode
+from sensor_msgs.msg import Image
+
+from deer_vla_ros import msg
+from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.control.types import Command, Decision, HoldReason
+from deer_vla_ros.ros import conversions, overlay
+from deer_vla_ros.ros.graph import neighbours
+from deer_vla_ros.ros.outputs import Outputs
+from deer_vla_ros.ros.qos import LATCHED
+from deer_vla_ros.ros.stamped import image_message
+from deer_vla_ros.ros.telemetry import Telemetry
+
+THROTTLE_S = 5.0
+STATUS_PERIOD_S = 1.0
+NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
+
+
+class Reports:
+    """Publishers and timers from the start; about a controller from `open` to `close`."""
+
+    def __init__(self, node: LifecycleNode, outputs: Outputs, overlay_hz: float, steady: Clock):
+        """outputs: whose topics nobody else should publish on; overlay_hz: 0 for none; steady: a clock that never stops."""
+        self._node, self._outputs = node, outputs
+        self._controller: Controller | None = None
+        self._active = False
+        self._telemetry = Telemetry()
+        self._newest: Decision | None = None
+        self._was_holding: tuple[HoldReason, ...] = ()
+        self._told_problems: set[str] = set()
+        self._clamped_id: int | None = None
+        self._steps = node.create_lifecycle_publisher(msg.PolicyStep, "~/step", 10)
+        self._budget = node.create_lifecycle_publisher(msg.BudgetStatus, "~/budget", LATCHED)
+        self._diagnostics = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._overlay = node.create_lifecycle_publisher(Image, "~/overlay", 1) if overlay_hz else None
+        self._timers = [node.create_timer(STATUS_PERIOD_S, self._publish_status, clock=steady)]
+        if overlay_hz:
+            self._timers.append(node.create_timer(1 / overlay_hz, self._publish_overlay, clock=steady))
+
+    def open(self, controller: Controller) -> None:
+        """Figures begin anew."""
+        self._controller, self._telemetry, self._newest = controller, Telemetry(), None
+
+    def close(self) -> None:
+        self._controller = self._newest = None
+
+    def set_active(self, active: bool) -> None:
+        """Whether control runs."""
+        self._active = active
+
+    def command(self, command: Command, frame_id: str) -> None:
+        """One command has gone out: its step as a message, and changes of state (not every repeat) in the log."""
+        if command.decision is not None:
+            self._newest, published_ns = command.decision, self._now_ns()
+            self._telemetry.note_step(command.decision.stamp_ns, published_ns)
+            self._steps.publish(conversions.step_message(command.decision, frame_id, published_ns))
+            if command.decision.episode_step == 0:
+                self.budget()  # cost depends on the instruction's length
+        if command.error:
+            self._node.get_logger().error(f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S)
+        if command.holds != self._was_holding:
+            self._was_holding = command.holds
+            if command.holds:
+                self._node.get_logger().warning("holding: " + "; ".join(reason.value for reason in command.holds))
+            else:
+                self._node.get_logger().info("controlling")
+
+    def budget(self) -> None:
+        """The budget as it stands."""
+        status = self._controller.budget_status
+        if status.is_clamped and status.budget_id != self._clamped_id:
+            self._clamped_id = status.budget_id
+            self._node.get_logger().warning(
+                f"budget.peak_gmac is {status.requested_peak_gmac:g}, but the first exit costs {status.feasible_min_gmac:.4g} GMAC at the "
+                f"{status.tokens} tokens of this instruction: steps stop there"
+            )
+        self._budget.publish(conversions.budget_message(status, self._now_ns()))
+
+    def _publish_status(self) -> None:
+        if self._active:
+            self.budget()
+        around = neighbours(self._node, self._node.subscriptions, self._outputs.publishers)
+        for problem in set(around.problems) - self._told_problems:
+            self._node.get_logger().warning(problem)
+        self._told_problems = set(around.problems)
+        name = self._node.get_name()
+        self._diagnostics.publish(self._telemetry.diagnostics(name, self._controller, self._active, around, self._now_ns()))
+
+    def _publish_overlay(self) -> None:
+        """Draws in the executor's thread, where it delays no inference, and not at all for nobody."""
+        if self._controller is None or self._overlay.get_subscription_count() == 0:
+            return
+        frames = [frame.image if frame else NO_IMAGE for frame in self._controller.newest_frames]
+        picture = overlay.draw(*frames, self._controller.instruction, self._newest, self._controller.holding)
+        self._overlay.publish(image_message(picture, "", self._now_ns()))
+
+    def _now_ns(self) -> int:
+        return self._node.get_clock().now().nanoseconds
