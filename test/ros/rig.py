@@ -43,7 +43,9 @@ class Rig:
         self.encoding = "rgb8"
         self.follows = False
         self.corrupt = False
-        self.sizes = {"static": 200, "gripper": 84}
+        # Small: every node that ends with an image in flight leaves it in the 512 KiB of shared memory of this process for good, and
+        # one that finds no place there is lost.
+        self.sizes = {"static": 64, "gripper": 48}
         self._namespace, self._compressed = namespace, compressed
         self._images: dict = {}
         self.make_cameras(reliable=False)
@@ -60,8 +62,7 @@ class Rig:
     def make_cameras(self, reliable: bool) -> None:
         """Camera publishers of that reliability, in place of any before."""
         kind, suffix = (CompressedImage, "/compressed") if self._compressed else (Image, "")
-        # Depth 1, and destroyed when done: all images that a process keeps share 512 KiB of shared memory, and one that finds no
-        # place there is lost.
+        # Depth 1, and destroyed when done, for the same reason.
         reliability = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
         old, quality = self._images, QoSProfile(depth=1, reliability=reliability)
         self._images = {

@@ -361,9 +361,9 @@ def test_several_parameters_are_set_together_or_not_at_all(rig, client):
 
 
 def test_cameras_may_change_their_resolution_and_be_reliable_or_best_effort(rig, client):
-    rig.sizes = {"static": 320, "gripper": 120}
+    rig.sizes = {"static": 96, "gripper": 80}
     rig.await_steps(3)
-    rig.sizes = {"static": 64, "gripper": 48}
+    rig.sizes = {"static": 40, "gripper": 32}
     rig.await_steps(3)
     rig.make_cameras(reliable=True)
     rig.await_steps(10)
