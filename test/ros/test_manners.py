@@ -3,11 +3,9 @@
 import dataclasses
 import importlib.util
 import re
-import signal
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import PoseStamped
@@ -188,37 +186,6 @@ def test_the_first_step_takes_no_more_than_twice_the_median(client):
         assert min(ratios) <= 2.0, (ratios, process.output())
 
 
-def test_configuring_a_hundred_times_leaves_no_memory_and_no_thread_behind(client):
-    with spawn("node", "--ros-args", "-r", "__ns:=/often", "-p", "autostart:=false") as process:
-
-        def change(transition: int) -> None:
-            request, service = ChangeState.Request(transition=Transition(id=transition)), "often/deer_vla/change_state"
-            assert client.call(ChangeState, service, request, timeout=START_TIMEOUT, again_after=float("inf")).success
-
-        def cycle() -> None:
-            for transition in (
-                Transition.TRANSITION_CONFIGURE,
-                Transition.TRANSITION_ACTIVATE,
-                Transition.TRANSITION_DEACTIVATE,
-                Transition.TRANSITION_CLEANUP,
-            ):
-                change(transition)
-
-        def usage() -> tuple[int, int]:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
-
-        for _ in range(20):
-            cycle()
-        memory_kib, threads = usage()
-        for _ in range(80):
-            cycle()
-        grown_kib = usage()[0] - memory_kib
-        assert usage()[1] == threads
-        assert grown_kib < 80 * 100, f"{grown_kib} KiB in 80 configures"
-        assert process.stop() == 0
-
-
 # --- neighbours
 
 
@@ -360,15 +327,6 @@ def test_several_parameters_are_set_together_or_not_at_all(rig, client):
     rig.await_steps(3)
 
 
-def test_cameras_may_change_their_resolution_and_be_reliable_or_best_effort(rig, client):
-    rig.sizes = {"static": 96, "gripper": 80}
-    rig.await_steps(3)
-    rig.sizes = {"static": 40, "gripper": 32}
-    rig.await_steps(3)
-    rig.make_cameras(reliable=True)
-    rig.await_steps(10)
-
-
 def test_the_overlay_shows_what_the_policy_sees(rig, client):
     pictures = client.listen(Image, f"{NAMESPACE}/deer_vla/overlay", 1)
     picture = wait_until(lambda: pictures and pictures[-1], what="an overlay")
@@ -382,25 +340,3 @@ def test_a_gripper_action_without_control_msgs_is_a_failing_configure_that_names
     with spawn("node", "--ros-args", "-r", "__ns:=/grip", "-p", "action.gripper_interface:=gripper_command") as process:
         wait_until(lambda: "install ros-jazzy-control-msgs, or use 'topic'" in process.output(), START_TIMEOUT, "the remedy")
         assert process.stop() == 0
-
-
-# --- last, because a process that is killed leaves shared memory behind that may cost the next one messages
-
-
-def test_a_node_killed_and_started_again_does_not_make_the_arm_jump(client):
-    rig = Rig(client, "killed/")
-    rig.follows = True
-    with rig.running():
-        rig.instruct("lift the red block")
-        for _ in range(2):
-            with spawn("node", "--ros-args", "-r", "__ns:=/killed") as process:
-                begin = len(rig.targets)
-                rig.await_steps(10, START_TIMEOUT)
-                process.send(signal.SIGKILL)
-                process.wait()
-            positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[begin:]]
-            steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-            assert steps.max() <= 0.06 + 1e-6
-            if begin:
-                before = [getattr(rig.targets[begin - 1].pose.position, axis) for axis in "xyz"]
-                assert np.linalg.norm(np.subtract(positions[0], before)) <= 0.06 + 1e-6
