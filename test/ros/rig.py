@@ -13,17 +13,14 @@ from geometry_msgs.msg import PoseStamped, TwistStamped
 from harness import Client, wait_until
 from PIL import Image as Picture
 from rclpy.duration import Duration
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Float64MultiArray, String
 
-LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+from deer_vla_ros.ros.qos import LATCHED
+
 PERIOD_S = 0.1
-
-
-def nanoseconds(stamp) -> int:
-    return stamp.sec * 1_000_000_000 + stamp.nanosec
 
 
 class Rig:

@@ -16,10 +16,11 @@ from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import GetParameters, SetParametersAtomically
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
-from rig import Rig, moves, nanoseconds
+from rig import Rig, moves
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
+from deer_vla_ros.ros.stamped import nanoseconds
 from std_srvs.srv import SetBool
 
 from deer_vla_ros.model.checkpoint import EMBEDDED, Checkpoint, load, save

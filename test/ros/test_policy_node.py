@@ -11,7 +11,8 @@ from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import DescribeParameters, SetParameters
-from rig import Rig, moves, nanoseconds
+from rig import Rig, moves
+from deer_vla_ros.ros.stamped import nanoseconds
 from std_srvs.srv import SetBool, Trigger
 
 START_TIMEOUT = 60.0
