@@ -17,12 +17,26 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import rclpy
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from rclpy.task import Future
 
 Value = TypeVar("Value")
+
+START_TIMEOUT = 60.0
+"""Seconds that a node may take to start on a busy machine; most of them are imports of torch."""
+PATIENCE_S = 2.0
+"""How long a call waits for a response before it takes it for lost."""
+REACHES = {
+    Transition.TRANSITION_CONFIGURE: State.PRIMARY_STATE_INACTIVE,
+    Transition.TRANSITION_ACTIVATE: State.PRIMARY_STATE_ACTIVE,
+    Transition.TRANSITION_DEACTIVATE: State.PRIMARY_STATE_INACTIVE,
+    Transition.TRANSITION_CLEANUP: State.PRIMARY_STATE_UNCONFIGURED,
+}
+"""The lifecycle state that a transition ends in."""
 
 
 def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str = "the condition") -> Value:
@@ -93,7 +107,8 @@ def spawn(*command: str) -> Iterator[Process]:
 class Client:
     """A node of the test with its own context, spun in a thread. Use as a context manager.
 
-    `listen` keeps every message of a topic; `publisher` waits until somebody listens; `call` waits for a response.
+    `listen` keeps every message of a topic; `publisher` waits until somebody listens; `call` waits for a response,
+    `change_state` and `await_active` for a lifecycle state.
     Relative topic names are in `namespace`: nodes of two tests that run at the same time need one each.
     """
 
@@ -103,6 +118,7 @@ class Client:
         self.node = rclpy.create_node(name, namespace=namespace, context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
+        self._clients: dict = {}
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._spin, name=f"{name}_spin")
@@ -140,19 +156,50 @@ class Client:
         wait_until(publisher.get_subscription_count, timeout, f"a subscription on {topic}")
         return publisher
 
-    def call(self, service_type, name: str, request=None, timeout: float = 10.0, again_after: float = 2.0):
-        """The response of service `name` to `request` (default: an empty one).
+    def call(self, service_type, name: str, request=None, timeout: float = START_TIMEOUT):
+        """The response of service `name` to `request` (default: an empty one), which may be sent more than once.
 
-        A server that has not yet discovered the client's reader drops its response (rmw gives it 100 ms): after `again_after` seconds
-        without one the request is sent again. Give infinity where once is all there may be.
+        A server that has not discovered the client's reader yet drops its response (rmw gives it 100 ms): the request without one
+        is sent again.
         """
-        client = self.node.create_client(service_type, name)
-        wait_until(client.service_is_ready, timeout, f"service {name}")
         sent: list[tuple[float, Future]] = []
 
         def answered() -> list[Future]:
-            if not sent or time.monotonic() - sent[-1][0] > again_after:
-                sent.append((time.monotonic(), client.call_async(request or service_type.Request())))
+            if not sent or time.monotonic() - sent[-1][0] > PATIENCE_S:
+                sent.append((time.monotonic(), self._ask(service_type, name, request, timeout)))
             return [future for _, future in sent if future.done()]
 
         return wait_until(answered, timeout, f"the response of {name}")[0].result()
+
+    def state(self, node: str) -> int:
+        """The lifecycle state of `node`, by its name with namespace."""
+        return self.call(GetState, f"{node}/get_state").current_state.id
+
+    def change_state(self, node: str, transition: int) -> bool:
+        """Asks `node` for a transition, once; whether it was made. For a lost response the state is asked."""
+        request = ChangeState.Request(transition=Transition(id=transition))
+        future, sent = self._ask(ChangeState, f"{node}/change_state", request, START_TIMEOUT), time.monotonic()
+
+        def made() -> list[bool]:
+            if future.done():
+                return [future.result().success]
+            lost = time.monotonic() - sent > PATIENCE_S and self.state(node) == REACHES[transition]
+            return [True] if lost else []
+
+        return wait_until(made, START_TIMEOUT, f"transition {transition} of {node}")[0]
+
+    def await_active(self, process: Process, node: str) -> None:
+        """Waits until `node`, which runs in `process`, is active."""
+
+        def active() -> bool:
+            assert process.running(), process.output()
+            return self.state(node) == State.PRIMARY_STATE_ACTIVE
+
+        wait_until(active, START_TIMEOUT, f"{node} to be active")
+
+    def _ask(self, service_type, name: str, request, timeout: float) -> Future:
+        # One client per service for good: whoever serves keeps memory for every client that it ever met.
+        if name not in self._clients:
+            self._clients[name] = self.node.create_client(service_type, name)
+        wait_until(self._clients[name].service_is_ready, timeout, f"service {name}")
+        return self._clients[name].call_async(request or service_type.Request())

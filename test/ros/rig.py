@@ -45,6 +45,7 @@ class Rig:
         self.sizes = {"static": 64, "gripper": 48}
         self._namespace, self._compressed = namespace, compressed
         self._images: dict = {}
+        self._images_lock = threading.Lock()
         self.make_cameras(reliable=False)
         self._pose = node.create_publisher(PoseStamped, f"{namespace}ee_pose", 10)
         self._instruction = node.create_publisher(String, f"{namespace}instruction", LATCHED)
@@ -61,12 +62,16 @@ class Rig:
         kind, suffix = (CompressedImage, "/compressed") if self._compressed else (Image, "")
         # Depth 1, and destroyed when done, for the same reason.
         reliability = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
-        old, quality = self._images, QoSProfile(depth=1, reliability=reliability)
-        self._images = {
-            name: self._client.node.create_publisher(kind, f"{self._namespace}camera/{name}/image_raw{suffix}", quality)
-            for name in self.sizes
-        }
-        for publisher in old.values():
+        quality = QoSProfile(depth=1, reliability=reliability)
+        with self._images_lock:
+            self._destroy_cameras()
+            self._images = {
+                name: self._client.node.create_publisher(kind, f"{self._namespace}camera/{name}/image_raw{suffix}", quality)
+                for name in self.sizes
+            }
+
+    def _destroy_cameras(self) -> None:
+        for publisher in self._images.values():
             self._client.node.destroy_publisher(publisher)
 
     @contextlib.contextmanager
@@ -78,8 +83,7 @@ class Rig:
         finally:
             self._stop.set()
             thread.join()
-            for publisher in self._images.values():
-                self._client.node.destroy_publisher(publisher)
+            self._destroy_cameras()
 
     def instruct(self, text: str) -> None:
         self._instruction.publish(String(data=text))
@@ -110,8 +114,9 @@ class Rig:
                 self._pose.publish(pose)
                 self.poses_sent += 1
             if self.cameras_on:
-                self._publish_image("static", now)
-                self._publish_image("gripper", now - Duration(seconds=self.gripper_lag_s))
+                with self._images_lock:
+                    self._publish_image("static", now)
+                    self._publish_image("gripper", now - Duration(seconds=self.gripper_lag_s))
 
     def now(self) -> Time:
         """The time that inputs are stamped with."""

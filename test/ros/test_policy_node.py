@@ -1,21 +1,17 @@
 """The policy node as a real process over real DDS: message in, command out; hold and recovery; parameters; its end."""
 
 import math
-import signal
 
 import numpy as np
 import pytest
 from deer_vla_ros.msg import PolicyStep
-from harness import Client, Process, spawn, wait_until
-from lifecycle_msgs.msg import State, Transition
-from lifecycle_msgs.srv import ChangeState, GetState
+from harness import Client, spawn, wait_until
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import DescribeParameters, SetParameters
 from rig import Rig, moves
-from deer_vla_ros.ros.stamped import nanoseconds
 from std_srvs.srv import SetBool, Trigger
 
-START_TIMEOUT = 60.0
+from deer_vla_ros.ros.stamped import nanoseconds
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +23,7 @@ def client():
 @pytest.fixture(scope="module")
 def node(client):
     with spawn("node") as process:
-        await_state(client, process, State.PRIMARY_STATE_ACTIVE)
+        client.await_active(process, "deer_vla")
         yield process
 
 
@@ -41,14 +37,6 @@ def rig(client, node):
         yield rig
         rig.instruct("")
         rig.await_hold()
-
-
-def await_state(client: Client, process: Process, state: int) -> None:
-    def reached():
-        assert process.running(), process.output()
-        return client.call(GetState, "deer_vla/get_state", timeout=START_TIMEOUT).current_state.id == state
-
-    wait_until(reached, START_TIMEOUT, f"lifecycle state {state}")
 
 
 def set_parameter(client: Client, name: str, value: float):
@@ -159,48 +147,3 @@ def test_parameters_describe_themselves(client, node):
     assert skew.description.endswith("[s]") and peak.description.endswith("[GMAC]")
     assert skew.floating_point_range[0].to_value == 1.0
     assert not peak.read_only
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_node_with_a_hold_and_status_0(client, number):
-    rig = Rig(client, "ended/")
-    with spawn("node", "--ros-args", "-r", "__ns:=/ended") as process, rig.running():
-        rig.instruct("open the drawer")
-        wait_until(lambda: any(map(moves, rig.twists)), START_TIMEOUT, "the arm to move")
-        assert process.stop(number) == 0
-        assert not moves(rig.twists[-1])
-
-
-def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigured(client):
-    with spawn("node", "--ros-args", "-r", "__ns:=/failing", "-p", "model.path:=/nowhere") as process:
-        wait_until(lambda: "configure failed" in process.output(), START_TIMEOUT, "the reason")
-        line = next(line for line in process.output().splitlines() if "configure failed" in line)
-        assert "/nowhere" in line and "config.json is missing" in line
-        assert "Traceback" not in process.output()
-        state = client.call(GetState, "failing/deer_vla/get_state", timeout=START_TIMEOUT).current_state
-        assert state.id == State.PRIMARY_STATE_UNCONFIGURED
-        assert process.stop() == 0
-
-
-def test_without_autostart_a_manager_leads_the_node_through_its_life(client):
-    with spawn("node", "--ros-args", "-r", "__ns:=/managed", "-p", "autostart:=false") as process:
-
-        def change(transition: int) -> bool:
-            request = ChangeState.Request(transition=Transition(id=transition))
-            service = "managed/deer_vla/change_state"
-            return client.call(ChangeState, service, request, timeout=START_TIMEOUT, again_after=float("inf")).success
-
-        def state() -> int:
-            return client.call(GetState, "managed/deer_vla/get_state", timeout=START_TIMEOUT).current_state.id
-
-        assert state() == State.PRIMARY_STATE_UNCONFIGURED
-        for transition, reached in (
-            (Transition.TRANSITION_CONFIGURE, State.PRIMARY_STATE_INACTIVE),
-            (Transition.TRANSITION_ACTIVATE, State.PRIMARY_STATE_ACTIVE),
-            (Transition.TRANSITION_DEACTIVATE, State.PRIMARY_STATE_INACTIVE),
-            (Transition.TRANSITION_CLEANUP, State.PRIMARY_STATE_UNCONFIGURED),
-            (Transition.TRANSITION_CONFIGURE, State.PRIMARY_STATE_INACTIVE),
-        ):
-            assert change(transition), process.output()
-            assert state() == reached
-        assert process.stop() == 0

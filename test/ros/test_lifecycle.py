@@ -1,0 +1,140 @@
+"""The policy node's life, over real DDS: how it starts, is managed, ends, is killed, and what it leaves behind."""
+
+import re
+import signal
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import REACHES, START_TIMEOUT, Client, spawn, wait_until
+from lifecycle_msgs.msg import State, Transition
+from rig import Rig, moves
+from std_srvs.srv import SetBool
+
+LIFE = (
+    Transition.TRANSITION_CONFIGURE,
+    Transition.TRANSITION_ACTIVATE,
+    Transition.TRANSITION_DEACTIVATE,
+    Transition.TRANSITION_CLEANUP,
+)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client("lifecycle_test") as client:
+        yield client
+
+
+def test_without_autostart_a_manager_leads_the_node_through_its_life(client):
+    with spawn("node", "--ros-args", "-r", "__ns:=/managed", "-p", "autostart:=false") as process:
+        assert client.state("managed/deer_vla") == State.PRIMARY_STATE_UNCONFIGURED
+        for transition in (*LIFE, Transition.TRANSITION_CONFIGURE):
+            assert client.change_state("managed/deer_vla", transition), process.output()
+            assert client.state("managed/deer_vla") == REACHES[transition]
+        assert process.stop() == 0
+
+
+def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigured(client):
+    with spawn("node", "--ros-args", "-r", "__ns:=/failing", "-p", "model.path:=/nowhere") as process:
+        wait_until(lambda: "configure failed" in process.output(), START_TIMEOUT, "the reason")
+        line = next(line for line in process.output().splitlines() if "configure failed" in line)
+        assert "/nowhere" in line and "config.json is missing" in line
+        assert "Traceback" not in process.output()
+        assert client.state("failing/deer_vla") == State.PRIMARY_STATE_UNCONFIGURED
+        assert process.stop() == 0
+
+
+def test_the_first_step_takes_no_more_than_twice_the_median(client):
+    rig = Rig(client, "warm/")
+    with spawn("node", "--ros-args", "-r", "__ns:=/warm", "-p", "autostart:=false") as process, rig.running():
+        assert client.change_state("warm/deer_vla", Transition.TRANSITION_CONFIGURE)
+        rig.instruct("lift the red block")
+        ratios = []
+        for _ in range(3):  # the best of three: somebody else's load may hit one first step, hardly three
+            begin = len(rig.steps)
+            assert client.change_state("warm/deer_vla", Transition.TRANSITION_ACTIVATE)
+            wait_until(lambda begin=begin: len(rig.steps) >= begin + 20, 20.0, "20 steps")
+            per_layer = [step.total_ms / (10 + step.layers_run) for step in rig.steps[begin : begin + 20]]
+            ratios.append(per_layer[0] / statistics.median(per_layer))
+            assert client.change_state("warm/deer_vla", Transition.TRANSITION_DEACTIVATE)
+        assert min(ratios) <= 2.0, (ratios, process.output())
+
+
+def test_configuring_a_hundred_times_leaves_no_memory_and_no_thread_behind(client):
+    with spawn("node", "--ros-args", "-r", "__ns:=/often", "-p", "autostart:=false") as process:
+
+        def live(times: int) -> tuple[int, int]:
+            """That many lives; then resident memory [KiB] and threads."""
+            for _ in range(times):
+                for transition in LIFE:
+                    assert client.change_state("often/deer_vla", transition), process.output()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
+
+        (before_kib, threads_before), (after_kib, threads_after) = live(20), live(80)
+        assert threads_after == threads_before
+        assert after_kib - before_kib < 80 * 50, f"{after_kib - before_kib} KiB in 80 configures"
+        assert process.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_node_with_a_hold_and_status_0(client, number):
+    rig = Rig(client, "ended/")
+    with spawn("node", "--ros-args", "-r", "__ns:=/ended") as process, rig.running():
+        rig.instruct("open the drawer")
+        wait_until(lambda: any(map(moves, rig.twists)), START_TIMEOUT, "the arm to move")
+        assert process.stop(number) == 0
+        assert not moves(rig.twists[-1])
+
+
+def test_an_arm_moved_while_the_node_was_inactive_is_not_sent_back(client):
+    rig = Rig(client, "moved/")
+    with spawn("node", "--ros-args", "-r", "__ns:=/moved") as process, rig.running():
+        client.await_active(process, "moved/deer_vla")
+        rig.instruct("open the drawer")
+        rig.await_steps(3)
+        begin = len(rig.twists)
+        assert client.change_state("moved/deer_vla", Transition.TRANSITION_DEACTIVATE)
+        wait_until(lambda: len(rig.twists) > begin and not moves(rig.twists[-1]), what="the hold of deactivate")
+        rig.instruct("")
+        rig.position = rig.position + [0.0, 0.4, 0.0]
+        silent, sent = len(rig.targets), rig.poses_sent
+        wait_until(lambda: rig.poses_sent >= sent + 3, what="the new pose to be measured")
+        assert client.change_state("moved/deer_vla", Transition.TRANSITION_ACTIVATE)
+        wait_until(lambda: len(rig.targets) >= silent + 5, what="the hold after activation")
+        assert {t.pose.position.y for t in rig.targets[silent:]} == {0.4}
+
+
+def test_a_requested_hold_outlives_a_cleanup_and_may_stand_from_the_start(client):
+    rig = Rig(client, "heldup/")
+    with spawn("node", "--ros-args", "-r", "__ns:=/heldup", "-p", "control.start_held:=true") as process, rig.running():
+        client.await_active(process, "heldup/deer_vla")
+        rig.instruct("open the drawer")
+        wait_until(lambda: "holding: hold was requested" in process.output(), what="the hold from the start")
+        for transition in (
+            Transition.TRANSITION_DEACTIVATE,
+            Transition.TRANSITION_CLEANUP,
+            Transition.TRANSITION_CONFIGURE,
+            Transition.TRANSITION_ACTIVATE,
+        ):
+            assert client.change_state("heldup/deer_vla", transition)
+        rig.await_hold()
+        assert not rig.steps
+        assert client.call(SetBool, "heldup/deer_vla/hold", SetBool.Request(data=False)).success
+        rig.await_steps(3)
+
+
+def test_a_node_killed_and_started_again_does_not_make_the_arm_jump(client):
+    rig = Rig(client, "killed/")
+    rig.follows = True
+    with rig.running():
+        rig.instruct("lift the red block")
+        for _ in range(2):
+            with spawn("node", "--ros-args", "-r", "__ns:=/killed") as process:
+                begin = len(rig.targets)
+                rig.await_steps(10, START_TIMEOUT)
+                process.send(signal.SIGKILL)
+                process.wait()
+            positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[max(begin - 1, 0) :]]
+            assert np.linalg.norm(np.diff(positions, axis=0), axis=1).max() <= 0.06 + 1e-6
