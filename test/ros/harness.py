@@ -52,9 +52,9 @@ def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str 
 class Process:
     """A child process in its own process group whose output (both streams) can be read at any time."""
 
-    def __init__(self, command: tuple[str, ...]):
+    def __init__(self, command: tuple[str, ...], env: dict[str, str] | None = None):
         self._log = tempfile.NamedTemporaryFile("a")
-        self._popen = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
+        self._popen = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, env=env)
 
     @property
     def pid(self) -> int:
@@ -91,10 +91,15 @@ class Process:
         self._log.close()
 
 
-@contextlib.contextmanager
-def spawn(*command: str) -> Iterator[Process]:
+def spawn(*command: str, env: dict[str, str] | None = None) -> contextlib.AbstractContextManager[Process]:
     """Runs `python -m deer_vla_ros COMMAND...`; on a failing test its output is printed, at the end it is killed."""
-    process = Process((sys.executable, "-m", "deer_vla_ros", *command))
+    return spawn_python("-m", "deer_vla_ros", *command, env=env)
+
+
+@contextlib.contextmanager
+def spawn_python(*command: str, env: dict[str, str] | None = None) -> Iterator[Process]:
+    """The same for `python COMMAND...`."""
+    process = Process((sys.executable, *command), env)
     try:
         yield process
     except BaseException:

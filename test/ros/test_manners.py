@@ -1,7 +1,6 @@
 """What a robotics engineer expects of a node that moves an arm: life, inputs, outputs and neighbours, over real DDS."""
 
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
 
@@ -257,11 +256,3 @@ def test_the_overlay_shows_what_the_policy_sees(rig, client):
     picture = wait_until(lambda: pictures and pictures[-1], what="an overlay")
     assert (picture.height, picture.width, picture.encoding) == (480, 640, "rgb8")
     assert len(set(picture.data)) > 20, "not a blank picture"
-
-
-def test_a_gripper_action_without_control_msgs_is_a_failing_configure_that_names_the_remedy(client):
-    if importlib.util.find_spec("control_msgs"):
-        pytest.skip("control_msgs is installed here")
-    with spawn("node", "--ros-args", "-r", "__ns:=/grip", "-p", "action.gripper_interface:=gripper_command") as process:
-        wait_until(lambda: "install ros-jazzy-control-msgs, or use 'topic'" in process.output(), START_TIMEOUT, "the remedy")
-        assert process.stop() == 0
