@@ -77,8 +77,9 @@ class Controller:
 
     # --- inputs, from any thread
 
-    def put_frame(self, camera: Camera, frame: Frame) -> None:
-        self._gate.put_frame(camera, frame)
+    def put_frame(self, camera: Camera, frame: Frame) -> bool:
+        """Returns whether there is a pair of frames that no tick has seen: then a tick may have something to do."""
+        return self._gate.put_frame(camera, frame)
 
     def put_pose(self, pose: MeasuredPose) -> None:
         self._gate.put_pose(pose)

@@ -66,8 +66,11 @@ class InputGate:
         """Everything as it is now; frozen, so that a tick sees one moment."""
         return self._inputs
 
-    def put_frame(self, camera: Camera, frame: Frame) -> None:
-        """A new image; forms a pair with the other camera's newest where their stamps are close enough."""
+    def put_frame(self, camera: Camera, frame: Frame) -> bool:
+        """A new image; forms a pair with the other camera's newest where their stamps are close enough.
+
+        Returns whether there is a pair that no tick has seen.
+        """
         with self._lock:
             inputs = dataclasses.replace(self._inputs, **{camera.value: frame})
             static, gripper = inputs.static, inputs.gripper
@@ -76,6 +79,7 @@ class InputGate:
                 dropped = inputs.pair is not None and inputs.pair[0] is not self._seen and inputs.pair[0] is not static
                 inputs = dataclasses.replace(inputs, pair=(static, gripper), dropped=inputs.dropped + int(dropped))
             self._inputs = inputs
+            return inputs.pair is not None and inputs.pair[0] is not self._seen
 
     def put_pose(self, pose: MeasuredPose) -> None:
         with self._lock:

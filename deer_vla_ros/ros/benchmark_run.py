@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from ament_index_python.packages import get_package_share_directory
+
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import benchmark_figures
 from deer_vla_ros.ros.benchmark_figures import Row
@@ -23,26 +25,6 @@ TRAIL_S = 0.5
 NAMESPACE, FRAME = "deer_vla_benchmark", "base"
 PROFILES = "FASTRTPS_DEFAULT_PROFILES_FILE"
 """Where Fast DDS 2, Jazzy's default middleware, looks for its settings."""
-SHARED_MEMORY = """<?xml version="1.0" encoding="UTF-8"?>
-<dds xmlns="http://www.eprosima.com">
-  <profiles>
-    <transport_descriptors>
-      <transport_descriptor>
-        <transport_id>shared_memory</transport_id><type>SHM</type><segment_size>16777216</segment_size>
-      </transport_descriptor>
-      <transport_descriptor><transport_id>udp</transport_id><type>UDPv4</type></transport_descriptor>
-    </transport_descriptors>
-    <participant profile_name="large_images" is_default_profile="true">
-      <rtps>
-        <userTransports><transport_id>shared_memory</transport_id><transport_id>udp</transport_id></userTransports>
-        <useBuiltinTransports>false</useBuiltinTransports>
-      </rtps>
-    </participant>
-  </profiles>
-</dds>
-"""
-"""Fast DDS's own shared memory segment of 512 KiB is smaller than one 640x480 rgb8 image, and most best-effort images are lost
-in it (https://github.com/ros2/rmw_fastrtps/issues/739). The segment is the publisher's: on a robot, the camera driver's."""
 COLUMNS = ("relay alone", "relay", "command", "compute", "overhead")
 HEAD = " " * 17 + "".join(f"{column:>16}" for column in (*COLUMNS, "ratio")) + "   frames sent, heard; steps /s"
 
@@ -52,10 +34,7 @@ def measure(seconds: float, out: Path) -> list[Row]:
 
     Nothing is drawn while a condition is measured: a progress bar would run on the cores whose latency is the question.
     """
-    if PROFILES not in os.environ:
-        profiles = out / "shared_memory.xml"
-        profiles.write_text(SHARED_MEMORY)
-        os.environ[PROFILES] = str(profiles.resolve())
+    os.environ.setdefault(PROFILES, str(_config("fastdds_large_images.xml")))
     cores = len(os.sched_getaffinity(0))
     conditions = {"idle": 0, "loaded": cores}
     windows = len(conditions) * (1 + len(CPU_THREADS))
@@ -75,6 +54,12 @@ def measure(seconds: float, out: Path) -> list[Row]:
                     rows.append(benchmark_figures.row(benchmark_figures.read(log), name, threads, window, alone[name]))
                     print(_line(rows[-1]), flush=True)
     return rows
+
+
+def _config(name: str) -> Path:
+    """A file of `config/`: beside the live sources, else where it was installed."""
+    live = Path(__file__).parents[2] / "config" / name
+    return live if live.exists() else Path(get_package_share_directory("deer_vla_ros")) / "config" / name
 
 
 def _window(seconds: float, processes: list[DemoProcess], spinning: int, out: Path) -> tuple[int, int]:

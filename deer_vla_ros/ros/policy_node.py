@@ -22,8 +22,7 @@ from std_srvs.srv import SetBool, Trigger
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Camera, Command, Frame, HoldReason
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.model import checkpoint
-from deer_vla_ros.ros import conversions, images, parameters
+from deer_vla_ros.ros import conversions, images, loading, parameters
 from deer_vla_ros.ros.outputs import Outputs
 from deer_vla_ros.ros.qos import LATCHED, NEWEST
 from deer_vla_ros.ros.reports import Reports
@@ -89,11 +88,17 @@ class PolicyNode(LifecycleNode):
     # --- life
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        if strangers := parameters.unknown(self):
+            self.get_logger().warning(f"no such parameters: {', '.join(strangers)}: see config/deer_vla.yaml")
         try:
             given = parameters.values(self)
             self._outputs.open(given)
-            self._controller = self._make_controller(given)
-            self._reports.open(self._controller)
+            controller = loading.warm_controller(given, self.get_logger())
+            controller.put_instruction(self._instruction)
+            controller.request_hold(self._hold_requested)
+            self._frame_id = controller.action_space.frame
+            self._controller = controller
+            self._reports.open(controller)
         except (UserError, RuntimeError) as error:
             self.get_logger().error(f"configure failed: {error}")
             self._release()
@@ -136,40 +141,6 @@ class PolicyNode(LifecycleNode):
         """A last hold, then everything is released; whatever state the node is in."""
         self._stop_control()
         self._release()
-
-    def _make_controller(self, given: dict[str, Any]) -> Controller:
-        """Loads and warms up the checkpoint that the parameters name; raises UserError."""
-        if given["model.cpu_threads"] > 0:
-            torch.set_num_threads(given["model.cpu_threads"])
-        wanted = given["model.device"]
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "model.device is 'cuda', but torch sees no GPU here: use 'cpu' or 'auto', or install a CUDA build of torch"
-            )
-        loaded = checkpoint.load(checkpoint.folder_of(given["model.path"]), device, getattr(torch, given["model.dtype"]))
-        space = parameters.action_space(given, loaded.info.action_space)
-        controller = Controller(loaded, parameters.controller_settings(given), space)
-        controller.check_budget(parameters.budget(given))
-        controller.set_budget(parameters.budget(given))
-        controller.warm_up()
-        controller.put_instruction(self._instruction)
-        controller.request_hold(self._hold_requested)
-        self._frame_id = space.frame
-        log = self.get_logger()
-        log.info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}")
-        if not loaded.info.trained:
-            log.warning(
-                f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')"
-            )
-        if given["control.rate_hz"] > space.rate_hz:
-            log.warning(
-                f"control.rate_hz is {given['control.rate_hz']:g}, the checkpoint was made for {space.rate_hz:g}: with cameras as fast, "
-                f"the arm moves {given['control.rate_hz'] / space.rate_hz:.1f} times as fast as it was trained to"
-            )
-        if strangers := parameters.unknown(self):
-            log.warning(f"no such parameters: {', '.join(strangers)}: see config/deer_vla.yaml")
-        return controller
 
     def _stop_control(self) -> None:
         """Tells the arm to hold, at once; whatever the control thread still decides is thrown away."""
@@ -245,11 +216,12 @@ class PolicyNode(LifecycleNode):
         if self._controller is None:
             return
         try:
-            self._controller.put_frame(camera, decode(message))
+            is_new_pair = self._controller.put_frame(camera, decode(message))
         except UserError as error:
             self.get_logger().error(f"{topic}: {error}", throttle_duration_sec=THROTTLE_S)
             return
-        self._wake.set()
+        if is_new_pair:  # a tick for anything less would compete with the other image's callback for the interpreter
+            self._wake.set()
 
     def _on_pose(self, message: PoseStamped) -> None:
         if self._controller is not None:

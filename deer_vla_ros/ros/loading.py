@@ -1,0 +1,44 @@
+"""What is loaded at configure? The checkpoint that the parameters name, as a controller that is warm and keeps its budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rclpy.impl.rcutils_logger import RcutilsLogger
+
+from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model import checkpoint
+from deer_vla_ros.ros import parameters
+
+
+def warm_controller(given: dict[str, Any], log: RcutilsLogger) -> Controller:
+    """A controller as the parameter values say, every exit run once; raises UserError, and tells what was loaded."""
+    if given["model.cpu_threads"] > 0:
+        torch.set_num_threads(given["model.cpu_threads"])
+    device = _device(given["model.device"])
+    loaded = checkpoint.load(checkpoint.folder_of(given["model.path"]), device, getattr(torch, given["model.dtype"]))
+    space = parameters.action_space(given, loaded.info.action_space)
+    controller = Controller(loaded, parameters.controller_settings(given), space)
+    controller.check_budget(parameters.budget(given))
+    controller.set_budget(parameters.budget(given))
+    controller.warm_up()
+    log.info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}")
+    if not loaded.info.trained:
+        log.warning(f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')")
+    if given["control.rate_hz"] > space.rate_hz:
+        log.warning(
+            f"control.rate_hz is {given['control.rate_hz']:g}, the checkpoint was made for {space.rate_hz:g}: with cameras as fast, "
+            f"the arm moves {given['control.rate_hz'] / space.rate_hz:.1f} times as fast as it was trained to"
+        )
+    return controller
+
+
+def _device(wanted: str) -> str:
+    """cpu or cuda; raises UserError where a GPU is asked for and torch sees none."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device is 'cuda', but torch sees no GPU here: use 'cpu' or 'auto', or install a CUDA build of torch")
+    return wanted
