@@ -12,7 +12,7 @@ from ament_index_python.packages import get_package_share_directory
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import benchmark_figures
 from deer_vla_ros.ros.benchmark_figures import Row
-from deer_vla_ros.ros.demo_processes import DemoProcess, kept
+from deer_vla_ros.ros.children import ChildProcess, kept
 
 CPU_THREADS = (1, 0)
 """model.cpu_threads: the default, by whose idle row the node is judged, and torch's choice."""
@@ -62,7 +62,7 @@ def _config(name: str) -> Path:
     return live if live.exists() else Path(get_package_share_directory("deer_vla_ros")) / "config" / name
 
 
-def _window(seconds: float, processes: list[DemoProcess], spinning: int, out: Path) -> tuple[int, int]:
+def _window(seconds: float, processes: list[ChildProcess], spinning: int, out: Path) -> tuple[int, int]:
     """Lets everything run, with `spinning` processes that keep a core busy each; begin and end of the stamps that count [ns]."""
     load = [_part("load", out / f"load{i}.log") for i in range(spinning)]
     with kept(*load):
@@ -74,17 +74,17 @@ def _window(seconds: float, processes: list[DemoProcess], spinning: int, out: Pa
     return begin_ns, end_ns
 
 
-def _node(threads: int, out: Path) -> DemoProcess:
+def _node(threads: int, out: Path) -> ChildProcess:
     settings = {"control.rate_hz": RATE_HZ, "model.cpu_threads": threads, "action.frame": FRAME}
     parameters = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
-    return DemoProcess("policy node", ["node", "--ros-args", "-r", f"__ns:=/{NAMESPACE}", *parameters], out / "node.log")
+    return ChildProcess("policy node", ["node", "--ros-args", "-r", f"__ns:=/{NAMESPACE}", *parameters], out / "node.log")
 
 
-def _part(name: str, log: Path) -> DemoProcess:
-    return DemoProcess(name, ["benchmark", name], log)
+def _part(name: str, log: Path) -> ChildProcess:
+    return ChildProcess(name, ["benchmark", name], log)
 
 
-def _await(log: Path, what: str, processes: Iterable[DemoProcess]) -> None:
+def _await(log: Path, what: str, processes: Iterable[ChildProcess]) -> None:
     """Until the listener hears one `what` of a frame from now on."""
     now_ns, deadline = time.time_ns(), time.monotonic() + START_TIMEOUT_S
     while max(getattr(benchmark_figures.read(log), what), default=0) < now_ns:
@@ -93,7 +93,7 @@ def _await(log: Path, what: str, processes: Iterable[DemoProcess]) -> None:
         _pause(0.2, processes)
 
 
-def _pause(seconds: float, processes: Iterable[DemoProcess]) -> None:
+def _pause(seconds: float, processes: Iterable[ChildProcess]) -> None:
     """Sleeps, and looks once a second whether all processes are alive; raises UserError where one is not."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:

@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
         (args.out / name).unlink(missing_ok=True)
     os.environ.setdefault("ROS_DOMAIN_ID", str(random.SystemRandom().randint(1, HIGHEST_PORTABLE_DOMAIN)))
 
-    from deer_vla_ros.ros.demo_processes import DemoProcess, kept
+    from deer_vla_ros.ros.children import ChildProcess, kept
 
     parameters = ["--ros-args", "--params-file", str(TABLE_GUARD)]
     if args.model:
         parameters += ["-p", f"model.path:={Path(args.model).expanduser().resolve()}"]
-    node = DemoProcess("policy node", ["node", *parameters], args.out / "node.log")  # first: it takes longest to start
-    table = DemoProcess("table", ["sim", "--seed", str(args.seed)], args.out / "table.log")
+    node = ChildProcess("policy node", ["node", *parameters], args.out / "node.log")  # first: it takes longest to start
+    table = ChildProcess("table", ["sim", "--seed", str(args.seed)], args.out / "table.log")
     with kept(node, table):
         # rclpy and rich load while the others start; rclpy only after them, so that no thread of it is there to be forked.
         from deer_vla_ros.ros.demo_run import control

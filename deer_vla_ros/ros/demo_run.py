@@ -11,7 +11,7 @@ from rclpy.executors import SingleThreadedExecutor
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.demo_report import Moment
-from deer_vla_ros.ros.demo_processes import DemoProcess
+from deer_vla_ros.ros.children import ChildProcess
 from deer_vla_ros.ros.demo_recorder import DemoRecorder
 from deer_vla_ros.ros.demo_view import DemoView
 from deer_vla_ros.ros.process import ros_process
@@ -37,7 +37,7 @@ class _Demo:
     """One demo in progress: everything happens in the thread that calls `until`."""
 
     def __init__(
-        self, recorder: DemoRecorder, view: DemoView, processes: list[DemoProcess], stopped: Callable[[], bool], started: float
+        self, recorder: DemoRecorder, view: DemoView, processes: list[ChildProcess], stopped: Callable[[], bool], started: float
     ):
         self._recorder = recorder
         self._view = view
@@ -70,7 +70,7 @@ def control(
     instructions: list[str],
     seconds: float,
     moment_interval_s: float,
-    processes: list[DemoProcess],
+    processes: list[ChildProcess],
     weights: dict[str, Any],
     started: float,
 ) -> Recorded:

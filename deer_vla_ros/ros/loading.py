@@ -40,5 +40,7 @@ def _device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device is 'cuda', but torch sees no GPU here: use 'cpu' or 'auto', or install a CUDA build of torch")
+        raise UserError(
+            "model.device is 'cuda', but torch sees no GPU here: use 'cpu' or 'auto', or install a CUDA build of torch"
+        )
     return wanted

@@ -12,29 +12,33 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.ros.conversions import milliseconds
 from deer_vla_ros.ros.graph import Neighbours
-from deer_vla_ros.ros.stamped import stamp
+from deer_vla_ros.ros.stamped import SECOND, stamp
 
-WINDOW = 100
-"""Steps that rolling figures cover."""
+LATENCY_STEPS = 100
+"""Steps that the latency's percentiles cover."""
+RATE_NS = 5 * SECOND
+"""Time that the rate covers."""
+MAX_STEPS = 1000
+"""Steps in that time at the highest control rate."""
 
 
 class Telemetry:
     """Keeps the last steps' publication times and latencies; nothing grows with the episode."""
 
     def __init__(self) -> None:
-        self._published_ns: deque[int] = deque(maxlen=WINDOW)
-        self._latency_ms: deque[float] = deque(maxlen=WINDOW)
+        self._published_ns: deque[int] = deque(maxlen=MAX_STEPS)
+        self._latency_ms: deque[float] = deque(maxlen=LATENCY_STEPS)
 
     def note_step(self, stamp_ns: int, published_ns: int) -> None:
         """One step's newest camera stamp, and when its command went out [ns]."""
         self._published_ns.append(published_ns)
         self._latency_ms.append(milliseconds(published_ns - stamp_ns))
 
-    def rate_hz(self) -> float:
-        """Steps per second over the window; 0 before the second step."""
-        times = tuple(self._published_ns)
+    def rate_hz(self, now_ns: int) -> float:
+        """Steps per second, between the first and the last of the newest RATE_NS; 0 while there are not two."""
+        times = [time for time in tuple(self._published_ns) if 0 <= now_ns - time <= RATE_NS]
         span = times[-1] - times[0] if len(times) > 1 else 0
-        return (len(times) - 1) * 1e9 / span if span > 0 else 0.0
+        return (len(times) - 1) * SECOND / span if span > 0 else 0.0
 
     def diagnostics(
         self, name: str, controller: Controller | None, active: bool, around: Neighbours, now_ns: int
@@ -50,16 +54,16 @@ class Telemetry:
         figures = {f"publishers.{topic}": str(count) for topic, count in around.publishers.items()}
         figures |= {f"problem.{i}": problem for i, problem in enumerate(around.problems)}
         if controller is not None:
-            figures |= self._figures(controller)
+            figures |= self._figures(controller, now_ns)
         status = DiagnosticStatus(level=level, name=f"{name}: control", hardware_id=name, message=message)
         status.values = [KeyValue(key=key, value=value) for key, value in figures.items()]
         array = DiagnosticArray(status=[status])
         array.header.stamp = stamp(now_ns)
         return array
 
-    def _figures(self, controller: Controller) -> dict[str, str]:
+    def _figures(self, controller: Controller, now_ns: int) -> dict[str, str]:
         latency = tuple(self._latency_ms)
-        figures = {"steps": str(controller.steps), "rate_hz": f"{self.rate_hz():.2f}", "dropped": str(controller.dropped)}
+        figures = {"steps": str(controller.steps), "rate_hz": f"{self.rate_hz(now_ns):.2f}", "dropped": str(controller.dropped)}
         if latency:
             for percentile in (50, 95, 99):
                 figures[f"stamp_to_publish_ms.p{percentile}"] = f"{np.percentile(latency, percentile):.1f}"

@@ -51,14 +51,30 @@ class Robot:
     def tick(self, cameras=tuple(Camera), with_pose=True, follow=True):
         """One period: new inputs, then a tick; the arm goes where it is told."""
         self.now += PERIOD
-        for camera in cameras:
-            self.controller.put_frame(camera, Frame(self.image(), self.now))
-        if with_pose:
-            self.controller.put_pose(MeasuredPose(self.pose, "base", self.now))
+        self.perceive(self.now, cameras, with_pose)
         command = self.controller.tick(self.now + MS)
         if follow and command is not None and command.target is not None:
             self.pose = command.target
         return command
+
+    def perceive(self, now: int, cameras=tuple(Camera), with_pose=True) -> None:
+        """New inputs stamped `now`."""
+        for camera in cameras:
+            self.controller.put_frame(camera, Frame(self.image(), now))
+        if with_pose:
+            self.controller.put_pose(MeasuredPose(self.pose, "base", now))
+
+    def tick_during_which(self, happens, lasts: int):
+        """One period whose inference takes `lasts`; before it is over, `happens` is called with the time at its end."""
+        self.now += PERIOD
+        self.perceive(self.now)
+        policy, end = self.controller._policy, self.now + lasts
+        original = policy.step
+        policy.step = lambda observation: (happens(end), original(observation))[1]
+        try:
+            return self.controller.tick(self.now + MS, lambda: end)
+        finally:
+            policy.step = original
 
 
 def test_a_frame_in_gives_a_command_out(controller):
@@ -321,20 +337,7 @@ def test_control_that_begins_again_remembers_nothing_of_before(controller):
 def test_a_hold_requested_during_the_inference_is_obeyed(controller):
     robot = Robot(controller)
     robot.tick()
-    robot.now += PERIOD
-    for camera in Camera:
-        controller.put_frame(camera, Frame(robot.image(), robot.now))
-    controller.put_pose(MeasuredPose(robot.pose, "base", robot.now))
-
-    def finished() -> int:
-        controller.request_hold(True)
-        return robot.now + 10 * MS
-
-    # the request lies between the step and its judgement, as if it had come from another thread
-    controller.request_hold(False)
-    original = controller._policy.step
-    controller._policy.step = lambda observation: (finished(), original(observation))[1]
-    command = controller.tick(robot.now + MS, finished)
+    command = robot.tick_during_which(lambda now: controller.request_hold(True), lasts=10 * MS)
     assert command.holds == (HoldReason.REQUESTED,) == command.decision.held
     assert not command.twist.linear.any()
 
@@ -342,22 +345,7 @@ def test_a_hold_requested_during_the_inference_is_obeyed(controller):
 def test_an_inference_that_outlasts_its_frames_is_thrown_away(controller):
     robot = Robot(controller)
     robot.tick()
-    robot.now += PERIOD
-    for camera in Camera:
-        controller.put_frame(camera, Frame(robot.image(), robot.now))
-    controller.put_pose(MeasuredPose(robot.pose, "base", robot.now))
-    begun = robot.now
-
-    def finished() -> int:
-        later = begun + 2_000 * MS
-        for camera in Camera:
-            controller.put_frame(camera, Frame(robot.image(), later))
-        controller.put_pose(MeasuredPose(robot.pose, "base", later))
-        return later
-
-    original = controller._policy.step
-    controller._policy.step = lambda observation: (finished(), original(observation))[1]
-    command = controller.tick(begun + MS, finished)
+    command = robot.tick_during_which(robot.perceive, lasts=2_000 * MS)
     assert command.holds == (HoldReason.TOO_SLOW,)
     np.testing.assert_array_equal(command.target.position, robot.pose.position)
 

@@ -26,6 +26,8 @@ PERIOD_S = 0.1
 class Rig:
     """Publishes at 10 Hz while `running()`; change the attributes to make it misbehave. Keeps everything the node says.
 
+    edit_image (camera name, message) and edit_pose (message) change a message before it goes out.
+
     namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG.
     """
 
@@ -37,9 +39,9 @@ class Rig:
         self.pose_on = True
         self.poses_sent = 0
         self.position = np.array([0.4, 0.0, 0.3])
-        self.encoding = "rgb8"
+        self.edit_image = lambda name, image: None
+        self.edit_pose = lambda pose: None
         self.follows = False
-        self.corrupt = False
         # Small: every node that ends with an image in flight leaves it in the 512 KiB of shared memory of this process for good, and
         # one that finds no place there is lost.
         self.sizes = {"static": 64, "gripper": 48}
@@ -111,6 +113,7 @@ class Rig:
                 pose.header.stamp, pose.header.frame_id = now.to_msg(), "base"
                 pose.pose.position.x, pose.pose.position.y, pose.pose.position.z = map(float, self.position)
                 pose.pose.orientation.x, pose.pose.orientation.w = 1.0, 0.0
+                self.edit_pose(pose)
                 self._pose.publish(pose)
                 self.poses_sent += 1
             if self.cameras_on:
@@ -128,11 +131,11 @@ class Rig:
         if self._compressed:
             buffer = io.BytesIO()
             Picture.fromarray(pixels).save(buffer, "jpeg")
-            data = buffer.getvalue()
-            image = CompressedImage(format="jpeg", data=data[: len(data) // 2] if self.corrupt else data)
+            image = CompressedImage(format="jpeg", data=buffer.getvalue())
         else:
-            image = Image(height=size, width=size, encoding=self.encoding, step=3 * size, data=pixels.tobytes())
+            image = Image(height=size, width=size, encoding="rgb8", step=3 * size, data=pixels.tobytes())
         image.header.stamp = time.to_msg()
+        self.edit_image(name, image)
         self._images[name].publish(image)
 
 

@@ -91,7 +91,7 @@ def test_a_demo_fails_when_one_of_its_processes_is_killed_and_ends_the_other(com
         os.kill(started[command], signal.SIGKILL)
         assert demo.wait(30) == 1
         output = demo.output()
-    assert f"error: the {name} ended in the middle of the demo with signal SIGKILL" in output
+    assert f"error: the {name} ended before it was to, with signal SIGKILL" in output
     assert f"--- the end of {out}" in output
     assert set(started) == {"node", "sim"}
     assert all(gone(pid) for pid in started.values())

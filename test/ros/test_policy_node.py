@@ -103,14 +103,6 @@ def test_no_measured_pose_holds_and_resumes(rig):
     assert rig.await_steps(3)
 
 
-def test_an_image_that_cannot_be_read_is_named_and_holds(rig, node):
-    rig.encoding = "yuv422"
-    rig.await_hold()
-    assert "camera/static/image_raw: encoding 'yuv422' is not supported" in node.output()
-    rig.encoding = "bgr8"
-    assert rig.await_steps(3)
-
-
 def test_hold_and_reset_services(rig, client):
     episode = rig.await_steps()[0].episode
     assert client.call(SetBool, "deer_vla/hold", SetBool.Request(data=True)).success

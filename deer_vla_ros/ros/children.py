@@ -1,4 +1,4 @@
-"""How does the demo keep the processes it starts? Each with a log, ended in order, and none left behind whatever happens."""
+"""How does a command keep the processes it starts? Each with a log, ended in order, and none left behind whatever happens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class DemoProcess:
+class ChildProcess:
     """`python -m deer_vla_ros COMMAND...` in a process group of its own, both output streams in `log`.
 
-    The group of its own keeps a Ctrl-C at the terminal away from it, so that the demo can end its processes in order.
+    The group of its own keeps a Ctrl-C at the terminal away from it, so that the command can end its processes in order.
     """
 
     def __init__(self, name: str, command: list[str], log: Path):
@@ -46,7 +46,7 @@ class DemoProcess:
         status = self._popen.poll()
         if status is not None:
             self._ended_unasked = True
-            self._fail(f"ended in the middle of the demo with {_told(status)}")
+            self._fail(f"ended before it was to, with {_told(status)}")
 
     def end(self) -> None:
         """Ends it with SIGTERM; raises UserError like `check` where that does not give exit status 0 in time."""
@@ -74,7 +74,7 @@ class DemoProcess:
 
 
 @contextmanager
-def kept(*processes: DemoProcess) -> Iterator[None]:
+def kept(*processes: ChildProcess) -> Iterator[None]:
     """Whatever happens inside, no process outlives this. They are ended in the order given: first who commands, then who obeys."""
     with ExitStack() as ends:
         for process in reversed(processes):
@@ -88,7 +88,7 @@ def _told(status: int) -> str:
 
 
 def _end_with_parent(parent: int):
-    """To run in the new process: the kernel sends it SIGTERM when the demo is gone, even where that was killed with -9."""
+    """To run in the new process: the kernel sends it SIGTERM when its parent is gone, even where that was killed with -9."""
 
     def set_death_signal() -> None:
         if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
