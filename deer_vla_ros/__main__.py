@@ -32,6 +32,9 @@ COMMANDS = {
     "sim": Command("deer_vla_ros.ros.table_command", "the simulated table as a ROS 2 node", takes_ros_args=True),
     "demo": Command("deer_vla_ros.ros.demo_command", "table and policy in closed loop: prints and plots what happened"),
     "benchmark": Command("deer_vla_ros.ros.benchmark_command", "camera stamp to command, against a bare relay"),
+    "calibrate": Command(
+        "deer_vla_ros.evaluation.calibrate_command", "measures the deltas of all exits for a checkpoint's budgets"
+    ),
     "parity": Command("deer_vla_ros.evaluation.parity_command", "checks the network against recorded reference tensors"),
 }
 

@@ -4,144 +4,325 @@ from __future__ import annotations
 
 import decimal
 import math
+from collections import deque
 from dataclasses import dataclass
 
-from deer_vla_ros.budget.cost import CostTable, cost_table, layer_gib
+import numpy as np
+
+from deer_vla_ros.budget.calibration import FEW_SAMPLES, REMEDY, Calibration
+from deer_vla_ros.budget.cost import cost_table, layer_gib
+from deer_vla_ros.budget.families import NEVER
+from deer_vla_ros.budget.governor import Governor
+from deer_vla_ros.budget.latency import LatencyModel
+from deer_vla_ros.budget.path import ThresholdPath, exit_shares
+from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Achieved, Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.types import PolicyStep
 from deer_vla_ros.model.config import ModelConfig
 
+RECENT = 200
+"""Steps that the recent means cover."""
+REFRESH = 25
+"""Steps after which budgets in ms are solved anew from the latencies measured meanwhile."""
+WORTH_TELLING = 0.02
+"""Share of the path that thresholds must have moved by to be a new rule, when only latencies changed."""
+TIES = 0.02
+"""Share of equal deltas at a threshold above which cost comes in steps."""
+
 
 @dataclass(frozen=True)
-class Budget:
-    """What the user asks for.
+class _Solution:
+    """What the budget means at one instruction length.
 
-    peak_gmac: GMAC per step of the language part that no step passes; 0 is no limit.
+    count: exits allowed. position: on the path of so many exits; None: the checkpoint's own thresholds.
     """
 
-    peak_gmac: float = 0.0
-
-
-@dataclass(frozen=True)
-class BudgetStatus:
-    """Requested against achieved, at one instruction length. GMAC are of the language part, per step."""
-
-    budget_id: int
-    tokens: int
-    rule: ExitRule
-    requested_peak_gmac: float
-    feasible_min_gmac: float
-    feasible_max_gmac: float
-    achieved_mean_gmac: float
-    achieved_steps: int
-    resident_layers: int
-    resident_gib: float
-
-    @property
-    def is_clamped(self) -> bool:
-        """Whether this instruction's first exit alone costs more than the peak asked for."""
-        return 0 < self.requested_peak_gmac < self.feasible_min_gmac
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """GMAC of one step: its language part, the language part at full depth, and everything."""
-
-    language_gmac: float
-    language_gmac_full: float
-    total_gmac: float
+    count: int
+    position: float | None
+    binding: str
+    clamped: tuple[str, ...]
 
 
 class BudgetKeeper:
     """Turns the budget into an exit rule for the current instruction, and keeps the account of it.
 
-    Cost depends on the instruction's token count, so the rule is made anew for each instruction. A new rule gets a new id.
+    Cost depends on the instruction's token count, so the rule is made anew for each instruction. A new rule gets a new id; the
+    governor's corrections between two steps do not.
     """
 
-    def __init__(self, model: ModelConfig, delta: str, thresholds: tuple[float, ...], bytes_per_weight: int):
-        self._model = model
-        self._delta = delta
-        self._thresholds = thresholds
-        self._resident_gib = sum(layer_gib(model, i, bytes_per_weight) for i in range(model.decoder.layers))
+    def __init__(
+        self,
+        model: ModelConfig,
+        delta: str,
+        thresholds: tuple[float, ...],
+        bytes_per_weight: int,
+        calibration: Calibration | None = None,
+    ):
+        """thresholds: those that hold while no average is asked for. calibration: needed for averages."""
+        self._model, self._delta, self._thresholds = model, delta, thresholds
+        self._calibration, self._no_calibration = calibration, f"the checkpoint has no calibration: {REMEDY}"
+        try:
+            if calibration is not None:
+                calibration.check(model.exits, delta)
+        except UserError as error:  # only who asks for an average needs to hear it
+            self._calibration, self._no_calibration = None, str(error)
+        self._paths: dict[int, ThresholdPath] = {}
+        self._gib = np.cumsum([layer_gib(model, i, bytes_per_weight) for i in range(model.decoder.layers)])
+        self.latency = LatencyModel()
+        self._resident = model.decoder.layers
         self._budget = Budget()
         self._table = cost_table(model, model.max_tokens)
         self._id = 0
-        self._begin(self._rule(self._budget, self._table))
+        self._begin_account()
+        self._solve()
+
+    # --- asking
+
+    def check(self, budget: Budget) -> None:
+        """Raises UserError where `budget` cannot be kept at the current instruction length; changes nothing."""
+        prices = self._prices()
+        for name in (*AVERAGES, *PEAKS):
+            value = getattr(budget, name)
+            if value == 0:
+                continue
+            if name not in prices:
+                raise UserError(f"budget.{name} is {value:g}, but no latency was measured here: use a budget in GMAC")
+            low, high = prices[name][0], prices[name][-1]
+            if not (math.isfinite(value) and value >= low):
+                named, at = _rounded_up(low), "" if name == "memory_gib" else f" at {self._table.tokens} tokens"
+                raise UserError(
+                    f"budget.{name} is {value:g}, which is not at least the {named} {UNITS[name]} of the first exit{at}: "
+                    f"ask for {named} to {high:.4g}, or 0 for no limit"
+                )
+        if self._calibration is None and (averages := budget.active(AVERAGES)):
+            name = next(iter(averages))
+            raise UserError(f"budget.{name} is {averages[name]:g}, but {self._no_calibration}")
+
+    def set(self, budget: Budget) -> None:
+        """Asks for another budget. One that the first exit exceeds allows just that exit; `check` refuses it beforehand."""
+        self._budget = budget
+        self._begin_account()
+        self._solve()
+
+    def set_tokens(self, tokens: int) -> None:
+        """A new instruction of `tokens` tokens; a budget that its first exit exceeds is clamped to it, and the status shows it."""
+        if tokens != self._table.tokens:
+            self._table = cost_table(self._model, tokens)
+            self._solve()
+
+    def set_resident(self, layers: int) -> None:
+        """How many layers are on the device now: no exit beyond them is taken."""
+        if layers != self._resident:
+            self._resident = layers
+            self._solve()
+
+    def begin(self) -> None:
+        """Control begins anew: the account and the governor forget."""
+        self._begin_account()
+        self._solve()
+
+    # --- what holds
 
     @property
     def rule(self) -> ExitRule:
-        """The exit rule in force."""
+        """The exit rule of the next step."""
         return self._current
 
     @property
     def budget_id(self) -> int:
         return self._id
 
-    def check(self, budget: Budget) -> None:
-        """Raises UserError where `budget` cannot be kept at the current instruction length; changes nothing."""
-        low, high = self._feasible()
-        if not (budget.peak_gmac == 0 or (math.isfinite(budget.peak_gmac) and budget.peak_gmac >= low)):
-            named = _rounded_up(low)
-            raise UserError(
-                f"budget.peak_gmac is {budget.peak_gmac:g}, which is not at least the {named} GMAC of the first exit at {self._table.tokens} tokens: "
-                f"ask for {named} to {high:.4g}, or 0 for no limit"
-            )
-
-    def set(self, budget: Budget) -> None:
-        """Asks for another budget. A peak that the first exit exceeds allows just that exit; `check` refuses it beforehand."""
-        self._budget = budget
-        self._begin(self._rule(budget, self._table))
-
-    def set_tokens(self, tokens: int) -> None:
-        """A new instruction of `tokens` tokens; a peak that its first exit exceeds allows just that exit, and the status shows it."""
-        if tokens != self._table.tokens:
-            self._table = cost_table(self._model, tokens)
-            self._begin(self._rule(self._budget, self._table))
+    def layers_within(self, memory_gib: float) -> int:
+        """Layers that a memory budget keeps on the device: up to the deepest exit that fits, at least the first; 0: all."""
+        fitting = [layer for layer in self._model.exits if memory_gib == 0 or self._gib[layer] <= memory_gib]
+        return max(fitting, default=self._model.exits[0]) + 1
 
     def book(self, step: PolicyStep) -> StepCost:
-        """Enters one step into the account."""
+        """Enters one step into the account; the next step's rule may be another."""
         cost = StepCost(
             language_gmac=self._table.language(step.layers_run),
             language_gmac_full=self._table.language(self._model.decoder.layers),
             total_gmac=self._table.total(step.layers_run, step.head_probes),
         )
-        self._spent += cost.language_gmac
+        self.latency.observe(step)
+        measured = {"average_gmac": cost.language_gmac, "average_fraction": cost.fraction, "average_ms": step.times.total}
         self._steps += 1
+        self._spent += (cost.language_gmac, cost.fraction, step.times.total)
+        self._recent.append((cost.language_gmac, step.times.total))
+        missed = 0 < self._budget.deadline_ms < step.times.total
+        self._misses += missed
+        self._recent_misses.append(missed)
+        for name, governor in self._governors.items():
+            governor.note(measured[name], binds=name == self._solution.binding)
+        if self._steps % REFRESH == 0 and (self._budget.average_ms or self._budget.deadline_ms):
+            self._refresh()
+        self._current = self._rule()
         return cost
 
     def status(self) -> BudgetStatus:
-        low, high = self._feasible()
+        prices, shares = self._prices(), self._expected_shares()
+        governor = self._governors.get(self._solution.binding)
         return BudgetStatus(
             budget_id=self._id,
             tokens=self._table.tokens,
             rule=self._current,
-            requested_peak_gmac=self._budget.peak_gmac,
-            feasible_min_gmac=low,
-            feasible_max_gmac=high,
-            achieved_mean_gmac=self._spent / self._steps if self._steps else float("nan"),
-            achieved_steps=self._steps,
-            resident_layers=self._model.decoder.layers,
-            resident_gib=self._resident_gib,
+            requested=self._budget,
+            feasible={name: (float(price[0]), float(price[-1])) for name, price in prices.items()},
+            expected_gmac=_mean(shares, prices["average_gmac"]),
+            expected_ms=_mean(shares, prices.get("average_ms")),
+            achieved=self._achieved(),
+            binding=self._solution.binding,
+            clamped=self._solution.clamped,
+            correction=governor.effective / governor.target if governor and self._budget.governor else 1.0,
+            notes=self._notes(),
+            resident_layers=self._resident,
+            resident_gib=float(self._gib[self._resident - 1]),
         )
 
-    def _feasible(self) -> tuple[float, float]:
-        """GMAC of the cheapest and of the dearest step."""
-        return self._table.language(self._model.exits[0] + 1), self._table.language(self._model.decoder.layers)
+    # --- solving
 
-    def _rule(self, budget: Budget, table: CostTable) -> ExitRule:
-        """Thresholds of the exits that the peak allows, at least the first."""
-        exits = self._model.exits
-        if budget.peak_gmac > 0:
-            exits = tuple(layer for layer in exits if table.language(layer + 1) <= budget.peak_gmac) or exits[:1]
-        return ExitRule(exits, self._thresholds[: len(exits)], self._delta)
+    def _prices(self) -> dict[str, np.ndarray]:
+        """By budget, what each exit costs in that budget's unit (exits,)."""
+        exits, layers = self._model.exits, np.cumsum(self._table.layers)
+        gmac = layers[list(exits)]
+        prices = {
+            "average_gmac": gmac,
+            "average_fraction": gmac / layers[-1],
+            "peak_gmac": gmac,
+            "memory_gib": self._gib[list(exits)],
+        }
+        if self.latency.is_measured:
+            depths = [(layer + 1, index + 2) for index, layer in enumerate(exits)]
+            prices["average_ms"] = np.array([self.latency.expected(*depth) for depth in depths])
+            prices["deadline_ms"] = np.array([self.latency.high(*depth) for depth in depths])
+        return prices
 
-    def _begin(self, rule: ExitRule) -> None:
-        self._current = rule
-        self._id += 1
-        self._spent, self._steps = 0.0, 0
+    def _solve(self, silently: bool = False) -> None:
+        """The rule for what is asked for, at this instruction length and with the layers that are here; under a new id."""
+        prices, averages, peaks = self._prices(), self._budget.active(AVERAGES), self._budget.active(PEAKS)
+        averages = {name: limit for name, limit in averages.items() if name in prices}
+        clamped = tuple(name for name, limit in {**averages, **peaks}.items() if name in prices and limit < prices[name][0])
+        allowed = [index for index, layer in enumerate(self._model.exits) if layer < self._resident]
+        for name, limit in peaks.items():
+            if name in prices:
+                allowed = [index for index in allowed if prices[name][index] <= limit]
+        count = max(len(allowed), 1)
+        self._priced = {name: prices[name][:count] for name in averages}
+        self._governors = {
+            name: self._governor(name, max(limit, prices[name][0]), prices[name]) for name, limit in averages.items()
+        }
+        positions = {
+            name: self._path(count).position_within([(self._priced[name], governor.target)])
+            for name, governor in self._governors.items()
+        }
+        self._positions = positions
+        position = max(positions.values(), default=None)
+        binding = next((name for name in positions if 0 < positions[name] == position), "")
+        self._solution = _Solution(count, position, binding, clamped)
+        if not silently:
+            self._id += 1
+        self._current = self._rule()
+
+    def _governor(self, name: str, target: float, prices: np.ndarray) -> Governor:
+        """The budget's governor, with what it remembers: a relative sum, so it outlasts another instruction's prices."""
+        low, high = float(prices[0]), float(prices[-1])
+        if name not in self._governors:
+            return Governor(target, low, high)
+        governor = self._governors[name]
+        governor.target, governor.low, governor.high = target, low, high
+        return governor
+
+    def _refresh(self) -> None:
+        """Solves again with the latencies of now; a rule that is much the same keeps its id."""
+        before, span = self._solution, self._path(self._solution.count).end if self._governors else 1.0
+        self._solve(silently=True)
+        moved = abs((self._solution.position or 0.0) - (before.position or 0.0))
+        if self._solution.count != before.count or moved > WORTH_TELLING * span:
+            self._id += 1
+
+    def _rule(self) -> ExitRule:
+        """The solution as thresholds, moved by what the governors have summed up."""
+        solution = self._solution
+        exits = self._model.exits[: solution.count]
+        if solution.position is None:
+            return ExitRule(exits, self._thresholds[: solution.count], self._delta)
+        path, position = self._path(solution.count), solution.position
+        if self._budget.governor:
+            position = max(
+                self._positions[name]
+                + path.position_near(self._priced[name], governor.effective)
+                - path.position_near(self._priced[name], governor.target)
+                for name, governor in self._governors.items()
+            )
+        return ExitRule(exits, path.thresholds(position), self._delta)
+
+    def _path(self, count: int) -> ThresholdPath:
+        """The path of the first `count` exits, made when it is first needed."""
+        if count not in self._paths:
+            calibration = self._calibration
+            rows = [calibration.exits.index(layer) for layer in self._model.exits[:count]]
+            self._paths[count] = ThresholdPath(
+                calibration.deltas[:, rows], calibration.deviations[:, rows], self._prices()["average_gmac"][:count]
+            )
+        return self._paths[count]
+
+    # --- the account
+
+    def _begin_account(self) -> None:
+        self._governors: dict[str, Governor] = {}
+        self._spent, self._steps, self._misses = np.zeros(3), 0, 0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
+        self._recent_misses: deque[bool] = deque(maxlen=RECENT)
+
+    def _achieved(self) -> Achieved:
+        steps, nan = self._steps, float("nan")
+        gmac, fraction, ms = self._spent / steps if steps else (nan, nan, nan)
+        recent = np.mean(self._recent, axis=0) if steps else (nan, nan)
+        return Achieved(
+            steps=steps,
+            gmac=float(gmac),
+            fraction=float(fraction),
+            ms=float(ms),
+            recent_gmac=float(recent[0]),
+            recent_ms=float(recent[1]),
+            deadline_misses=self._misses,
+            recent_miss_rate=sum(self._recent_misses) / max(len(self._recent_misses), 1),
+        )
+
+    def _expected_shares(self) -> np.ndarray | None:
+        """(exits,) shares on the calibration's deltas, without the governor's correction."""
+        if self._calibration is None:
+            return None
+        solution = self._solution
+        deltas = self._calibration.deltas[
+            :, [self._calibration.exits.index(layer) for layer in self._model.exits[: solution.count]]
+        ]
+        if solution.position is None:
+            return exit_shares(deltas, self._thresholds[: solution.count])
+        return exit_shares(deltas, self._path(solution.count).thresholds(solution.position))
+
+    def _notes(self) -> tuple[str, ...]:
+        """What a person should know about the thresholds: too few samples, ties, exits that never stop a step."""
+        if not self._solution.binding:
+            return ()
+        notes, samples = [], len(self._calibration.deltas)
+        if samples < FEW_SAMPLES:
+            notes.append(f"thresholds rest on {samples} samples only: {REMEDY} with more")
+        for index, layer in enumerate(self._current.exits[:-1]):
+            threshold = self._current.thresholds[index]
+            ties = np.mean(self._calibration.deltas[:, index] == np.float32(threshold))
+            if threshold == NEVER:
+                notes.append(f"the exit at layer {layer} never stops a step under this budget")
+            elif ties > TIES:
+                notes.append(f"{ties:.0%} of the calibrated deltas at layer {layer} equal its threshold: cost comes in steps")
+        return tuple(notes)
 
 
-def _rounded_up(gmac: float) -> str:
+def _mean(shares: np.ndarray | None, prices: np.ndarray | None) -> float:
+    return float("nan") if shares is None or prices is None else float(shares @ prices[: len(shares)])
+
+
+def _rounded_up(value: float) -> str:
     """Four digits that are enough: a budget of just what a message names must not be refused again."""
-    return f"{decimal.Context(prec=4, rounding=decimal.ROUND_CEILING).create_decimal(gmac):g}"
+    return f"{decimal.Context(prec=4, rounding=decimal.ROUND_CEILING).create_decimal(value):g}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deer_vla_ros.budget.keeper import StepCost
+from deer_vla_ros.budget.types import StepCost
 from deer_vla_ros.inference.types import PolicyStep
 
 

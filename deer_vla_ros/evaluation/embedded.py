@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from deer_vla_ros.evaluation.table_episodes import INSTRUCTIONS, table_observations
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation, PolicyStep
@@ -21,26 +22,13 @@ from deer_vla_ros.model.checkpoint import EMBEDDED, Checkpoint, CheckpointInfo, 
 from deer_vla_ros.model.config import ModelConfig, tabletop
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
-from deer_vla_ros.sim.table import Table
-
-INSTRUCTIONS = (
-    *(f"{verb} the {color} block" for verb in ("lift", "pick up", "grasp") for color in ("red", "blue", "pink")),
-    *(f"push the {color} block to the {side}" for color in ("red", "blue", "pink") for side in ("left", "right")),
-    *(f"{verb} the drawer" for verb in ("open", "close", "pull", "push")),
-    *(f"move the slider to the {side}" for side in ("left", "right")),
-    *(f"{verb} the {light}" for verb in ("turn on", "turn off", "switch on", "switch off") for light in ("led", "lamp", "light")),
-    "stack the blocks on top of each other",
-    "place the block in the drawer",
-    "take the block out of the drawer",
-)
-"""What the tokenizer's merges are learnt from; being byte-level it takes any other text too, in more tokens."""
 
 OUTPUT_GAIN = 0.25
 """What a freshly initialised pose output is multiplied by, as is usual for policies."""
 
 
 def train_tokenizer(config: ModelConfig) -> InstructionTokenizer:
-    """A byte-level BPE that keeps the table's words whole; deterministic."""
+    """A byte-level BPE that keeps the table's words whole, and takes any other text too, in more tokens; deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,22 +41,6 @@ def train_tokenizer(config: ModelConfig) -> InstructionTokenizer:
     )
     tokenizer.train_from_iterator(INSTRUCTIONS, trainer)
     return InstructionTokenizer(tokenizer, config.max_tokens)
-
-
-def table_observations(seed: int, steps: int) -> list[Observation]:
-    """Both cameras' views of one arrangement while the arm strolls about, 10 per second."""
-    random = np.random.default_rng(seed)
-    observations = []
-    with Table(seed) as table:
-        start = table.tcp_pose()
-        target = np.array(start.position)
-        for _ in range(steps):
-            target = start.position + np.clip(target - start.position + random.normal(0, 0.02, 3), -0.12, 0.12)
-            table.set_target(target, start.quaternion)
-            table.advance(0.1)
-            views = table.render()
-            observations.append(Observation(views.static, views.gripper))
-    return observations
 
 
 def full_depth_steps(model: MultiExitVLA, tokenizer: InstructionTokenizer, episodes: list[list[Observation]]) -> list[PolicyStep]:
@@ -132,7 +104,8 @@ On the same steps of the simulated table, motions were scaled to a quarter and t
 that the arm dithers rather than winds itself up. The thresholds give each of the {len(config.exits)} exits an equal share of {len(deltas)} steps on the simulated table (seeds {seeds.start}
 to {seeds.stop - 1}, {steps} steps each, arm moved at random).
 
-Made by `python -m deer_vla_ros.evaluation.embedded --seed {args.seed}`; weights are stored as float16.
+Made by `python -m deer_vla_ros.evaluation.embedded --seed {args.seed}`; weights are stored as float16. Its calibration is made by
+`python -m deer_vla_ros calibrate table`.
 """
     save(args.out, Checkpoint(info, model, tokenizer), readme, torch.float16)
     parameters = sum(parameter.numel() for parameter in model.parameters())

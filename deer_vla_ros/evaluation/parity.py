@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deer_vla_ros.budget.calibration import window_deltas
+from deer_vla_ros.budget.families import target_shares, thresholds_for_shares
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.recording import ModelRecording, read_arrays, read_json, read_model, toy_tokenizer
 from deer_vla_ros.inference.exit_rule import ExitRule
@@ -42,6 +44,7 @@ MODEL_KINDS = (
     "action_fp16",
     "lstm_h",
     "lstm_c",
+    "values",
 )
 """What every recorded model must contain: a kind that nobody compared has not passed."""
 
@@ -90,6 +93,7 @@ def check_folder(folder: Path) -> Iterator[Verdict]:
         *((name, partial(_check_model, name=name), MODEL_KINDS) for name in names),
         ("text", check_text, ("template", "input_ids")),
         ("preproc", check_preprocessing, ("preprocess_uint8_levels", "preprocess_float")),
+        ("budget", check_thresholds, ("thresholds_relative",)),
     ]
     for name, check, kinds in recordings:
         try:
@@ -243,6 +247,7 @@ def check_window(recording: ModelRecording) -> Iterator[Difference]:
 
 def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterator[Difference]:
     model, arrays = recording.model, recording.window
+    exits = model.config.exits
     images = torch.from_numpy(np.stack((arrays[f"{batch}/rgb_static"], arrays[f"{batch}/rgb_gripper"]), axis=2))
     samples, window = images.shape[:2]
     ids, mask = (
@@ -261,9 +266,14 @@ def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterato
         yield from _check_head(f"{forward}/aux_exit_{exit_layer}", arrays, output)
     head = model.last_head
     yield from _check_head(f"{forward}/last_head", arrays, head(features[:, :, -1], head.initial_state(samples)))
+    number = int(batch.removeprefix("batch"))
+    drawn = torch.from_numpy(arrays[f"values/strategy1_idx_{batch}"])
+    values = window_deltas(model.shared_head, features, drawn, exits)
+    recorded = arrays["values/values"][:, number * len(values) : (number + 1) * len(values)]
+    yield compare("values", f"values/values of {batch}", recorded, values.T)
     for strategy in (1, 2):
-        exits = torch.tensor(model.config.exits)[_drawn_exits(arrays, forward, strategy, window)]
-        drawn = features.gather(2, exits[..., None, None].expand(-1, -1, 1, features.shape[-1]))[:, :, 0]
+        layers = torch.tensor(exits)[_drawn_exits(arrays, forward, strategy, window)]
+        drawn = features.gather(2, layers[..., None, None].expand(-1, -1, 1, features.shape[-1]))[:, :, 0]
         output = model.shared_head(drawn, model.shared_head.initial_state(samples))
         yield from _check_head(f"{forward}/extra_strategy{strategy}", arrays, output)
 
@@ -310,3 +320,16 @@ def check_preprocessing(folder: Path) -> Iterator[Difference]:
         yield compare("preprocess_uint8_levels", f"{camera}/resized_cropped_chw_uint8", recorded, pixels)
         normalised = ImagePreprocessor(size, torch.device("cpu"), torch.float32)([raw])[0, 0]
         yield compare("preprocess_float", f"{camera}/out_sub16", arrays[f"{camera}/out_sub16"], normalised[:, ::16, ::16])
+
+
+def check_thresholds(folder: Path) -> Iterator[Difference]:
+    """Every recorded case of the reference's threshold solver; always and never are equal, or not at all."""
+    matrices = read_arrays(folder / "thresholds.npz")
+    for number, case in enumerate(read_json(folder / "thresholds.json")):
+        allowed = [index for index, layer in enumerate(case["exit_ids"]) if layer < case["max_layer"]]
+        deltas = matrices[case["values"]].T[:, allowed]
+        shares = target_shares(case["exit_dist"], case["exit_ratio"], len(allowed), skip_first=case["llm_name"] == "mpt_9b")
+        recorded = np.array(list(case["thresholds"].values()))
+        ours = np.array(thresholds_for_shares(deltas, shares))
+        where = f"case {number}: {case['values']} {case['exit_dist']} {case['exit_ratio']:g} max_layer {case['max_layer']}"
+        yield compare("thresholds_relative", where, np.ones_like(recorded), ours / recorded)

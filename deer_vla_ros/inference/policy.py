@@ -78,14 +78,31 @@ class DeerPolicy:
     @torch.inference_mode()
     def step(self, observation: Observation) -> PolicyStep:
         """One decision. Raises UserError before the first `reset`; a failure or a non-finite action leaves the memory as it was."""
+        watch = Stopwatch(self._model.device)
+        hidden_states = self._perceive(observation, watch)
+        return self._decide(hidden_states, watch)
+
+    @torch.inference_mode()
+    def features(self, observation: Observation) -> Tensor:
+        """(layers, width): what the head would read after every layer, all of which run. Leaves the memory as it is."""
+        return torch.cat([pool(hidden) for hidden in self._perceive(observation, Stopwatch(self._model.device))])
+
+    @torch.inference_mode()
+    def step_on_features(self, features: Tensor) -> PolicyStep:
+        """The same decision as `step`, from `features` of an observation: many rules can be tried on one look at it."""
+        return self._decide((feature[None, None] for feature in features), Stopwatch(self._model.device))
+
+    def _perceive(self, observation: Observation, watch: Stopwatch) -> Iterator[Tensor]:
+        """Hidden states (1, S, width) of layer 0, 1, ...; each layer runs when it is asked for."""
         if self._text is None:
             raise UserError("policy: no instruction yet: call reset(instruction) before step(observation)")
-        watch = Stopwatch(self._model.device)
         images = self._preprocess((observation.static, observation.gripper))
         watch.lap("preprocess")
         visual = self._model.encode_images(images)
         watch.lap("vision")
-        hidden_states = self._model.hidden_states(visual, self._text)
+        return self._model.hidden_states(visual, self._text)
+
+    def _decide(self, hidden_states: Iterator[Tensor], watch: Stopwatch) -> PolicyStep:
         rule = self._rule
         if rule.probes(self._episode_step):
             walk = self._climb(rule, hidden_states, watch)

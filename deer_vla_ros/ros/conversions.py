@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from geometry_msgs.msg import PoseStamped, TwistStamped
 
 from deer_vla_ros import msg
-from deer_vla_ros.budget.keeper import BudgetStatus
+from deer_vla_ros.budget.types import AVERAGES, PEAKS, BudgetStatus
 from deer_vla_ros.control.types import Decision, MeasuredPose, Pose, Twist
 from deer_vla_ros.inference.types import StopReason
 from deer_vla_ros.ros.stamped import nanoseconds, stamp
@@ -81,20 +83,39 @@ def step_message(decision: Decision, frame_id: str, published_ns: int) -> msg.Po
 
 
 def budget_message(status: BudgetStatus, now_ns: int) -> msg.BudgetStatus:
+    """A budget's status as `~/budget` tells it."""
+    asked, done = status.requested, status.achieved
+    unknown = (math.nan, math.nan)
     message = msg.BudgetStatus(
         budget_id=status.budget_id,
         tokens=status.tokens,
+        governor=asked.governor,
+        binding=status.binding,
+        clamped=status.clamped,
         exit_layers=status.rule.exits,
         thresholds=status.rule.thresholds,
         deepest_exit_layer=status.rule.deepest,
-        requested_peak_gmac=status.requested_peak_gmac,
-        feasible_min_gmac=status.feasible_min_gmac,
-        feasible_max_gmac=status.feasible_max_gmac,
-        achieved_mean_gmac=status.achieved_mean_gmac,
-        achieved_steps=status.achieved_steps,
+        expected_gmac=status.expected_gmac,
+        expected_ms=status.expected_ms,
+        correction=status.correction,
+        notes=status.notes,
+        achieved_steps=done.steps,
+        achieved_mean_gmac=done.gmac,
+        achieved_mean_fraction=done.fraction,
+        achieved_mean_ms=done.ms,
+        recent_mean_gmac=done.recent_gmac,
+        recent_mean_ms=done.recent_ms,
+        deadline_misses=done.deadline_misses,
+        recent_miss_rate=done.recent_miss_rate,
         resident_layers=status.resident_layers,
         resident_gib=status.resident_gib,
     )
+    for name in (*AVERAGES, *PEAKS):
+        setattr(message, f"requested_{name}", getattr(asked, name))
+    for unit, name in (("gmac", "peak_gmac"), ("gib", "memory_gib"), ("ms", "average_ms"), ("deadline_ms", "deadline_ms")):
+        low, high = status.feasible.get(name, unknown)
+        setattr(message, f"feasible_min_{unit}", low)
+        setattr(message, f"feasible_max_{unit}", high)
     message.header.stamp = stamp(now_ns)
     return message
 

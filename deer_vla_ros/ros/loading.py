@@ -21,9 +21,9 @@ def warm_controller(given: dict[str, Any], log: RcutilsLogger) -> Controller:
     loaded = checkpoint.load(checkpoint.folder_of(given["model.path"]), device, getattr(torch, given["model.dtype"]))
     space = parameters.action_space(given, loaded.info.action_space)
     controller = Controller(loaded, parameters.controller_settings(given), space)
+    controller.warm_up()
     controller.check_budget(parameters.budget(given))
     controller.set_budget(parameters.budget(given))
-    controller.warm_up()
     log.info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}")
     if not loaded.info.trained:
         log.warning(f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')")

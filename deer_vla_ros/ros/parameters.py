@@ -13,7 +13,7 @@ import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
 
-from deer_vla_ros.budget.keeper import Budget
+from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.control.controller import ControllerSettings
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
@@ -96,12 +96,57 @@ DECLARATIONS = (
         live=True,
     ),
     Declaration(
-        "budget.peak_gmac",
+        "budget.average_gmac",
         0.0,
-        "Language part of a step, multiply-accumulates: no step goes to an exit that costs more, but for the first exit. 0: no limit.",
+        "Mean of the language part of a step, multiply-accumulates. 0: no limit.",
         "GMAC",
         0.0,
         1e6,
+        live=True,
+    ),
+    Declaration(
+        "budget.average_fraction",
+        0.0,
+        "The same as a share of full depth, whatever the model. 0: no limit.",
+        "",
+        0.0,
+        1e6,
+        live=True,
+    ),
+    Declaration(
+        "budget.peak_gmac",
+        0.0,
+        "Language part of a step: no step goes to an exit that costs more, but for the first exit. 0: no limit.",
+        "GMAC",
+        0.0,
+        1e6,
+        live=True,
+    ),
+    Declaration(
+        "budget.memory_gib",
+        0.0,
+        "Weights of the language model's layers on the device: what does not fit leaves it, and no step goes there. 0: no limit.",
+        "GiB",
+        0.0,
+        1e6,
+        live=True,
+    ),
+    Declaration(
+        "budget.average_ms", 0.0, "Mean of a whole step, by the latency measured here. 0: no limit.", "ms", 0.0, 1e6, live=True
+    ),
+    Declaration(
+        "budget.deadline_ms",
+        0.0,
+        "No step goes to an exit that is predicted (99 in 100) to take longer, but for the first exit. 0: no limit.",
+        "ms",
+        0.0,
+        1e6,
+        live=True,
+    ),
+    Declaration(
+        "budget.governor",
+        True,
+        "Steer achieved means onto the requested ones where steps differ from the calibration.",
         live=True,
     ),
     Declaration("action.mode", "both", "Which motion commands are published.", choices=("pose", "twist", "both")),
@@ -215,7 +260,7 @@ def action_space(given: dict[str, Any], checkpoint: ActionSpace) -> ActionSpace:
 
 def budget(given: dict[str, Any]) -> Budget:
     """The budget from parameter values."""
-    return Budget(peak_gmac=given["budget.peak_gmac"])
+    return Budget(**{field.name: given[f"budget.{field.name}"] for field in dataclasses.fields(Budget)})
 
 
 def render_yaml() -> str:

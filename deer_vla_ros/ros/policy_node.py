@@ -159,6 +159,8 @@ class PolicyNode(LifecycleNode):
             self._thread = None
 
     def _release(self) -> None:
+        if self._controller is not None:
+            self._controller.close()
         self._controller = None
         self._reports.close()
         self._outputs.close()

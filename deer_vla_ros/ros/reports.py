@@ -9,6 +9,7 @@ from rclpy.lifecycle import LifecycleNode
 from sensor_msgs.msg import Image
 
 from deer_vla_ros import msg
+from deer_vla_ros.budget.types import UNITS
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Command, Decision, HoldReason
 from deer_vla_ros.ros import conversions, overlay
@@ -75,12 +76,14 @@ class Reports:
     def budget(self) -> None:
         """The budget as it stands."""
         status = self._controller.budget_status
-        if status.is_clamped and status.budget_id != self._clamped_id:
+        if status.clamped and status.budget_id != self._clamped_id:
             self._clamped_id = status.budget_id
-            self._node.get_logger().warning(
-                f"budget.peak_gmac is {status.requested_peak_gmac:g}, but the first exit costs {status.feasible_min_gmac:.4g} GMAC at the "
-                f"{status.tokens} tokens of this instruction: steps stop there"
-            )
+            for name in status.clamped:
+                low = status.feasible[name][0]
+                self._node.get_logger().warning(
+                    f"budget.{name} is {getattr(status.requested, name):g}, but the first exit takes {low:.4g} {UNITS[name]} at the "
+                    f"{status.tokens} tokens of this instruction: steps stop there"
+                )
         self._budget.publish(conversions.budget_message(status, self._now_ns()))
 
     def _publish_status(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from deer_vla_ros.budget.types import AVERAGES, PEAKS, BudgetStatus
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.ros.conversions import milliseconds
 from deer_vla_ros.ros.graph import Neighbours
@@ -18,6 +19,8 @@ LATENCY_STEPS = 100
 """Steps that the latency's percentiles cover."""
 RATE_NS = 5 * SECOND
 """Time that the rate covers."""
+RARE = 0.01
+"""Share of the newest steps that may miss a deadline without a warning."""
 MAX_STEPS = 1000
 """Steps in that time at the highest control rate."""
 
@@ -49,8 +52,8 @@ class Telemetry:
             level, message = DiagnosticStatus.STALE, "not active"
         elif controller.holding:
             level, message = DiagnosticStatus.WARN, "holding: " + "; ".join(reason.value for reason in controller.holding)
-        elif around.problems:
-            level, message = DiagnosticStatus.WARN, "; ".join(around.problems)
+        elif problems := [*_budget_problems(controller), *around.problems]:
+            level, message = DiagnosticStatus.WARN, "; ".join(problems)
         figures = {f"publishers.{topic}": str(count) for topic, count in around.publishers.items()}
         figures |= {f"problem.{i}": problem for i, problem in enumerate(around.problems)}
         if controller is not None:
@@ -68,7 +71,36 @@ class Telemetry:
             for percentile in (50, 95, 99):
                 figures[f"stamp_to_publish_ms.p{percentile}"] = f"{np.percentile(latency, percentile):.1f}"
         figures |= {f"holds.{reason.name}": str(count) for reason, count in controller.holds.items()}
+        figures |= _budget_figures(controller.budget_status)
         figures |= {f"action.{name}": str(value) for name, value in dataclasses.asdict(controller.action_space).items()}
         if torch.cuda.is_available():
             figures["device_memory_mib"] = f"{torch.cuda.memory_allocated() / 2**20:.0f}"
         return figures
+
+
+def _budget_problems(controller: Controller) -> list[str]:
+    """What keeps the budget from being kept."""
+    problems, status = [controller.problem] if controller.problem else [], controller.budget_status
+    if status.achieved.recent_miss_rate > RARE:
+        problems.append(
+            f"{status.achieved.recent_miss_rate:.1%} of the newest steps took longer than budget.deadline_ms "
+            f"({status.requested.deadline_ms:g} ms)"
+        )
+    problems += [f"budget.{name} is below the cost of the first exit" for name in status.clamped]
+    return problems
+
+
+def _budget_figures(status: BudgetStatus) -> dict[str, str]:
+    """Requested against achieved."""
+    done = status.achieved
+    figures = {f"budget.{name}": f"{value:g}" for name, value in status.requested.active((*AVERAGES, *PEAKS)).items()}
+    figures |= {
+        "budget.achieved_gmac": f"{done.gmac:.4g}",
+        "budget.achieved_fraction": f"{done.fraction:.3f}",
+        "budget.achieved_ms": f"{done.ms:.1f}",
+        "budget.correction": f"{status.correction:.2f}",
+        "budget.resident_layers": str(status.resident_layers),
+    }
+    if status.requested.deadline_ms:
+        figures["budget.deadline_misses"] = str(done.deadline_misses)
+    return figures

@@ -49,7 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     source, out = args.source, args.out
     shutil.copyfile(source / "tolerances.json", out / "tolerances.json")
-    shutil.copyfile(source / "text.json", out / "text.json")
+    for name in ("text.json", "thresholds.json", "thresholds.npz"):
+        shutil.copyfile(source / name, out / name)
     copy_json(source, out, f"{MODEL}_keys.json", without_text_tower)
     copy_json(source, out, f"{MODEL}_info.json", without_dropped_runs)
     copy_arrays(source, out, f"{MODEL}_weights.npz", lambda name: not name.startswith(CLIP_TEXT_TOWER))

@@ -1,0 +1,70 @@
+"""Measures the deltas and actions of all exits on recordings, and writes them into a checkpoint folder.
+
+Example: the embedded checkpoint on the simulated table, as it ships, and your own:
+
+    python -m deer_vla_ros calibrate table
+    python -m deer_vla_ros calibrate table --checkpoint /data/my_checkpoint --episodes 200
+
+Average budgets are solved from this file (calibration.safetensors). It is replaced in one piece: interrupted, the old one stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from deer_vla_ros.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="'table': the simulated table, an arm that strolls about")
+    parser.add_argument("--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)")
+    parser.add_argument("--episodes", type=int, default=80, help="arrangements of the table (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first arrangement (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the file is written."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    import numpy as np
+    from rich.progress import track
+
+    from deer_vla_ros.budget.calibration import CALIBRATION, measure
+    from deer_vla_ros.evaluation.table_episodes import table_episodes
+    from deer_vla_ros.model.checkpoint import folder_of, load
+
+    if args.source != "table":
+        raise UserError(f"calibrate: no such source '{args.source}': give 'table'")
+    for name in ("episodes", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"calibrate: --{name} is {getattr(args, name)}: give 1 or more")
+    folder = folder_of(args.checkpoint)
+    seeds = range(args.seed, args.seed + args.episodes)
+    source = f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, {args.steps} steps each, arm moved at random"
+    checkpoint = load(folder)
+    episodes = track(table_episodes(seeds, args.steps), total=args.episodes, description="calibrating")
+    calibration = measure(checkpoint, episodes, {"source": source}, args.seed)
+    calibration.save(folder)
+    rows = [
+        {
+            "layer": layer,
+            "delta_p50": float(np.median(calibration.deltas[:, index])),
+            "delta_p95": float(np.quantile(calibration.deltas[:, index], 0.95)),
+            "window_delta_p50": float(np.median(calibration.window_deltas[:, index])) if len(calibration.window_deltas) else None,
+            "deviation": float(calibration.deviations[:, index].mean()),
+        }
+        for index, layer in enumerate(calibration.exits)
+    ]
+    print(f"{folder / CALIBRATION}: {len(calibration.deltas)} steps, {len(calibration.window_deltas)} window positions; {source}")
+    print("layer  delta p50   p95      in windows p50   deviation from full depth")
+    for row in rows:
+        window = "-" if row["window_delta_p50"] is None else f"{row['window_delta_p50']:.4f}"
+        print(f"{row['layer']:>5}  {row['delta_p50']:.4f}     {row['delta_p95']:.4f}   {window:<14}   {row['deviation']:.4f}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"exits": rows, "provenance": calibration.provenance}, indent=2) + "\n")
+    return 0
