@@ -14,6 +14,7 @@ from deer_vla_ros.errors import UserError
 
 ALWAYS, NEVER = 1e8, -1e8
 """Thresholds that every delta is below, and none."""
+BISECTIONS = 40
 
 
 def _exponential(ratio: float, count: int) -> np.ndarray:
@@ -21,7 +22,8 @@ def _exponential(ratio: float, count: int) -> np.ndarray:
 
 
 def _gauss(ratio: float, count: int) -> np.ndarray:
-    return np.exp(-((np.arange(count) - ratio) ** 2) / 2)
+    exponents = -((np.arange(count) - ratio) ** 2) / 2
+    return np.exp(exponents - exponents.max())  # far from all exits, every weight alone would be 0
 
 
 def _gamma(ratio: float, count: int) -> np.ndarray:
@@ -64,3 +66,48 @@ def thresholds_for_shares(deltas: np.ndarray, shares: np.ndarray) -> tuple[float
         thresholds.append(float(np.partition(column, wanted - 1)[wanted - 1]))
         left &= deltas[:, index] > thresholds[-1]
     return (*thresholds, ALWAYS)
+
+
+def thresholds_within(
+    family: str, deltas: np.ndarray, costs: np.ndarray, budget: float, skip_first: bool = False
+) -> tuple[float, ...]:
+    """The family's thresholds with the largest ratio whose mean cost on the samples (N, exits) is within `budget`.
+
+    costs (exits,), rising. The mean cost of the target shares rises with the ratio, so bisection finds it; a budget that the family
+    cannot keep gives its cheapest thresholds. A ratio is judged by what its thresholds cost, not by the shares they aim at.
+    """
+    low, high = FAMILIES[family][1]
+    is_geometric = low > 0
+
+    def at(ratio: float) -> tuple[float, ...]:
+        return thresholds_for_shares(deltas, target_shares(family, ratio, len(costs), skip_first))
+
+    def keeps(thresholds: tuple[float, ...]) -> bool:
+        return float(exit_shares(deltas, thresholds) @ costs) <= budget
+
+    if keeps(found := at(high)):
+        return found
+    found = at(low)
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5 if is_geometric else (low + high) / 2
+        if keeps(thresholds := at(middle)):
+            low, found = middle, thresholds
+        else:
+            high = middle
+    return found
+
+
+def exits_taken(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
+    """(N,) index of the exit that each sample (N, exits) takes; the last where no exit before it stops."""
+    stops = deltas <= np.asarray(thresholds, dtype=deltas.dtype)
+    stops[:, -1] = True
+    return stops.argmax(1)
+
+
+def exit_shares(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
+    """(exits,) share of the samples (N, exits) that each exit takes."""
+    left, counts = np.ones(len(deltas), dtype=bool), [len(deltas)]
+    for index, threshold in enumerate(thresholds[:-1]):
+        left &= ~(deltas[:, index] <= threshold)
+        counts.append(int(np.count_nonzero(left)))
+    return -np.diff([*counts, 0]) / len(deltas)

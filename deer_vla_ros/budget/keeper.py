@@ -11,10 +11,10 @@ import numpy as np
 
 from deer_vla_ros.budget.calibration import FEW_SAMPLES, REMEDY, Calibration
 from deer_vla_ros.budget.cost import cost_table, layer_gib
-from deer_vla_ros.budget.families import NEVER
+from deer_vla_ros.budget.families import NEVER, exit_shares
 from deer_vla_ros.budget.governor import Governor
 from deer_vla_ros.budget.latency import LatencyModel
-from deer_vla_ros.budget.path import ThresholdPath, exit_shares
+from deer_vla_ros.budget.path import ThresholdPath
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Achieved, Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
@@ -22,7 +22,7 @@ from deer_vla_ros.inference.types import PolicyStep
 from deer_vla_ros.model.config import ModelConfig
 
 RECENT = 200
-"""Steps that the recent means cover."""
+"""Steps that the recent means cover, and that the rate of misses is a share of."""
 REFRESH = 25
 """Steps after which budgets in ms are solved anew from the latencies measured meanwhile."""
 WORTH_TELLING = 0.02
@@ -287,7 +287,7 @@ class BudgetKeeper:
             recent_gmac=float(recent[0]),
             recent_ms=float(recent[1]),
             deadline_misses=self._misses,
-            recent_miss_rate=sum(self._recent_misses) / max(len(self._recent_misses), 1),
+            recent_miss_rate=sum(self._recent_misses) / RECENT,
         )
 
     def _expected_shares(self) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deer_vla_ros.budget.families import ALWAYS, NEVER
+from deer_vla_ros.budget.families import ALWAYS, NEVER, exit_shares
 
 LEVELS = 12
 """Quantiles that a threshold may take while the order is found; between them the path is continuous. More find noise."""
@@ -80,21 +80,6 @@ class ThresholdPath:
         if count == 0:
             return NEVER
         return ALWAYS if count >= len(column) else float(column[count - 1])
-
-
-def exits_taken(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
-    """(N,) index of the exit that each sample (N, exits) takes; the last where no exit before it stops."""
-    stops = deltas[:, :-1] <= np.asarray(thresholds[:-1], dtype=deltas.dtype)
-    return np.where(stops.any(1), stops.argmax(1), deltas.shape[1] - 1)
-
-
-def exit_shares(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
-    """(exits,) share of the samples that each exit takes."""
-    left, counts = np.ones(len(deltas), dtype=bool), [len(deltas)]
-    for index, threshold in enumerate(thresholds[:-1]):
-        left &= ~(deltas[:, index] <= threshold)
-        counts.append(int(np.count_nonzero(left)))
-    return -np.diff([*counts, 0]) / len(deltas)
 
 
 def _greedy(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

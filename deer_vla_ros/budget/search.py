@@ -8,6 +8,7 @@ Inequality Constraints; Optuna's GPSampler): the budget is a constraint here, no
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import math
@@ -41,9 +42,6 @@ POLL_SECONDS = 0.5
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 60.0
 """A trial of a process on another machine tells that it lives every BEAT_SECONDS; unheard for SILENT_SECONDS, it is dead."""
-
-TURN_SECONDS = 60
-"""A process killed while it chose its next trial delays the others by this."""
 
 logger = logging.getLogger(__name__)
 
@@ -344,18 +342,21 @@ class _Study:
         head = b'{"op_code"'
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock(), open(self._path, "ab+") as file:
-                file.seek(0)
-                content = file.read()
-                if not head.startswith(content[: len(head)]):
-                    raise UserError(f"search: {self._path} is not a study's journal: give another path, or a new one")
-                if not content.endswith(b"\n"):
-                    file.truncate(content.rfind(b"\n") + 1)
             # Not Optuna's default lock, a symbolic link: where two machines mount the file differently it dangles, and then
-            # no process ever takes over the lock of a killed one.
-            return journal.JournalStorage(
-                journal.JournalFileBackend(str(self._path), journal.JournalFileOpenLock(str(self._path)))
-            )
+            # no process ever takes over the lock of a killed one. This one ends 30 s after its process was killed.
+            lock = journal.JournalFileOpenLock(str(self._path))
+            lock.acquire()
+            try:
+                with open(self._path, "ab+") as file:
+                    file.seek(0)
+                    content = file.read()
+                    if not head.startswith(content[: len(head)]):
+                        raise UserError(f"search: {self._path} is not a study's journal: give another path, or a new one")
+                    if not content.endswith(b"\n"):
+                        file.truncate(content.rfind(b"\n") + 1)
+            finally:
+                lock.release()
+            return journal.JournalStorage(journal.JournalFileBackend(str(self._path), lock))
         except OSError as error:
             raise UserError(
                 f"search: {self._path} cannot be written ({error.strerror}): give a path in a writable folder"
@@ -363,21 +364,19 @@ class _Study:
         except (ValueError, KeyError) as error:
             raise UserError(f"search: {self._path} is damaged ({error}): move it away, and the search begins anew") from error
 
-    def _turn(self) -> contextlib.AbstractContextManager[None]:
-        """Only one process at a time chooses or finishes a trial."""
-        return contextlib.nullcontext() if self._path is None else self._lock(".turn", TURN_SECONDS)
-
     @contextlib.contextmanager
-    def _lock(self, suffix: str = "", grace_seconds: int = 30) -> Iterator[None]:
-        """Optuna's lock of the journal, or one beside it; one that a killed process left ends after `grace_seconds`."""
-        lock = self._optuna.storages.journal.JournalFileOpenLock(f"{self._path}{suffix}", grace_seconds)
-        lock.acquire()
-        try:
+    def _turn(self) -> Iterator[None]:
+        """Only one process at a time chooses or finishes a trial; the kernel ends the turn of a killed one.
+
+        Where a file system does not know this lock, a trial too many may be evaluated; the journal, which has another, stays whole.
+        """
+        if self._path is None:
             yield
-        finally:
-            # It is not ours any more where this process was suspended for longer than the grace.
-            with contextlib.suppress(RuntimeError):
-                lock.release()
+            return
+        with open(self._path, "ab") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 class _Here:

@@ -1,0 +1,75 @@
+"""Is the mean kept, whatever the world does? On made-up worlds, hostile ones too."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deer_vla_ros.budget.governor import GAIN, Governor
+
+LOW, HIGH = 2.0, 12.0
+
+
+def run(target: float, world, steps: int = 1000, governed: bool = True) -> np.ndarray:
+    """Costs of the steps; world(step, asked) is what a step costs when the thresholds are solved for `asked`."""
+    governor, costs = Governor(target, LOW, HIGH), []
+    for step in range(steps):
+        cost = min(max(world(step, governor.effective if governed else target), LOW), HIGH)
+        governor.note(cost)
+        costs.append(cost)
+    return np.array(costs)
+
+
+def window_means(costs: np.ndarray, settling: int = 200, width: int = 200) -> np.ndarray:
+    return np.convolve(costs[settling:], np.ones(width) / width, mode="valid")
+
+
+@pytest.mark.parametrize("target", [3.0, 5.0, 8.0, 10.5])
+@pytest.mark.parametrize("slope", [0.4, 0.7, 1.0, 1.5, 2.5])
+def test_a_world_that_costs_more_or_less_than_calibrated_is_brought_onto_the_budget(target, slope):
+    random = np.random.default_rng(0)
+
+    def world(step: int, asked: float) -> float:
+        mean = LOW + (asked - LOW) * slope
+        return mean + random.choice([-2.0, 0.0, 2.0])
+
+    if LOW + (HIGH - LOW) * slope < target + 2.5:
+        pytest.skip("even full depth costs less than the budget there")
+    assert np.abs(window_means(run(target, world)) / target - 1).max() < 0.05
+
+
+@settings(max_examples=200, deadline=None)
+@given(target=st.floats(LOW, HIGH), costs=st.lists(st.floats(LOW, HIGH), max_size=400))
+def test_what_is_asked_for_stays_between_the_first_exit_and_full_depth_and_the_sum_is_bounded(target, costs):
+    governor = Governor(target, LOW, HIGH)
+    for cost in costs:
+        governor.note(cost)
+        assert LOW <= governor.effective <= HIGH
+        assert (LOW - 1e-9) / target <= governor.factor <= (HIGH + 1e-9) / target, "no sum beyond what can be asked for"
+
+
+@settings(max_examples=100, deadline=None)
+@given(target=st.floats(3.0, 11.0), pattern=st.lists(st.booleans(), min_size=1, max_size=50))
+def test_a_hostile_world_is_forgotten_within_a_bounded_number_of_steps(target, pattern):
+    governor = Governor(target, LOW, HIGH)
+    for is_dear in pattern * 20:
+        governor.note(HIGH if is_dear else LOW)
+    for _ in range(int(60 / GAIN)):  # from here on the world is as calibrated
+        governor.note(governor.effective)
+    assert governor.factor == pytest.approx(1.0, abs=0.02)
+
+
+@given(costs=st.lists(st.floats(LOW, HIGH), max_size=100))
+def test_a_budget_that_does_not_bind_saves_nothing_up(costs):
+    governor = Governor(6.0, LOW, HIGH)
+    for cost in costs:
+        governor.note(cost, binds=False)
+    assert governor.factor <= 1.0 + 1e-9
+
+
+def test_overspending_lowers_what_is_asked_for_and_saving_raises_it():
+    governor = Governor(6.0, LOW, HIGH)
+    governor.note(9.0)
+    assert governor.effective == pytest.approx(6.0 - 0.5 * GAIN * 6.0)
+    governor.note(3.0)
+    assert governor.effective == pytest.approx(6.0)
