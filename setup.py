@@ -114,9 +114,11 @@ setup(
         "transformers>=5,<6",
     ],
     extras_require={
+        # Without greenlet Optuna warns, and proposes trials more slowly.
+        "search": ["greenlet", "optuna>=5"],
         "sim": ["mujoco>=3.10"],
         "demo": ["matplotlib", "mujoco>=3.10", "rich"],
-        "test": ["hypothesis", "matplotlib", "mujoco>=3.10", "pytest", "rich"],
+        "test": ["greenlet", "hypothesis", "matplotlib", "mujoco>=3.10", "optuna>=5", "pytest", "rich"],
     },
     entry_points={"console_scripts": ["deer-vla = deer_vla_ros.__main__:main"]},
     zip_safe=False,

@@ -368,7 +368,7 @@ class _Study:
     def _turn(self) -> Iterator[None]:
         """Only one process at a time chooses or finishes a trial; the kernel ends the turn of a killed one.
 
-        Where a file system does not know this lock, a trial too many may be evaluated; the journal, which has another, stays whole.
+        Where a file system does not know this lock, a trial too many may be evaluated; the journal has another, and stays whole.
         """
         if self._path is None:
             yield

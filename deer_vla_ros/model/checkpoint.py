@@ -55,11 +55,15 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network ready for inference, and what is needed to use it."""
+    """A network ready for inference, and what is needed to use it.
+
+    folder: where it was loaded from; None where it was made in memory.
+    """
 
     info: CheckpointInfo
     model: MultiExitVLA
     tokenizer: InstructionTokenizer
+    folder: Path | None = None
 
 
 def folder_of(path: str) -> Path:
@@ -85,7 +89,7 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
             f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, the network embeds {info.model.decoder.vocabulary}: "
             "they are not of the same model"
         )
-    return Checkpoint(info, build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype)), tokenizer)
+    return Checkpoint(info, build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype)), tokenizer, folder)
 
 
 def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype = torch.float32) -> None:
@@ -100,11 +104,14 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
 
 
 def _read_weights(path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every tensor of the network, checked by name and shape before the first is loaded."""
+    """Every tensor of the network, checked by name and shape before the first is loaded.
+
+    Each gets memory of its own, so that it can be freed on its own: safetensors hands out views of the one mapped file.
+    """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             check_shapes(config, shapes, str(path))
-            return {name: file.get_tensor(name).to(dtype) for name in shapes}
+            return {name: file.get_tensor(name).to(dtype, copy=True) for name in shapes}
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}): copy the checkpoint again") from error

@@ -1,13 +1,20 @@
-"""How long is it from a camera's stamp to the command? The policy node beside a bare rclpy relay, in one run, on this machine.
+"""Times the node and checks that budgets are kept, on this machine.
 
 Example: as the documentation's figures were measured, and a quick look:
 
     python -m deer_vla_ros benchmark node --json out/node-latency.json
     python -m deer_vla_ros benchmark node --seconds 5
+    python -m deer_vla_ros benchmark budgets --json out/budgets.json
+    python -m deer_vla_ros benchmark budgets --episodes 20
 
+node: how long is it from a camera's stamp to the command? The policy node beside a bare rclpy relay, in one run.
 Two 640x480 rgb8 cameras at 30 Hz, real processes over real DDS. Overhead is the node's stamp-to-command less the policy's own
 compute; the ratio is overhead to the relay's stamp-to-pose. Measured idle and with every core loaded, with model.cpu_threads 1
 and 0 (torch's choice); p50_ratio and p99_ratio of the JSON are those of idle with 1. Logs of all processes are in `--out`.
+
+budgets: 12 average budgets across the feasible range, governor off, requested against achieved mean over `--episodes` of 50 steps of
+the simulated table that the calibration never saw; the same in a world that differs from it, the worst window of 200 steps with and
+without the governor; and whether a peak is ever passed.
 
 `camera`, `relay`, `listener` and `load` are the processes that `node` starts. Without ROS_DOMAIN_ID it takes a random one, and
 without FASTRTPS_DEFAULT_PROFILES_FILE a shared memory segment that holds such images: Fast DDS's own loses most of them.
@@ -21,21 +28,33 @@ import json
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.demo_command import HIGHEST_PORTABLE_DOMAIN
 
+STEPS = 50
+"""Of an episode of the table."""
+SHIFTED_EPISODES = 12
+"""For the settling time and two windows."""
+FIRST_SEED = 500_000
+"""Far from the calibration's."""
 PARTS = ("camera", "relay", "listener", "load")
 ENOUGH_SAMPLES = 300
 """With fewer, the 99th percentile rests on two or three of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("node", *PARTS), metavar="WHAT", help=f"node; {', '.join(PARTS)}: see above")
+    parser.add_argument(
+        "what", choices=("node", "budgets", *PARTS), metavar="WHAT", help=f"node, budgets; {', '.join(PARTS)}: see above"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--seconds", type=_positive, default=15.0, help="measured time of each condition (default: %(default)s)")
+    parser.add_argument("--seconds", type=_positive, default=15.0, help="node: time of each condition (default: %(default)s)")
+    parser.add_argument("--checkpoint", default="", metavar="DIR", help="budgets: checkpoint folder (default: the embedded one)")
+    parser.add_argument("--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="budgets: workers (default: all cores)")
     parser.add_argument(
         "--out", type=Path, default=Path("out/benchmark"), metavar="DIR", help="folder of logs (default: %(default)s)"
     )
@@ -48,30 +67,59 @@ def run(args: argparse.Namespace) -> int:
 
         getattr(benchmark_parts, args.what)()
         return 0
-
-    from deer_vla_ros.ros.benchmark_run import measure
-
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the processes in order
-    args.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("ROS_DOMAIN_ID", str(random.SystemRandom().randint(1, HIGHEST_PORTABLE_DOMAIN)))
-    rows = measure(args.seconds, args.out)
-    quiet = rows[0]
-    report = {"p50_ratio": quiet.p50_ratio, "p99_ratio": quiet.p99_ratio, "rows": [dataclasses.asdict(row) for row in rows]}
+    report = _budgets(args) if args.what == "budgets" else _node(args)
     if args.json:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{args.json} cannot be written ({error}): give --json another place") from error
+    print(f"measured in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _node(args: argparse.Namespace) -> dict[str, object]:
+    """Latency of the policy node."""
+    from deer_vla_ros.ros.benchmark_run import measure
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the processes in order
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("ROS_DOMAIN_ID", str(random.SystemRandom().randint(1, HIGHEST_PORTABLE_DOMAIN)))
+    rows = measure(args.seconds, args.out)
+    quiet = rows[0]
+    report = {"p50_ratio": quiet.p50_ratio, "p99_ratio": quiet.p99_ratio, "rows": [dataclasses.asdict(row) for row in rows]}
     print(
         f"idle: the node's overhead is {quiet.p50_ratio:.2f} x the relay beside it at p50, {quiet.p99_ratio:.2f} x at p99; "
         f"{quiet.p50_ratio_alone:.2f} x and {quiet.p99_ratio_alone:.2f} x the relay alone"
     )
     if min(row.samples for row in rows) < ENOUGH_SAMPLES:
         print(f"fewer than {ENOUGH_SAMPLES} samples in a condition: take p99 as a hint, or measure longer")
-    print(f"measured in {time.monotonic() - started:.0f} s")
-    return 0
+    return report
+
+
+def _budgets(args: argparse.Namespace) -> dict[str, object]:
+    """Requested against achieved means."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    from deer_vla_ros.evaluation import budget_benchmark
+    from deer_vla_ros.model.checkpoint import folder_of
+
+    if args.episodes < SHIFTED_EPISODES:
+        raise UserError(f"benchmark: --episodes is {args.episodes}: give {SHIFTED_EPISODES} or more, for a window of 200 steps")
+    seeds = range(FIRST_SEED, FIRST_SEED + args.episodes)
+    others = range(seeds.stop, seeds.stop + max(SHIFTED_EPISODES, args.episodes // 8))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, violations = budget_benchmark.measure(
+            folder_of(args.checkpoint), seeds, STEPS, others, Path(scratch), args.processes, lambda line: print(line, flush=True)
+        )
+    named = {"held_out": f"{seeds.start} to {seeds.stop - 1}", "shifted": f"{others.start} to {others.stop - 1}"}
+    report = budget_benchmark.report(rows, violations, named)
+    print(
+        f"worst error of a mean over {args.episodes * STEPS} steps: {report['worst_relative_error']:.1%}; worst window in another "
+        f"world ({report['shift']}): {report['worst_relative_error_shifted_governed']:.1%} with governor, "
+        f"{report['worst_relative_error_shifted_ungoverned']:.1%} without; peaks passed: {violations}"
+    )
+    return report
 
 
 def _positive(text: str) -> float:

@@ -14,7 +14,7 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
 from deer_vla_ros import msg
-from deer_vla_ros.budget.keeper import StepCost
+from deer_vla_ros.budget.types import StepCost
 from deer_vla_ros.control.types import Decision, HoldReason, Limit
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason
 from deer_vla_ros.ros import overlay

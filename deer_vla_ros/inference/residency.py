@@ -1,0 +1,180 @@
+"""How deep is the network in memory? As deep as was last asked for: layers leave at once and come back from their file."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import threading
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.checkpoint import WEIGHTS
+from deer_vla_ros.model.decoder import Layer
+from deer_vla_ros.model.network import MultiExitVLA
+
+PIECE_BYTES = 4 * 2**20
+"""What is copied at a time; a load that is called off ends after one piece."""
+
+
+class ResidentLayers:
+    """Keeps the first layers of a network on its device, the rest of them nowhere but in the checkpoint folder.
+
+    All layers are there at the beginning. Layers that are not are on the meta device: running one raises RuntimeError.
+    `folder` is the checkpoint that the network was loaded from; with None nothing could come back, so nothing may go.
+    Not thread-safe: every call comes from the thread that steps the policy, between two steps.
+    """
+
+    def __init__(self, model: MultiExitVLA, folder: Path | None):
+        self._model = model
+        self._folder = folder
+        self._count = self._wanted = len(model.layers)
+        self._load: _Load | None = None
+
+    @property
+    def count(self) -> int:
+        """Layers that may run now."""
+        return self._count
+
+    @property
+    def wanted(self) -> int:
+        """Layers asked for last; more than `count` while they are being loaded."""
+        return self._wanted
+
+    def keep(self, count: int) -> None:
+        """Asks for the first `count` layers: drops those beyond now, or begins to load those that lack in the background.
+
+        Ends a load in progress; layers that it has read already and that are still asked for are not read again.
+        Raises UserError, and changes nothing, where `count` is not 2 to all, or where layers would go that cannot come back.
+        """
+        layers = self._model.layers
+        if not 2 <= count <= len(layers):
+            raise UserError(f"resident layers: {count} asked for: give 2 to {len(layers)}, as many as the network has")
+        if self._folder is None and count < len(layers):
+            raise UserError(
+                f"resident layers: {count} of {len(layers)} asked for, but this network has no checkpoint folder that the others "
+                f"could come back from: keep {len(layers)}, or load it from a folder"
+            )
+        if count == self._wanted:
+            return
+        read = self._end_load()
+        self._wanted = count
+        for index in range(count, self._count):
+            layers[index] = _empty_layer(self._model, index)
+        self._count = min(count, self._count)
+        del read[count - self._count :]
+        if count > self._count:
+            assert self._folder is not None, "layers lack, so they were dropped"
+            self._load = _Load(self._model, self._folder / WEIGHTS, range(self._count, count), read)
+            self._load.start()
+        _give_back_memory(self._model.device)
+
+    def absorb(self) -> bool:
+        """Puts layers in place that are loaded, all or none; whether `count` changed. Never waits.
+
+        A load that failed raises UserError, once; `wanted` is then `count`, and `keep` may try again.
+        """
+        if self._load is None or self._load.is_alive():
+            return False
+        load, self._load = self._load, None
+        if load.error is not None:
+            self._wanted = self._count
+            raise load.error
+        for index, layer in enumerate(load.layers, self._count):
+            self._model.layers[index] = layer
+        self._count = self._wanted
+        return True
+
+    def close(self) -> None:
+        """Ends a load in progress and waits for its thread; layers in place stay."""
+        self._end_load()
+        self._wanted = self._count
+        _give_back_memory(self._model.device)
+
+    def _end_load(self) -> list[Layer]:
+        """The layers that the load, if there is one, has read so far; waits for at most one piece to be copied."""
+        load, self._load = self._load, None
+        if load is None:
+            return []
+        load.called_off.set()
+        load.join()
+        return load.layers
+
+
+class _Load(threading.Thread):
+    """Reads the layers `indices`, of which `layers` holds the first already; ends with `layers` complete or with an `error`."""
+
+    def __init__(self, model: MultiExitVLA, path: Path, indices: range, layers: list[Layer]):
+        super().__init__(name="load_layers", daemon=True)
+        self._model, self._path, self._indices = model, path, indices
+        self.layers = layers
+        self.error: Exception | None = None
+        self.called_off = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                for index in self._indices[len(self.layers) :]:
+                    layer = self._read(file, index)
+                    if layer is None:
+                        return
+                    self.layers.append(layer)
+        except (UserError, OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch is out of memory
+            self.layers.clear()
+            reason, first, last = " ".join(str(error).split()), self._indices[0], self._indices[-1]
+            # Not chained: the traceback would hold the mapped file and a tensor for as long as the error is kept.
+            self.error = UserError(
+                f"{self._path}: layers {first} to {last} cannot be loaded ({reason}): "
+                "restore the file or free memory, then ask again"
+            )
+        except Exception as error:
+            self.layers.clear()
+            self.error = error
+
+    def _read(self, file: safe_open, index: int) -> Layer | None:
+        """Layer `index` on the network's device, in memory of its own; None where the load was called off."""
+        layer, prefix = _empty_layer(self._model, index), f"layers.{index}."
+        expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        keys = [key for key in file.keys() if key.startswith(prefix)]
+        found = {key.removeprefix(prefix): tuple(file.get_slice(key).get_shape()) for key in keys}
+        for name in sorted(expected.keys() | found.keys()):
+            if found.get(name) != expected.get(name):
+                raise UserError(f"tensor {prefix}{name}: shape is {found.get(name)}, the network's {expected.get(name)}")
+        state: dict[str, Tensor] = {}
+        for name, shape in expected.items():
+            mapped = file.get_tensor(prefix + name)
+            state[name] = _own_memory(shape, self._model.device, self._model.dtype)
+            rows = max(1, PIECE_BYTES * shape[0] // mapped.nbytes)
+            for own, piece in zip(state[name].split(rows), mapped.split(rows)):
+                if self.called_off.is_set():
+                    return None
+                own.copy_(piece)
+        layer.load_state_dict(state, assign=True)
+        return layer.eval().requires_grad_(False)
+
+
+def _empty_layer(model: MultiExitVLA, index: int) -> Layer:
+    """Layer `index` without memory, on the meta device."""
+    with torch.device("meta"):
+        return Layer(model.config.decoder, index, model.config.vision.width)
+
+
+def _own_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor to be filled, whose memory is free for others as soon as it is dropped."""
+    if device.type != "cpu":
+        return torch.empty(shape, device=device, dtype=dtype)
+    # Not from malloc: of what a second thread got there, glibc keeps up to 64 MiB, which malloc_trim does not reach.
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _give_back_memory(device: torch.device) -> None:
+    """Hands memory that was freed from the allocator back to the device, so that others can have it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc only
+        trim(0)
