@@ -1,12 +1,14 @@
 """How much do neighbouring exits disagree, and how far is each from full depth? Measured on recorded observations.
 
-Two measurements, both of them deltas of every exit: as inference meets them (the head's memory lives through the whole episode,
-each step's left by an exit drawn at random), and on windows of demonstrations, as the paper defines them (deer.md, "From a budget
-to thresholds"). Thresholds are solved from the first, because it is what a step will see.
+Deltas of every exit, twice: as inference meets them (the head's memory lives through the whole episode, each step's left by an exit
+drawn at random), and on windows of demonstrations, as the paper defines them (deer.md, "From a budget to thresholds"). Thresholds come
+from the first. What they cost is then measured in closed loop: which exit a step takes changes the memory, and with it the deltas of the
+next steps, so that shares counted on single samples were up to 18% off.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -19,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from deer_vla_ros.budget.cost import cost_table
+from deer_vla_ros.budget.path import ThresholdPath
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.checkpoint import WEIGHTS, Checkpoint
@@ -48,7 +52,8 @@ class Calibration:
     exits: layers, ascending. delta: name of the difference (`exit_rule.DELTAS`).
     deltas (N, exits): from the exit before it (the first: from the layer before it). poses (N, exits, 6) and gripper (N, exits):
     action at each exit, gripper as the probability of open. episodes, steps, tokens (N,): where each sample comes from.
-    window_deltas (M, exits): as the paper defines them. provenance: what was measured on which weights, for people.
+    window_deltas (M, exits): as the paper defines them. paths: by number of exits allowed, the levels (corners, exits - 1) of a path of
+    thresholds and the shares (corners, exits) measured on it in closed loop. provenance: what was measured on which weights, for people.
     """
 
     exits: tuple[int, ...]
@@ -60,7 +65,12 @@ class Calibration:
     steps: np.ndarray
     tokens: np.ndarray
     window_deltas: np.ndarray
+    paths: dict[int, tuple[np.ndarray, np.ndarray]]
     provenance: dict[str, str]
+
+    def path(self, count: int) -> ThresholdPath:
+        """The path of thresholds of the first `count` exits."""
+        return ThresholdPath(np.sort(self.deltas[:, : count - 1].T, axis=1), *self.paths[count])
 
     @property
     def deviations(self) -> np.ndarray:
@@ -69,15 +79,16 @@ class Calibration:
 
     def check(self, exits: tuple[int, ...], delta: str) -> None:
         """Raises UserError, with the remedy, unless there are rows for `exits` and deltas of that name."""
-        missing = sorted(set(exits) - set(self.exits))
-        if missing:
-            raise UserError(f"{CALIBRATION} has no rows for the exits at layers {missing}, only for {self.exits}: {REMEDY}")
+        if exits != self.exits:
+            raise UserError(f"{CALIBRATION} has rows for the exits at layers {self.exits}, the network has {exits}: {REMEDY}")
         if delta != self.delta:
             raise UserError(f"{CALIBRATION} holds '{self.delta}' deltas, the checkpoint's rule uses '{delta}': {REMEDY}")
 
     def save(self, folder: Path) -> None:
         """Writes `calibration.safetensors` in one piece: interrupted, an older one stays as it was."""
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
+        arrays = {name: np.ascontiguousarray(getattr(self, name).astype(STORED.get(name, kind))) for name, kind in ARRAYS.items()}
+        for count, (levels, shares) in self.paths.items():
+            arrays |= {f"path.{count}.levels": levels, f"path.{count}.shares": shares}
         about = {"exits": list(self.exits), "delta": self.delta, "provenance": self.provenance}
         scratch = folder / f".{CALIBRATION}.new"
         save_file(arrays, scratch, {"about": json.dumps(about)})
@@ -94,7 +105,11 @@ class Calibration:
             with safe_open(path, framework="np") as file:
                 about = json.loads((file.metadata() or {})["about"])
                 arrays = {name: file.get_tensor(name).astype(kind) for name, kind in ARRAYS.items()}
-            calibration = cls(exits=tuple(about["exits"]), delta=about["delta"], provenance=about["provenance"], **arrays)
+                counts = range(1, len(about["exits"]) + 1)
+                paths = {n: tuple(file.get_tensor(f"path.{n}.{part}") for part in ("levels", "shares")) for n in counts}
+            calibration = cls(
+                exits=tuple(about["exits"]), delta=about["delta"], provenance=about["provenance"], paths=paths, **arrays
+            )
             samples, exits = len(calibration.deltas), len(calibration.exits)
             if calibration.poses.shape != (samples, exits, 6) or calibration.deltas.shape != (samples, exits):
                 raise ValueError("arrays of shapes that do not belong together")
@@ -113,27 +128,75 @@ ARRAYS = {
     "window_deltas": np.float32,
 }
 """Arrays of the file and the type they are used in."""
+STORED = {"poses": np.float16, "gripper": np.float16}
+"""Where the file is coarser than that: actions are only compared."""
 
 
 def measure(checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dict[str, str], seed: int = 0) -> Calibration:
-    """Every exit on every observation, one pass up the layers each. `episodes` is read once, so it may be longer than memory."""
+    """Every exit on every observation, one pass up the layers each.
+
+    Images are read once and let go; what the head reads of them is kept: (1 + exits) * width numbers per step.
+    """
+    info = checkpoint.info
     rows: dict[str, list] = {name: [] for name in ARRAYS}
-    random = np.random.default_rng(seed)
+    random, kept = np.random.default_rng(seed), []
     for number, (features, tokens) in enumerate(episode_features(checkpoint, episodes)):
-        for step, (deltas, poses, gripper) in enumerate(_closed_loop(checkpoint, features, random)):
+        kept.append(columns(features, info.model.exits))
+        for step, (deltas, poses, gripper) in enumerate(_random_walk(checkpoint, kept[-1], random)):
             for name, value in (("deltas", deltas), ("poses", poses), ("gripper", gripper)):
                 rows[name].append(value)
             for name, value in (("episodes", number), ("steps", step), ("tokens", tokens)):
                 rows[name].append(value)
-        rows["window_deltas"] += _windows(checkpoint, features, random)
+        rows["window_deltas"] += _windows(checkpoint, kept[-1], random)
     if not rows["deltas"]:
         raise UserError("calibration: no observation was given: name recordings with camera images and an instruction")
-    exits = checkpoint.info.model.exits
-    rows["window_deltas"] = rows["window_deltas"] or [np.empty((0, len(exits)))]
+    rows["window_deltas"] = rows["window_deltas"] or [np.empty((0, len(info.model.exits)))]
     arrays = {name: np.concatenate(values) if name == "window_deltas" else np.array(values) for name, values in rows.items()}
     arrays = {name: arrays[name].astype(kind) for name, kind in ARRAYS.items()}
     about = {"samples": str(len(arrays["deltas"])), "seed": str(seed), **provenance, "weights_sha256": weights_sha256(checkpoint)}
-    return Calibration(exits, checkpoint.info.delta, provenance=about, **arrays)
+    calibration = Calibration(info.model.exits, info.delta, paths={}, provenance=about, **arrays)
+    return dataclasses.replace(calibration, paths=_measured_paths(checkpoint, calibration, kept))
+
+
+def _measured_paths(
+    checkpoint: Checkpoint, calibration: Calibration, episodes: list[Tensor]
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """A path for every number of exits, and what its corners do in closed loop."""
+    model = checkpoint.info.model
+    layers = np.cumsum(cost_table(model, model.max_tokens // 2).layers)
+    paths = {}
+    for count in range(1, len(model.exits) + 1):
+        deltas, deviations = calibration.deltas[:, :count], calibration.deviations[:, :count]
+        path = ThresholdPath.ordered(deltas, deviations, layers[list(model.exits[:count])])
+        thresholds = np.array([path.thresholds(corner) for corner in range(len(path.levels))])
+        shares = closed_loop_shares(checkpoint.model.shared_head, episodes, thresholds, calibration.delta)
+        paths[count] = (path.levels, shares)
+    return paths
+
+
+@torch.inference_mode()
+def closed_loop_shares(head: ActionHead, episodes: list[Tensor], thresholds: np.ndarray, delta: str) -> np.ndarray:
+    """(P, exits) share of the steps that each exit takes under each of P rules (P, exits), every rule with its own memory.
+
+    episodes: features (T, 1 + exits or more, width) of each. All rules walk at once, a batch of them per step.
+    """
+    rules, exits = thresholds.shape
+    limits = torch.from_numpy(thresholds).to(episodes[0].device)
+    limits[:, -1] = float("inf")
+    counts = torch.zeros(rules, exits, dtype=torch.int64, device=limits.device)
+    every = torch.arange(rules, device=limits.device)
+    for features in episodes:
+        state = head.initial_state(rules)
+        for step in features[:, : exits + 1]:
+            batch = step[:, None].expand(-1, rules, -1).reshape(-1, 1, step.shape[-1])  # (1 + exits) * rules
+            output = head(batch, HeadState(*(part.repeat(1, exits + 1, 1) for part in state)))
+            poses = output.pose[:, 0].float().unflatten(0, (exits + 1, rules))
+            stops = DELTAS[delta](poses[1:], poses[:-1]).T.double() <= limits
+            taken = stops.int().argmax(1)
+            counts[every, taken] += 1
+            chosen = (taken + 1) * rules + every
+            state = HeadState(*(part[:, chosen] for part in output.state))
+    return (counts / counts.sum(1, keepdim=True)).cpu().numpy()
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:
@@ -162,52 +225,50 @@ def columns(features: Tensor, exits: tuple[int, ...]) -> Tensor:
 
 
 @torch.inference_mode()
-def _closed_loop(
+def _random_walk(
     checkpoint: Checkpoint, features: Tensor, random: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Step by step deltas (exits,), poses (exits, 6) and gripper probabilities (exits,) of one episode."""
+    """Step by step deltas (exits,), poses (exits, 6) and gripper probabilities (exits,) of one episode's columns of features."""
     exits, head = checkpoint.info.model.exits, checkpoint.model.shared_head
-    rule = ExitRule(exits, (0.0,) * len(exits), checkpoint.info.delta)
     state = head.initial_state()
-    for step in columns(features, exits):
+    for step in features:
         output = head(step[:, None], HeadState(*(part.expand(-1, len(step), -1).contiguous() for part in state)))
         poses = output.pose[:, 0]
-        deltas = [rule.measure(pose, before) for pose, before in zip(poses[1:], poses[:-1], strict=True)]
-        yield np.array(deltas), poses[1:].float().cpu().numpy(), output.gripper_logit[1:, 0, 0].float().sigmoid().cpu().numpy()
+        deltas = DELTAS[checkpoint.info.delta](poses[1:].float(), poses[:-1].float())
+        yield (
+            deltas.cpu().numpy(),
+            poses[1:].float().cpu().numpy(),
+            output.gripper_logit[1:, 0, 0].float().sigmoid().cpu().numpy(),
+        )
         drawn = 1 + int(random.integers(len(exits)))
         state = HeadState(*(part[:, drawn : drawn + 1].contiguous() for part in output.state))
 
 
 def _windows(checkpoint: Checkpoint, features: Tensor, random: np.random.Generator) -> list[np.ndarray]:
-    """Deltas (M, exits) of the windows of one episode, one beginning every half window."""
-    exits, rule = checkpoint.info.model.exits, checkpoint.info.delta
-    found = []
+    """Deltas (M, exits) of the windows of one episode's columns of features, one beginning every half window."""
+    exits, found = checkpoint.info.model.exits, []
     for begin in range(0, len(features) - WINDOW + 1, WINDOW // 2):
         window = features[None, begin : begin + WINDOW]
         drawn = torch.from_numpy(random.integers(len(exits), size=(1, WINDOW))).to(features.device)
-        found.append(window_deltas(checkpoint.model.shared_head, window, drawn, exits, rule))
+        found.append(window_deltas(checkpoint.model.shared_head, window, drawn, checkpoint.info.delta))
     return found
 
 
 @torch.inference_mode()
-def window_deltas(head: ActionHead, features: Tensor, drawn: Tensor, exits: tuple[int, ...], delta: str = "l2") -> np.ndarray:
-    """The paper's calibration values, (B * positions, exits), of windows of features (B, W, layers, width).
+def window_deltas(head: ActionHead, features: Tensor, drawn: Tensor, delta: str = "l2") -> np.ndarray:
+    """The paper's calibration values, (B * positions, exits), of windows of columns of features (B, W, 1 + exits, width).
 
     For each position q from W/2 - 1 to W - 2 the head reads the features of the exits `drawn` (B, W; indices) at positions before
     q, and then, from that same memory, the layer before the first exit and every exit at q; the values are the deltas of
     consecutive ones.
     """
-    rule = ExitRule(exits, (0.0,) * len(exits), delta)
-    batch, window = features.shape[:2]
-    at_exits = features[:, :, list(exits)]
-    past = at_exits.gather(2, drawn[..., None, None].expand(-1, -1, 1, features.shape[-1]))[:, :, 0]
+    batch, window, count = features.shape[:3]
+    past = features.gather(2, (drawn + 1)[..., None, None].expand(-1, -1, 1, features.shape[-1]))[:, :, 0]
     found = []
     for position in range(window // 2 - 1, window - 1):
         state = head.initial_state(batch)
         if position:
             state = head(past[:, :position], state).state
-        poses = [head(feature[:, None], state).pose[:, 0] for feature in columns(features[:, position], exits).unbind(1)]
-        found.append(
-            [[rule.measure(pose[i], before[i]) for before, pose in zip(poses, poses[1:], strict=False)] for i in range(batch)]
-        )
-    return np.array(found).transpose(1, 0, 2).reshape(-1, len(exits))
+        poses = torch.stack([head(features[:, position, column][:, None], state).pose[:, 0] for column in range(count)])
+        found.append(DELTAS[delta](poses[1:].float(), poses[:-1].float()).T.cpu().numpy())
+    return np.stack(found, axis=1).reshape(-1, count - 1)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import decimal
+import functools
 import math
+import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +24,8 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.types import PolicyStep
 from deer_vla_ros.model.config import ModelConfig
+
+Result = TypeVar("Result")
 
 RECENT = 200
 """Steps that the recent means cover, and that the rate of misses is a share of."""
@@ -44,11 +50,22 @@ class _Solution:
     clamped: tuple[str, ...]
 
 
+def _locked(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Of a keeper: one thread at a time. Steps are booked in one thread while another asks for the status."""
+
+    @functools.wraps(method)
+    def locked(self: BudgetKeeper, *arguments, **named) -> Result:
+        with self._lock:
+            return method(self, *arguments, **named)
+
+    return locked
+
+
 class BudgetKeeper:
     """Turns the budget into an exit rule for the current instruction, and keeps the account of it.
 
     Cost depends on the instruction's token count, so the rule is made anew for each instruction. A new rule gets a new id; the
-    governor's corrections between two steps do not.
+    governor's corrections between two steps do not. May be asked from any thread.
     """
 
     def __init__(
@@ -60,6 +77,7 @@ class BudgetKeeper:
         calibration: Calibration | None = None,
     ):
         """thresholds: those that hold while no average is asked for. calibration: needed for averages."""
+        self._lock = threading.RLock()
         self._model, self._delta, self._thresholds = model, delta, thresholds
         self._calibration, self._no_calibration = calibration, f"the checkpoint has no calibration: {REMEDY}"
         try:
@@ -79,6 +97,7 @@ class BudgetKeeper:
 
     # --- asking
 
+    @_locked
     def check(self, budget: Budget) -> None:
         """Raises UserError where `budget` cannot be kept at the current instruction length; changes nothing."""
         prices = self._prices()
@@ -99,24 +118,28 @@ class BudgetKeeper:
             name = next(iter(averages))
             raise UserError(f"budget.{name} is {averages[name]:g}, but {self._no_calibration}")
 
+    @_locked
     def set(self, budget: Budget) -> None:
         """Asks for another budget. One that the first exit exceeds allows just that exit; `check` refuses it beforehand."""
         self._budget = budget
         self._begin_account()
         self._solve()
 
+    @_locked
     def set_tokens(self, tokens: int) -> None:
         """A new instruction of `tokens` tokens; a budget that its first exit exceeds is clamped to it, and the status shows it."""
         if tokens != self._table.tokens:
             self._table = cost_table(self._model, tokens)
             self._solve()
 
+    @_locked
     def set_resident(self, layers: int) -> None:
         """How many layers are on the device now: no exit beyond them is taken."""
         if layers != self._resident:
             self._resident = layers
             self._solve()
 
+    @_locked
     def begin(self) -> None:
         """Control begins anew: the account and the governor forget."""
         self._begin_account()
@@ -138,6 +161,7 @@ class BudgetKeeper:
         fitting = [layer for layer in self._model.exits if memory_gib == 0 or self._gib[layer] <= memory_gib]
         return max(fitting, default=self._model.exits[0]) + 1
 
+    @_locked
     def book(self, step: PolicyStep) -> StepCost:
         """Enters one step into the account; the next step's rule may be another."""
         cost = StepCost(
@@ -160,6 +184,7 @@ class BudgetKeeper:
         self._current = self._rule()
         return cost
 
+    @_locked
     def status(self) -> BudgetStatus:
         prices, shares = self._prices(), self._expected_shares()
         governor = self._governors.get(self._solution.binding)
@@ -213,10 +238,9 @@ class BudgetKeeper:
             name: self._governor(name, max(limit, prices[name][0]), prices[name]) for name, limit in averages.items()
         }
         positions = {
-            name: self._path(count).position_within([(self._priced[name], governor.target)])
+            name: self._path(count).position_within(self._priced[name], governor.target)
             for name, governor in self._governors.items()
         }
-        self._positions = positions
         position = max(positions.values(), default=None)
         binding = next((name for name in positions if 0 < positions[name] == position), "")
         self._solution = _Solution(count, position, binding, clamped)
@@ -249,22 +273,13 @@ class BudgetKeeper:
             return ExitRule(exits, self._thresholds[: solution.count], self._delta)
         path, position = self._path(solution.count), solution.position
         if self._budget.governor:
-            position = max(
-                self._positions[name]
-                + path.position_near(self._priced[name], governor.effective)
-                - path.position_near(self._priced[name], governor.target)
-                for name, governor in self._governors.items()
-            )
+            position = max(path.position_within(self._priced[name], each.effective) for name, each in self._governors.items())
         return ExitRule(exits, path.thresholds(position), self._delta)
 
     def _path(self, count: int) -> ThresholdPath:
         """The path of the first `count` exits, made when it is first needed."""
         if count not in self._paths:
-            calibration = self._calibration
-            rows = [calibration.exits.index(layer) for layer in self._model.exits[:count]]
-            self._paths[count] = ThresholdPath(
-                calibration.deltas[:, rows], calibration.deviations[:, rows], self._prices()["average_gmac"][:count]
-            )
+            self._paths[count] = self._calibration.path(count)
         return self._paths[count]
 
     # --- the account
@@ -295,12 +310,9 @@ class BudgetKeeper:
         if self._calibration is None:
             return None
         solution = self._solution
-        deltas = self._calibration.deltas[
-            :, [self._calibration.exits.index(layer) for layer in self._model.exits[: solution.count]]
-        ]
-        if solution.position is None:
-            return exit_shares(deltas, self._thresholds[: solution.count])
-        return exit_shares(deltas, self._path(solution.count).thresholds(solution.position))
+        if solution.position is not None:
+            return self._path(solution.count).shares(solution.position)
+        return exit_shares(self._calibration.deltas[:, : solution.count], self._thresholds[: solution.count])
 
     def _notes(self) -> tuple[str, ...]:
         """What a person should know about the thresholds: too few samples, ties, exits that never stop a step."""

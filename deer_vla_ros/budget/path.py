@@ -8,87 +8,90 @@ exits of different scale the same measure.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from deer_vla_ros.budget.families import ALWAYS, NEVER, exit_shares
 
 LEVELS = 12
-"""Quantiles that a threshold may take while the order is found; between them the path is continuous. More find noise."""
-SHAPE_SAMPLES = 3000
-"""Samples that the order is found on; costs are always those of all samples."""
-BISECTIONS = 16
+"""Quantiles that a threshold may take at the corners of the path. More find noise."""
+SHAPE_SAMPLES, SHARE_SAMPLES = 3000, 20_000
+"""Samples that the order is found on, and that shares are counted on."""
 
 Limit = tuple[np.ndarray, float]
 """A cost per exit (exits,), rising with depth, and what its mean may be."""
 
 
 class ThresholdPath:
-    """The path of one calibration. A position on it goes from 0, full depth, to `end`, where every step takes the first exit."""
+    """A path of thresholds. A position on it goes from 0, full depth, to `end`, where every step takes the first exit.
 
-    def __init__(self, deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray):
-        """deltas, deviations (N, exits): of each exit, from the exit before and from full depth; costs (exits,), rising.
+    Between two corners, quantiles are interpolated, and so are the shares of the exits.
+    """
 
-        The last exit is the deepest allowed, which is taken wherever no exit before it stops.
+    def __init__(self, columns: np.ndarray, levels: np.ndarray, shares: np.ndarray):
+        """columns (exits - 1, N): calibrated deltas of each exit but the last, sorted. levels (corners, exits - 1): quantiles, rising
+        along the path. shares (corners, exits): of the steps that each exit takes, as measured; made to fall along the path, so that
+        expected cost does too.
         """
-        self._deltas = deltas
-        self._sorted = np.sort(deltas[:, :-1].T, axis=1)
+        self._columns, self.levels = columns, levels
+        deeper = 1.0 - np.cumsum(shares, axis=1)  # share of the steps that go deeper than each exit
+        deeper = np.minimum.accumulate(np.clip(deeper, 0.0, 1.0), axis=0)
+        self.corner_shares = -np.diff(deeper, axis=1, prepend=1.0)
+
+    @classmethod
+    def ordered(cls, deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> ThresholdPath:
+        """The path for samples (N, exits): deltas from the exit before, deviations from full depth; costs (exits,), rising.
+
+        Shares are those of the samples, each taken for itself: in closed loop, where a step's exit changes the next step's deltas,
+        measure them and make a path of the same levels.
+        """
+        columns = np.sort(deltas[:, :-1].T, axis=1)
         stride = max(1, len(deltas) // SHAPE_SAMPLES)
-        self._levels, self._corner_shares = _greedy(deltas[::stride, :-1], deviations[::stride], costs)
+        levels = _greedy_levels(deltas[::stride, :-1], deviations[::stride], costs)
+        path = cls(columns, levels, np.zeros((len(levels), len(costs))))
+        counted = deltas[:: max(1, len(deltas) // SHARE_SAMPLES)]
+        return cls(columns, levels, np.array([exit_shares(counted, path.thresholds(corner)) for corner in range(len(levels))]))
 
     @property
     def end(self) -> float:
-        return float(len(self._levels) - 1)
+        return float(len(self.levels) - 1)
 
     def thresholds(self, position: float) -> tuple[float, ...]:
         """One per exit; positions beyond the path are its ends."""
-        position = min(max(position, 0.0), self.end)
-        before = int(position)
-        after = min(before + 1, len(self._levels) - 1)
-        quantiles = self._levels[before] + (position - before) * (self._levels[after] - self._levels[before])
+        quantiles = self._between(self.levels, position)
         return (*(self._threshold(index, quantile) for index, quantile in enumerate(quantiles)), ALWAYS)
 
     def shares(self, position: float) -> np.ndarray:
-        """(exits,) share of the samples that each exit takes."""
-        return exit_shares(self._deltas, self.thresholds(position))
+        """(exits,) expected share of the steps that each exit takes."""
+        return self._between(self.corner_shares, position)
 
-    def position_within(self, limits: list[Limit]) -> float:
-        """The deepest position whose expected cost keeps every limit; `end` where even that does not.
+    def position_within(self, costs: np.ndarray, mean: float) -> float:
+        """The deepest position of an expected cost (exits,) within `mean`; `end` where even that is dearer."""
+        return float(np.interp(-mean, -(self.corner_shares @ costs), np.arange(len(self.levels))))
 
-        Cost falls along the path, so bisection finds it.
-        """
-
-        def keeps(position: float) -> bool:
-            shares = self.shares(position)
-            return all(shares @ costs <= limit for costs, limit in limits)
-
-        if keeps(0.0):
-            return 0.0
-        low, high = 0.0, self.end
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if keeps(middle) else (middle, high)
-        return high
-
-    def position_near(self, costs: np.ndarray, mean: float) -> float:
-        """About the position of that expected cost, at once: between the corners of the path cost is taken to be linear."""
-        return float(np.interp(-mean, -(self._corner_shares @ costs), np.arange(len(self._levels))))
+    def _between(self, corners: np.ndarray, position: float) -> np.ndarray:
+        position = min(max(position, 0.0), self.end)
+        before = int(position)
+        after = min(before + 1, len(corners) - 1)
+        return corners[before] + (position - before) * (corners[after] - corners[before])
 
     def _threshold(self, index: int, quantile: float) -> float:
-        """The delta that `quantile` of exit number `index`'s samples are not above."""
-        column = self._sorted[index]
-        count = int(quantile * len(column) + 1e-9)
+        """The delta that `quantile` of exit number `index`'s samples are not above; of few samples or ties rather more of them."""
+        column = self._columns[index]
+        count = math.ceil(quantile * len(column) - 1e-9)
         if count == 0:
             return NEVER
         return ALWAYS if count >= len(column) else float(column[count - 1])
 
 
-def _greedy(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the path: quantiles (corners, exits - 1), from zeros to one for the first exit; shares (corners, exits)."""
+def _greedy_levels(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """(corners, exits - 1) quantiles, from zeros to one for the first exit."""
     samples, exits = deltas.shape
     ranks = np.argsort(np.argsort(deltas, axis=0, kind="stable"), axis=0, kind="stable")
     bins = ranks * LEVELS // samples  # a sample stops at an exit whose level is above its bin
     levels, taken = np.zeros(exits, dtype=np.int64), np.full(samples, exits)
-    path, shares = [levels.copy()], [np.bincount(taken, minlength=exits + 1)]
+    path = [levels.copy()]
     while exits and levels[0] < LEVELS:
         saved = costs[taken][:, None] - costs[:-1]
         added = deviations[:, :-1] - np.take_along_axis(deviations, taken[:, None], axis=1)
@@ -102,5 +105,4 @@ def _greedy(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> tu
         stops = bins < levels
         taken = np.where(stops.any(1), stops.argmax(1), exits)
         path.append(levels.copy())
-        shares.append(np.bincount(taken, minlength=exits + 1))
-    return np.array(path) / LEVELS, np.array(shares) / samples
+    return np.array(path) / LEVELS

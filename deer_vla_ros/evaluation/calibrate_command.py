@@ -21,7 +21,7 @@ from deer_vla_ros.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="'table': the simulated table, an arm that strolls about")
     parser.add_argument("--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)")
-    parser.add_argument("--episodes", type=int, default=80, help="arrangements of the table (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=144, help="arrangements of the table (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="steps of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first arrangement (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")

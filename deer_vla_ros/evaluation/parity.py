@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deer_vla_ros.budget.calibration import window_deltas
+from deer_vla_ros.budget.calibration import columns, window_deltas
 from deer_vla_ros.budget.families import target_shares, thresholds_for_shares
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.recording import ModelRecording, read_arrays, read_json, read_model, toy_tokenizer
@@ -268,7 +268,7 @@ def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterato
     yield from _check_head(f"{forward}/last_head", arrays, head(features[:, :, -1], head.initial_state(samples)))
     number = int(batch.removeprefix("batch"))
     drawn = torch.from_numpy(arrays[f"values/strategy1_idx_{batch}"])
-    values = window_deltas(model.shared_head, features, drawn, exits)
+    values = window_deltas(model.shared_head, columns(features, exits), drawn)
     recorded = arrays["values/values"][:, number * len(values) : (number + 1) * len(values)]
     yield compare("values", f"values/values of {batch}", recorded, values.T)
     for strategy in (1, 2):

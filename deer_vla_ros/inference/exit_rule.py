@@ -12,12 +12,12 @@ from torch import Tensor
 from deer_vla_ros.errors import UserError
 
 DELTAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l2": lambda a, b: (a - b).square().mean().sqrt(),
-    "mean": lambda a, b: (a - b).abs().mean(),
-    "max": lambda a, b: (a - b).abs().max(),
-    "cosine": lambda a, b: 1 - torch.cosine_similarity(a, b, dim=0),
+    "l2": lambda a, b: (a - b).square().mean(-1).sqrt(),
+    "mean": lambda a, b: (a - b).abs().mean(-1),
+    "max": lambda a, b: (a - b).abs().amax(-1),
+    "cosine": lambda a, b: 1 - torch.cosine_similarity(a, b, dim=-1),
 }
-"""Difference of two poses (6,), by name; the gripper takes no part. `l2` is the paper's."""
+"""Difference of two poses (..., 6), by name; the gripper takes no part. `l2` is the paper's."""
 
 
 @dataclass(frozen=True)

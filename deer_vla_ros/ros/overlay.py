@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
+from deer_vla_ros.budget.types import UNITS, BudgetStatus
 from deer_vla_ros.control.types import Decision, HoldReason
 
 WIDTH, HEIGHT = 640, 480
@@ -35,12 +36,18 @@ MANY = 1e6
 
 
 def draw(
-    static: np.ndarray, gripper: np.ndarray, instruction: str, decision: Decision | None, holds: tuple[HoldReason, ...]
+    static: np.ndarray,
+    gripper: np.ndarray,
+    instruction: str,
+    decision: Decision | None,
+    holds: tuple[HoldReason, ...],
+    budget: BudgetStatus | None = None,
 ) -> np.ndarray:
     """The overlay, (480, 640, 3) uint8 RGB.
 
     static, gripper: (H, W, 3) uint8 RGB of any size; one without pixels is shown as a frame that has not come.
     decision: the newest there is, also while holding; None before the first step. holds: empty while the arm moves.
+    budget: what is asked for and achieved; None for none.
     """
     canvas = Picture.new("RGB", (WIDTH, HEIGHT), GROUND)
     pen = ImageDraw.Draw(canvas)
@@ -51,6 +58,8 @@ def draw(
     if decision is not None:
         _draw_ladder(pen, decision)
     _draw_band(pen, decision, holds)
+    if budget is not None and budget.achieved.steps:
+        _write(pen, (WIDTH - PAD, HEIGHT - BAND + 6), _spent(budget), 15, INK, "ra")
     return np.asarray(canvas)
 
 
@@ -142,6 +151,18 @@ def _draw_band(pen: ImageDraw.ImageDraw, decision: Decision | None, holds: tuple
     pen.rectangle((0, top, WIDTH, HEIGHT), fill=colour)
     _write(pen, (PAD, top + 3), title, 20)
     _write(pen, (PAD, top + 28), _fit(text, 15), 15)
+
+
+def _spent(budget: BudgetStatus) -> str:
+    """Mean achieved, against what is asked for where an average binds."""
+    name = budget.binding or "average_gmac"
+    achieved = {
+        "average_gmac": budget.achieved.gmac,
+        "average_fraction": budget.achieved.fraction,
+        "average_ms": budget.achieved.ms,
+    }[name]
+    asked = f" of {getattr(budget.requested, name):.3g}" if budget.binding else ""
+    return f"mean {achieved:.3g}{asked} {'' if name == 'average_fraction' else UNITS[name]}".strip()
 
 
 def _depth(decision: Decision) -> str:

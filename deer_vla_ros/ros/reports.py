@@ -101,7 +101,9 @@ class Reports:
         if self._controller is None or self._overlay.get_subscription_count() == 0:
             return
         frames = [frame.image if frame else NO_IMAGE for frame in self._controller.newest_frames]
-        picture = overlay.draw(*frames, self._controller.instruction, self._newest, self._controller.holding)
+        picture = overlay.draw(
+            *frames, self._controller.instruction, self._newest, self._controller.holding, self._controller.budget_status
+        )
         self._overlay.publish(image_message(picture, "", self._now_ns()))
 
     def _now_ns(self) -> int:

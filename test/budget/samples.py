@@ -3,6 +3,7 @@
 import numpy as np
 
 from deer_vla_ros.budget.calibration import Calibration
+from deer_vla_ros.budget.path import ThresholdPath
 
 EXITS = (1, 3, 5, 7, 9, 11)
 
@@ -22,6 +23,8 @@ def calibration(count: int = 2000, exits: tuple[int, ...] = EXITS, seed: int = 0
     poses = np.zeros((count, len(exits), 6), np.float32)
     poses[:, :, 0] = deviations * np.sqrt(6)
     numbers = np.arange(count, dtype=np.int32)
+    costs = np.arange(1.0, len(exits) + 1)
+    paths = [ThresholdPath.ordered(deltas[:, :n], deviations[:, :n], costs[:n]) for n in range(1, len(exits) + 1)]
     return Calibration(
         exits=exits,
         delta="l2",
@@ -32,5 +35,6 @@ def calibration(count: int = 2000, exits: tuple[int, ...] = EXITS, seed: int = 0
         steps=numbers % 50,
         tokens=np.full(count, 10, np.int32),
         window_deltas=deltas[:0],
+        paths={n: (path.levels, path.corner_shares) for n, path in enumerate(paths, 1)},
         provenance={"source": "made up"},
     )

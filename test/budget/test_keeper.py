@@ -309,7 +309,9 @@ def test_a_calibration_that_lacks_rows_for_the_depth_is_told_when_an_average_is_
     shallow = calibration(exits=(1, 3, 5))
     keeper = new_keeper(calibrated=shallow)
     keeper.check(Budget(peak_gmac=1.0))
-    with pytest.raises(UserError, match=r"no rows for the exits at layers \[7, 9, 11\].*run `python -m deer_vla_ros calibrate`"):
+    with pytest.raises(
+        UserError, match=r"rows for the exits at layers \(1, 3, 5\), the network has .*run `python -m deer_vla_ros calibrate`"
+    ):
         keeper.check(Budget(average_fraction=0.5))
 
 

@@ -1,16 +1,19 @@
 """From newest inputs to guarded command, on the embedded checkpoint; time is an argument."""
 
+import shutil
+import time
+
 import numpy as np
 import pytest
 from poses import distance_between
 
-from deer_vla_ros.budget.keeper import Budget
+from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.control.controller import Controller, ControllerSettings
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
 from deer_vla_ros.control.types import Camera, Frame, HoldReason, MeasuredPose, Pose
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.types import StopReason
+from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.model.checkpoint import EMBEDDED, load
 
 MS = 1_000_000
@@ -238,23 +241,86 @@ def test_the_same_inputs_give_the_same_decisions(checkpoint):
         np.testing.assert_array_equal(a.target.quaternion, b.target.quaternion)
 
 
-def test_a_lower_peak_is_obeyed_by_the_next_step_and_the_memory_stays(checkpoint):
-    plain, capped = Robot(Controller(checkpoint, SETTINGS)), Robot(Controller(checkpoint, SETTINGS))
-    plain.tick(), capped.tick()
-    status = capped.controller.budget_status
-    capped.controller.set_budget(Budget(peak_gmac=status.feasible_min_gmac))
-    plain.tick()
-    decision = capped.tick().decision
-    assert decision.cost.language_gmac <= status.feasible_min_gmac
-    assert decision.policy.stop is StopReason.DEEPEST and decision.episode_step == 1
-    assert decision.budget_id != status.budget_id
+BUDGETS = ("average_gmac", "average_fraction", "average_ms", "peak_gmac", "memory_gib", "deadline_ms")
+
+
+def middle(controller: Controller, name: str) -> float:
+    low, high = controller.budget_status.feasible[name]
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(checkpoint, name):
+    checkpoint = load(EMBEDDED)  # its own: a memory budget takes layers away
+    controller = Controller(checkpoint, SETTINGS)
+    controller.warm_up()
+    robot, seen = Robot(controller), []
+    original = controller._policy.step
+    controller._policy.step = lambda observation: (seen.append(observation), original(observation))[1]
+    decisions = [robot.tick().decision for _ in range(4)]
+    before = controller.budget_status
+    budget = Budget(**{name: middle(controller, name)}, governor=False)
+    controller.check_budget(budget)
+    controller.set_budget(budget)
+    rule = controller.budget_status.rule
+    decisions += [robot.tick().decision for _ in range(4)]
+
+    # The same observations by a policy alone, whose rule changes after four steps and nothing else.
+    plain = load(EMBEDDED)
+    policy = DeerPolicy(plain.model, plain.tokenizer, before.rule)
+    policy.reset("lift the red block")
+    for number, (observation, decision) in enumerate(zip(seen, decisions, strict=True)):
+        policy.rule = before.rule if number < 4 else rule
+        step = policy.step(observation)
+        np.testing.assert_array_equal(step.action.pose, decision.policy.action.pose)
+        assert (step.exits, step.exit_index) == (decision.policy.exits, decision.policy.exit_index)
+        assert decision.episode_step == number and decision.step == number, "no step is lost, no episode begins"
+    assert rule != before.rule
+    assert {d.budget_id for d in decisions[:4]} == {before.budget_id} != {d.budget_id for d in decisions[4:]}
+    assert {d.budget_id for d in decisions[4:]} == {controller.budget_status.budget_id}
+    controller.close()
+
+
+def test_a_memory_budget_drops_layers_at_once_and_control_goes_on_while_they_come_back(tmp_path):
+    checkpoint = load(EMBEDDED)
+    controller = Controller(checkpoint, SETTINGS)
+    robot = Robot(controller)
+    controller.set_budget(Budget(memory_gib=controller.budget_status.feasible["memory_gib"][0]))
+    assert controller.budget_status.resident_layers == 2
+    assert all(parameter.is_meta for parameter in checkpoint.model.layers[2].parameters())
+    assert robot.tick().decision.policy.layers_run == 2
+    controller.set_budget(Budget(average_fraction=1.0))
+    for _ in range(1000):
+        assert robot.tick().decision.policy.layers_run in (2, 12)
+        if controller.budget_status.resident_layers == 12:
+            break
+        time.sleep(0.01)
+    assert robot.tick().decision.policy.layers_run == 12 and not controller.problem
+    controller.close()
+
+
+def test_layers_that_cannot_come_back_are_told_and_control_goes_on(tmp_path):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "checkpoint")
+    controller = Controller(load(folder), SETTINGS)
+    robot = Robot(controller)
+    controller.set_budget(Budget(memory_gib=controller.budget_status.feasible["memory_gib"][0]))
+    (folder / "model.safetensors").unlink()
+    controller.set_budget(Budget())
+    for _ in range(1000):
+        assert robot.tick().decision.policy.layers_run == 2
+        if controller.problem:
+            break
+        time.sleep(0.01)
+    assert "model.safetensors" in controller.problem
+    controller.close()
 
 
 def test_a_peak_below_the_first_exit_is_refused_and_changes_nothing(controller):
     Robot(controller).tick()
     before = controller.budget_status
-    with pytest.raises(UserError, match=f"{before.feasible_min_gmac:.4g} to {before.feasible_max_gmac:.4g}"):
-        controller.check_budget(Budget(peak_gmac=before.feasible_min_gmac * 0.99))
+    low, high = before.feasible["peak_gmac"]
+    with pytest.raises(UserError, match=f"to {high:.4g}, or 0"):
+        controller.check_budget(Budget(peak_gmac=low * 0.99))
     assert controller.budget_status.budget_id == before.budget_id
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deer_vla_ros.__main__ import main
-from deer_vla_ros.budget.calibration import window_deltas
+from deer_vla_ros.budget.calibration import columns, window_deltas
 from deer_vla_ros.evaluation.parity import compare
 from deer_vla_ros.evaluation.recording import read_arrays, read_json, read_model
 from deer_vla_ros.inference.exit_rule import ExitRule
@@ -119,7 +119,7 @@ def values_of(recording, window: dict[str, np.ndarray]) -> np.ndarray:
     """Calibration values of a shorter window, which the reference did not record: our own, in the place of batch 1."""
     model, features = recording.model, torch.from_numpy(window["fwd1/pooled"]).permute(1, 2, 0, 3)
     drawn = torch.from_numpy(window["values/strategy1_idx_batch1"])[:, :LIGHT_WINDOW]
-    values = window_deltas(model.shared_head, features, drawn, model.config.exits).T
+    values = window_deltas(model.shared_head, columns(features, model.config.exits), drawn).T
     return np.concatenate((np.zeros_like(values), values), axis=1)
 
 
