@@ -1,16 +1,21 @@
 """How is the achieved mean kept on the requested one, when the world differs from the calibration?
 
-By integral feedback. Every step's overspending, relative to the budget, is summed up; the sum moves the budget that thresholds are
-solved for, and with it the calibrated quantiles they stand at. The sum of overspending is what the mean over any window is made of:
-bounded, it keeps every window near the budget.
+By integral feedback. Every step's overspending, in budgets, is summed up; the sum moves the budget that thresholds are solved for, and
+with it the calibrated quantiles they stand at. What a window of steps spends beyond its budget is the difference of two such sums:
+bounded, they keep every window near the budget.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-GAIN = 0.1
-"""Share of the budget by which one step's whole budget too much lowers the next ones: forgotten in about ten steps."""
+AUTHORITY = 4.0
+"""Budgets overspent at which only the first exit is asked for, and saved at which full depth is.
+
+A window of 200 steps is then within 2 * AUTHORITY / 200 = 4% of its budget, but for what MEMORY forgets.
+"""
+MEMORY = 6.0
+"""The most that is remembered, either way (anti-windup): what a world without remedy costs beyond it is forgotten."""
 
 
 @dataclass
@@ -18,29 +23,23 @@ class Governor:
     """One budget's governor: give it every step's cost, ask it what to solve for.
 
     target: the budget. low, high: cost of the cheapest and of the dearest step, in the target's unit; what is solved for stays
-    between them, and the sum never grows where that could not be (anti-windup). It begins with a new request, a new activation and
-    whenever it is switched off and on; it lasts over instructions, episodes and holds.
+    between them. It begins with a new request and a new activation; it lasts over instructions, episodes and holds.
     """
 
     target: float
     low: float
     high: float
-    _overspent: float = 0.0
-
-    @property
-    def factor(self) -> float:
-        """What the budget is multiplied by: 1 while all is as calibrated."""
-        return 1.0 - GAIN * self._overspent
+    overspent: float = 0.0
 
     @property
     def effective(self) -> float:
-        """The budget to solve thresholds for."""
-        return min(max(self.target * self.factor, self.low), self.high)
+        """The budget to solve thresholds for: the target while all is as calibrated."""
+        share = min(max(self.overspent / AUTHORITY, -1.0), 1.0)
+        return self.target - share * (self.target - self.low if share > 0 else self.high - self.target)
 
     def note(self, cost: float, binds: bool = True) -> None:
-        """One step's cost. binds: whether this budget decided the thresholds; of one that does not, saving is not remembered."""
-        change = cost / self.target - 1.0
-        if not binds and change < 0:
-            change = max(change, -self._overspent) if self._overspent > 0 else 0.0
-        lowest, highest = (1.0 - self.high / self.target) / GAIN, (1.0 - self.low / self.target) / GAIN
-        self._overspent = min(max(self._overspent + change, min(lowest, 0.0)), max(highest, 0.0))
+        """One step's cost. binds: whether this budget decided the thresholds; what one that does not saves is not remembered."""
+        overspent = self.overspent + cost / self.target - 1.0
+        if not binds:
+            overspent = max(overspent, min(self.overspent, 0.0))
+        self.overspent = min(max(overspent, -MEMORY), MEMORY)
