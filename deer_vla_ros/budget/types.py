@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 
 AVERAGES = ("average_gmac", "average_fraction", "average_ms")
@@ -36,6 +38,12 @@ class Budget:
     average_ms: float = 0.0
     deadline_ms: float = 0.0
     governor: bool = True
+
+    def check(self) -> None:
+        """Raises UserError where a value is no amount; what is feasible only a keeper knows."""
+        for name, value in self.active((*AVERAGES, *PEAKS)).items():
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"budget.{name} is {value:g}: give a positive number of {UNITS[name]}, or 0 for no limit")
 
     def active(self, names: tuple[str, ...]) -> dict[str, float]:
         """Those of `names` that limit anything."""

@@ -71,18 +71,23 @@ def folder_of(path: str) -> Path:
     return Path(path).expanduser() if path else EMBEDDED
 
 
+def load_info(folder: Path) -> CheckpointInfo:
+    """What a checkpoint folder says of itself, without its weights; a missing or malformed file raises UserError by name."""
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (folder / name).is_file():
+            raise UserError(f"checkpoint {folder}: {name} is missing: give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
+    try:
+        return CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
+    except ValueError as error:  # of bytes that are no text, and of text that is no JSON
+        raise UserError(f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint") from error
+
+
 def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Reads a checkpoint folder onto `device`, weights cast to `dtype`.
 
     A missing file, a missing or unknown tensor, or one of the wrong shape raises UserError by name; nothing is half loaded.
     """
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        if not (folder / name).is_file():
-            raise UserError(f"checkpoint {folder}: {name} is missing: give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
-    try:
-        info = CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
-    except ValueError as error:  # of bytes that are no text, and of text that is no JSON
-        raise UserError(f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint") from error
+    info = load_info(folder)
     tokenizer = InstructionTokenizer.from_file(folder / TOKENIZER, info.model.max_tokens)
     if tokenizer.size > info.model.decoder.vocabulary:
         raise UserError(

@@ -27,7 +27,10 @@ NODE_NAME = "deer_vla"
 
 @dataclass(frozen=True)
 class Declaration:
-    """One parameter. low and high bound numbers; live: may change while the node runs, between two steps."""
+    """One parameter. low and high bound numbers; live: may change while the node runs, between two steps.
+
+    is_budget: refused by the budget itself, with the range that is feasible at that moment, rather than by rclpy.
+    """
 
     name: str
     default: Any
@@ -37,13 +40,16 @@ class Declaration:
     high: float | None = None
     choices: tuple[str, ...] = ()
     live: bool = False
+    is_budget: bool = False
 
     def descriptor(self) -> ParameterDescriptor:
         unit = f" [{self.unit}]" if self.unit else ""
         descriptor = ParameterDescriptor(description=self.description + unit, read_only=not self.live)
         if self.choices:
             descriptor.additional_constraints = f"one of: {', '.join(self.choices)}"
-        if self.low is not None and isinstance(self.default, float):
+        if self.is_budget:
+            descriptor.additional_constraints = "0, or not below the cost of the first exit: ~/budget tells the feasible range"
+        elif self.low is not None and isinstance(self.default, float):
             descriptor.floating_point_range = [FloatingPointRange(from_value=self.low, to_value=self.high)]
         elif self.low is not None:
             descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=int(self.high))]
@@ -103,6 +109,7 @@ DECLARATIONS = (
         0.0,
         1e6,
         live=True,
+        is_budget=True,
     ),
     Declaration(
         "budget.average_fraction",
@@ -112,6 +119,7 @@ DECLARATIONS = (
         0.0,
         1e6,
         live=True,
+        is_budget=True,
     ),
     Declaration(
         "budget.peak_gmac",
@@ -121,6 +129,7 @@ DECLARATIONS = (
         0.0,
         1e6,
         live=True,
+        is_budget=True,
     ),
     Declaration(
         "budget.memory_gib",
@@ -130,9 +139,17 @@ DECLARATIONS = (
         0.0,
         1e6,
         live=True,
+        is_budget=True,
     ),
     Declaration(
-        "budget.average_ms", 0.0, "Mean of a whole step, by the latency measured here. 0: no limit.", "ms", 0.0, 1e6, live=True
+        "budget.average_ms",
+        0.0,
+        "Mean of a whole step, by the latency measured here. 0: no limit.",
+        "ms",
+        0.0,
+        1e6,
+        live=True,
+        is_budget=True,
     ),
     Declaration(
         "budget.deadline_ms",
@@ -142,6 +159,7 @@ DECLARATIONS = (
         0.0,
         1e6,
         live=True,
+        is_budget=True,
     ),
     Declaration(
         "budget.governor",

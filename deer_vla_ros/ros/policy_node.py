@@ -267,8 +267,8 @@ class PolicyNode(LifecycleNode):
         try:
             given = parameters.values(self, {parameter.name: parameter.value for parameter in changed})
             parameters.controller_settings(given)
-            if self._controller is not None:
-                self._controller.check_budget(parameters.budget(given))
+            asked = parameters.budget(given)
+            asked.check() if self._controller is None else self._controller.check_budget(asked)
         except UserError as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)

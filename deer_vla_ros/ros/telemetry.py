@@ -52,7 +52,7 @@ class Telemetry:
             level, message = DiagnosticStatus.STALE, "not active"
         elif controller.holding:
             level, message = DiagnosticStatus.WARN, "holding: " + "; ".join(reason.value for reason in controller.holding)
-        elif problems := [*_budget_problems(controller), *around.problems]:
+        elif problems := [*budget_problems(controller), *around.problems]:
             level, message = DiagnosticStatus.WARN, "; ".join(problems)
         figures = {f"publishers.{topic}": str(count) for topic, count in around.publishers.items()}
         figures |= {f"problem.{i}": problem for i, problem in enumerate(around.problems)}
@@ -78,7 +78,7 @@ class Telemetry:
         return figures
 
 
-def _budget_problems(controller: Controller) -> list[str]:
+def budget_problems(controller: Controller) -> list[str]:
     """What keeps the budget from being kept."""
     problems, status = [controller.problem] if controller.problem else [], controller.budget_status
     if status.achieved.recent_miss_rate > RARE:

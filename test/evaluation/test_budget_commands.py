@@ -1,0 +1,127 @@
+"""calibrate, budget and benchmark budgets as a person runs them, on few episodes of the simulated table."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deer_vla_ros.__main__ import main
+from deer_vla_ros.budget.calibration import CALIBRATION, Calibration, closed_loop_shares, columns
+from deer_vla_ros.budget.families import exits_taken
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.policy import DeerPolicy
+from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.model.checkpoint import EMBEDDED, load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The embedded checkpoint, calibrated anew on six episodes."""
+    folder = shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("calibrated") / "checkpoint")
+    (folder / CALIBRATION).unlink()
+    command = ("calibrate", "table", "--checkpoint", str(folder), "--episodes", "6", "--steps", "25")
+    done = subprocess.run([sys.executable, "-m", "deer_vla_ros", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "150 steps" in done.stdout
+    return folder
+
+
+def test_a_calibration_holds_every_exit_of_every_step_with_its_provenance(folder):
+    calibration = Calibration.load(folder)
+    assert calibration.exits == (1, 3, 5, 7, 9, 11) and calibration.deltas.shape == (150, 6)
+    assert calibration.poses.shape == (150, 6, 6) and np.abs(calibration.poses).max() <= 1.0
+    assert (calibration.deviations[:, -1] == 0).all() and (calibration.deviations[:, 0] > 0).all()
+    assert calibration.episodes.tolist() == [episode for episode in range(6) for _ in range(25)]
+    assert calibration.steps.tolist() == list(range(25)) * 6
+    assert len(calibration.window_deltas) == 6 * 3 * 6, "windows of 12 steps begin at 0, 6 and 12, with 6 positions each"
+    assert "seeds 0 to 5" in calibration.provenance["source"] and len(calibration.provenance["weights_sha256"]) == 64
+    assert sorted(calibration.paths) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_calibration_measures_is_what_the_policy_does():
+    """Closed-loop shares of two rules at once, against `DeerPolicy` under each; and the deltas that decide."""
+    checkpoint = load(EMBEDDED)
+    random = np.random.default_rng(0)
+    rules = [(0.008, 0.01, 0.01, 0.01, 0.01, 1e8), (0.012, -1e8, 0.02, 0.005, 0.0, 1e8)]
+    policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, ExitRule((1, 3, 5, 7, 9, 11), rules[0]))
+    policy.reset("open the drawer")
+    images = random.integers(0, 255, (12, 2, 80, 80, 3), dtype=np.uint8)
+    observations = [Observation(*pair) for pair in images]
+    features = np.stack([policy.features(observation).numpy() for observation in observations])
+    episode = columns(torch.from_numpy(features), (1, 3, 5, 7, 9, 11))
+    shares = closed_loop_shares(checkpoint.model.shared_head, [episode], np.array(rules), "l2")
+    for rule, measured in zip(rules, shares, strict=True):
+        policy.rule = ExitRule((1, 3, 5, 7, 9, 11), rule)
+        policy.reset("open the drawer")
+        on_images = [policy.step(observation).exit_index for observation in observations]
+        policy.reset("open the drawer")
+        on_features = [policy.step_on_features(torch.from_numpy(step)).exit_index for step in features]
+        assert on_images == on_features
+        assert measured == pytest.approx(np.bincount(on_images, minlength=6) / 12)
+
+
+def test_a_calibration_of_another_depth_and_a_damaged_one_are_refused_with_the_remedy(folder, tmp_path):
+    calibration = Calibration.load(folder)
+    with pytest.raises(UserError, match="run `python -m deer_vla_ros calibrate`"):
+        calibration.check((1, 3), "l2")
+    with pytest.raises(UserError, match="'l2' deltas, the checkpoint's rule uses 'max'"):
+        calibration.check(calibration.exits, "max")
+    (tmp_path / CALIBRATION).write_bytes((folder / CALIBRATION).read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a calibration"):
+        Calibration.load(tmp_path)
+    assert Calibration.load(tmp_path / "nothing") is None
+
+
+def test_the_budget_command_tells_cost_against_deviation_and_draws_it(folder, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert main(["budget", str(folder), "--plot", str(tmp_path / "plot.png"), "--json", str(report)]) == 0
+    output = capsys.readouterr().out
+    assert "calibrated on 150 steps" in output and "seeds 0 to 5" in output
+    rows = json.loads(report.read_text())
+    assert len(rows) == 12 and (tmp_path / "plot.png").stat().st_size > 10_000
+    assert [row["fraction"] for row in rows] == sorted(row["fraction"] for row in rows)
+    assert rows[-1]["shares"][-1] == pytest.approx(1.0) and rows[-1]["deviation"]["path"] == 0
+    assert rows[0]["shares"][0] == pytest.approx(1.0)
+    for row in rows:
+        assert sum(row["shares"]) == pytest.approx(1.0)
+        assert set(row["deviation"]) == {"path", "exp", "gauss", "gamma"}
+
+
+def test_one_question_is_answered_and_an_infeasible_one_named(folder, capsys):
+    assert main(["budget", str(folder), "--fraction", "0.4"]) == 0
+    assert "   0.400   " in capsys.readouterr().out
+    assert main(["budget", str(folder), "--fraction", "0.01"]) == 1
+    assert "give 0.1667 to 1" in capsys.readouterr().err
+    assert main(["calibrate", "/some/bag"]) == 1
+    assert "give 'table'" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_budgets_measures_every_budget(folder, tmp_path):
+    report = tmp_path / "report.json"
+    command = ("benchmark", "budgets", "--checkpoint", str(folder), "--episodes", "12", "--json", str(report))
+    done = subprocess.run([sys.executable, "-m", "deer_vla_ros", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(report.read_text())
+    assert len(figures["rows"]) == 12 and figures["peak_violations"] == 0
+    assert figures["seeds"]["held_out"] == "500000 to 500011"
+    for row in figures["rows"]:
+        assert row["achieved"] == pytest.approx(row["requested"], rel=0.35), "600 steps, solved from 150"
+        assert sum(row["exit_shares"]) == pytest.approx(1.0)
+    worst = max(abs(row["relative_error"]) for row in figures["rows"])
+    assert figures["worst_relative_error"] == pytest.approx(worst)
+    assert figures["worst_relative_error_shifted_governed"] < 0.08
+    assert figures["worst_relative_error_shifted_governed"] < figures["worst_relative_error_shifted_ungoverned"]
+
+
+def test_exits_taken_is_the_exit_rule():
+    random = np.random.default_rng(0)
+    deltas = random.uniform(0, 1, (200, 4)).astype(np.float32)
+    rule = ExitRule((1, 3, 5, 7), (0.2, -1e8, 0.4, 1e8))
+    for row, taken in zip(deltas, exits_taken(deltas, rule.thresholds), strict=True):
+        assert taken == next((i for i in range(3) if rule.agrees(i, float(row[i]))), 3)
