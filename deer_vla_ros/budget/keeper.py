@@ -6,20 +6,20 @@ import decimal
 import functools
 import math
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from deer_vla_ros.budget.account import Account
 from deer_vla_ros.budget.calibration import FEW_SAMPLES, REMEDY, Calibration
 from deer_vla_ros.budget.cost import cost_table, layer_gib
 from deer_vla_ros.budget.families import NEVER, exit_shares
 from deer_vla_ros.budget.governor import Governor
 from deer_vla_ros.budget.latency import LatencyModel
 from deer_vla_ros.budget.path import ThresholdPath
-from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Achieved, Budget, BudgetStatus, StepCost
+from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.types import PolicyStep
@@ -27,8 +27,8 @@ from deer_vla_ros.model.config import ModelConfig
 
 Result = TypeVar("Result")
 
-RECENT = 200
-"""Steps that the recent means cover, and that the rate of misses is a share of."""
+SHORTEST = 4
+"""Tokens of the shortest instruction: until there is one, a budget is feasible that could be."""
 REFRESH = 25
 """Steps after which budgets in ms are solved anew from the latencies measured meanwhile."""
 WORTH_TELLING = 0.02
@@ -90,7 +90,7 @@ class BudgetKeeper:
         self.latency = LatencyModel()
         self._resident = model.decoder.layers
         self._budget = Budget()
-        self._table = cost_table(model, model.max_tokens)
+        self._table = cost_table(model, min(SHORTEST, model.max_tokens))
         self._id = 0
         self._begin_account()
         self._solve()
@@ -171,15 +171,11 @@ class BudgetKeeper:
         )
         self.latency.observe(step)
         measured = {"average_gmac": cost.language_gmac, "average_fraction": cost.fraction, "average_ms": step.times.total}
-        self._steps += 1
-        self._spent += (cost.language_gmac, cost.fraction, step.times.total)
-        self._recent.append((cost.language_gmac, step.times.total))
         missed = 0 < self._budget.deadline_ms < step.times.total
-        self._misses += missed
-        self._recent_misses.append(missed)
+        self._account.enter(cost.language_gmac, cost.fraction, step.times.total, missed)
         for name, governor in self._governors.items():
             governor.note(measured[name], binds=name == self._solution.binding)
-        if self._steps % REFRESH == 0 and (self._budget.average_ms or self._budget.deadline_ms):
+        if self._account.steps % REFRESH == 0 and (self._budget.average_ms or self._budget.deadline_ms):
             self._refresh()
         self._current = self._rule()
         return cost
@@ -196,7 +192,7 @@ class BudgetKeeper:
             feasible={name: (float(price[0]), float(price[-1])) for name, price in prices.items()},
             expected_gmac=_mean(shares, prices["average_gmac"]),
             expected_ms=_mean(shares, prices.get("average_ms")),
-            achieved=self._achieved(),
+            achieved=self._account.achieved(),
             binding=self._solution.binding,
             clamped=self._solution.clamped,
             correction=governor.effective / governor.target if governor and self._budget.governor else 1.0,
@@ -285,25 +281,8 @@ class BudgetKeeper:
     # --- the account
 
     def _begin_account(self) -> None:
+        self._account = Account()
         self._governors: dict[str, Governor] = {}
-        self._spent, self._steps, self._misses = np.zeros(3), 0, 0
-        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
-        self._recent_misses: deque[bool] = deque(maxlen=RECENT)
-
-    def _achieved(self) -> Achieved:
-        steps, nan = self._steps, float("nan")
-        gmac, fraction, ms = self._spent / steps if steps else (nan, nan, nan)
-        recent = np.mean(self._recent, axis=0) if steps else (nan, nan)
-        return Achieved(
-            steps=steps,
-            gmac=float(gmac),
-            fraction=float(fraction),
-            ms=float(ms),
-            recent_gmac=float(recent[0]),
-            recent_ms=float(recent[1]),
-            deadline_misses=self._misses,
-            recent_miss_rate=sum(self._recent_misses) / RECENT,
-        )
 
     def _expected_shares(self) -> np.ndarray | None:
         """(exits,) shares on the calibration's deltas, without the governor's correction."""

@@ -30,7 +30,8 @@ class LatencyModel:
     def observe(self, step: PolicyStep) -> None:
         """One step's stage times."""
         times, place = step.times, self._count % WINDOW
-        self._ratios[place] = times.total / self.expected(step.layers_run, step.head_probes) if self._count else 1.0
+        expected = self.expected(step.layers_run, step.head_probes) if self._count else 0.0
+        self._ratios[place] = times.total / expected if expected > 0 else 1.0
         self._parts[place] = (
             times.preprocess + times.vision,
             times.language / step.layers_run,

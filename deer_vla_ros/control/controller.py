@@ -10,27 +10,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from deer_vla_ros.budget.calibration import Calibration
-from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget, BudgetStatus
+from deer_vla_ros.control.budgeted_policy import BudgetedPolicy, BudgetedStep
 from deer_vla_ros.control.gripper import GripperSwitch
 from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
 from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
 from deer_vla_ros.control.pace import Pace
 from deer_vla_ros.control.types import Camera, Command, Decision, Frame, HoldReason, MeasuredPose, Pose, Twist
-from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.exit_rule import ExitRule
-from deer_vla_ros.inference.policy import DeerPolicy
-from deer_vla_ros.inference.residency import ResidentLayers
-from deer_vla_ros.inference.types import Observation, PolicyStep
+from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.checkpoint import Checkpoint
-
-WARM_UP_RUNS = 3
-"""Of each exit; the first is not timed."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +53,8 @@ class Controller:
 
     def __init__(self, checkpoint: Checkpoint, settings: ControllerSettings, action_space: ActionSpace | None = None):
         """action_space: units, frame and gripper values of this robot, where they are not the checkpoint's."""
-        info = checkpoint.info
-        self.action_space = action_space or info.action_space
-        calibration = Calibration.load(checkpoint.folder) if checkpoint.folder else None
-        self._budget = BudgetKeeper(info.model, info.delta, info.thresholds, checkpoint.model.dtype.itemsize, calibration)
-        self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._budget.rule)
-        self._layers = ResidentLayers(checkpoint.model, checkpoint.folder)
-        self._layers_problem = ""
+        self.action_space = action_space or checkpoint.info.action_space
+        self._policy = BudgetedPolicy(checkpoint)
         self._gate = InputGate(settings.inputs, self.action_space.frame)
         self._settings = settings
         self._instruction = ""
@@ -120,33 +105,26 @@ class Controller:
 
     def check_budget(self, budget: Budget) -> None:
         """Raises UserError where `budget` cannot be kept; changes nothing."""
-        self._budget.check(budget)
+        self._policy.check(budget)
 
     def set_budget(self, budget: Budget) -> None:
-        """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays.
-
-        Layers that its memory has no room for leave the device now; those that it has room for again are loaded meanwhile, and
-        the steps until then go as deep as before. Raises UserError where layers that leave could not come back.
-        """
-        self._layers.keep(self._budget.layers_within(budget.memory_gib))
-        self._layers_problem = ""
-        self._budget.set(budget)
-        self._use_layers()
+        """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays."""
+        self._policy.set(budget)
 
     def close(self) -> None:
         """Ends what goes on in the background; no tick comes after it."""
-        self._layers.close()
+        self._policy.close()
 
     # --- what is going on
 
     @property
     def budget_status(self) -> BudgetStatus:
-        return self._budget.status()
+        return self._policy.status
 
     @property
     def problem(self) -> str:
         """What keeps the network from being as deep as the budget allows; empty for nothing."""
-        return self._layers_problem
+        return self._policy.problem
 
     @property
     def dropped(self) -> int:
@@ -187,8 +165,7 @@ class Controller:
         self._gripper = GripperSwitch(self._settings.gripper_hysteresis)
         self._pace.forget()
         self._gate.request_reset()
-        self._budget.begin()
-        self._policy.rule = self._budget.rule
+        self._policy.begin()
 
     def forget_motion(self) -> None:
         """The last command was not given to the arm: the next one starts from the measured pose."""
@@ -200,7 +177,7 @@ class Controller:
         finished: tells the time when the inference is over, for then the inputs are judged once more; without it (replay) an
         inference takes no time.
         """
-        self._absorb_layers()
+        self._policy.absorb()
         if self._clock_jumped(now_ns):
             return self._start_over(now_ns)
         inputs = self._gate.snapshot()
@@ -227,32 +204,9 @@ class Controller:
         return Command(now_ns, pose, Twist.zero(), None, holds=(reason,))
 
     def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
-        """Runs every exit on a grey image, so that the first real step is not the slow one and latencies are known; no other trace."""
-        grey = np.full((*image_shape, 3), 128, dtype=np.uint8)
-        rule = self._policy.rule
-        for depth in range(len(rule.exits)):
-            exits = rule.exits[: depth + 1]
-            self._policy.rule = ExitRule(exits, (-1.0,) * len(exits), rule.delta)
-            self._policy.reset("warm up")
-            for run in range(WARM_UP_RUNS):
-                step = self._policy.step(Observation(grey, grey))
-                if run > 0:
-                    self._budget.latency.observe(step)
-        self._policy.rule = rule
+        """Runs every exit once and more, so that the first real step is not the slow one; leaves no trace but latencies."""
+        self._policy.warm_up(image_shape)
         self._instruction = ""
-
-    def _absorb_layers(self) -> None:
-        """Takes up layers that have been loaded in the background; where that failed, the depth stays and `problem` says why."""
-        try:
-            if self._layers.absorb():
-                self._use_layers()
-        except UserError as error:
-            self._layers_problem = str(error)
-
-    def _use_layers(self) -> None:
-        """The rule for the layers that are here."""
-        self._budget.set_resident(self._layers.count)
-        self._policy.rule = self._budget.rule
 
     def _clock_jumped(self, now_ns: int) -> bool:
         """Whether time went back since the last tick, by more than the clocks of two inputs may differ anyway."""
@@ -275,12 +229,12 @@ class Controller:
         try:
             if inputs.instruction != self._instruction or inputs.resets != self._resets:
                 self._begin_episode(inputs)
-            policy_step = self._policy.step(Observation(static.image, gripper.image))
+            step = self._policy.step(Observation(static.image, gripper.image))
         except Exception as error:  # whatever the device or the network throws: the arm holds, and the reason is told
             return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), now_ns, error=f"{type(error).__name__}: {error}")
-        decision = self._decide(inputs, policy_step, now_ns)
+        decision = self._decide(inputs, step, now_ns)
         after, after_ns = self._gate.snapshot(), finished()
-        if not policy_step.action.is_finite:
+        if not step.policy.action.is_finite:
             return self._refuse(after, (HoldReason.NOT_FINITE,), after_ns, decision)
         # Much may have happened during the inference: what it decided is given only to an arm that may still be moved.
         if reasons := self._judge(after, after_ns):
@@ -316,24 +270,20 @@ class Controller:
     def _begin_episode(self, inputs: Inputs) -> None:
         """Clears the temporal state and makes the exit rule for the instruction's length."""
         self._policy.reset(inputs.instruction)
-        self._budget.set_tokens(self._policy.tokens)
-        self._policy.rule = self._budget.rule
         self._instruction, self._resets = inputs.instruction, inputs.resets
         self._episode += 1
         self._episode_step = 0
 
-    def _decide(self, inputs: Inputs, policy_step: PolicyStep, now_ns: int) -> Decision:
+    def _decide(self, inputs: Inputs, step: BudgetedStep, now_ns: int) -> Decision:
         static, gripper = inputs.pair
-        budget_id, cost = self._budget.budget_id, self._budget.book(policy_step)
-        self._policy.rule = self._budget.rule  # the governor may have moved it
         decision = Decision(
             step=self._step,
             episode=self._episode,
             episode_step=self._episode_step,
             instruction=self._instruction,
-            policy=policy_step,
-            cost=cost,
-            budget_id=budget_id,
+            policy=step.policy,
+            cost=step.cost,
+            budget_id=step.budget_id,
             static_stamp_ns=static.stamp_ns,
             gripper_stamp_ns=gripper.stamp_ns,
             pose_stamp_ns=inputs.pose.stamp_ns,

@@ -360,6 +360,17 @@ def test_odd_thresholds_are_told():
     assert any("cost comes in steps" in note for note in keeper.status().notes)
 
 
+def test_before_the_first_instruction_a_budget_is_feasible_that_could_be():
+    keeper = BudgetKeeper(tabletop(), "l2", (0.1,) * 6, 4, CALIBRATION)
+    short = cost_table(tabletop(), 6).language(4)
+    keeper.check(Budget(average_gmac=short))
+    keeper.set(Budget(average_gmac=short))
+    keeper.set_tokens(32)
+    assert keeper.status().clamped == ("average_gmac",)
+    with pytest.raises(UserError):
+        keeper.check(Budget(average_gmac=short))
+
+
 def test_no_average_means_the_checkpoints_own_thresholds():
     keeper = new_keeper(calibrated=CALIBRATION)
     keeper.set(Budget(average_fraction=0.5))

@@ -1,5 +1,6 @@
 """From newest inputs to guarded command, on the embedded checkpoint; time is an argument."""
 
+import dataclasses
 import shutil
 import time
 
@@ -250,7 +251,7 @@ def middle(controller: Controller, name: str) -> float:
 
 
 @pytest.mark.parametrize("name", BUDGETS)
-def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(checkpoint, name):
+def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(name):
     checkpoint = load(EMBEDDED)  # its own: a memory budget takes layers away
     controller = Controller(checkpoint, SETTINGS)
     controller.warm_up()
@@ -281,7 +282,7 @@ def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(chec
     controller.close()
 
 
-def test_a_memory_budget_drops_layers_at_once_and_control_goes_on_while_they_come_back(tmp_path):
+def test_a_memory_budget_drops_layers_at_once_and_control_goes_on_while_they_come_back():
     checkpoint = load(EMBEDDED)
     controller = Controller(checkpoint, SETTINGS)
     robot = Robot(controller)
@@ -297,6 +298,12 @@ def test_a_memory_budget_drops_layers_at_once_and_control_goes_on_while_they_com
         time.sleep(0.01)
     assert robot.tick().decision.policy.layers_run == 12 and not controller.problem
     controller.close()
+
+
+def test_a_memory_budget_of_a_network_without_a_folder_is_refused(checkpoint):
+    controller = Controller(dataclasses.replace(checkpoint, folder=None), SETTINGS)
+    with pytest.raises(UserError, match="no folder to load layers back from"):
+        controller.check_budget(Budget(memory_gib=1000.0))
 
 
 def test_layers_that_cannot_come_back_are_told_and_control_goes_on(tmp_path):
@@ -355,10 +362,11 @@ def test_an_inference_that_fails_holds_and_the_next_frame_is_tried_again(control
     assert robot.tick().holds == ()
 
 
-def test_an_action_that_is_not_finite_holds_and_leaves_no_trace(checkpoint):
-    robot = Robot(Controller(load(EMBEDDED), SETTINGS))
+def test_an_action_that_is_not_finite_holds_and_leaves_no_trace():
+    checkpoint = load(EMBEDDED)  # its own, to be damaged
+    robot = Robot(Controller(checkpoint, SETTINGS))
     robot.tick()
-    weight = robot.controller._policy._model.shared_head.pose.out.bias
+    weight = checkpoint.model.shared_head.pose.out.bias
     original = weight.clone()
     weight.fill_(float("nan"))
     refused = robot.tick()
