@@ -95,6 +95,23 @@ class Calibration:
         scratch.chmod(0o644)
         scratch.replace(folder / CALIBRATION)
 
+    def check_weights(self, folder: Path) -> None:
+        """Raises UserError, with the remedy, where it was measured on other weights than the folder's."""
+        if self.provenance.get("weights") != fingerprint(folder):
+            raise UserError(f"{CALIBRATION} was measured on other weights than {folder / WEIGHTS}: {REMEDY}")
+
+    def _check_arrays(self) -> None:
+        """Raises ValueError where arrays do not belong together or are not finite."""
+        samples, exits = len(self.deltas), len(self.exits)
+        if samples == 0 or self.poses.shape != (samples, exits, 6) or self.deltas.shape != (samples, exits):
+            raise ValueError("arrays of shapes that do not belong together")
+        for count, (levels, shares) in self.paths.items():
+            if levels.shape != (len(shares), count - 1) or shares.shape != (len(shares), count) or len(shares) == 0:
+                raise ValueError(f"the path of {count} exits has arrays of shapes that do not belong together")
+        for array in (self.deltas, self.poses, *(part for path in self.paths.values() for part in path)):
+            if not np.isfinite(array).all():
+                raise ValueError("values that are not finite")
+
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
         """The calibration of a checkpoint folder; None where it has none. A malformed file raises UserError."""
@@ -110,9 +127,7 @@ class Calibration:
             calibration = cls(
                 exits=tuple(about["exits"]), delta=about["delta"], provenance=about["provenance"], paths=paths, **arrays
             )
-            samples, exits = len(calibration.deltas), len(calibration.exits)
-            if calibration.poses.shape != (samples, exits, 6) or calibration.deltas.shape != (samples, exits):
-                raise ValueError("arrays of shapes that do not belong together")
+            calibration._check_arrays()
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a calibration ({error}): {REMEDY}") from error
         return calibration
@@ -153,8 +168,12 @@ def measure(checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dic
     rows["window_deltas"] = rows["window_deltas"] or [np.empty((0, len(info.model.exits)))]
     arrays = {name: np.concatenate(values) if name == "window_deltas" else np.array(values) for name, values in rows.items()}
     arrays = {name: arrays[name].astype(kind) for name, kind in ARRAYS.items()}
-    about = {"samples": str(len(arrays["deltas"])), "seed": str(seed), **provenance, "weights_sha256": weights_sha256(checkpoint)}
+    about = {"samples": str(len(arrays["deltas"])), "seed": str(seed), **provenance}
+    if checkpoint.folder is not None:
+        about["weights"] = fingerprint(checkpoint.folder)
     calibration = Calibration(info.model.exits, info.delta, paths={}, provenance=about, **arrays)
+    if not (np.isfinite(calibration.deltas).all() and np.isfinite(calibration.poses).all()):
+        raise UserError("calibration: the network's actions are not all finite on these recordings: check the weights")
     return dataclasses.replace(calibration, paths=_measured_paths(checkpoint, calibration, kept))
 
 
@@ -199,14 +218,14 @@ def closed_loop_shares(head: ActionHead, episodes: list[Tensor], thresholds: np.
     return (counts / counts.sum(1, keepdim=True)).cpu().numpy()
 
 
-def weights_sha256(checkpoint: Checkpoint) -> str:
-    """Of the weights' file; empty for a network that was never saved."""
-    if checkpoint.folder is None:
-        return ""
+def fingerprint(folder: Path) -> str:
+    """Tells one training's weights from another's without reading all of them: names, shapes, and the values of the shared head."""
     digest = hashlib.sha256()
-    with (checkpoint.folder / WEIGHTS).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for name in sorted(file.keys()):
+            digest.update(f"{name} {file.get_slice(name).get_shape()}\n".encode())
+            if name.startswith("shared_head."):
+                digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
 
 CAMERAS = 2
@@ -101,6 +103,14 @@ def layer_gib(config: ModelConfig, layer: int, bytes_per_weight: int) -> float:
         weights += 2 * decoder.width * inner + 2 * config.vision.width * inner
         weights += 2 * decoder.cross_attention_mlp_ratio * decoder.width**2
     return weights * bytes_per_weight / GIB
+
+
+def layers_within(config: ModelConfig, bytes_per_weight: int, memory_gib: float) -> int:
+    """Layers that a memory budget keeps on the device: up to the deepest exit that fits, at least the first; 0 GiB: all."""
+    if memory_gib == 0:
+        return config.decoder.layers
+    gib = np.cumsum([layer_gib(config, layer, bytes_per_weight) for layer in range(config.decoder.layers)])
+    return max((layer for layer in config.exits if gib[layer] <= memory_gib), default=config.exits[0]) + 1
 
 
 def _block_weights(config: DecoderConfig) -> int:

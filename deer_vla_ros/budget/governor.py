@@ -23,7 +23,7 @@ class Governor:
     """One budget's governor: give it every step's cost, ask it what to solve for.
 
     target: the budget. low, high: cost of the cheapest and of the dearest step, in the target's unit; what is solved for stays
-    between them. It begins with a new request and a new activation; it lasts over instructions, episodes and holds.
+    between them. overspent: the sum. It begins with a new request and a new activation; it lasts over instructions, episodes and holds.
     """
 
     target: float
@@ -31,15 +31,14 @@ class Governor:
     high: float
     overspent: float = 0.0
 
-    @property
-    def effective(self) -> float:
-        """The budget to solve thresholds for: the target while all is as calibrated."""
-        share = min(max(self.overspent / AUTHORITY, -1.0), 1.0)
-        return self.target - share * (self.target - self.low if share > 0 else self.high - self.target)
+    def note(self, cost: float) -> None:
+        """One step's cost."""
+        self.overspent = min(max(self.overspent + cost / self.target - 1.0, -MEMORY), MEMORY)
 
-    def note(self, cost: float, binds: bool = True) -> None:
-        """One step's cost. binds: whether this budget decided the thresholds; what one that does not saves is not remembered."""
-        overspent = self.overspent + cost / self.target - 1.0
-        if not binds:
-            overspent = max(overspent, min(self.overspent, 0.0))
-        self.overspent = min(max(overspent, -MEMORY), MEMORY)
+    def effective(self, overspent: float) -> float:
+        """The budget to solve thresholds for, at a sum of overspending: the target while all is as calibrated.
+
+        Of several budgets the largest sum is everybody's: one that is far from its limit must not hold back the one that decides.
+        """
+        share = min(max(overspent / AUTHORITY, -1.0), 1.0)
+        return self.target - share * (self.target - self.low if share > 0 else self.high - self.target)

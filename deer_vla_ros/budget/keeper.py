@@ -6,7 +6,7 @@ import decimal
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -46,7 +46,6 @@ class _Solution:
 
     count: int
     position: float | None
-    binding: str
     clamped: tuple[str, ...]
 
 
@@ -75,11 +74,12 @@ class BudgetKeeper:
         thresholds: tuple[float, ...],
         bytes_per_weight: int,
         calibration: Calibration | None = None,
+        no_calibration: str = f"the checkpoint has no calibration: {REMEDY}",
     ):
-        """thresholds: those that hold while no average is asked for. calibration: needed for averages."""
+        """thresholds: those that hold while no average is asked for. calibration: needed for averages; no_calibration: why it lacks."""
         self._lock = threading.RLock()
         self._model, self._delta, self._thresholds = model, delta, thresholds
-        self._calibration, self._no_calibration = calibration, f"the checkpoint has no calibration: {REMEDY}"
+        self._calibration, self._no_calibration = calibration, no_calibration
         try:
             if calibration is not None:
                 calibration.check(model.exits, delta)
@@ -87,7 +87,7 @@ class BudgetKeeper:
             self._calibration, self._no_calibration = None, str(error)
         self._paths: dict[int, ThresholdPath] = {}
         self._gib = np.cumsum([layer_gib(model, i, bytes_per_weight) for i in range(model.decoder.layers)])
-        self.latency = LatencyModel()
+        self.latency = LatencyModel(cost_table(model, model.max_tokens // 2).layers)
         self._resident = model.decoder.layers
         self._budget = Budget()
         self._table = cost_table(model, min(SHORTEST, model.max_tokens))
@@ -98,13 +98,18 @@ class BudgetKeeper:
     # --- asking
 
     @_locked
-    def check(self, budget: Budget) -> None:
-        """Raises UserError where `budget` cannot be kept at the current instruction length; changes nothing."""
-        prices = self._prices()
-        for name in (*AVERAGES, *PEAKS):
+    def check(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
+        """Raises UserError where one of `names` in `budget` cannot be kept at the current instruction length; changes nothing.
+
+        names: what is asked for now. What was asked for before may have become infeasible; it is clamped, and refuses nothing else.
+        """
+        prices, averages = self._prices(), budget.active(AVERAGES)
+        for name in names:
             value = getattr(budget, name)
-            if value == 0:
+            if name not in UNITS or value == 0:
                 continue
+            if name in averages and self._calibration is None:
+                raise UserError(f"budget.{name} is {value:g}, but {self._no_calibration}")
             if name not in prices:
                 raise UserError(f"budget.{name} is {value:g}, but no latency was measured here: use a budget in GMAC")
             low, high = prices[name][0], prices[name][-1]
@@ -114,9 +119,6 @@ class BudgetKeeper:
                     f"budget.{name} is {value:g}, which is not at least the {named} {UNITS[name]} of the first exit{at}: "
                     f"ask for {named} to {high:.4g}, or 0 for no limit"
                 )
-        if self._calibration is None and (averages := budget.active(AVERAGES)):
-            name = next(iter(averages))
-            raise UserError(f"budget.{name} is {averages[name]:g}, but {self._no_calibration}")
 
     @_locked
     def set(self, budget: Budget) -> None:
@@ -156,11 +158,6 @@ class BudgetKeeper:
     def budget_id(self) -> int:
         return self._id
 
-    def layers_within(self, memory_gib: float) -> int:
-        """Layers that a memory budget keeps on the device: up to the deepest exit that fits, at least the first; 0: all."""
-        fitting = [layer for layer in self._model.exits if memory_gib == 0 or self._gib[layer] <= memory_gib]
-        return max(fitting, default=self._model.exits[0]) + 1
-
     @_locked
     def book(self, step: PolicyStep) -> StepCost:
         """Enters one step into the account; the next step's rule may be another."""
@@ -174,7 +171,7 @@ class BudgetKeeper:
         missed = 0 < self._budget.deadline_ms < step.times.total
         self._account.enter(cost.language_gmac, cost.fraction, step.times.total, missed)
         for name, governor in self._governors.items():
-            governor.note(measured[name], binds=name == self._solution.binding)
+            governor.note(measured[name])
         if self._account.steps % REFRESH == 0 and (self._budget.average_ms or self._budget.deadline_ms):
             self._refresh()
         self._current = self._rule()
@@ -183,7 +180,7 @@ class BudgetKeeper:
     @_locked
     def status(self) -> BudgetStatus:
         prices, shares = self._prices(), self._expected_shares()
-        governor = self._governors.get(self._solution.binding)
+        governor = self._governors.get(self._binding)
         return BudgetStatus(
             budget_id=self._id,
             tokens=self._table.tokens,
@@ -193,9 +190,9 @@ class BudgetKeeper:
             expected_gmac=_mean(shares, prices["average_gmac"]),
             expected_ms=_mean(shares, prices.get("average_ms")),
             achieved=self._account.achieved(),
-            binding=self._solution.binding,
+            binding=self._binding,
             clamped=self._solution.clamped,
-            correction=governor.effective / governor.target if governor and self._budget.governor else 1.0,
+            correction=governor.effective(self._overspent()) / governor.target if governor else 1.0,
             notes=self._notes(),
             resident_layers=self._resident,
             resident_gib=float(self._gib[self._resident - 1]),
@@ -230,47 +227,58 @@ class BudgetKeeper:
                 allowed = [index for index in allowed if prices[name][index] <= limit]
         count = max(len(allowed), 1)
         self._priced = {name: prices[name][:count] for name in averages}
-        self._governors = {
-            name: self._governor(name, max(limit, prices[name][0]), prices[name]) for name, limit in averages.items()
-        }
+        self._governors = {name: self._governor(name, limit, prices[name]) for name, limit in averages.items()}
         positions = {
             name: self._path(count).position_within(self._priced[name], governor.target)
             for name, governor in self._governors.items()
         }
         position = max(positions.values(), default=None)
-        binding = next((name for name in positions if 0 < positions[name] == position), "")
-        self._solution = _Solution(count, position, binding, clamped)
+        self._solution = _Solution(count, position, clamped)
         if not silently:
-            self._id += 1
+            self._begin_id()
         self._current = self._rule()
 
-    def _governor(self, name: str, target: float, prices: np.ndarray) -> Governor:
-        """The budget's governor, with what it remembers: a relative sum, so it outlasts another instruction's prices."""
+    def _begin_id(self) -> None:
+        self._id, self._told = self._id + 1, self._solution
+
+    def _governor(self, name: str, limit: float, prices: np.ndarray) -> Governor:
+        """The budget's governor, with what it remembers: a sum relative to the budget, so it outlasts another instruction's prices."""
         low, high = float(prices[0]), float(prices[-1])
-        if name not in self._governors:
-            return Governor(target, low, high)
-        governor = self._governors[name]
-        governor.target, governor.low, governor.high = target, low, high
+        governor = self._governors.get(name) or Governor(limit, low, high)
+        governor.target, governor.low, governor.high = max(limit, low), low, high
+        if limit < low:  # clamped: what was saved at other prices must not be spent beyond the budget
+            governor.overspent = max(governor.overspent, 0.0)
         return governor
 
     def _refresh(self) -> None:
         """Solves again with the latencies of now; a rule that is much the same keeps its id."""
-        before, span = self._solution, self._path(self._solution.count).end if self._governors else 1.0
         self._solve(silently=True)
-        moved = abs((self._solution.position or 0.0) - (before.position or 0.0))
-        if self._solution.count != before.count or moved > WORTH_TELLING * span:
-            self._id += 1
+        told, now = self._told, self._solution
+        span = self._path(now.count).end if now.position is not None else 1.0
+        if now.count != told.count or abs((now.position or 0.0) - (told.position or 0.0)) > WORTH_TELLING * span:
+            self._begin_id()
 
     def _rule(self) -> ExitRule:
         """The solution as thresholds, moved by what the governors have summed up."""
         solution = self._solution
         exits = self._model.exits[: solution.count]
         if solution.position is None:
+            self._binding = ""
             return ExitRule(exits, self._thresholds[: solution.count], self._delta)
-        path, position = self._path(solution.count), solution.position
-        if self._budget.governor:
-            position = max(path.position_within(self._priced[name], each.effective) for name, each in self._governors.items())
+        path, overspent = self._path(solution.count), self._overspent()
+        positions = {
+            name: path.position_within(self._priced[name], governor.effective(overspent))
+            for name, governor in self._governors.items()
+        }
+        self._binding = max(positions, key=lambda name: positions[name])
+        position = positions[self._binding]
+        if position == 0:
+            self._binding = ""
         return ExitRule(exits, path.thresholds(position), self._delta)
+
+    def _overspent(self) -> float:
+        """What the governors act on: the sum of the budget that is overspent most."""
+        return max(governor.overspent for governor in self._governors.values()) if self._budget.governor else 0.0
 
     def _path(self, count: int) -> ThresholdPath:
         """The path of the first `count` exits, made when it is first needed."""
@@ -295,7 +303,7 @@ class BudgetKeeper:
 
     def _notes(self) -> tuple[str, ...]:
         """What a person should know about the thresholds: too few samples, ties, exits that never stop a step."""
-        if not self._solution.binding:
+        if not self._binding:
             return ()
         notes, samples = [], len(self._calibration.deltas)
         if samples < FEW_SAMPLES:

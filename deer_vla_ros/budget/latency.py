@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from deer_vla_ros.inference.types import PolicyStep
@@ -15,12 +17,14 @@ HIGH = 0.99
 class LatencyModel:
     """Milliseconds of a whole step: what it costs before the first layer, per layer run, and per probe of the head.
 
-    A step observes its own parts, so that every step teaches something about every exit, also those that are rarely taken.
+    A step observes its own parts, so that every step teaches something about every exit, also those that are rarely taken. Layers that
+    compute more are taken to need longer in proportion.
     """
 
-    def __init__(self) -> None:
-        self._parts = np.zeros((WINDOW, 3))  # rings: before the layers, per layer, per probe [ms]
-        self._ratios = np.ones(WINDOW)
+    def __init__(self, layers: Sequence[float]):
+        """layers: cost of each layer, in any unit."""
+        self._depth = np.concatenate(([0.0], np.cumsum(layers) / np.mean(layers)))
+        self._parts = np.zeros((WINDOW, 3))  # a ring: before the layers, per layer of mean cost, per probe [ms]
         self._count = 0
 
     @property
@@ -29,22 +33,22 @@ class LatencyModel:
 
     def observe(self, step: PolicyStep) -> None:
         """One step's stage times."""
-        times, place = step.times, self._count % WINDOW
-        expected = self.expected(step.layers_run, step.head_probes) if self._count else 0.0
-        self._ratios[place] = times.total / expected if expected > 0 else 1.0
-        self._parts[place] = (
+        times = step.times
+        self._parts[self._count % WINDOW] = (
             times.preprocess + times.vision,
-            times.language / step.layers_run,
+            times.language / self._depth[step.layers_run],
             times.head / step.head_probes,
         )
         self._count += 1
 
     def expected(self, layers_run: int, head_probes: int) -> float:
         """Mean milliseconds of a step."""
-        before, layer, probe = self._parts[: self._count].mean(0)
-        return float(before + layers_run * layer + head_probes * probe)
+        return float(np.mean(self._steps(layers_run, head_probes)))
 
     def high(self, layers_run: int, head_probes: int) -> float:
         """Milliseconds that all but one of a hundred such steps stay within."""
-        ratio = float(np.quantile(self._ratios[: self._count], HIGH))
-        return max(ratio, 1.0) * self.expected(layers_run, head_probes)
+        return float(np.quantile(self._steps(layers_run, head_probes), HIGH))
+
+    def _steps(self, layers_run: int, head_probes: int) -> np.ndarray:
+        """What each observed step would have taken, had it gone that deep [ms]."""
+        return self._parts[: self._count] @ (1.0, self._depth[layers_run], head_probes)

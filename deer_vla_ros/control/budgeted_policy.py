@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deer_vla_ros.budget.calibration import Calibration
+from deer_vla_ros.budget.cost import layers_within
 from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
@@ -34,10 +38,13 @@ class BudgetedPolicy:
 
     def __init__(self, checkpoint: Checkpoint):
         info = checkpoint.info
-        calibration = Calibration.load(checkpoint.folder) if checkpoint.folder else None
-        self._keeper = BudgetKeeper(info.model, info.delta, info.thresholds, checkpoint.model.dtype.itemsize, calibration)
-        self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._keeper.rule)
+        self._model, self._bytes_per_weight = info.model, checkpoint.model.dtype.itemsize
+        self._keeper = BudgetKeeper(
+            info.model, info.delta, info.thresholds, self._bytes_per_weight, **_calibration(checkpoint.folder)
+        )
         self._layers = ResidentLayers(checkpoint.model, checkpoint.folder)
+        self._keeper.set_resident(self._layers.count)
+        self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._keeper.rule)
         self._can_reload = checkpoint.folder is not None
         self.problem = ""
 
@@ -45,9 +52,14 @@ class BudgetedPolicy:
     def status(self) -> BudgetStatus:
         return self._keeper.status()
 
-    def check(self, budget: Budget) -> None:
-        """Raises UserError where `budget` cannot be kept; changes nothing."""
-        self._keeper.check(budget)
+    @property
+    def budget_id(self) -> int:
+        """Of the next step."""
+        return self._keeper.budget_id
+
+    def check(self, budget: Budget, names: Iterable[str]) -> None:
+        """Raises UserError where one of `names` in `budget` cannot be kept; changes nothing."""
+        self._keeper.check(budget, names)
         if budget.memory_gib and not self._can_reload:
             raise UserError(
                 f"budget.memory_gib is {budget.memory_gib:g}, but this network has no folder to load layers back from: use 0"
@@ -59,7 +71,7 @@ class BudgetedPolicy:
         Layers that its memory has no room for leave the device now; those that it has room for again are loaded meanwhile, and
         the steps until then go as deep as before.
         """
-        self._layers.keep(self._keeper.layers_within(budget.memory_gib))
+        self._layers.keep(layers_within(self._model, self._bytes_per_weight, budget.memory_gib))
         self.problem = ""
         self._keeper.set(budget)
         self._use_layers()
@@ -112,3 +124,15 @@ class BudgetedPolicy:
         """The rule for the layers that are here."""
         self._keeper.set_resident(self._layers.count)
         self._policy.rule = self._keeper.rule
+
+
+def _calibration(folder: Path | None) -> dict[str, Any]:
+    """The folder's calibration as the keeper takes it, or why there is none: it is missed only by who asks for an average."""
+    try:
+        found = Calibration.load(folder) if folder else None
+        if found is None:
+            return {}
+        found.check_weights(folder)
+    except UserError as error:
+        return {"no_calibration": str(error)}
+    return {"calibration": found}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deer_vla_ros.budget.types import Budget, BudgetStatus
+from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus
 from deer_vla_ros.control.budgeted_policy import BudgetedPolicy, BudgetedStep
 from deer_vla_ros.control.gripper import GripperSwitch
 from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
@@ -103,9 +103,9 @@ class Controller:
         self._gate.limits = settings.inputs
         self._gripper.hysteresis = settings.gripper_hysteresis
 
-    def check_budget(self, budget: Budget) -> None:
-        """Raises UserError where `budget` cannot be kept; changes nothing."""
-        self._policy.check(budget)
+    def check_budget(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
+        """Raises UserError where one of `names`, what is asked for now, cannot be kept; changes nothing."""
+        self._policy.check(budget, names)
 
     def set_budget(self, budget: Budget) -> None:
         """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays."""
@@ -120,6 +120,11 @@ class Controller:
     @property
     def budget_status(self) -> BudgetStatus:
         return self._policy.status
+
+    @property
+    def budget_id(self) -> int:
+        """Of the next step."""
+        return self._policy.budget_id
 
     @property
     def problem(self) -> str:

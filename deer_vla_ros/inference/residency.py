@@ -24,7 +24,7 @@ PIECE_BYTES = 4 * 2**20
 class ResidentLayers:
     """Keeps the first layers of a network on its device, the rest of them nowhere but in the checkpoint folder.
 
-    All layers are there at the beginning. Layers that are not are on the meta device: running one raises RuntimeError.
+    At the beginning those are there that were loaded. Layers that are not are on the meta device: running one raises RuntimeError.
     `folder` is the checkpoint that the network was loaded from; with None nothing could come back, so nothing may go.
     Not thread-safe: every call comes from the thread that steps the policy, between two steps.
     """
@@ -32,7 +32,9 @@ class ResidentLayers:
     def __init__(self, model: MultiExitVLA, folder: Path | None):
         self._model = model
         self._folder = folder
-        self._count = self._wanted = len(model.layers)
+        self._identity = None if folder is None else _identity(folder / WEIGHTS)
+        present = [not next(layer.parameters()).is_meta for layer in model.layers]
+        self._count = self._wanted = present.index(False) if False in present else len(present)
         self._load: _Load | None = None
 
     @property
@@ -69,7 +71,7 @@ class ResidentLayers:
         del read[count - self._count :]
         if count > self._count:
             assert self._folder is not None, "layers lack, so they were dropped"
-            self._load = _Load(self._model, self._folder / WEIGHTS, range(self._count, count), read)
+            self._load = _Load(self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read)
             self._load.start()
         _give_back_memory(self._model.device)
 
@@ -108,15 +110,17 @@ class ResidentLayers:
 class _Load(threading.Thread):
     """Reads the layers `indices`, of which `layers` holds the first already; ends with `layers` complete or with an `error`."""
 
-    def __init__(self, model: MultiExitVLA, path: Path, indices: range, layers: list[Layer]):
+    def __init__(self, model: MultiExitVLA, path: Path, identity: tuple[int, ...], indices: range, layers: list[Layer]):
         super().__init__(name="load_layers", daemon=True)
-        self._model, self._path, self._indices = model, path, indices
+        self._model, self._path, self._identity, self._indices = model, path, identity, indices
         self.layers = layers
         self.error: Exception | None = None
         self.called_off = threading.Event()
 
     def run(self) -> None:
         try:
+            if _identity(self._path) != self._identity:
+                raise UserError("the file is another one than the network was loaded from: configure the node again to use it")
             with safe_open(self._path, framework="pt") as file:
                 for index in self._indices[len(self.layers) :]:
                     layer = self._read(file, index)
@@ -155,6 +159,12 @@ class _Load(threading.Thread):
                 own.copy_(piece)
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that was put in its place, or that was written into."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _empty_layer(model: MultiExitVLA, index: int) -> Layer:

@@ -82,9 +82,12 @@ def load_info(folder: Path) -> CheckpointInfo:
         raise UserError(f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint") from error
 
 
-def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
+def load(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> Checkpoint:
     """Reads a checkpoint folder onto `device`, weights cast to `dtype`.
 
+    layers: only so many decoder layers, the others stay without memory (on the meta device); None: all.
     A missing file, a missing or unknown tensor, or one of the wrong shape raises UserError by name; nothing is half loaded.
     """
     info = load_info(folder)
@@ -94,7 +97,9 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
             f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, the network embeds {info.model.decoder.vocabulary}: "
             "they are not of the same model"
         )
-    return Checkpoint(info, build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype)), tokenizer, folder)
+    return Checkpoint(
+        info, build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype, layers)), tokenizer, folder
+    )
 
 
 def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype = torch.float32) -> None:
@@ -108,15 +113,25 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
     (folder / README).write_text(readme)
 
 
-def _read_weights(path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _read_weights(
+    path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype, layers: int | None
+) -> dict[str, torch.Tensor]:
     """Every tensor of the network, checked by name and shape before the first is loaded.
 
     Each gets memory of its own, so that it can be freed on its own: safetensors hands out views of the one mapped file.
     """
+    absent = tuple(
+        f"layers.{index}." for index in range(config.decoder.layers if layers is None else layers, config.decoder.layers)
+    )
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             check_shapes(config, shapes, str(path))
-            return {name: file.get_tensor(name).to(dtype, copy=True) for name in shapes}
+            return {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                if name.startswith(absent)
+                else file.get_tensor(name).to(device, dtype, copy=True)
+                for name, shape in shapes.items()
+            }
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}): copy the checkpoint again") from error

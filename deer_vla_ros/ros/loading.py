@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rclpy.impl.rcutils_logger import RcutilsLogger
 
+from deer_vla_ros.budget.cost import layers_within
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
@@ -18,12 +19,19 @@ def warm_controller(given: dict[str, Any], log: RcutilsLogger) -> Controller:
     if given["model.cpu_threads"] > 0:
         torch.set_num_threads(given["model.cpu_threads"])
     device = _device(given["model.device"])
-    loaded = checkpoint.load(checkpoint.folder_of(given["model.path"]), device, getattr(torch, given["model.dtype"]))
+    folder, dtype, budget = (
+        checkpoint.folder_of(given["model.path"]),
+        getattr(torch, given["model.dtype"]),
+        parameters.budget(given),
+    )
+    budget.check()
+    resident = layers_within(checkpoint.load_info(folder).model, dtype.itemsize, budget.memory_gib)
+    loaded = checkpoint.load(folder, device, dtype, resident)
     space = parameters.action_space(given, loaded.info.action_space)
     controller = Controller(loaded, parameters.controller_settings(given), space)
     controller.warm_up()
-    controller.check_budget(parameters.budget(given))
-    controller.set_budget(parameters.budget(given))
+    controller.check_budget(budget)
+    controller.set_budget(budget)
     log.info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}")
     if not loaded.info.trained:
         log.warning(f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')")

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 
-from deer_vla_ros.budget.types import Budget
+from deer_vla_ros.budget.types import UNITS, Budget
 from deer_vla_ros.control.controller import ControllerSettings
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
@@ -279,6 +280,12 @@ def action_space(given: dict[str, Any], checkpoint: ActionSpace) -> ActionSpace:
 def budget(given: dict[str, Any]) -> Budget:
     """The budget from parameter values."""
     return Budget(**{field.name: given[f"budget.{field.name}"] for field in dataclasses.fields(Budget)})
+
+
+def budget_names(changed: list[Parameter]) -> list[str]:
+    """Which budgets are among changed parameters, by the names of `Budget`'s fields."""
+    names = (parameter.name.removeprefix("budget.") for parameter in changed if parameter.name.startswith("budget."))
+    return [name for name in names if name in UNITS]
 
 
 def render_yaml() -> str:

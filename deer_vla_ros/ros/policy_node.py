@@ -46,7 +46,7 @@ class PolicyNode(LifecycleNode):
         parameters.declare(self)
         self._controller: Controller | None = None
         self._wake = threading.Event()
-        self._changes: list[Callable[[Controller], None]] = []
+        self._changes: dict[str, Callable[[Controller], None]] = {}  # by what is changed: only the newest counts
         self._changes_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._output_lock = threading.Lock()  # guards what follows: who may tell the arm something
@@ -97,6 +97,7 @@ class PolicyNode(LifecycleNode):
             controller.put_instruction(self._instruction)
             controller.request_hold(self._hold_requested)
             self._frame_id = controller.action_space.frame
+            self._changes.clear()  # all of them are in what was given
             self._controller = controller
             self._reports.open(controller)
         except (UserError, RuntimeError) as error:
@@ -110,9 +111,9 @@ class PolicyNode(LifecycleNode):
             self.get_logger().error("activate failed: an inference of the last activation has not ended yet: restart the node")
             return TransitionCallbackReturn.FAILURE
         result = super().on_activate(state)
+        self._controller.start()
         self._reports.budget()
         self._reports.set_active(True)
-        self._controller.start()
         self._running, self._overruled = True, False
         # A daemon: an inference that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._control, name="control", daemon=True)
@@ -201,9 +202,12 @@ class PolicyNode(LifecycleNode):
     def _apply_changes(self) -> None:
         """Accepted parameters take effect here: all of one request at once, between two ticks."""
         with self._changes_lock:
-            changes, self._changes = self._changes, []
-        for change in changes:
-            change(self._controller)
+            changes, self._changes = self._changes, {}
+        try:
+            for change in changes.values():
+                change(self._controller)
+        except UserError as error:
+            self.get_logger().error(f"parameters are not applied: {error}")
         if changes:
             self._reports.budget()
 
@@ -267,23 +271,26 @@ class PolicyNode(LifecycleNode):
         try:
             given = parameters.values(self, {parameter.name: parameter.value for parameter in changed})
             parameters.controller_settings(given)
-            asked = parameters.budget(given)
-            asked.check() if self._controller is None else self._controller.check_budget(asked)
+            asked, names = parameters.budget(given), parameters.budget_names(changed)
+            asked.check() if self._controller is None else self._controller.check_budget(asked, names)
         except UserError as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
 
     def _apply_parameters(self, changed: list[Parameter]) -> None:
-        """Hands accepted values to the control thread, which applies them all between two ticks."""
+        """Hands accepted values to the control thread, which applies them all between two ticks; where there is none, does it itself."""
+        if self._controller is None:
+            return  # configure reads them
         given = parameters.values(self)
-        names = {parameter.name for parameter in changed}
         with self._changes_lock:
-            if any(name.startswith(("inputs.", "guard.", "action.")) for name in names):
+            if any(parameter.name.startswith(("inputs.", "guard.", "action.")) for parameter in changed):
                 settings = parameters.controller_settings(given)
-                self._changes.append(lambda controller: setattr(controller, "settings", settings))
-            if any(name.startswith("budget.") for name in names):
+                self._changes["settings"] = lambda controller: setattr(controller, "settings", settings)
+            if parameters.budget_names(changed) or any(parameter.name == "budget.governor" for parameter in changed):
                 asked = parameters.budget(given)
-                self._changes.append(lambda controller: controller.set_budget(asked))
+                self._changes["budget"] = lambda controller: controller.set_budget(asked)
+        if self._thread is None:
+            self._apply_changes()
         self._wake.set()
 
     def _value(self, name: str) -> Any:

@@ -36,7 +36,7 @@ class Reports:
         self._newest: Decision | None = None
         self._was_holding: tuple[HoldReason, ...] = ()
         self._told_problems: set[str] = set()
-        self._clamped_id: int | None = None
+        self._clamped_id = self._told_id = None
         self._steps = node.create_lifecycle_publisher(msg.PolicyStep, "~/step", 10)
         self._budget = node.create_lifecycle_publisher(msg.BudgetStatus, "~/budget", LATCHED)
         self._diagnostics = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -58,12 +58,12 @@ class Reports:
 
     def command(self, command: Command, frame_id: str) -> None:
         """One command has gone out: its step as a message, and changes of state (not every repeat) in the log."""
+        if self._controller.budget_id != self._told_id:
+            self.budget()  # before any step that ran under it
         if command.decision is not None:
             self._newest, published_ns = command.decision, self._now_ns()
             self._telemetry.note_step(command.decision.stamp_ns, published_ns)
             self._steps.publish(conversions.step_message(command.decision, frame_id, published_ns))
-            if command.decision.episode_step == 0:
-                self.budget()  # cost depends on the instruction's length
         if command.error:
             self._node.get_logger().error(f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S)
         if command.holds != self._was_holding:
@@ -76,6 +76,7 @@ class Reports:
     def budget(self) -> None:
         """The budget as it stands."""
         status = self._controller.budget_status
+        self._told_id = status.budget_id
         if status.clamped and status.budget_id != self._clamped_id:
             self._clamped_id = status.budget_id
             for name in status.clamped:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import calibration, samples
 
-from deer_vla_ros.budget.cost import cost_table
+from deer_vla_ros.budget.cost import cost_table, layers_within
 from deer_vla_ros.budget.families import ALWAYS, NEVER, exits_taken
 from deer_vla_ros.budget.keeper import REFRESH, BudgetKeeper
 from deer_vla_ros.budget.types import Budget
@@ -228,6 +228,44 @@ def test_the_governor_keeps_the_mean_in_another_world_and_without_it_it_is_off()
     assert worlds[True] < 0.05 < worlds[False]
 
 
+@pytest.mark.parametrize("second", ["average_gmac", "average_ms"])
+@pytest.mark.parametrize("looser", [1.0, 1.01, 1.25])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_two_averages_do_not_hold_each_other_back(second, looser, scale):
+    keeper = timed_keeper(calibrated=calibration(4000))
+    fraction = 0.4
+    other = feasible(keeper, "average_gmac")[1] * fraction
+    if second == "average_ms":
+        probes = np.interp(12 * fraction, [2, 12], [2, 7])
+        other = 5 + 2 * 12 * fraction + probes
+    keeper.set(Budget(average_fraction=fraction, **{second: looser * other}))
+    run(keeper, samples(2000, seed=3, scale=scale)[0])
+    assert keeper.status().achieved.fraction == pytest.approx(fraction, rel=0.05)
+    assert keeper.status().binding
+
+
+def test_what_is_clamped_spends_no_savings():
+    keeper = new_keeper(tokens=4, calibrated=CALIBRATION)
+    keeper.set(Budget(average_gmac=2 * feasible(keeper)[0]))
+    run(keeper, np.zeros((100, 6), np.float32))  # all of them stop at the first exit: much is saved
+    assert keeper.status().correction > 1.5
+    keeper.set_tokens(32)
+    assert keeper.status().clamped == ("average_gmac",)
+    costs = run(keeper, np.ones((20, 6), np.float32))
+    assert {round(cost.fraction, 3) for cost in costs} == {round(2 / 12, 3)}
+
+
+def test_a_budget_that_has_become_infeasible_refuses_only_itself():
+    keeper = new_keeper(tokens=4, calibrated=CALIBRATION)
+    low = feasible(keeper)[0]
+    keeper.set(Budget(average_gmac=low * 1.001))
+    keeper.set_tokens(32)
+    asked = Budget(average_gmac=low * 1.001, peak_gmac=1.0)
+    keeper.check(asked, ["peak_gmac"])
+    with pytest.raises(UserError, match="budget.average_gmac"):
+        keeper.check(asked, ["average_gmac", "peak_gmac"])
+
+
 def test_a_budget_id_names_what_is_asked_for_and_not_the_governors_corrections():
     keeper = new_keeper(calibrated=calibration())
     keeper.set(Budget(average_fraction=0.4))
@@ -319,10 +357,14 @@ def test_a_calibration_that_lacks_rows_for_the_depth_is_told_when_an_average_is_
 def test_memory_keeps_layers_up_to_the_deepest_exit_that_fits():
     keeper = new_keeper()
     low, high = feasible(keeper, "memory_gib")
-    assert keeper.layers_within(0.0) == 12
-    assert keeper.layers_within(low) == 2
-    assert keeper.layers_within(low / 2) == 2, "at least the first exit"
-    assert keeper.layers_within(high * 3.5 / 12) == 2, "no layer is kept that no exit needs"
+
+    def within(memory_gib: float) -> int:
+        return layers_within(tabletop(), 4, memory_gib)
+
+    assert within(0.0) == within(high) == 12
+    assert within(low) == 2
+    assert within(low / 2) == 2, "at least the first exit"
+    assert within(high * 3.5 / 12) == 2, "no layer is kept that no exit needs"
     keeper.set_resident(6)
     assert keeper.rule.exits == (1, 3, 5)
     assert keeper.status().resident_layers == 6 and keeper.status().resident_gib == pytest.approx(high / 2)

@@ -322,6 +322,42 @@ def test_layers_that_cannot_come_back_are_told_and_control_goes_on(tmp_path):
     controller.close()
 
 
+def test_layers_of_other_weights_are_never_mixed_in(tmp_path):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "checkpoint")
+    controller = Controller(load(folder), SETTINGS)
+    robot = Robot(controller)
+    controller.set_budget(Budget(memory_gib=controller.budget_status.feasible["memory_gib"][0]))
+    shutil.copyfile(EMBEDDED / "model.safetensors", folder / "new")
+    (folder / "new").replace(folder / "model.safetensors")
+    controller.set_budget(Budget())
+    for _ in range(1000):
+        robot.tick()
+        if controller.problem:
+            break
+        time.sleep(0.01)
+    assert "another one than the network was loaded from" in controller.problem
+    assert controller.budget_status.resident_layers == 2
+    controller.close()
+
+
+def test_a_network_of_which_only_some_layers_were_loaded_acts_and_grows():
+    checkpoint = load(EMBEDDED, layers=4)
+    assert all(parameter.is_meta for parameter in checkpoint.model.layers[4].parameters())
+    controller = Controller(checkpoint, SETTINGS)
+    controller.warm_up()
+    robot = Robot(controller)
+    assert controller.budget_status.resident_layers == 4
+    assert robot.tick().decision.policy.layers_run <= 4
+    controller.set_budget(Budget())
+    for _ in range(1000):
+        robot.tick()
+        if controller.budget_status.resident_layers == 12:
+            break
+        time.sleep(0.01)
+    assert controller.budget_status.resident_layers == 12
+    controller.close()
+
+
 def test_a_peak_below_the_first_exit_is_refused_and_changes_nothing(controller):
     Robot(controller).tick()
     before = controller.budget_status

@@ -1,5 +1,6 @@
 """calibrate, budget and benchmark budgets as a person runs them, on few episodes of the simulated table."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ import torch
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.calibration import CALIBRATION, Calibration, closed_loop_shares, columns
 from deer_vla_ros.budget.families import exits_taken
+from deer_vla_ros.budget.types import Budget
+from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
-from deer_vla_ros.model.checkpoint import EMBEDDED, load
+from deer_vla_ros.model.checkpoint import EMBEDDED, load, save
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_a_calibration_holds_every_exit_of_every_step_with_its_provenance(folder
     assert calibration.episodes.tolist() == [episode for episode in range(6) for _ in range(25)]
     assert calibration.steps.tolist() == list(range(25)) * 6
     assert len(calibration.window_deltas) == 6 * 3 * 6, "windows of 12 steps begin at 0, 6 and 12, with 6 positions each"
-    assert "seeds 0 to 5" in calibration.provenance["source"] and len(calibration.provenance["weights_sha256"]) == 64
+    assert "seeds 0 to 5" in calibration.provenance["source"] and len(calibration.provenance["weights"]) == 64
     assert sorted(calibration.paths) == [1, 2, 3, 4, 5, 6]
 
 
@@ -76,6 +79,26 @@ def test_a_calibration_of_another_depth_and_a_damaged_one_are_refused_with_the_r
     with pytest.raises(UserError, match="not a calibration"):
         Calibration.load(tmp_path)
     assert Calibration.load(tmp_path / "nothing") is None
+
+
+def test_a_calibration_with_values_that_are_no_numbers_is_refused(folder, tmp_path):
+    calibration = Calibration.load(folder)
+    deltas = calibration.deltas.copy()
+    deltas[3, 2] = np.nan
+    dataclasses.replace(calibration, deltas=deltas).save(tmp_path)
+    with pytest.raises(UserError, match="not finite"):
+        Calibration.load(tmp_path)
+
+
+def test_the_calibration_of_other_weights_is_told_by_who_asks_for_an_average(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    checkpoint = load(other)
+    checkpoint.model.shared_head.pose.out.bias += 0.01
+    save(other, checkpoint, "Trained on.")
+    policy = BudgetedPolicy(load(other))
+    policy.check(Budget(peak_gmac=1.0), ["peak_gmac"])
+    with pytest.raises(UserError, match="budget.average_fraction .* was measured on other weights .* calibrate"):
+        policy.check(Budget(average_fraction=0.5), ["average_fraction"])
 
 
 def test_the_budget_command_tells_cost_against_deviation_and_draws_it(folder, tmp_path, capsys):

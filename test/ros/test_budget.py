@@ -135,9 +135,21 @@ def test_a_longer_instruction_clamps_a_budget_that_it_makes_infeasible_and_that_
     status = wait_until(lambda: list(rig.budgets[-1].clamped) == ["average_gmac"] and rig.budgets[-1], what="the clamp")
     assert status.feasible_min_gmac > low * 1.001
     wait_until(lambda: rig.steps[-1].tokens == status.tokens, what="a step under it")
+    guard = Parameter(name="guard.leash_m", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=0.1))
+    service = f"{NAMESPACE}/deer_vla/set_parameters_atomically"
+    request = SetParametersAtomically.Request(parameters=[guard])
+    assert client.call(SetParametersAtomically, service, request).result.successful, "a clamp refuses nothing else"
     assert {step.layers_run for step in rig.await_steps(5)} == {2}
     rig.instruct("lift the red block")
     wait_until(lambda: not rig.budgets[-1].clamped, what="no clamp")
+
+
+def test_every_step_ran_under_a_budget_that_was_told_before(client, rig):
+    low, high = feasible(rig, "deadline_ms")
+    assert ask(client, deadline_ms=(low + high) / 2, average_ms=(low + high) / 2).successful
+    rig.await_steps(60)  # latencies are looked at again every 25 steps
+    told = {status.budget_id for status in rig.budgets}
+    assert {step.budget_id for step in rig.steps} <= told
 
 
 def test_diagnostics_carry_requested_and_achieved(client, rig):

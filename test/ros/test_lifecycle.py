@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from harness import REACHES, START_TIMEOUT, Client, spawn, wait_until
 from lifecycle_msgs.msg import State, Transition
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
 from rig import Rig, moves
 from std_srvs.srv import SetBool
 
@@ -104,6 +106,31 @@ def test_an_arm_moved_while_the_node_was_inactive_is_not_sent_back(client):
         assert client.change_state("moved/deer_vla", Transition.TRANSITION_ACTIVATE)
         wait_until(lambda: len(rig.targets) >= silent + 5, what="the hold after activation")
         assert {t.pose.position.y for t in rig.targets[silent:]} == {0.4}
+
+
+def test_budgets_set_before_and_between_activations_hold_and_withdrawn_ones_leave_nothing(client):
+    rig = Rig(client, "early/")
+    node = "early/deer_vla"
+
+    def ask(value: float) -> bool:
+        parameter = ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value)
+        request = SetParameters.Request(parameters=[Parameter(name="budget.memory_gib", value=parameter)])
+        return client.call(SetParameters, f"{node}/set_parameters", request).results[0].successful
+
+    with spawn("node", "--ros-args", "-r", "__ns:=/early", "-p", "autostart:=false") as process, rig.running():
+        assert client.state(node) == State.PRIMARY_STATE_UNCONFIGURED
+        assert not ask(-1.0), "no amount"
+        assert ask(1e-6), "what is feasible only a configured node knows"
+        assert not client.change_state(node, Transition.TRANSITION_CONFIGURE)
+        assert "configure failed: budget.memory_gib is 1e-06" in process.output()
+        assert ask(0.0)
+        assert client.change_state(node, Transition.TRANSITION_CONFIGURE)
+        assert ask(0.001), "a third of the layers, while inactive"
+        assert client.change_state(node, Transition.TRANSITION_ACTIVATE)
+        rig.instruct("open the drawer")
+        rig.await_steps(5)
+        assert rig.budgets[-1].resident_layers < 12
+        assert process.running() and process.stop() == 0
 
 
 def test_a_requested_hold_outlives_a_cleanup_and_may_stand_from_the_start(client):
