@@ -158,9 +158,8 @@ def measure(checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dic
     for number, (features, tokens) in enumerate(episode_features(checkpoint, episodes)):
         kept.append(columns(features, info.model.exits))
         for step, (deltas, poses, gripper) in enumerate(_random_walk(checkpoint, kept[-1], random)):
-            for name, value in (("deltas", deltas), ("poses", poses), ("gripper", gripper)):
-                rows[name].append(value)
-            for name, value in (("episodes", number), ("steps", step), ("tokens", tokens)):
+            row = {"deltas": deltas, "poses": poses, "gripper": gripper, "episodes": number, "steps": step, "tokens": tokens}
+            for name, value in row.items():
                 rows[name].append(value)
         rows["window_deltas"] += _windows(checkpoint, kept[-1], random)
     if not rows["deltas"]:

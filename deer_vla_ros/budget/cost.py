@@ -105,11 +105,16 @@ def layer_gib(config: ModelConfig, layer: int, bytes_per_weight: int) -> float:
     return weights * bytes_per_weight / GIB
 
 
+def cumulated_gib(config: ModelConfig, bytes_per_weight: int) -> np.ndarray:
+    """(layers,) GiB of the matrices of each layer and all before it."""
+    return np.cumsum([layer_gib(config, layer, bytes_per_weight) for layer in range(config.decoder.layers)])
+
+
 def layers_within(config: ModelConfig, bytes_per_weight: int, memory_gib: float) -> int:
     """Layers that a memory budget keeps on the device: up to the deepest exit that fits, at least the first; 0 GiB: all."""
     if memory_gib == 0:
         return config.decoder.layers
-    gib = np.cumsum([layer_gib(config, layer, bytes_per_weight) for layer in range(config.decoder.layers)])
+    gib = cumulated_gib(config, bytes_per_weight)
     return max((layer for layer in config.exits if gib[layer] <= memory_gib), default=config.exits[0]) + 1
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from deer_vla_ros.budget.account import Account
 from deer_vla_ros.budget.calibration import FEW_SAMPLES, REMEDY, Calibration
-from deer_vla_ros.budget.cost import cost_table, layer_gib
+from deer_vla_ros.budget.cost import cost_table, cumulated_gib
 from deer_vla_ros.budget.families import NEVER, exit_shares
 from deer_vla_ros.budget.governor import Governor
 from deer_vla_ros.budget.latency import LatencyModel
@@ -86,7 +86,7 @@ class BudgetKeeper:
         except UserError as error:  # only who asks for an average needs to hear it
             self._calibration, self._no_calibration = None, str(error)
         self._paths: dict[int, ThresholdPath] = {}
-        self._gib = np.cumsum([layer_gib(model, i, bytes_per_weight) for i in range(model.decoder.layers)])
+        self._gib = cumulated_gib(model, bytes_per_weight)
         self.latency = LatencyModel(cost_table(model, model.max_tokens // 2).layers)
         self._resident = model.decoder.layers
         self._budget = Budget()

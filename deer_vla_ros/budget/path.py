@@ -19,9 +19,6 @@ LEVELS = 12
 SHAPE_SAMPLES, SHARE_SAMPLES = 3000, 20_000
 """Samples that the order is found on, and that shares are counted on."""
 
-Limit = tuple[np.ndarray, float]
-"""A cost per exit (exits,), rising with depth, and what its mean may be."""
-
 
 class ThresholdPath:
     """A path of thresholds. A position on it goes from 0, full depth, to `end`, where every step takes the first exit.

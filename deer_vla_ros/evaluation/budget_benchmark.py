@@ -21,7 +21,7 @@ from deer_vla_ros.budget.calibration import Calibration, episode_features
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget
-from deer_vla_ros.evaluation.table_episodes import INSTRUCTIONS, table_episodes
+from deer_vla_ros.evaluation.table_episodes import instruction_of, table_episodes
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.checkpoint import Checkpoint, load
@@ -77,12 +77,12 @@ def measure(
         tell(f"{len(seeds)} episodes of {steps} steps, every layer of each")
         usual = _features(pool, folder, seeds, steps, False, scratch / "usual", processes)
         other = _features(pool, folder, shifted_seeds, steps, True, scratch / "shifted", processes)
-        fractions = budget_fractions(load(folder))
+        checkpoint = load(folder)
         rows = []
-        for row in pool.map(_row, [(usual, other, fraction) for fraction in fractions]):
+        for row in pool.map(_row, [(usual, other, fraction) for fraction in budget_fractions(checkpoint)]):
             tell(f"asked for {row.requested:.3f} of full depth, got {row.achieved:.3f} ({row.relative_error:+.1%})")
             rows.append(row)
-        violations = sum(pool.map(_peak_violations, [(usual, index) for index in range(len(load(folder).info.model.exits))]))
+        violations = sum(pool.map(_peak_violations, [(usual, index) for index in range(len(checkpoint.info.model.exits))]))
     return rows, violations
 
 
@@ -122,15 +122,14 @@ def _chunk_features(job: tuple[Path, range, int, bool]) -> tuple[np.ndarray, np.
     return np.stack(found), np.array(seeds)
 
 
-def _walk(job: _Job, budget: Budget) -> Iterator[tuple[float, float, int]]:
+def _walk(checkpoint: Checkpoint, job: _Job, budget: Budget) -> Iterator[tuple[float, float, int]]:
     """GMAC, share of full depth and exit of every step, episode after episode."""
-    checkpoint = load(job.folder)
     keeper = _keeper(checkpoint)
     keeper.set(budget)
     policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, keeper.rule)
     features, seeds = np.load(job.features / "features.npy", mmap_mode="r"), np.load(job.features / "seeds.npy")
     for episode, seed in zip(features, seeds, strict=True):
-        policy.reset(INSTRUCTIONS[seed % len(INSTRUCTIONS)])
+        policy.reset(instruction_of(seed))
         keeper.set_tokens(policy.tokens)
         for step_features in torch.from_numpy(np.array(episode)):
             policy.rule = keeper.rule
@@ -158,12 +157,12 @@ def _row(job: tuple[_Job, _Job, float]) -> Row:
     keeper = _keeper(checkpoint)
     budget = Budget(average_fraction=float(fraction), governor=False)
     keeper.set(budget)
-    low, high = keeper.status().feasible["average_gmac"]
-    steps = list(_walk(usual, budget))
+    _, high = keeper.status().feasible["average_gmac"]
+    steps = list(_walk(checkpoint, usual, budget))
     achieved = float(np.mean([share for _, share, _ in steps]))
     taken = np.bincount([index for _, _, index in steps], minlength=len(checkpoint.info.model.exits))
     worst = {
-        governed: _worst_window(_walk(other, dataclasses.replace(budget, governor=governed)), fraction)
+        governed: _worst_window(_walk(checkpoint, other, dataclasses.replace(budget, governor=governed)), fraction)
         for governed in (True, False)
     }
     return Row(
@@ -190,7 +189,8 @@ def _peak_violations(job: tuple[_Job, int]) -> int:
     The first exit is always allowed, even where a long instruction makes it dearer.
     """
     features, index = job
-    model = load(features.folder).info.model
+    checkpoint = load(features.folder)
+    model = checkpoint.info.model
     peak = cost_table(model, model.max_tokens // 2).language(model.exits[index] + 1)
     budget = Budget(peak_gmac=peak, average_fraction=1.0)
-    return sum(gmac > peak and exit_index > 0 for gmac, _, exit_index in _walk(features, budget))
+    return sum(gmac > peak and exit_index > 0 for gmac, _, exit_index in _walk(checkpoint, features, budget))

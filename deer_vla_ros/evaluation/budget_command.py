@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.json_file import write_json
 
 BUDGETS = 12
 
@@ -69,6 +69,5 @@ def run(args: argparse.Namespace) -> int:
         draw(found, exits, info.weights[:60], args.plot)
         print(f"plot: {args.plot}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([dataclasses.asdict(offer) for offer in found], indent=2) + "\n")
+        write_json(args.json, [dataclasses.asdict(offer) for offer in found])
     return 0

@@ -11,11 +11,11 @@ Average budgets are solved from this file (calibration.safetensors). It is repla
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.json_file import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,5 @@ def run(args: argparse.Namespace) -> int:
         window = "-" if row["window_delta_p50"] is None else f"{row['window_delta_p50']:.4f}"
         print(f"{row['layer']:>5}  {row['delta_p50']:.4f}     {row['delta_p95']:.4f}   {window:<14}   {row['deviation']:.4f}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"exits": rows, "provenance": calibration.provenance}, indent=2) + "\n")
+        write_json(args.json, {"exits": rows, "provenance": calibration.provenance})
     return 0

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from deer_vla_ros.evaluation.table_episodes import INSTRUCTIONS, table_observations
+from deer_vla_ros.evaluation.table_episodes import INSTRUCTIONS, instruction_of, table_observations
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation, PolicyStep
@@ -49,7 +49,7 @@ def full_depth_steps(model: MultiExitVLA, tokenizer: InstructionTokenizer, episo
     policy = DeerPolicy(model, tokenizer, ExitRule(exits, (-1.0,) * len(exits)))
     steps = []
     for index, episode in enumerate(episodes):
-        policy.reset(INSTRUCTIONS[index % len(INSTRUCTIONS)])
+        policy.reset(instruction_of(index))
         steps += [policy.step(observation) for observation in episode]
     return steps
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.json_file import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(verdicts) - failed} of {len(verdicts)} kinds within tolerance")
     if args.json:
         rows = [{**dataclasses.asdict(verdict), "passed": verdict.passed} for verdict in verdicts]
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(args.json, rows)
     return 1 if failed else 0

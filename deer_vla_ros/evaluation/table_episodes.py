@@ -23,6 +23,11 @@ INSTRUCTIONS = (
 """What the table can be asked for."""
 
 
+def instruction_of(seed: int) -> str:
+    """The instruction of the episode of that seed: all of them in turn."""
+    return INSTRUCTIONS[seed % len(INSTRUCTIONS)]
+
+
 def table_observations(seed: int, steps: int) -> list[Observation]:
     """Both cameras' views of one arrangement while the arm strolls about, 10 per second."""
     random = np.random.default_rng(seed)
@@ -45,4 +50,4 @@ def table_episodes(
     """One episode per seed, of `steps` steps; instructions in turn. alter: another world than the one recorded."""
     for seed in seeds:
         observations = [alter(observation) for observation in table_observations(seed, steps)]
-        yield Episode(INSTRUCTIONS[seed % len(INSTRUCTIONS)], observations)
+        yield Episode(instruction_of(seed), observations)

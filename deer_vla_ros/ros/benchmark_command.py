@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -33,7 +32,8 @@ import time
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.demo_command import HIGHEST_PORTABLE_DOMAIN
+from deer_vla_ros.evaluation.json_file import write_json
+from deer_vla_ros.ros.demo_command import HIGHEST_PORTABLE_DOMAIN, positive_seconds
 
 STEPS = 50
 """Of an episode of the table."""
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what", choices=("node", "budgets", *PARTS), metavar="WHAT", help=f"node, budgets; {', '.join(PARTS)}: see above"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--seconds", type=_positive, default=15.0, help="node: time of each condition (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=positive_seconds, default=15.0, help="node: time of each condition (default: %(default)s)"
+    )
     parser.add_argument("--checkpoint", default="", metavar="DIR", help="budgets: checkpoint folder (default: the embedded one)")
     parser.add_argument("--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="budgets: workers (default: all cores)")
@@ -70,11 +72,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     report = _budgets(args) if args.what == "budgets" else _node(args)
     if args.json:
-        try:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{args.json} cannot be written ({error}): give --json another place") from error
+        write_json(args.json, report)
     print(f"measured in {time.monotonic() - started:.0f} s")
     return 0
 
@@ -120,10 +118,3 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
         f"{report['worst_relative_error_shifted_ungoverned']:.1%} without; peaks passed: {violations}"
     )
     return report
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return value

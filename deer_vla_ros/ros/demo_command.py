@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder of the results (default: %(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=_positive, default=20.0, help="control time, from the first step on (default: %(default)s)"
+        "--seconds", type=positive_seconds, default=20.0, help="control time, from the first step on (default: %(default)s)"
     )
     parser.add_argument("--seed", type=_seed, default=0, help="arrangement of the table (default: %(default)s)")
     parser.add_argument("--model", default="", metavar="DIR", help="checkpoint folder (default: the one embedded in the package)")
@@ -108,7 +108,8 @@ def _weights(model: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}): --model takes a checkpoint folder") from error
 
 
-def _positive(text: str) -> float:
+def positive_seconds(text: str) -> float:
+    """An argument in seconds, finite and above 0."""
     try:
         value = float(text)
     except ValueError:

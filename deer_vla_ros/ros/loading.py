@@ -19,11 +19,8 @@ def warm_controller(given: dict[str, Any], log: RcutilsLogger) -> Controller:
     if given["model.cpu_threads"] > 0:
         torch.set_num_threads(given["model.cpu_threads"])
     device = _device(given["model.device"])
-    folder, dtype, budget = (
-        checkpoint.folder_of(given["model.path"]),
-        getattr(torch, given["model.dtype"]),
-        parameters.budget(given),
-    )
+    folder, dtype = checkpoint.folder_of(given["model.path"]), getattr(torch, given["model.dtype"])
+    budget = parameters.budget(given)
     budget.check()
     resident = layers_within(checkpoint.load_info(folder).model, dtype.itemsize, budget.memory_gib)
     loaded = checkpoint.load(folder, device, dtype, resident)

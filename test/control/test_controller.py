@@ -68,6 +68,15 @@ class Robot:
         if with_pose:
             self.controller.put_pose(MeasuredPose(self.pose, "base", now))
 
+    def tick_until(self, condition, timeout: float = 10.0) -> list[int]:
+        """Ticks until the background has done `condition`; how many layers each of the steps ran."""
+        depths, deadline = [], time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, "the background was not done in time"
+            depths.append(self.tick().decision.policy.layers_run)
+            time.sleep(0.01)
+        return depths
+
     def tick_during_which(self, happens, lasts: int):
         """One period whose inference takes `lasts`; before it is over, `happens` is called with the time at its end."""
         self.now += PERIOD
@@ -291,11 +300,8 @@ def test_a_memory_budget_drops_layers_at_once_and_control_goes_on_while_they_com
     assert all(parameter.is_meta for parameter in checkpoint.model.layers[2].parameters())
     assert robot.tick().decision.policy.layers_run == 2
     controller.set_budget(Budget(average_fraction=1.0))
-    for _ in range(1000):
-        assert robot.tick().decision.policy.layers_run in (2, 12)
-        if controller.budget_status.resident_layers == 12:
-            break
-        time.sleep(0.01)
+    depths = robot.tick_until(lambda: controller.budget_status.resident_layers == 12)
+    assert set(depths) <= {2, 12}
     assert robot.tick().decision.policy.layers_run == 12 and not controller.problem
     controller.close()
 
@@ -313,11 +319,7 @@ def test_layers_that_cannot_come_back_are_told_and_control_goes_on(tmp_path):
     controller.set_budget(Budget(memory_gib=controller.budget_status.feasible["memory_gib"][0]))
     (folder / "model.safetensors").unlink()
     controller.set_budget(Budget())
-    for _ in range(1000):
-        assert robot.tick().decision.policy.layers_run == 2
-        if controller.problem:
-            break
-        time.sleep(0.01)
+    assert set(robot.tick_until(lambda: controller.problem)) == {2}
     assert "model.safetensors" in controller.problem
     controller.close()
 
@@ -330,11 +332,7 @@ def test_layers_of_other_weights_are_never_mixed_in(tmp_path):
     shutil.copyfile(EMBEDDED / "model.safetensors", folder / "new")
     (folder / "new").replace(folder / "model.safetensors")
     controller.set_budget(Budget())
-    for _ in range(1000):
-        robot.tick()
-        if controller.problem:
-            break
-        time.sleep(0.01)
+    robot.tick_until(lambda: controller.problem)
     assert "another one than the network was loaded from" in controller.problem
     assert controller.budget_status.resident_layers == 2
     controller.close()
@@ -349,12 +347,7 @@ def test_a_network_of_which_only_some_layers_were_loaded_acts_and_grows():
     assert controller.budget_status.resident_layers == 4
     assert robot.tick().decision.policy.layers_run <= 4
     controller.set_budget(Budget())
-    for _ in range(1000):
-        robot.tick()
-        if controller.budget_status.resident_layers == 12:
-            break
-        time.sleep(0.01)
-    assert controller.budget_status.resident_layers == 12
+    robot.tick_until(lambda: controller.budget_status.resident_layers == 12)
     controller.close()
 
 
