@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
+from deer_vla_ros.model.config import CAMERAS, DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
 
-CAMERAS = 2
 GIGA = 1e9
 GIB = 2**30
 
@@ -20,7 +19,7 @@ GIB = 2**30
 class CostTable:
     """GMAC of one step's parts at one instruction length.
 
-    vision: tower and resampler, all cameras; layers: each layer in turn; head: one probe.
+    vision: tower, resampler and grounding, all cameras; layers: each layer in turn; head: one probe.
     """
 
     tokens: int
@@ -39,9 +38,8 @@ class CostTable:
 
 def cost_table(config: ModelConfig, tokens: int) -> CostTable:
     """The costs of a step whose instruction has `tokens` tokens, specials included."""
-    visual_tokens = CAMERAS * config.resampler.latents
-    camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision)
-    layers = (layer_macs(config.decoder, i, tokens, visual_tokens, config.vision.width) for i in range(config.decoder.layers))
+    camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision) + grounding_macs(config)
+    layers = (layer_macs(config.decoder, i, tokens, config.visual_tokens, config.vision.width) for i in range(config.decoder.layers))
     return CostTable(
         tokens=tokens,
         vision=CAMERAS * camera / GIGA,
@@ -71,6 +69,15 @@ def resampler_macs(config: ResamplerConfig, vision: VisionConfig) -> int:
     projections = 2 * latents * width * inner + keys * width * 2 * inner
     feed_forward = 2 * latents * width * config.mlp_ratio * width
     return config.depth * (projections + attention_macs(latents, keys, inner) + feed_forward)
+
+
+def grounding_macs(config: ModelConfig) -> int:
+    """One image through the grounding's convolutions and past its queries; 0 where the network has none."""
+    if config.grounding is None:
+        return 0
+    channels, queries, cells = config.grounding.channels, config.grounding.queries, (config.vision.image_size // 4) ** 2
+    stem = 4 * cells * (3 * 25) * (channels // 2) + cells * 9 * (channels // 2) * channels + cells * 9 * channels**2
+    return stem + attention_macs(queries, cells, channels) + queries * (channels + 2) * config.vision.width
 
 
 def layer_macs(config: DecoderConfig, layer: int, tokens: int, visual_tokens: int, visual_width: int) -> int:

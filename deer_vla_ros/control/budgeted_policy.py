@@ -23,6 +23,8 @@ from deer_vla_ros.model.checkpoint import Checkpoint
 WARM_UP_RUNS = 3
 """Of each exit; the first is not timed."""
 
+AT_ORIGIN = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+
 
 @dataclass(frozen=True)
 class BudgetedStep:
@@ -115,7 +117,7 @@ class BudgetedPolicy:
             self._policy.rule = ExitRule(exits, (-1.0,) * len(exits), rule.delta)
             self._policy.reset("warm up")
             for run in range(WARM_UP_RUNS):
-                step = self._policy.step(Observation(grey, grey))
+                step = self._policy.step(Observation(grey, grey, AT_ORIGIN))
                 if run > 0:
                     self._keeper.latency.observe(step)
         self._policy.rule = rule

@@ -234,7 +234,7 @@ class Controller:
         try:
             if inputs.instruction != self._instruction or inputs.resets != self._resets:
                 self._begin_episode(inputs)
-            step = self._policy.step(Observation(static.image, gripper.image))
+            step = self._policy.step(Observation(static.image, gripper.image, inputs.pose.pose.as_array()))
         except Exception as error:  # whatever the device or the network throws: the arm holds, and the reason is told
             return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), now_ns, error=f"{type(error).__name__}: {error}")
         decision = self._decide(inputs, step, now_ns)

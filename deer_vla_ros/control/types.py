@@ -69,6 +69,10 @@ class Pose:
     position: np.ndarray
     quaternion: np.ndarray
 
+    def as_array(self) -> np.ndarray:
+        """(7,) position and quaternion."""
+        return np.concatenate([self.position, self.quaternion])
+
 
 @dataclass(frozen=True)
 class MeasuredPose:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,15 @@ from torch import Tensor
 from deer_vla_ros.budget.calibration import columns, window_deltas
 from deer_vla_ros.budget.families import target_shares, thresholds_for_shares
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.comparison import EXACT, Difference, Verdict, compare, judge
+from deer_vla_ros.evaluation.parity_training import (
+    SHIFT_KINDS,
+    TRAINING64_KINDS,
+    TRAINING_KINDS,
+    check_random_shift,
+    check_training,
+    check_training64,
+)
 from deer_vla_ros.evaluation.recording import ModelRecording, read_arrays, read_json, read_model, toy_tokenizer
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
@@ -25,9 +33,9 @@ from deer_vla_ros.model.decoder import TextContext
 from deer_vla_ros.model.head import HeadOutput, HeadState, pool
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import prompt
+from deer_vla_ros.training.losses import segments
 
 ALWAYS = 1e8
-EXACT = 0.0
 MODEL_KINDS = (
     "images",
     "input_ids",
@@ -49,43 +57,10 @@ MODEL_KINDS = (
 """What every recorded model must contain: a kind that nobody compared has not passed."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One recorded array (`where`) of one kind against ours; infinite where shapes or missing values (NaN) disagree."""
-
-    kind: str
-    where: str
-    value: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All arrays of one kind in one recording."""
-
-    recording: str
-    kind: str
-    arrays: int
-    worst: Difference
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.worst.value <= self.tolerance
-
-
-def compare(kind: str, where: str, recorded: np.ndarray, ours: object) -> Difference:
-    """Largest absolute difference of one array."""
-    recorded, ours = np.asarray(recorded), np.asarray(ours)
-    if recorded.shape != ours.shape or not np.array_equal(np.isnan(recorded), np.isnan(ours)):
-        return Difference(kind, where, float("inf"))
-    with np.errstate(invalid="ignore"):  # of two infinities: equal ones do not differ
-        difference = np.abs(recorded.astype(np.float64) - ours.astype(np.float64))
-    return Difference(kind, where, 0.0 if np.isnan(difference).all() else float(np.nanmax(difference)))
-
-
-def check_folder(folder: Path) -> Iterator[Verdict]:
-    """Verdicts on a folder of recordings, kind by kind, as they are computed."""
+def check_folder(folder: Path, train64: bool = False) -> Iterator[Verdict]:
+    """Verdicts on a folder of recordings, kind by kind, as they are computed; `train64`: also on the training in double."""
     tolerances = read_json(folder / "tolerances.json")
+    tolerances |= tolerances.get("train64", {})
     names = sorted(path.name.removesuffix("_keys.json") for path in folder.glob("*_keys.json"))
     if not names:
         raise UserError(f"{folder}: no *_keys.json: give a folder of recorded tensors like shared/golden")
@@ -93,11 +68,15 @@ def check_folder(folder: Path) -> Iterator[Verdict]:
         *((name, partial(_check_model, name=name), MODEL_KINDS) for name in names),
         ("text", check_text, ("template", "input_ids")),
         ("preproc", check_preprocessing, ("preprocess_uint8_levels", "preprocess_float")),
+        ("shift", check_random_shift, SHIFT_KINDS),
         ("budget", check_thresholds, ("thresholds_relative",)),
+        *((f"{name}_train", partial(check_training, name=name), TRAINING_KINDS) for name in names),
     ]
+    if train64:
+        recordings += [(f"{name}_fp64", partial(check_training64, name=name), TRAINING64_KINDS) for name in names]
     for name, check, kinds in recordings:
         try:
-            yield from _judge(name, check(folder), kinds, tolerances)
+            yield from judge(name, check(folder), kinds, tolerances)
         except KeyError as error:
             raise UserError(f"{folder}: recording '{name}' lacks {error}: copy the recording again") from error
 
@@ -107,16 +86,6 @@ def _check_model(folder: Path, name: str) -> list[Difference]:
     """All comparisons of one recorded model."""
     recording = read_model(folder, name)
     return [*check_rollout(recording), *check_window(recording)]
-
-
-def _judge(recording: str, differences: Iterable[Difference], kinds: Iterable[str], tolerances: dict) -> Iterator[Verdict]:
-    """One verdict for each of `kinds`, the worst array named; kinds without a tolerance must be equal."""
-    by_kind: dict[str, list[Difference]] = {kind: [] for kind in kinds}
-    for difference in differences:
-        by_kind[difference.kind].append(difference)
-    for kind, found in by_kind.items():
-        worst = max(found, key=lambda difference: difference.value, default=Difference(kind, "nothing recorded", float("inf")))
-        yield Verdict(recording, kind, len(found), worst, tolerances.get(kind, EXACT))
 
 
 def check_rollout(recording: ModelRecording) -> Iterator[Difference]:
@@ -240,9 +209,9 @@ def _as_half(poses: np.ndarray, grippers: np.ndarray) -> np.ndarray:
 def check_window(recording: ModelRecording) -> Iterator[Difference]:
     """Training-shaped batches: all hidden states and every head over whole windows."""
     arrays = recording.window
-    for name in sorted(name for name in arrays if re.fullmatch(r"batch\d+/input_ids", name)):
-        batch = name.removesuffix("/input_ids")
-        yield from _check_batch(batch, batch.replace("batch", "fwd"), recording)
+    for name in sorted(name for name in arrays if re.fullmatch(r"fwd\d+/pooled", name)):
+        forward = name.removesuffix("/pooled")
+        yield from _check_batch(forward.replace("fwd", "batch"), forward, recording)
 
 
 def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterator[Difference]:
@@ -283,8 +252,7 @@ def _drawn_exits(arrays: dict, forward: str, strategy: int, window: int) -> Tens
     drawn = torch.from_numpy(arrays[f"{forward}/strategy{strategy}_idx"])
     if strategy == 1:
         return drawn
-    split = int(arrays[f"{forward}/strategy2_prev_len"])
-    return torch.where(torch.arange(window) < split, drawn[:, :1], drawn[:, 1:])
+    return segments(drawn, int(arrays[f"{forward}/strategy2_prev_len"]), window)
 
 
 def _check_head(tag: str, arrays: dict, output: HeadOutput) -> Iterator[Difference]:

@@ -1,9 +1,11 @@
-"""Checks the network against tensors recorded from the reference implementation.
+"""Checks the network and its training against tensors recorded from the reference implementation.
 
 Example: python -m deer_vla_ros parity ../shared/golden
 
 Prints one line per recording and kind of tensor: the largest absolute difference over all arrays of that kind, the tolerance
 of the folder's tolerances.json (0 where it names none: must be equal), and the worst array. Exit status 1 if any fails.
+Training is compared over two steps in float32; --train64 takes every recorded step of both stages in double precision, and
+compares losses, gradients and parameters relative to what was recorded.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from deer_vla_ros.evaluation.json_file import write_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of recorded tensors, in the format of shared/golden")
+    parser.add_argument("--train64", action="store_true", help="also every recorded training step, in double precision")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the verdicts as JSON")
 
 
@@ -28,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder} is no folder: give a folder of recorded tensors like shared/golden")
     verdicts = []
-    for verdict in check_folder(args.folder):
+    for verdict in check_folder(args.folder, args.train64):
         verdicts.append(verdict)
         mark = "ok  " if verdict.passed else "FAIL"
         print(

@@ -1,7 +1,8 @@
 """What did the reference implementation compute? Folders of recorded tensors, read as they were written.
 
 The format is that of `shared/golden` (its MANIFEST.md names every array): `*_keys.json`, `*_weights.npz`, `*_rollout.npz`,
-`*_window.npz`, `*_info.json` per model, and `preproc.npz`, `text.json`, `tolerances.json` once.
+`*_window.npz`, `*_info.json`, `*_train.json` (and, in double, `*_train_fp64.json` and `.npz`) per model, and `preproc.npz`,
+`text.json`, `tolerances.json` once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,34 @@ REFERENCE_HEAD_WIDTH = 64
 
 @dataclass(frozen=True)
 class ModelRecording:
-    """One recorded model: its network with the recorded weights, and what the reference computed with it."""
+    """One recorded model: its network with the recorded weights, and what the reference computed with it.
+
+    reference_names: of each parameter that the reference has as it is (not cut from a larger one), by our name.
+    """
 
     name: str
     model: MultiExitVLA
+    reference_names: dict[str, str]
     tokenizer: InstructionTokenizer
     info: dict[str, Any]
     rollout: dict[str, np.ndarray]
     window: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TrainingRecording:
+    """A recorded training of one model.
+
+    settings: rates and decay; warmup: steps by stage; stages: the recorded steps of one stage after the other, with how far
+    each parameter moved; groups: the optimiser's, by stage; values: selected parameters after each stage, empty where they were
+    not recorded.
+    """
+
+    settings: dict[str, Any]
+    warmup: dict[str, int]
+    stages: list[dict[str, Any]]
+    groups: dict[str, list[dict[str, Any]]]
+    values: dict[str, np.ndarray]
 
 
 def read_model(folder: Path, name: str) -> ModelRecording:
@@ -46,14 +68,36 @@ def read_model(folder: Path, name: str) -> ModelRecording:
     stored = {key: torch.from_numpy(array).float() for key, array in read_arrays(folder / f"{name}_weights.npz").items()}
     tensors = {entry["key"]: stored[entry["stored_as"]] for entry in keys["keys"]}
     config = model_config(keys, tensors)
+    model = MultiExitVLA.from_reference(tensors, config)
+    named = {entry["key"]: tensors[entry["key"]] for entry in keys["keys"] if entry["listed_by_named_parameters"]}
     return ModelRecording(
         name=name,
-        model=MultiExitVLA.from_reference(tensors, config),
+        model=model,
+        reference_names=_same_tensors(dict(model.named_parameters()), named),
         tokenizer=toy_tokenizer(keys["tokenizer_vocab"], config.max_tokens),
         info=read_json(folder / f"{name}_info.json"),
         rollout=read_arrays(folder / f"{name}_rollout.npz"),
         window=read_arrays(folder / f"{name}_window.npz"),
     )
+
+
+def read_training(folder: Path, name: str, precision: str = "") -> TrainingRecording:
+    """The training record of `name`; `precision` "_fp64" is the one in double, with the parameters after each stage."""
+    record = read_json(folder / f"{name}_train{precision}.json")
+    return TrainingRecording(
+        settings=record["args"],
+        warmup=record["warmup"],
+        stages=record["stages"],
+        groups={stage["stage"]: record[f"{stage['stage']}_groups"] for stage in record["stages"]},
+        values=read_arrays(folder / f"{name}_train{precision}.npz") if precision else {},
+    )
+
+
+def _same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """{our name: their name} of tensors that are one in memory, whole."""
+    names = {(tensor.data_ptr(), tensor.shape): name for name, tensor in theirs.items()}
+    found = {name: names.get((tensor.data_ptr(), tensor.shape)) for name, tensor in ours.items()}
+    return {name: reference for name, reference in found.items() if reference is not None}
 
 
 def model_config(keys: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ModelConfig:

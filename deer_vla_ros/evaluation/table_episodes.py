@@ -9,17 +9,9 @@ import numpy as np
 from deer_vla_ros.budget.calibration import Episode
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.sim.table import Table
+from deer_vla_ros.sim.tasks import TASKS
 
-INSTRUCTIONS = (
-    *(f"{verb} the {color} block" for verb in ("lift", "pick up", "grasp") for color in ("red", "blue", "pink")),
-    *(f"push the {color} block to the {side}" for color in ("red", "blue", "pink") for side in ("left", "right")),
-    *(f"{verb} the drawer" for verb in ("open", "close", "pull", "push")),
-    *(f"move the slider to the {side}" for side in ("left", "right")),
-    *(f"{verb} the {light}" for verb in ("turn on", "turn off", "switch on", "switch off") for light in ("led", "lamp", "light")),
-    "stack the blocks on top of each other",
-    "place the block in the drawer",
-    "take the block out of the drawer",
-)
+INSTRUCTIONS = tuple(phrasing for task in TASKS for phrasing in task.phrasings)
 """What the table can be asked for."""
 
 
@@ -39,8 +31,8 @@ def table_observations(seed: int, steps: int) -> list[Observation]:
             target = start.position + np.clip(target - start.position + random.normal(0, 0.02, 3), -0.12, 0.12)
             table.set_target(target, start.quaternion)
             table.advance(0.1)
-            views = table.render()
-            observations.append(Observation(views.static, views.gripper))
+            views, pose = table.render(), table.tcp_pose()
+            observations.append(Observation(views.static, views.gripper, np.concatenate([pose.position, pose.quaternion])))
     return observations
 
 

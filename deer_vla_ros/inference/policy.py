@@ -98,9 +98,15 @@ class DeerPolicy:
             raise UserError("policy: no instruction yet: call reset(instruction) before step(observation)")
         images = self._preprocess((observation.static, observation.gripper))
         watch.lap("preprocess")
-        visual = self._model.encode_images(images)
+        visual = self._model.visual_tokens(self._model.see(images, self._tcp(observation)), self._text)
         watch.lap("vision")
         return self._model.hidden_states(visual, self._text)
+
+    def _tcp(self, observation: Observation) -> Tensor | None:
+        """(1, 7) where the network looks at it."""
+        if self._model.proprioception is None or observation.tcp is None:
+            return None
+        return torch.as_tensor(observation.tcp, dtype=torch.float32, device=self._model.device)[None]
 
     def _decide(self, hidden_states: Iterator[Tensor], watch: Stopwatch) -> PolicyStep:
         rule = self._rule

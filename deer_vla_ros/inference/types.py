@@ -10,10 +10,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy sees at one moment: (H, W, 3) uint8 RGB images of the static and of the gripper camera."""
+    """What the policy sees at one moment: (H, W, 3) uint8 RGB images of the static and of the gripper camera.
+
+    tcp: (7,) measured pose of the TCP in the action space's frame, position [m] and unit quaternion xyzw; networks without
+    proprioception do not look at it.
+    """
 
     static: np.ndarray
     gripper: np.ndarray
+    tcp: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.from_json import from_json
 
 
+CAMERAS = 2
+"""Static and gripper camera."""
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """CLIP ViT. `image_size` and `patch_size` in pixels, `width` in channels."""
@@ -73,10 +77,27 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
+class GroundingConfig:
+    """Words that look for what they name: `queries` per camera in a feature map of `channels` (grounding.py)."""
+
+    channels: int = 32
+    queries: int = 4
+
+
+@dataclass(frozen=True)
+class ProprioceptionConfig:
+    """The measured TCP pose as an input: positions count from `centre` [m, action frame] in units of `reach` [m]."""
+
+    centre: tuple[float, ...]
+    reach: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that fixes the shape of a `MultiExitVLA`.
 
-    Layers count from 0. Exits lie at layers interval-1, 2*interval-1, ... and at the last layer.
+    Layers count from 0. Exits lie at layers interval-1, 2*interval-1, ... and at the last layer. grounding and proprioception
+    are None in the released networks.
     """
 
     vision: VisionConfig
@@ -85,6 +106,8 @@ class ModelConfig:
     head: HeadConfig
     exit_interval: int = 2
     max_tokens: int = 32
+    grounding: GroundingConfig | None = None
+    proprioception: ProprioceptionConfig | None = None
 
     def __post_init__(self) -> None:
         for part in ("vision", "resampler", "decoder", "head"):
@@ -99,6 +122,16 @@ class ModelConfig:
             raise UserError(
                 f"model config: vision.patch_size {self.vision.patch_size} is larger than vision.image_size {self.vision.image_size}: "
                 "change one of them"
+            )
+        if self.grounding is not None:
+            _check_sizes("grounding", self.grounding)
+            if self.vision.image_size % 4:
+                raise UserError(
+                    f"model config: vision.image_size {self.vision.image_size} is not a multiple of 4, which grounding needs: change it"
+                )
+        if self.proprioception is not None and (len(self.proprioception.centre) != 3 or not self.proprioception.reach > 0):
+            raise UserError(
+                f"model config: proprioception is {self.proprioception}: give a centre of 3 numbers and a reach above 0"
             )
         if self.exit_interval < 2:
             raise UserError(
@@ -119,6 +152,12 @@ class ModelConfig:
         """Layers at which an action can be read, ascending; the last layer is always one."""
         last = self.decoder.layers - 1
         return (*range(self.exit_interval - 1, last, self.exit_interval), last)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that the layers' cross-attention looks at."""
+        found = CAMERAS * self.grounding.queries if self.grounding else 0
+        return CAMERAS * self.resampler.latents + found + (1 if self.proprioception else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as `config.json` of a checkpoint folder stores them."""
@@ -165,13 +204,13 @@ def openflamingo_9b(layers: int = 16) -> ModelConfig:
 def tabletop(layers: int = 12) -> ModelConfig:
     """The embedded default: the same network for the simulated table, small enough for a laptop without a GPU.
 
-    Gates start open: at zero an untrained network would be blind.
+    Gates start open: at zero a network trained from nothing would be blind.
     """
     return ModelConfig(
-        vision=VisionConfig(image_size=80, patch_size=10, width=64, layers=3, heads=4),
-        resampler=ResamplerConfig(depth=2, latents=16, heads=4, head_width=16, mlp_ratio=2),
+        vision=VisionConfig(image_size=64, patch_size=8, width=64, layers=2, heads=4, mlp_ratio=2.0),
+        resampler=ResamplerConfig(depth=1, latents=8, heads=4, head_width=16, mlp_ratio=2),
         decoder=DecoderConfig(
-            width=96,
+            width=64,
             heads=4,
             layers=layers,
             vocabulary=512,
@@ -182,9 +221,11 @@ def tabletop(layers: int = 12) -> ModelConfig:
             cross_attention_heads=4,
             cross_attention_head_width=16,
             cross_attention_mlp_ratio=2,
-            gate_init=0.7,
+            gate_init=0.5,
         ),
-        head=HeadConfig(hidden=96, mlp_widths=(128, 64), lstm_layers=2),
+        head=HeadConfig(hidden=96, mlp_widths=(96, 64), lstm_layers=2, lstm_dropout=0.1, mlp_dropout=0.1),
+        grounding=GroundingConfig(),
+        proprioception=ProprioceptionConfig(centre=(0.45, 0.0, 0.15), reach=0.2),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from typing import Any
 
@@ -26,6 +27,8 @@ def from_json(cls: type, values: Any, where: str) -> Any:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, types.UnionType):  # `X | None`, the only union that configs have
+        return None if value is None else _value(typing.get_args(kind)[0], value, where)
     if dataclasses.is_dataclass(kind):
         return from_json(kind, value, where)
     if typing.get_origin(kind) is tuple:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.model.config import ModelConfig
+from deer_vla_ros.model.config import CAMERAS, ModelConfig
 from deer_vla_ros.model.decoder import Layer, TextContext, attention_bias
+from deer_vla_ros.model.grounding import Grounding, Proprioception, cell_centres
 from deer_vla_ros.model.head import ActionHead
 from deer_vla_ros.model.reference import ReferenceWeights, placed
 from deer_vla_ros.model.resampler import PerceiverResampler
 from deer_vla_ros.model.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What is seen at one moment, before any instruction: visual (B, tokens, vision width); maps: what grounding searches."""
+
+    visual: Tensor
+    maps: Tensor | None
 
 
 class MultiExitVLA(nn.Module):
@@ -29,6 +39,10 @@ class MultiExitVLA(nn.Module):
         decoder, visual_width = config.decoder, config.vision.width
         self.vision = VisionTower(config.vision)
         self.resampler = PerceiverResampler(visual_width, config.resampler)
+        self.proprioception = Proprioception(config.proprioception, visual_width) if config.proprioception else None
+        self.grounding = (
+            Grounding(config.grounding, config.vision.image_size, decoder.width, visual_width, CAMERAS) if config.grounding else None
+        )
         self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
         self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
         self.final_norm = nn.LayerNorm(decoder.width, bias=False) if decoder.final_norm else None
@@ -55,10 +69,32 @@ class MultiExitVLA(nn.Module):
         visual = self.resampler(self.vision(images.flatten(0, 1)))
         return visual.unflatten(0, (batch, cameras)).flatten(1, 2)
 
+    def see(self, images: Tensor, tcp: Tensor | None = None) -> Sight:
+        """What both cameras and the arm's pose give whatever the instruction: images as in `encode_images`, tcp (B, 7).
+
+        UserError where the network needs a measured pose and gets none.
+        """
+        visual = self.encode_images(images)
+        if self.proprioception is not None:
+            if tcp is None:
+                raise UserError(
+                    "this network takes the measured TCP pose as an input, and the observation has none: give Observation.tcp"
+                )
+            visual = torch.cat([visual, self.proprioception(tcp.to(self.dtype))], 1)
+        return Sight(visual, self.grounding.look(images) if self.grounding is not None else None)
+
+    def visual_tokens(self, sight: Sight, text: TextContext) -> Tensor:
+        """(B, config.visual_tokens, vision width): what the layers look at, given the instruction."""
+        if self.grounding is None:
+            return sight.visual
+        return torch.cat([sight.visual, self.grounding.find(sight.maps, text.words).tokens], 1)
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, image_token: int) -> TextContext:
         """(B, S) token ids and mask (1 = real token) -> what the layers need of them; depends on nothing else."""
+        embedding, mask = self.token_embedding(input_ids), attention_mask[..., None].to(self.dtype)
         return TextContext(
-            embedding=self.token_embedding(input_ids),
+            embedding=embedding,
+            words=(embedding * mask).sum(1) / mask.sum(1),
             attention_bias=attention_bias(attention_mask, self.config.decoder).to(self.dtype),
             sees_image=((input_ids == image_token).cumsum(1) > 0)[..., None].to(self.dtype),
         )
@@ -124,7 +160,9 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
 
 
 def restore_buffers(model: MultiExitVLA) -> None:
-    """Refills what a state dict does not carry: the tower's position indices, lost on the meta device."""
+    """Refills what a state dict does not carry, lost on the meta device: position indices of the tower and of the feature maps."""
     embeddings = model.vision.clip.embeddings
     positions = embeddings.position_embedding.weight
     embeddings.position_ids = torch.arange(positions.shape[0], device=positions.device)[None]
+    if model.grounding is not None:
+        model.grounding.cells = cell_centres(model.grounding.positions)

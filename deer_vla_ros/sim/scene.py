@@ -18,6 +18,13 @@ BLOCK_HALF = 0.023  # m
 BLOCK_AREA = np.array([[0.33, 0.54], [-0.13, 0.15]])  # m, x and y
 BLOCK_DISTANCE = 0.085  # m between centres, so that the open gripper fits between two blocks
 
+TABLE_AREA = np.array([[0.28, 0.585], [-0.13, 0.19]])  # m, x and y: where the gripper fits around a block and beside it
+DRAWER_CENTRE = np.array([0.565, -0.28])  # m, x and y of the middle of the closed drawer
+DRAWER_PLACE = np.array([0.555, -0.28])  # m, of the closed drawer: the middle of what lies open once it is pulled out
+DRAWER_HALF = np.array([0.068, 0.065])  # m, from there to its walls' inner sides
+
+CAMERA_SHIFT_M, CAMERA_TURN_RAD = 0.008, 0.008  # largest shift and turn of the static camera, each axis
+
 _BUTTON_PRESSED, _BUTTON_RELEASED = 0.008, 0.004  # m of travel; two values, so that a trembling press counts once
 _SWITCH_ON, _SWITCH_OFF = 0.038, 0.022  # m of travel
 
@@ -43,24 +50,66 @@ class Scene:
         self._led_materials = self.model.material("led_off").id, self.model.material("led_on").id
         self._lamp_materials = self.model.material("lamp_off").id, self.model.material("lamp_on").id
         self._led = self._lamp = self._button_down = False
+        self._static_camera = self.model.camera("static").id
+        self._camera_pose = self.model.cam_pos[self._static_camera].copy(), self.model.cam_quat[self._static_camera].copy()
 
-    def arrange(self, random: np.random.Generator) -> None:
-        """Everything at rest in an arrangement drawn from `random`; the arm at home with its gripper open."""
+    def arrange(self, random: np.random.Generator, varied: bool = False) -> None:
+        """Everything at rest in an arrangement drawn from `random`; the arm at home with its gripper open.
+
+        varied: beyond that, as evaluation and training start: sometimes a block in the drawer or on another one, the arm near
+        home, and the static camera slightly off its place.
+        """
         mujoco.mj_resetData(self.model, self.data)
         joints = np.concatenate([HOME_JOINTS, [MAX_OPENING / 2, MAX_OPENING / 2]])
         self.data.qpos[: len(joints)] = joints
         self.data.ctrl[: len(joints)] = joints
         for colour, centre in zip(COLOURS, _block_centres(random)):
             yaw = random.uniform(-np.pi / 4, np.pi / 4)
-            start = self._address[f"{colour}_block"]
-            self.data.qpos[start : start + 7] = [*centre, BLOCK_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+            self._put_block(colour, [*centre, BLOCK_HALF], yaw)
         self._set("drawer", random.choice([0.0, 0.13]))
         self._set("slider", random.choice([0.0, 0.20]))
         self._set("switch", random.choice([0.0, 0.06]))
         self._led = bool(random.integers(2))
         self._button_down = False
+        self._place_camera(np.zeros(6))
+        if varied:
+            self._vary(random)
         self._set_lights()
         mujoco.mj_forward(self.model, self.data)
+
+    def camera_pose(self, name: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """Position (3,) [m] and rotation (3, 3) of a camera in the base frame (x right, y up, looking along -z), and the
+        angle [rad] that its image is high and wide."""
+        camera = self.model.camera(name).id
+        rotation = self.data.cam_xmat[camera].reshape(3, 3).copy()
+        return self.data.cam_xpos[camera].copy(), rotation, float(np.deg2rad(self.model.cam_fovy[camera]))
+
+    def _vary(self, random: np.random.Generator) -> None:
+        upper, lower = (COLOURS[i] for i in random.permutation(len(COLOURS))[:2])
+        where = random.choice(["table", "drawer", "stack"], p=[0.5, 0.25, 0.25])
+        if where == "drawer":
+            offset = random.uniform([-0.012, -0.008], [0.012, 0.008])
+            self._put_block(upper, [*(DRAWER_PLACE - [self._get("drawer"), 0.0] + offset), 0.032], random.uniform(-0.3, 0.3))
+        elif where == "stack":
+            start = self._address[f"{lower}_block"]
+            offset = random.uniform(-0.004, 0.004, 2)
+            centre = [*(self.data.qpos[start : start + 2] + offset), 3 * BLOCK_HALF]
+            self._put_block(upper, centre, random.uniform(-np.pi / 4, np.pi / 4))
+        joints = HOME_JOINTS + random.uniform(-0.08, 0.08, JOINTS)
+        self.data.qpos[:JOINTS] = self.data.ctrl[:JOINTS] = joints
+        self._place_camera(random.uniform(-1.0, 1.0, 6))
+
+    def _place_camera(self, offset: np.ndarray) -> None:
+        """The static camera off its place by `offset` (6,), in units of CAMERA_SHIFT_M and CAMERA_TURN_RAD."""
+        position, quaternion = self._camera_pose
+        turned = quaternion.copy()
+        mujoco.mju_quatIntegrate(turned, offset[3:] * CAMERA_TURN_RAD, 1.0)
+        self.model.cam_pos[self._static_camera] = position + offset[:3] * CAMERA_SHIFT_M
+        self.model.cam_quat[self._static_camera] = turned
+
+    def _put_block(self, colour: str, centre, yaw: float) -> None:
+        start = self._address[f"{colour}_block"]
+        self.data.qpos[start : start + 7] = [*centre, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
 
     def step(self) -> None:
         """One physics step of `model.opt.timestep` seconds."""

@@ -43,14 +43,14 @@ class Table:
         """Names of joint_positions(): seven arm joints, then two fingers."""
         return self._scene.joint_names
 
-    def reset(self, seed: int | None = None) -> None:
-        """A new arrangement, the arm at home and told to stay there.
+    def reset(self, seed: int | None = None, varied: bool = False) -> None:
+        """A new arrangement, the arm at home and told to stay there; varied: as Scene.arrange says.
 
         With a seed the arrangement depends on it alone; without, it is the next one of the running sequence.
         """
         if seed is not None:
             self._random = np.random.default_rng(seed)
-        self._scene.arrange(self._random)
+        self._scene.arrange(self._random, varied)
         self._joint_target = self._scene.data.ctrl[:JOINTS].copy()
         self._position, self._quaternion_wxyz = self._kinematics.forward(self._joint_target)
         self._opening = MAX_OPENING
@@ -110,6 +110,16 @@ class Table:
 
     def state(self) -> TableState:
         return self._scene.state()
+
+    def pixel(self, camera: str, point: np.ndarray) -> np.ndarray:
+        """(2,) where a point [m, base frame] appears in a camera's ("static" or "gripper") image: x to the right and y down, each
+        0..1 inside the image; NaN behind the camera."""
+        position, rotation, angle = self._scene.camera_pose(camera)
+        x, y, z = rotation.T @ (np.asarray(point, float) - position)
+        if z >= 0.0:
+            return np.full(2, np.nan)
+        half = np.tan(angle / 2) * -z
+        return np.array([0.5 + 0.5 * x / half, 0.5 - 0.5 * y / half])
 
     def close(self) -> None:
         """Closes OpenGL, in the thread that rendered; a later render() opens it again."""

@@ -1,5 +1,6 @@
 """Is the network the reference's, and does the parity command notice when it, or the recording, is not?"""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,7 +16,8 @@ import torch
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.calibration import columns, window_deltas
-from deer_vla_ros.evaluation.parity import compare
+from deer_vla_ros.evaluation.comparison import compare
+from deer_vla_ros.evaluation.parity_training import reference_losses, step_loss
 from deer_vla_ros.evaluation.recording import read_arrays, read_json, read_model
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
@@ -24,7 +26,7 @@ from deer_vla_ros.inference.types import Observation
 
 REPOSITORY = Path(__file__).parent.parent.parent
 COMPACT = REPOSITORY / "test" / "golden_compact"
-COMPACT_LIMIT = 2_200_000
+COMPACT_LIMIT = 2_600_000
 
 LIGHT_RUNS = ("fixed_exit_7", "dyn_A", "dyn_ensemble")
 LIGHT_STEPS, LIGHT_WINDOW, LIGHT_HIDDEN_STEPS = 4, 3, 2
@@ -48,11 +50,11 @@ def golden_folder(environment: Mapping[str, str]) -> Path:
 
 def test_the_whole_recording_is_within_tolerance():
     folder = golden_folder(os.environ)
-    command = (sys.executable, "-m", "deer_vla_ros", "parity", str(folder))
+    command = (sys.executable, "-m", "deer_vla_ros", "parity", str(folder), "--train64")
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
-    for name in ("3b", "9b", "text", "preproc", "budget"):
+    for name in ("3b", "9b", "text", "preproc", "shift", "budget", "3b_train", "9b_train", "3b_fp64", "9b_fp64"):
         assert f"ok   {name} " in result.stdout
 
 
@@ -123,6 +125,18 @@ def values_of(recording, window: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate((np.zeros_like(values), values), axis=1)
 
 
+def training_of(recording) -> dict:
+    """One training step of a shorter window, which the reference did not record: the losses are our own."""
+    record = read_json(COMPACT / "9b_train.json")
+    joint = record["stages"][0]
+    step = joint["steps"][1]
+    step["strategy1_idx"] = [drawn[:LIGHT_WINDOW] for drawn in step["strategy1_idx"]]
+    step["losses"] = reference_losses(step_loss(recording, step))
+    step["lr_used_per_group"] = [0.0] * len(record["joint_groups"])  # now the first, where the warm-up begins
+    joint["steps"] = [step]
+    return record
+
+
 @pytest.fixture(scope="module")
 def light(tmp_path_factory) -> Path:
     """The compact recording with fewer runs and every length cut."""
@@ -138,6 +152,7 @@ def light(tmp_path_factory) -> Path:
     np.savez(folder / "9b_rollout.npz", **rollout)
     window = {name: cut_window(name, array) for name, array in recording.window.items()}
     np.savez(folder / "9b_window.npz", **window | {"values/values": values_of(recording, window)})
+    (folder / "9b_train.json").write_text(json.dumps(training_of(dataclasses.replace(recording, window=window))))
     return folder
 
 
@@ -181,9 +196,9 @@ def test_a_single_recorded_step_passes(folder, capsys):
 
 def test_a_recording_of_another_image_size_passes(folder, capsys):
     """40 pixels are no multiple of the 16 that the normalised image is sampled by."""
-    raw = read_arrays(folder / "preproc.npz")["gripper/raw_hwc_uint8"]
-    arrays = {
-        "gripper/raw_hwc_uint8": raw,
+    arrays = read_arrays(folder / "preproc.npz")
+    raw = arrays["gripper/raw_hwc_uint8"]
+    arrays |= {
         "gripper/resized_cropped_chw_uint8": resize_and_crop(raw, 40).transpose(2, 0, 1),
         "gripper/out_sub16": ImagePreprocessor(40, torch.device("cpu"), torch.float32)([raw])[0, 0, :, ::16, ::16].numpy(),
     }
@@ -235,6 +250,8 @@ def off_by(amount: float) -> Callable[[np.ndarray], np.ndarray]:
         ("values", "9b_window.npz", "values/values", 1e-3),
         ("preprocess_uint8_levels", "preproc.npz", "gripper/resized_cropped_chw_uint8", 1),
         ("preprocess_float", "preproc.npz", "gripper/out_sub16", 1e-6),
+        ("random_shift", "preproc.npz", "shift4/traj_out", 0.01),
+        ("random_shift", "preproc.npz", "shift4/single_shift_int", -1),
     ],
 )
 def test_one_value_beyond_its_tolerance_fails_its_own_kind_only(folder, capsys, kind, file, name, amount):
@@ -250,6 +267,43 @@ def test_another_recorded_threshold_fails_the_thresholds(folder, capsys):
     recorded[100]["thresholds"]["1"] *= 1.00001
     (folder / "thresholds.json").write_text(json.dumps(recorded))
     assert failed(folder, capsys) == {"thresholds_relative"}
+
+
+def another_loss(record: dict) -> None:
+    record["stages"][0]["steps"][0]["losses"]["extra_exit_loss2_bin"] += 1e-4
+
+
+def another_draw(record: dict) -> None:
+    record["stages"][0]["steps"][0]["strategy2_idx"] = [[0, 0], [0, 0]]
+
+
+def another_group_member(record: dict) -> None:
+    del record["joint_groups"][3]["params"][-1]
+
+
+def another_decay(record: dict) -> None:
+    record["exit_groups"][1]["weight_decay"] = 0.01
+
+
+def another_rate(record: dict) -> None:
+    record["stages"][1]["steps"][1]["lr_used_per_group"][1] *= 1.000001
+
+
+@pytest.mark.parametrize(
+    ("edit", "kinds"),
+    [
+        (another_loss, {"loss_steps_0_1"}),
+        (another_draw, {"loss_steps_0_1"}),
+        (another_group_member, {"parameter_groups"}),
+        (another_decay, {"parameter_groups"}),
+        (another_rate, {"learning_rates"}),
+    ],
+)
+def test_another_training_fails_its_own_kind_only(folder, capsys, edit, kinds):
+    record = read_json(folder / "9b_train.json")
+    edit(record)
+    (folder / "9b_train.json").write_text(json.dumps(record))
+    assert failed(folder, capsys) == kinds
 
 
 @pytest.mark.parametrize("edit", [lambda text: text.strip(), lambda text: text.replace("the", "a", 1)])
@@ -320,7 +374,7 @@ def test_the_failing_line_names_the_worst_array_and_the_tolerance(folder, capsys
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("FAIL"))
     assert "lstm_h" in line and "dyn_A/h_final" in line and "5.00e-01" in line and "5.00e-04" in line
-    assert out.splitlines()[-1] == "20 of 21 kinds within tolerance"
+    assert out.splitlines()[-1] == "24 of 25 kinds within tolerance"
 
 
 def test_the_verdicts_can_be_written_as_json(folder, capsys, tmp_path_factory):
@@ -328,7 +382,7 @@ def test_the_verdicts_can_be_written_as_json(folder, capsys, tmp_path_factory):
     change(folder / "9b_rollout.npz", "dyn_A/h_final", off_by(0.5))
     assert main(["parity", str(folder), "--json", str(file)]) == 1
     rows = {(row["recording"], row["kind"]): row for row in json.loads(file.read_text())}
-    assert len(rows) == 21
+    assert len(rows) == 25
     assert [key for key, row in rows.items() if not row["passed"]] == [("9b", "lstm_h")]
     assert rows["9b", "exits"]["tolerance"] == 0
 
@@ -338,7 +392,16 @@ def test_the_verdicts_can_be_written_as_json(folder, capsys, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["9b_weights.npz", "9b_rollout.npz", "9b_window.npz", "9b_info.json", "text.json", "preproc.npz", "tolerances.json"],
+    [
+        "9b_weights.npz",
+        "9b_rollout.npz",
+        "9b_window.npz",
+        "9b_info.json",
+        "9b_train.json",
+        "text.json",
+        "preproc.npz",
+        "tolerances.json",
+    ],
 )
 def test_a_missing_file_is_named(folder, capsys, name):
     (folder / name).unlink()
@@ -386,7 +449,7 @@ def test_a_damaged_array_file_is_refused_with_its_path(folder, capsys, name, dam
     assert str(path) in refusal(folder, capsys)
 
 
-@pytest.mark.parametrize("name", ["9b_keys.json", "9b_info.json", "text.json", "tolerances.json"])
+@pytest.mark.parametrize("name", ["9b_keys.json", "9b_info.json", "9b_train.json", "text.json", "tolerances.json"])
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
 def test_a_damaged_json_file_is_refused_with_its_path(folder, capsys, name, content):
     (folder / name).write_bytes(content)
@@ -401,6 +464,7 @@ def test_a_damaged_json_file_is_refused_with_its_path(folder, capsys, name, cont
         ("9b_window.npz", "fwd1/strategy2_idx"),
         ("9b_weights.npz", "perceiver.latents"),
         ("preproc.npz", "gripper/out_sub16"),
+        ("preproc.npz", "shift4/single_out"),
     ],
 )
 def test_a_missing_array_is_named(folder, capsys, file, name):
@@ -411,7 +475,13 @@ def test_a_missing_array_is_named(folder, capsys, file, name):
 
 
 @pytest.mark.parametrize(
-    ("file", "key"), [("text.json", "truncation_case"), ("9b_info.json", "instruction"), ("9b_keys.json", "config")]
+    ("file", "key"),
+    [
+        ("text.json", "truncation_case"),
+        ("9b_info.json", "instruction"),
+        ("9b_keys.json", "config"),
+        ("9b_train.json", "exit_groups"),
+    ],
 )
 def test_a_missing_entry_is_named(folder, capsys, file, key):
     values = read_json(folder / file)

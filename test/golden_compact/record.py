@@ -38,8 +38,9 @@ DROPPED_RUNS = (
     "dyn_maxlayer5",
 )
 HIDDEN_STATE_STEPS = 3
-DROPPED_BATCHES = ("batch0/", "fwd0/")  # batch1 has the longer texts
-KEPT_CAMERAS = ("gripper/",)
+DROPPED_FORWARDS = ("fwd0/",)  # batch1 has the longer texts; training takes both batches
+DROPPED_FROM_TRAINING = ("grad_norm_per_param", "param_delta_l2")  # in float32, where rounding grows from step to step
+KEPT_PREPROCESSING = ("gripper/", "shift4/")
 
 
 def main() -> None:
@@ -53,10 +54,13 @@ def main() -> None:
         shutil.copyfile(source / name, out / name)
     copy_json(source, out, f"{MODEL}_keys.json", without_text_tower)
     copy_json(source, out, f"{MODEL}_info.json", without_dropped_runs)
+    copy_json(source, out, f"{MODEL}_train.json", without_gradients)
+    copy_json(source, out, f"{MODEL}_train_fp64.json", lambda record: record)
+    copy_arrays(source, out, f"{MODEL}_train_fp64.npz", lambda name: True)
     copy_arrays(source, out, f"{MODEL}_weights.npz", lambda name: not name.startswith(CLIP_TEXT_TOWER))
     copy_arrays(source, out, f"{MODEL}_rollout.npz", lambda name: name.split("/")[0] not in DROPPED_RUNS)
-    copy_arrays(source, out, f"{MODEL}_window.npz", lambda name: not name.startswith(DROPPED_BATCHES))
-    copy_arrays(source, out, "preproc.npz", lambda name: name.startswith(KEPT_CAMERAS))
+    copy_arrays(source, out, f"{MODEL}_window.npz", lambda name: not name.startswith(DROPPED_FORWARDS))
+    copy_arrays(source, out, "preproc.npz", lambda name: name.startswith(KEPT_PREPROCESSING))
     size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".npz", ".json"))
     print(f"{out}: {size / 1e6:.2f} MB")
 
@@ -69,6 +73,16 @@ def without_text_tower(keys: dict) -> dict:
 def without_dropped_runs(info: dict) -> dict:
     """The settings of the runs that are kept."""
     return {**info, "dynamic": {tag: settings for tag, settings in info["dynamic"].items() if tag not in DROPPED_RUNS}}
+
+
+def without_gradients(record: dict) -> dict:
+    """The training record without what was measured parameter by parameter."""
+    stages = [{**kept_of(stage), "steps": [kept_of(step) for step in stage["steps"]]} for stage in record["stages"]]
+    return {**record, "stages": stages}
+
+
+def kept_of(values: dict) -> dict:
+    return {name: value for name, value in values.items() if name not in DROPPED_FROM_TRAINING}
 
 
 def copy_json(source: Path, out: Path, name: str, subset: Callable[[dict], dict]) -> None:

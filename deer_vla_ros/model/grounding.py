@@ -1,0 +1,102 @@
+"""Where in the images is what the instruction names, and where is the arm? Two inputs that only small networks switch on.
+
+A network of this size trained from nothing does not find out by itself that a colour word means a colour in the image. Here the
+words ask each camera's feature map directly (a spatial soft-argmax, Finn et al. 2016, arXiv 1509.06113, with language as the
+query), and what they find is handed to the layers as further visual tokens. The released networks do without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deer_vla_ros.model.config import GroundingConfig, ProprioceptionConfig
+
+STRIDE = 4
+"""Pixels per cell of the feature map, each way."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """logits (B, cameras, queries, cells): how much each query looks at each cell, before the softmax, row by row;
+    tokens (B, cameras * queries, visual width)."""
+
+    logits: Tensor
+    tokens: Tensor
+
+
+class Grounding(nn.Module):
+    """`look` at the images once; `find` what any number of instructions name in them."""
+
+    def __init__(self, config: GroundingConfig, image_size: int, text_width: int, visual_width: int, cameras: int):
+        super().__init__()
+        self.queries, self.channels = config.queries, config.channels
+        side = image_size // STRIDE
+        self.stems = nn.ModuleList(_stem(config.channels) for _ in range(cameras))
+        self.positions = nn.Parameter(torch.zeros(cameras, config.channels, side * side))
+        self.norm_text = nn.LayerNorm(text_width)
+        self.query = nn.Linear(text_width, config.queries * config.channels)
+        self.out = nn.Linear(config.channels + 2, visual_width)
+        self.norm_out = nn.LayerNorm(visual_width)
+        self.cameras = nn.Parameter(torch.randn(cameras, config.queries, visual_width) * 0.02)
+        self.register_buffer("cells", cell_centres(self.positions), persistent=False)
+
+    def look(self, images: Tensor) -> Tensor:
+        """(B, cameras, 3, size, size) -> (B, cameras, channels, cells)."""
+        maps = [stem(images[:, camera]).flatten(2) for camera, stem in enumerate(self.stems)]
+        return torch.stack(maps, 1) + self.positions
+
+    def find(self, maps: Tensor, words: Tensor) -> Found:
+        """maps (B, cameras, channels, cells) as `look` gives them; words (B, text width), the mean of the instruction's tokens."""
+        queries = self.query(self.norm_text(words)).unflatten(-1, (self.queries, self.channels))
+        logits = torch.einsum("bqc,bvcn->bvqn", queries, maps) * self.channels**-0.5
+        weights = logits.softmax(-1)
+        attended = torch.einsum("bvqn,bvcn->bvqc", weights, maps)
+        where = weights @ self.cells
+        tokens = self.norm_out(self.out(torch.cat([attended, where], -1))) + self.cameras
+        return Found(logits, tokens.flatten(1, 2))
+
+
+def cell_centres(positions: Tensor) -> Tensor:
+    """(cells, 2) x and y of every cell of a square feature map, row by row, -1..1; positions (..., cells) says how many, and where."""
+    side = round(positions.shape[-1] ** 0.5)
+    grid = ((torch.arange(side, device=positions.device) + 0.5) / side * 2 - 1).to(positions.dtype)
+    rows, columns = torch.meshgrid(grid, grid, indexing="ij")
+    return torch.stack([columns, rows], -1).flatten(0, 1)
+
+
+class Proprioception(nn.Module):
+    """The measured pose of the TCP as one visual token."""
+
+    def __init__(self, config: ProprioceptionConfig, visual_width: int):
+        super().__init__()
+        self.config = config
+        self.up = nn.Linear(9, 2 * visual_width)
+        self.out = nn.Linear(2 * visual_width, visual_width)
+
+    def forward(self, tcp: Tensor) -> Tensor:
+        """(B, 7) position [m] and quaternion xyzw in the action frame -> (B, 1, visual width)."""
+        position = (tcp[:, :3] - tcp.new_tensor(self.config.centre)) / self.config.reach
+        return self.out(F.gelu(self.up(torch.cat([position, first_columns(tcp[:, 3:])], -1))))[:, None]
+
+
+def first_columns(quaternion: Tensor) -> Tensor:
+    """(B, 4) unit quaternions xyzw -> (B, 6), the first two columns of the rotation matrix: the same for q and -q."""
+    x, y, z, w = quaternion.unbind(-1)
+    first = (1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w))
+    second = (2 * (x * y - z * w), 1 - 2 * (x * x + z * z), 2 * (y * z + x * w))
+    return torch.stack([*first, *second], -1)
+
+
+def _stem(channels: int) -> nn.Sequential:
+    """Three convolutions, a quarter of the resolution."""
+    return nn.Sequential(
+        nn.Conv2d(3, channels // 2, 5, stride=2, padding=2),
+        nn.GELU(),
+        nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )

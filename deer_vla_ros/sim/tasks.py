@@ -1,0 +1,351 @@
+"""What can the table be asked for, and was it done? Tasks with their wordings, decided on the simulator's state alone.
+
+As CALVIN's task oracle: a task compares the state before the instruction with the state now. Left and right are the arm's
+(the base frame's +y and -y).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from deer_vla_ros.sim.scene import BLOCK_HALF, DRAWER_CENTRE, DRAWER_HALF, DRAWER_PLACE, TABLE_AREA
+from deer_vla_ros.sim.state import COLOURS, TableState
+
+LIFTED_M = 0.05  # how much higher a lifted block is
+PUSHED_M = 0.05  # how far a pushed block has moved sideways
+PUSH_ROOM = (-0.10, 0.12)  # m, y: a block beyond is not pushed further out, nor reached from behind
+HANDS = np.array([0.022, 0.022, 0.028])  # m, from the TCP: where a held block's middle is
+DRAWER_OPEN_M, DRAWER_CLOSED_M = 0.10, 0.02
+SLIDER_LEFT_M, SLIDER_RIGHT_M = 0.16, 0.04
+GRIPPER_ROOM = 0.075  # m, y: distance of another block's centre at which an open finger fits beside a block
+RELEASED_M = 0.062  # opening of a gripper that lets go of a block
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One thing to ask for.
+
+    phrasings: how training says it; held_out: how only evaluation says it.
+    possible: whether it makes sense to ask for it in this state. succeeded: of the states before and now.
+    block: the colour that the instruction names, None where it names none.
+    """
+
+    name: str
+    phrasings: tuple[str, ...]
+    held_out: tuple[str, ...]
+    possible: Callable[[TableState], bool]
+    succeeded: Callable[[TableState, TableState], bool]
+    block: str | None = None
+
+
+def in_drawer(state: TableState, colour: str) -> bool:
+    """Whether the block's centre is inside the drawer, wherever the drawer is."""
+    position = state.block(colour).position
+    centre = DRAWER_CENTRE - [state.drawer, 0.0]
+    return bool((np.abs(position[:2] - centre) < DRAWER_HALF).all() and position[2] < 0.06)
+
+
+def below(state: TableState, colour: str) -> str | None:
+    """The block right under this one; None where there is none."""
+    position = state.block(colour).position
+    for other in COLOURS:
+        offset = position - state.block(other).position
+        if other != colour and np.hypot(*offset[:2]) < 0.035 and abs(offset[2] - 2 * BLOCK_HALF) < 0.012:
+            return other
+    return None
+
+
+def is_covered(state: TableState, colour: str) -> bool:
+    """Whether another block rests on this one; a held one does not."""
+    return any(below(state, other) == colour for other in COLOURS if other not in (colour, held(state)))
+
+
+def on_table(state: TableState, colour: str) -> bool:
+    """Whether the block stands on the table top, within the arm's comfortable reach."""
+    position = state.block(colour).position
+    inside = (TABLE_AREA[:, 0] < position[:2]).all() and (position[:2] < TABLE_AREA[:, 1]).all()
+    return bool(inside and abs(position[2] - BLOCK_HALF) < 0.012 and not in_drawer(state, colour))
+
+
+def held(state: TableState) -> str | None:
+    """The block between the closed fingers; None where there is none."""
+    if not 0.03 < state.opening < 0.056:
+        return None
+    return between_fingers(state)
+
+
+def between_fingers(state: TableState) -> str | None:
+    """The block that the fingers are around, gripped or not; None where there is none."""
+    for colour in COLOURS:
+        if (np.abs(state.block(colour).position - state.tcp.position) < HANDS).all():
+            return colour
+    return None
+
+
+def has_room(state: TableState, colour: str) -> bool:
+    """Whether an open gripper fits around the block: no other block beside it."""
+    position = state.block(colour).position
+    for other in COLOURS:
+        offset = np.abs(state.block(other).position - position)
+        if other != colour and offset[0] < 0.045 and offset[1] < GRIPPER_ROOM and offset[2] < 0.03:
+            return False
+    return True
+
+
+def graspable(state: TableState, colour: str) -> bool:
+    """Whether the block stands free on the table, and no held one hangs over it."""
+    hanging = held(state)
+    if hanging and np.hypot(*(state.block(hanging).position - state.block(colour).position)[:2]) < 0.07:
+        return hanging == colour
+    return on_table(state, colour) and not is_covered(state, colour) and has_room(state, colour)
+
+
+def stacked(state: TableState) -> tuple[str, str] | None:
+    """(upper, lower) of two blocks of which one rests on the other and neither is held; None where none does."""
+    for upper in COLOURS:
+        lower = below(state, upper)
+        if lower and held(state) != upper:
+            return upper, lower
+    return None
+
+
+def drawer_block(state: TableState) -> str | None:
+    """A block in the drawer that the gripper can reach into the open drawer for."""
+    for colour in COLOURS:
+        offset = np.abs(state.block(colour).position[:2] - DRAWER_PLACE + [state.drawer, 0.0])
+        if in_drawer(state, colour) and offset[0] < 0.03 and offset[1] < 0.012:
+            return colour
+    return None
+
+
+def free_blocks(state: TableState) -> list[str]:
+    """Blocks on which another one can be put: on the table, not covered, not held."""
+    return [c for c in COLOURS if on_table(state, c) and not is_covered(state, c) and held(state) != c]
+
+
+def _is_lifted(before: TableState, now: TableState, colour: str) -> bool:
+    return held(now) == colour and now.block(colour).position[2] > before.block(colour).position[2] + LIFTED_M
+
+
+def _lift(colour: str) -> Task:
+    verbs = ("lift", "pick up", "grasp", "grab", "take")
+    return Task(
+        name=f"lift_{colour}_block",
+        phrasings=(*(f"{verb} the {colour} block" for verb in verbs), f"lift up the {colour} cube"),
+        held_out=(f"grab the {colour} cube", f"lift the {colour} block up", f"go and pick the {colour} block up"),
+        possible=lambda state: graspable(state, colour) and held(state) != colour,
+        succeeded=lambda before, now: _is_lifted(before, now, colour),
+        block=colour,
+    )
+
+
+def _push(colour: str, side: str) -> Task:
+    sign = 1.0 if side == "left" else -1.0
+
+    def possible(state: TableState) -> bool:
+        room = PUSH_ROOM[0] < state.block(colour).position[1] < PUSH_ROOM[1]
+        return bool(room) and on_table(state, colour) and not is_covered(state, colour) and _pushable(state, colour, sign)
+
+    def succeeded(before: TableState, now: TableState) -> bool:
+        start, end = before.block(colour).position, now.block(colour).position
+        return sign * (end[1] - start[1]) > PUSHED_M and end[2] < 2 * BLOCK_HALF and held(now) != colour
+
+    return Task(
+        name=f"push_{colour}_block_{side}",
+        phrasings=(
+            f"push the {colour} block to the {side}",
+            f"push the {colour} block {side}",
+            f"slide the {colour} block to the {side}",
+            f"move the {colour} block to the {side}",
+            f"go shove the {colour} cube to the {side}",
+        ),
+        held_out=(
+            f"slide the {colour} cube {side}",
+            f"push the {colour} cube to the {side}",
+            f"go and shove the {colour} block {side}",
+        ),
+        possible=possible,
+        succeeded=succeeded,
+        block=colour,
+    )
+
+
+def _pushable(state: TableState, colour: str, sign: float) -> bool:
+    """Whether closed fingers fit on the side from which the block is pushed, and no other block is in its way."""
+    position = state.block(colour).position
+    for other in COLOURS:
+        offset = state.block(other).position - position
+        ahead = sign * offset[1]
+        if other != colour and abs(offset[0]) < 0.05 and -0.10 < ahead < 0.12:
+            return False
+    return True
+
+
+def _take_out(before: TableState, now: TableState) -> bool:
+    colour = held(now)
+    return bool(colour) and in_drawer(before, colour) and now.block(colour).position[2] > 0.10
+
+
+def _unstacked(before: TableState, now: TableState) -> bool:
+    """Off the other block in whatever way, as CALVIN counts it."""
+    pair = stacked(before)
+    if pair is None:
+        return False
+    moved = np.linalg.norm(now.block(pair[0]).position - before.block(pair[0]).position)
+    return bool(moved > 0.03) and below(now, pair[0]) is None
+
+
+def _placed(before: TableState, now: TableState) -> bool:
+    colour = held(before)
+    return bool(colour) and now.opening > RELEASED_M and in_drawer(now, colour)
+
+
+def _put_on_block(before: TableState, now: TableState) -> bool:
+    colour = held(before)
+    return bool(colour) and now.opening > RELEASED_M and below(now, colour) is not None
+
+
+def _switched(task: str, phrasings: tuple[str, ...], held_out: tuple[str, ...], light: str, on: bool) -> Task:
+    return Task(
+        task,
+        phrasings,
+        held_out,
+        possible=lambda state: getattr(state, light) != on,
+        succeeded=lambda before, now: getattr(now, light) == on,
+    )
+
+
+def _all_tasks() -> tuple[Task, ...]:
+    return (
+        *(_lift(colour) for colour in COLOURS),
+        *(_push(colour, side) for colour in COLOURS for side in ("left", "right")),
+        Task(
+            "open_drawer",
+            ("open the drawer", "pull the drawer", "pull the handle of the drawer", "pull open the drawer", "pull out the drawer"),
+            ("go open the drawer", "grasp the drawer handle and open it", "slide the drawer open"),
+            possible=lambda state: state.drawer < DRAWER_CLOSED_M,
+            succeeded=lambda before, now: now.drawer > DRAWER_OPEN_M,
+        ),
+        Task(
+            "close_drawer",
+            ("close the drawer", "push the drawer", "push the handle of the drawer", "push the drawer shut", "shut the drawer"),
+            ("go close the drawer", "push the drawer closed", "shut the open drawer"),
+            possible=lambda state: state.drawer > DRAWER_OPEN_M,
+            succeeded=lambda before, now: now.drawer < DRAWER_CLOSED_M,
+        ),
+        *(
+            Task(
+                f"move_slider_{side}",
+                (
+                    f"move the slider to the {side}",
+                    f"push the slider to the {side}",
+                    f"slide the purple handle to the {side}",
+                    f"move the slider {side}",
+                    f"push the purple slider {side}",
+                ),
+                (f"slide the slider {side}", f"push the purple handle to the {side}", f"go and move the slider to the {side}"),
+                possible=lambda state, side=side: state.slider < SLIDER_RIGHT_M if side == "left" else state.slider > SLIDER_LEFT_M,
+                succeeded=lambda before, now, side=side: (
+                    now.slider > SLIDER_LEFT_M if side == "left" else now.slider < SLIDER_RIGHT_M
+                ),
+            )
+            for side in ("left", "right")
+        ),
+        *(
+            _switched(
+                f"turn_{word}_led",
+                (
+                    f"turn {word} the led",
+                    f"switch {word} the led",
+                    f"press the button to turn {word} the led",
+                    f"turn {word} the green light",
+                    f"push the button to switch {word} the green led",
+                ),
+                (f"turn the led {word}", f"switch the green light {word}", f"press the button to switch {word} the led"),
+                "led",
+                word == "on",
+            )
+            for word in ("on", "off")
+        ),
+        *(
+            _switched(
+                f"turn_{word}_lamp",
+                (
+                    f"turn {word} the lamp",
+                    f"switch {word} the lamp",
+                    f"use the switch to turn {word} the lamp",
+                    f"turn {word} the yellow light",
+                    f"move the switch to turn {word} the yellow lamp",
+                ),
+                (f"turn the lamp {word}", f"switch the yellow light {word}", f"use the switch to switch {word} the lamp"),
+                "lamp",
+                word == "on",
+            )
+            for word in ("on", "off")
+        ),
+        Task(
+            "place_in_drawer",
+            (
+                "place the block in the drawer",
+                "put the block in the drawer",
+                "store the grasped block in the drawer",
+                "place the grasped block in the drawer",
+                "drop the block into the drawer",
+            ),
+            ("store the block in the drawer", "put the grasped block into the drawer", "go and drop the block in the drawer"),
+            possible=lambda state: held(state) is not None and state.drawer > DRAWER_OPEN_M and not _drawer_is_used(state),
+            succeeded=_placed,
+        ),
+        Task(
+            "take_out_of_drawer",
+            (
+                "take the block out of the drawer",
+                "lift the block out of the drawer",
+                "get the block from the drawer",
+                "pick up the block in the drawer",
+                "grasp the block from the drawer",
+            ),
+            ("take the block from the drawer", "grasp the block in the drawer", "go and get the block out of the drawer"),
+            possible=lambda state: state.drawer > DRAWER_OPEN_M and drawer_block(state) is not None and held(state) is None,
+            succeeded=_take_out,
+        ),
+        Task(
+            "stack_block",
+            (
+                "stack the grasped block",
+                "place the grasped block on top of another block",
+                "put the block on top of another block",
+                "stack the blocks on top of each other",
+                "stack the block on another block",
+            ),
+            ("stack the block", "place the block on top of another block", "put the grasped block on another block"),
+            possible=lambda state: held(state) is not None and bool(free_blocks(state)) and stacked(state) is None,
+            succeeded=_put_on_block,
+        ),
+        Task(
+            "unstack_block",
+            (
+                "unstack the blocks",
+                "take off the stacked block",
+                "remove the top block",
+                "take the top block off the stack",
+                "lift the top block of the stack",
+            ),
+            ("remove the stacked block", "go to the stack and take off the top block", "take off the top block"),
+            possible=lambda state: stacked(state) is not None and held(state) is None,
+            succeeded=_unstacked,
+        ),
+    )
+
+
+def _drawer_is_used(state: TableState) -> bool:
+    return any(in_drawer(state, colour) and held(state) != colour for colour in COLOURS)
+
+
+TASKS: tuple[Task, ...] = _all_tasks()
+BY_NAME: dict[str, Task] = {task.name: task for task in TASKS}
+NEEDS_HELD_BLOCK = ("place_in_drawer", "stack_block")
+"""Tasks that go on with the block that the gripper holds; at every other one the expert lets go of it first."""

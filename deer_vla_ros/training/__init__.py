@@ -1,0 +1,1 @@
+"""How are the weights made? Losses, parameter groups, augmentation."""
