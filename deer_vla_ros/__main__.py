@@ -36,6 +36,7 @@ COMMANDS = {
     "calibrate": Command(
         "deer_vla_ros.evaluation.calibrate_command", "measures the deltas of all exits for a checkpoint's budgets"
     ),
+    "train": Command("deer_vla_ros.training.train_command", "makes a network by a recipe, from demonstrations to a checkpoint"),
     "parity": Command("deer_vla_ros.evaluation.parity_command", "checks the network against recorded reference tensors"),
 }
 

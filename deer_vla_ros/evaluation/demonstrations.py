@@ -30,6 +30,8 @@ NOISE = 0.35
 _RARE = {"place_in_drawer": 5.0, "stack_block": 5.0, "take_out_of_drawer": 4.0, "unstack_block": 3.0}
 """How much more often than others a task is chosen where it is possible: it seldom is."""
 
+PHRASINGS = {task.name: list(task.phrasings) for task in TASKS}
+
 Driver = Callable[[Observation], Action]
 """A policy that has been told the instruction."""
 
@@ -49,7 +51,7 @@ class Session:
 def record_shard(folder: Path, seed: int, demos: int, session: Session) -> tuple[int, int]:
     """Records `demos` episodes into a new shard; (frames, failed episodes). Depends on nothing but its arguments."""
     random = np.random.default_rng(seed)
-    writer = ShardWriter(folder, tuple(task.name for task in TASKS), session.image_size, {"seed": seed})
+    writer = ShardWriter(folder, tuple(task.name for task in TASKS), session.image_size, {"seed": seed, "phrasings": PHRASINGS})
     frames = failed = 0
     with Table(seed) as table:
         while writer.episodes < demos:

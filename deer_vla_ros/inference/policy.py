@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.climb import Climb
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.preprocess import ImagePreprocessor
 from deer_vla_ros.inference.stopwatch import Stopwatch
-from deer_vla_ros.inference.types import Action, Observation, PolicyStep, StopReason
+from deer_vla_ros.inference.types import Observation, PolicyStep
+from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.decoder import TextContext
 from deer_vla_ros.model.head import HeadOutput, HeadState, pool
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """How a climb up the layers ended: the exit taken, and the heads read at it and just before it."""
-
-    index: int
-    stop: StopReason
-    chosen: HeadOutput
-    previous: HeadOutput | None
-    deltas: tuple[float, ...]
-    probes: int
 
 
 class DeerPolicy:
@@ -53,9 +42,7 @@ class DeerPolicy:
 
     @rule.setter
     def rule(self, rule: ExitRule) -> None:
-        unknown = sorted(set(rule.exits) - set(self._model.config.exits))
-        if unknown:
-            raise UserError(f"exit rule: layers {unknown} are no exits of this network: choose from {self._model.config.exits}")
+        check_exits(rule, self._model.config)
         self._rule = rule
 
     @property
@@ -98,7 +85,7 @@ class DeerPolicy:
             raise UserError("policy: no instruction yet: call reset(instruction) before step(observation)")
         images = self._preprocess((observation.static, observation.gripper))
         watch.lap("preprocess")
-        visual = self._model.visual_tokens(self._model.see(images, self._tcp(observation)), self._text)
+        visual, _ = self._model.visual_tokens(self._model.see(images, self._tcp(observation)), self._text)
         watch.lap("vision")
         return self._model.hidden_states(visual, self._text)
 
@@ -109,65 +96,27 @@ class DeerPolicy:
         return torch.as_tensor(observation.tcp, dtype=torch.float32, device=self._model.device)[None]
 
     def _decide(self, hidden_states: Iterator[Tensor], watch: Stopwatch) -> PolicyStep:
-        rule = self._rule
-        if rule.probes(self._episode_step):
-            walk = self._climb(rule, hidden_states, watch)
-        else:
-            walk = self._go_to(rule.index_not_shallower(self._last_exit_layer), rule, hidden_states, watch)
-        action = self._action(walk, rule.ensemble)
+        climb = Climb(self._rule, self._episode_step, self._last_exit_layer)
+        for layer, hidden in enumerate(hidden_states):
+            if climb.reads(layer):
+                ended = climb.ends(layer, self._read(hidden, watch))
+                watch.lap("head")
+                if ended:
+                    break
+        action = climb.action()
         watch.lap("head")
+        step = climb.report(action, self._text.tokens, watch.times())
         if action.is_finite:
-            self._state = walk.chosen.state
-            self._last_exit_layer = rule.exits[walk.index]
+            self._state = climb.chosen.state
+            self._last_exit_layer = step.exit_layer
             self._episode_step += 1
-        return PolicyStep(
-            action=action,
-            exits=rule.exits,
-            exit_index=walk.index,
-            stop=walk.stop,
-            deltas=walk.deltas,
-            thresholds=rule.thresholds,
-            head_probes=walk.probes,
-            tokens=self._text.tokens,
-            times=watch.times(),
-        )
-
-    def _climb(self, rule: ExitRule, hidden_states: Iterator[Tensor], watch: Stopwatch) -> _Walk:
-        """Stops at the first exit whose action agrees with the previous exit's (the first: with the layer before it)."""
-        deltas = [float("nan")] * len(rule.exits)
-        previous = self._read(_advance(hidden_states, rule.exits[0]), watch)
-        layer = rule.exits[0] - 1
-        for index, exit_layer in enumerate(rule.exits):
-            current = self._read(_advance(hidden_states, exit_layer - layer), watch)
-            deltas[index] = rule.measure(current.pose[0, 0], previous.pose[0, 0])
-            watch.lap("head")
-            deepest = exit_layer == rule.deepest
-            if deepest or rule.agrees(index, deltas[index]):
-                stop = StopReason.DEEPEST if deepest else StopReason.AGREED
-                partner = previous if index > 0 else None
-                return _Walk(index, stop, current, partner, tuple(deltas), probes=index + 2)
-            previous, layer = current, exit_layer
-        raise AssertionError("unreachable: the deepest exit always stops")
-
-    def _go_to(self, index: int, rule: ExitRule, hidden_states: Iterator[Tensor], watch: Stopwatch) -> _Walk:
-        """Runs to one exit and reads the head there only."""
-        chosen = self._read(_advance(hidden_states, rule.exits[index] + 1), watch)
-        return _Walk(index, StopReason.STAGE, chosen, None, (float("nan"),) * len(rule.exits), probes=1)
+        return step
 
     def _read(self, hidden: Tensor, watch: Stopwatch) -> HeadOutput:
         """The shared head at a hidden state (1, S, width), from the stored state, which stays as it is."""
         feature = pool(hidden)[:, None]
         watch.lap("language")
-        output = self._model.shared_head(feature, self._state)
-        watch.lap("head")
-        return output
-
-    @staticmethod
-    def _action(walk: _Walk, ensemble: bool) -> Action:
-        outputs = [walk.chosen] if walk.previous is None or not ensemble else [walk.chosen, walk.previous]
-        pose = torch.stack([output.pose[0, 0].float() for output in outputs]).mean(0)
-        probability = torch.stack([output.gripper_logit[0, 0, 0].float().sigmoid() for output in outputs]).mean(0)
-        return Action(pose.cpu().numpy(), probability.item())
+        return self._model.shared_head(feature, self._state)
 
     def _clear(self) -> None:
         self._state = self._model.shared_head.initial_state()
@@ -175,8 +124,8 @@ class DeerPolicy:
         self._episode_step = 0
 
 
-def _advance(hidden_states: Iterator[Tensor], layers: int) -> Tensor:
-    """Runs the next `layers` layers (at least one) and returns the last one's output."""
-    for _ in range(layers - 1):
-        next(hidden_states)
-    return next(hidden_states)
+def check_exits(rule: ExitRule, config: ModelConfig) -> None:
+    """Raises UserError where a rule names layers that are no exits of the network."""
+    unknown = sorted(set(rule.exits) - set(config.exits))
+    if unknown:
+        raise UserError(f"exit rule: layers {unknown} are no exits of this network: choose from {config.exits}")

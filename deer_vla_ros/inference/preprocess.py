@@ -27,16 +27,19 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
+def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., 3, H, W) uint8 -> the same shape, with CLIP's mean and deviation taken out."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return ((pixels.float() / 255 - mean) / std).to(dtype)
+
+
 class ImagePreprocessor:
     """Raw images of one moment to one normalised batch on the device."""
 
     def __init__(self, size: int, device: torch.device, dtype: torch.dtype):
         self.size, self.device, self.dtype = size, device, dtype
-        self._mean = torch.tensor(CLIP_MEAN, device=device)[:, None, None]
-        self._std = torch.tensor(CLIP_STD, device=device)[:, None, None]
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """Images (H, W, 3) uint8 of any sizes -> (1, cameras, 3, size, size)."""
         pixels = np.stack([resize_and_crop(image, self.size) for image in images]).transpose(0, 3, 1, 2)
-        batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
-        return ((batch.float() / 255 - self._mean) / self._std).to(self.dtype)[None]
+        return normalised(torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device), self.dtype)[None]

@@ -64,6 +64,10 @@ class StageTimes:
     def total(self) -> float:
         return self.preprocess + self.vision + self.language + self.head
 
+    def shared(self, among: int) -> StageTimes:
+        """One of `among` equal shares."""
+        return StageTimes(self.preprocess / among, self.vision / among, self.language / among, self.head / among)
+
 
 @dataclass(frozen=True)
 class PolicyStep:

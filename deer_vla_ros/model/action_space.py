@@ -46,7 +46,7 @@ class ActionSpace:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionSpace:
         """From `config.json`; unknown or missing keys and values of another type raise UserError by name."""
-        return from_json(cls, values, "action_space")
+        return from_json(cls, values, "config.json: action_space")
 
 
 CALVIN = ActionSpace(frame="world", translation_m=0.02, rotation_rad=0.05, gripper_open=1.0, gripper_closed=-1.0, rate_hz=30.0)

@@ -50,7 +50,7 @@ class CheckpointInfo:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckpointInfo:
         """Inverse of `to_dict`; unknown or missing keys and values of another type raise UserError by name."""
-        return from_json(cls, values, "checkpoint")
+        return from_json(cls, values, "config.json: checkpoint")
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`; an unknown or missing key, or a value of another type, raises UserError by name."""
-        return from_json(cls, values, "model")
+        return from_json(cls, values, "config.json: model")
 
 
 def _check_sizes(part: str, config: Any) -> None:

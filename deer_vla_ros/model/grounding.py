@@ -50,14 +50,19 @@ class Grounding(nn.Module):
         return torch.stack(maps, 1) + self.positions
 
     def find(self, maps: Tensor, words: Tensor) -> Found:
-        """maps (B, cameras, channels, cells) as `look` gives them; words (B, text width), the mean of the instruction's tokens."""
-        queries = self.query(self.norm_text(words)).unflatten(-1, (self.queries, self.channels))
+        """maps (B, cameras, channels, cells) as `look` gives them; words (B * n, text width), the mean of an instruction's tokens:
+        n instructions for each image, image by image. What is found has B * n rows."""
+        queries = self.query(self.norm_text(words)).view(maps.shape[0], -1, self.channels)  # n * queries for each image
         logits = torch.einsum("bqc,bvcn->bvqn", queries, maps) * self.channels**-0.5
         weights = logits.softmax(-1)
         attended = torch.einsum("bvqn,bvcn->bvqc", weights, maps)
-        where = weights @ self.cells
-        tokens = self.norm_out(self.out(torch.cat([attended, where], -1))) + self.cameras
-        return Found(logits, tokens.flatten(1, 2))
+        found = self.norm_out(self.out(torch.cat([attended, weights @ self.cells], -1)))
+        logits, found = (self._by_instruction(x) for x in (logits, found))
+        return Found(logits, (found + self.cameras).flatten(1, 2))
+
+    def _by_instruction(self, x: Tensor) -> Tensor:
+        """(B, cameras, n * queries, ...) -> (B * n, cameras, queries, ...)."""
+        return x.unflatten(2, (-1, self.queries)).transpose(1, 2).flatten(0, 1)
 
 
 def cell_centres(positions: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import CAMERAS, ModelConfig
 from deer_vla_ros.model.decoder import Layer, TextContext, attention_bias
-from deer_vla_ros.model.grounding import Grounding, Proprioception, cell_centres
+from deer_vla_ros.model.grounding import Found, Grounding, Proprioception, cell_centres
 from deer_vla_ros.model.head import ActionHead
 from deer_vla_ros.model.reference import ReferenceWeights, placed
 from deer_vla_ros.model.resampler import PerceiverResampler
@@ -83,11 +83,17 @@ class MultiExitVLA(nn.Module):
             visual = torch.cat([visual, self.proprioception(tcp.to(self.dtype))], 1)
         return Sight(visual, self.grounding.look(images) if self.grounding is not None else None)
 
-    def visual_tokens(self, sight: Sight, text: TextContext) -> Tensor:
-        """(B, config.visual_tokens, vision width): what the layers look at, given the instruction."""
+    def visual_tokens(self, sight: Sight, text: TextContext) -> tuple[Tensor, Found | None]:
+        """(B * n, config.visual_tokens, vision width): what the layers look at; and what the grounding found, where there is one.
+
+        sight of B moments; text of B * n instructions, n for each moment, moment by moment.
+        """
+        each = text.embedding.shape[0] // sight.visual.shape[0]
+        visual = sight.visual.repeat_interleave(each, 0) if each > 1 else sight.visual
         if self.grounding is None:
-            return sight.visual
-        return torch.cat([sight.visual, self.grounding.find(sight.maps, text.words).tokens], 1)
+            return visual, None
+        found = self.grounding.find(sight.maps, text.words)
+        return torch.cat([visual, found.tokens], 1), found
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, image_token: int) -> TextContext:
         """(B, S) token ids and mask (1 = real token) -> what the layers need of them; depends on nothing else."""

@@ -83,6 +83,7 @@ class Frames:
         metas = [_read_meta(shard) for shard in shards]
         self.tasks = tuple(metas[0]["tasks"])
         self.image_size = int(metas[0]["image_size"])
+        self.phrasings: dict[str, list[str]] = metas[0]["phrasings"]
         for shard, meta in zip(shards, metas):
             if tuple(meta["tasks"]) != self.tasks or meta["image_size"] != self.image_size:
                 raise UserError(f"{shard}: other tasks or image size than {shards[0]}: train on one kind of recording")
@@ -100,6 +101,10 @@ class Frames:
     @property
     def episodes(self) -> int:
         return int(self.episode[-1]) + 1
+
+    def all_phrasings(self) -> list[str]:
+        """What the tasks are called in training, task by task."""
+        return [text for task in self.tasks for text in self.phrasings[task]]
 
     def gather(self, name: str, frames: np.ndarray) -> np.ndarray:
         """Rows of an array of ARRAYS for frame numbers of any shape."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.grounding import Found
 from deer_vla_ros.model.head import ActionHead, HeadOutput, pool
 from deer_vla_ros.model.network import MultiExitVLA
 
@@ -23,17 +24,19 @@ class ActionTargets:
     """What the demonstrator did in B windows of T steps.
 
     pose (B, T, 6) in -1..1; gripper (B, T), 1 = open, 0 = closed; valid (B, T) bool, False for a step that only pads its
-    window, None where every step counts.
+    window, None where every step counts. count: what sums are divided by, where that is not the number of valid steps: with a
+    batch spread over processes each divides by its share of all.
     """
 
     pose: Tensor
     gripper: Tensor
     valid: Tensor | None = None
+    count: float | None = None
 
     @classmethod
-    def from_actions(cls, actions: Tensor, valid: Tensor | None = None) -> ActionTargets:
+    def from_actions(cls, actions: Tensor, valid: Tensor | None = None, count: float | None = None) -> ActionTargets:
         """(B, T, 7) actions as datasets store them, the gripper last: above 0 is open."""
-        return cls(actions[..., :6], (actions[..., 6] > 0).to(actions.dtype), valid)
+        return cls(actions[..., :6], (actions[..., 6] > 0).to(actions.dtype), valid, count)
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,15 @@ def action_loss(output: HeadOutput, targets: ActionTargets, weights: LossWeights
     """Mean over the steps that count: Huber error of the pose, binary cross-entropy of the gripper."""
     pose = F.huber_loss(output.pose, targets.pose, reduction="none", delta=weights.huber_delta).mean(dim=-1)
     gripper = F.binary_cross_entropy_with_logits(output.gripper_logit[..., 0], targets.gripper, reduction="none")
-    pose, gripper = (_mean(errors, targets.valid) for errors in (pose, gripper))
+    pose, gripper = (_mean(errors, targets.valid, targets.count) for errors in (pose, gripper))
     return ActionLoss(pose, gripper, weights.pose * pose + weights.gripper * gripper)
 
 
-def _mean(errors: Tensor, valid: Tensor | None) -> Tensor:
+def _mean(errors: Tensor, valid: Tensor | None, count: float | None) -> Tensor:
     """Mean of (B, T) errors over the steps that count; 0 where none does."""
     if valid is None:
-        return errors.mean()
-    return torch.where(valid, errors, 0).sum() / valid.sum().clamp(min=1)
+        return errors.mean() if count is None else errors.sum() / count
+    return torch.where(valid, errors, 0).sum() / (valid.sum().clamp(min=1) if count is None else count)
 
 
 def draw_per_step(exits: int, batch: int, window: int, generator: torch.Generator | None = None) -> Tensor:
@@ -135,21 +138,61 @@ def draw_exits(exits: int, batch: int, window: int, generator: torch.Generator |
 
 
 def exit_features(model: MultiExitVLA, images: Tensor, input_ids: Tensor, attention_mask: Tensor, image_token: int) -> Tensor:
-    """Pooled features of every exit, (exits, B, T, width); a model with a final norm adds one row: the last exit's, normed.
-
-    images (B, T, cameras, 3, size, size), normalised; input_ids and attention_mask (B, S): the T steps of a window share them.
-    Gradients reach the parameters that require them; where none below the heads does, the features carry no graph.
-    """
+    """`features_of` windows: (exits, B, T, width) of images (B, T, cameras, 3, size, size) and one instruction (B, S) per window."""
     batch, window = images.shape[:2]
     ids, mask = (text.repeat_interleave(window, dim=0) for text in (input_ids, attention_mask))
-    text = model.encode_text(ids, mask, image_token)
+    features, _ = features_of(model, images.flatten(0, 1), ids, mask, image_token)
+    return features.unflatten(1, (batch, window))
+
+
+def features_of(
+    model: MultiExitVLA,
+    images: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    image_token: int,
+    tcp: Tensor | None = None,
+    pool_padding: bool = True,
+) -> tuple[Tensor, Found | None]:
+    """Pooled features of every exit, (exits, N, width); a model with a final norm adds one row: the last exit's, normed.
+
+    images (F, cameras, 3, size, size), normalised, and tcp (F, 7); input_ids and attention_mask (N, S): N / F instructions for
+    each moment, moment by moment. pool_padding: whether padding takes part in the pooled maximum, as in the reference. Second: what the grounding found, None where the network has none.
+    Gradients reach the parameters that require them; where none below the heads does, the features carry no graph.
+    """
+    text = model.encode_text(input_ids, attention_mask, image_token)
+    visual, found = model.visual_tokens(model.see(images, tcp), text)
     features = []
-    for layer, hidden in enumerate(model.hidden_states(model.encode_images(images.flatten(0, 1)), text)):
+    padding = None if pool_padding else (attention_mask == 0)[..., None]
+    for layer, hidden in enumerate(model.hidden_states(visual, text)):
         if layer in model.config.exits:
-            features.append(pool(hidden))
+            features.append(_pooled(hidden, padding))
     if model.final_norm is not None:
-        features.append(pool(model.final_norm(hidden)))
-    return torch.stack(features).unflatten(1, (batch, window))
+        features.append(_pooled(model.final_norm(hidden), padding))
+    return torch.stack(features), found
+
+
+def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    return pool(hidden if padding is None else hidden.masked_fill(padding, torch.finfo(hidden.dtype).min))
+
+
+def heatmap_loss(found: Found, pixels: Tensor, spread: float = 0.7) -> Tensor:
+    """How far the first query of each camera looks away from the thing that the instruction is about: cross-entropy against a
+    Gaussian of `spread` cells around it, mean over the views that have it inside; 0 where none has.
+
+    pixels (N, cameras, 2): x and y, 0..1 inside the image, NaN behind the camera. The simulator knows them, a robot's recording
+    does not: a loss for the table only.
+    """
+    logits = found.logits[:, :, 0]
+    side = round(logits.shape[-1] ** 0.5)
+    centres = torch.arange(side, device=logits.device) + 0.5
+    inside = ((pixels > 0) & (pixels < 1)).all(-1)
+    x, y = (torch.nan_to_num(pixels) * side).unsqueeze(-1).unbind(-2)
+    columns, rows = (torch.exp(-((centres - at) ** 2) / (2 * spread**2)) for at in (x, y))
+    wanted = (rows[..., :, None] * columns[..., None, :]).flatten(-2)
+    wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-9)
+    errors = -(wanted * logits.log_softmax(-1)).sum(-1)
+    return torch.where(inside, errors, 0).sum() / inside.sum().clamp(min=1)
 
 
 def multi_exit_loss(

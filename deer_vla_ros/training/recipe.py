@@ -1,0 +1,143 @@
+"""What is done, in which order, to make a network? A recipe: one YAML file, from no data and no weights to a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.config import PRESETS, ModelConfig
+from deer_vla_ros.model.from_json import from_json
+from deer_vla_ros.training.losses import LossWeights
+from deer_vla_ros.training.optimisation import OptimiserSettings, Schedule, Stage
+
+FORMATS = ("frames", "calvin")
+
+
+@dataclass(frozen=True)
+class Network:
+    """preset: one of model.config.PRESETS; layers: of its decoder. exits: False makes a network that always runs to the end.
+
+    from_checkpoint: folder of weights to start from, empty for random ones. dropout: of the heads, in place of the preset's.
+    """
+
+    preset: str
+    layers: int
+    exits: bool = True
+    from_checkpoint: str = ""
+    dropout: float = -1.0
+
+    def config(self) -> ModelConfig:
+        """The network's shape; UserError for an unknown preset."""
+        if self.preset not in PRESETS:
+            raise UserError(f"recipe: network.preset is {self.preset!r}: use one of {', '.join(PRESETS)}")
+        config = PRESETS[self.preset](self.layers)
+        head = config.head
+        if self.dropout >= 0:
+            head = dataclasses.replace(head, lstm_dropout=self.dropout, mlp_dropout=self.dropout)
+        return dataclasses.replace(config, head=head, exit_interval=config.exit_interval if self.exits else self.layers)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Demonstrations to make, unless they are there: `record-demos --demos N --out FOLDER --seed S`.
+
+    with_policy: the network as it is by then acts first (DAgger).
+    """
+
+    folder: str
+    demos: int
+    seed: int
+    with_policy: bool = False
+
+
+@dataclass(frozen=True)
+class Train:
+    """One stage of training.
+
+    data: folders, below the recipe's data folder unless absolute; format: of FORMATS. steps: optimiser steps.
+    batch: windows of `window` steps, or where `instructions` is above 0 single frames, each with so many instructions; over all
+    processes. accumulate: micro-batches that one step is made of. heatmap: weight of losses.heatmap_loss.
+    auxiliary_heads, random_exits: as losses.multi_exit_loss. shift: random shift augmentation (pad 10 and 4 pixels at 224).
+    pool_padding: whether a shorter instruction's padding counts in the pooled features, as the reference lets it; at inference there
+    is none. cache: in the exit stage, compute every step's features once (no augmentation then).
+    """
+
+    stage: Stage
+    data: tuple[str, ...]
+    steps: int
+    batch: int
+    format: str = "frames"
+    window: int = 12
+    instructions: int = 0
+    accumulate: int = 1
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    schedule: str = "constant"
+    warmup_steps: int = 2500
+    loss: LossWeights = field(default_factory=LossWeights)
+    heatmap: float = 0.0
+    auxiliary_heads: bool = True
+    random_exits: bool = True
+    pool_padding: bool = True
+    shift: bool = False
+    cache: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "window", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}: give 1 or more")
+        if self.batch % self.accumulate:
+            raise UserError(f"recipe: batch {self.batch} does not divide into {self.accumulate} micro-batches: change one of them")
+        if self.format not in FORMATS:
+            raise UserError(f"recipe: format is {self.format!r}: use one of {', '.join(FORMATS)}")
+        if self.instructions and (self.window != 1 or self.format != "frames"):
+            raise UserError("recipe: several instructions per frame need window 1 and format frames: their labels are of single frames")
+        if self.cache and (self.stage is not Stage.EXIT or self.shift):
+            raise UserError("recipe: cache needs the exit stage and no shift: features must not change")
+
+    def schedule_of(self) -> Schedule:
+        return Schedule(self.schedule, self.warmup_steps, self.steps)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """steps: Record and Train in the order in which they are done. seed: of everything that is drawn.
+
+    compile: whether torch.compile makes the layers faster (needs a C++ compiler). evaluate_every: optimiser steps between
+    evaluations in the simulator, 0 for none.
+    """
+
+    name: str
+    network: Network
+    steps: tuple[Record | Train, ...]
+    seed: int = 0
+    compile: bool = False
+    log_every: int = 50
+    save_every: int = 500
+    evaluate_every: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """From YAML; whatever is not understood raises UserError by name."""
+        try:
+            values = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): give a recipe such as config/training/tabletop.yaml") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(values, dict) or not isinstance(values.get("steps"), list):
+            raise UserError(f"{path}: no list of steps: compare with config/training/tabletop.yaml")
+        steps = tuple(_step(step, f"{path.name} step {i}") for i, step in enumerate(values.pop("steps"), start=1))
+        return dataclasses.replace(from_json(cls, {**values, "steps": []}, path.name), steps=steps)
+
+
+def _step(values: Any, where: str) -> Record | Train:
+    kinds = {"record": Record, "train": Train}
+    if not isinstance(values, dict) or len(values) != 1 or next(iter(values)) not in kinds:
+        raise UserError(f"{where}: {values!r}: give one of `record:` and `train:`")
+    kind, fields = next(iter(values.items()))
+    return from_json(kinds[kind], fields, where)

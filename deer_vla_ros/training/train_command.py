@@ -1,0 +1,178 @@
+"""Makes a network by a recipe: demonstrations, stages of training, a checkpoint folder. A killed run goes on where it was.
+
+    python -m deer_vla_ros train --config config/training/tabletop.yaml --out out/train
+    torchrun --nproc-per-node 8 -m deer_vla_ros train --config config/training/deer_3b_d.yaml --data /data/calvin/task_D_D
+
+Writes OUT/NAME: log.jsonl and tensorboard/ (the loss curve), one folder per stage with its state, and checkpoint/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.action_space import CALVIN, TABLETOP
+from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
+from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.text import InstructionTokenizer
+from deer_vla_ros.training.batches import BatchSource, CachedWindows, FrameBatches, Share, WindowBatches, cached_features
+from deer_vla_ros.training.frames import Frames
+from deer_vla_ros.training.recipe import Recipe, Record, Train
+from deer_vla_ros.training.tokenizer import train_tokenizer
+from deer_vla_ros.training.trainer import STATE, Log, Trainer, processes
+
+CHECKPOINT = "checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="the recipe, a YAML file")
+    parser.add_argument("--out", type=Path, default=Path("out/train"), help="where the run's folder is made (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="where the recipe's data folders lie or are made (default: OUT/data)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads of each process (default: torch's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = Recipe.read(args.config)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with processes() as share:
+        _Run(recipe, args.out / recipe.name, args.data or args.out / "data", args.device, share).finish()
+    return 0
+
+
+class _Run:
+    """One recipe in one folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path, data: Path, device: str, share: Share):
+        self._recipe, self._folder, self._data, self._share = recipe, folder, data, share
+        self._device = torch.device(device, share.rank if device == "cuda" else None)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(recipe.seed)
+        self._tokenizer: InstructionTokenizer | None = None
+        self._model: MultiExitVLA | None = None
+
+    def finish(self) -> None:
+        """Does every step that is not done yet, and writes the checkpoint."""
+        number = 0
+        for step in self._recipe.steps:
+            if isinstance(step, Record):
+                self._record(step)
+            else:
+                number += 1
+                self._train(number, step)
+        if self._share.rank == 0:
+            self._save(self._folder / CHECKPOINT)
+            print(f"{self._folder / CHECKPOINT}: calibrate it next: python -m deer_vla_ros calibrate table --checkpoint ...")
+
+    def _record(self, step: Record) -> None:
+        """As a process of its own: training itself needs no simulator."""
+        command = ["record-demos", "--demos", step.demos, "--seed", step.seed, "--out", self._data / step.folder]
+        if step.with_policy and self._share.rank == 0:
+            policy = self._folder / f"policy_for_{step.folder}"
+            if not (policy / "README.md").is_file():
+                self._save(policy)
+            command += ["--policy", policy]
+        if self._share.rank == 0:
+            self._other_command(command)
+        if self._share.world > 1:
+            torch.distributed.barrier()
+
+    def _train(self, number: int, step: Train) -> None:
+        folder = self._folder / f"stage-{number}-{step.stage.value}"
+        self._prepare_network(step)
+        source = self._source(step, folder)
+        trainer = Trainer(
+            self._model, step, source, self._tokenizer.image_token, self._recipe.seed + number, folder, self._share,
+            self._recipe.compile and not step.cache,
+        )  # fmt: skip
+        log = Log(self._folder, folder.name, trainer.steps_done) if self._share.rank == 0 else None
+        with _progress_bar(self._share.rank == 0) as bar:
+            task = bar.add_task(folder.name, total=step.steps, completed=trainer.steps_done, detail="")
+
+            def on_step(progress) -> None:
+                bar.update(task, completed=progress.step, detail=f"loss {progress.loss:.4f}, {progress.samples_per_second:.0f} samples/s")
+                if log and (progress.step % self._recipe.log_every == 0 or progress.step in (1, step.steps)):
+                    log.add(progress)
+                if self._recipe.evaluate_every and progress.step % self._recipe.evaluate_every == 0 and self._share.rank == 0:
+                    self._evaluate(folder, progress.step)
+
+            trainer.run(self._recipe.save_every, on_step)
+        if log:
+            log.close()
+
+    def _prepare_network(self, step: Train) -> None:
+        """The network and its tokenizer, where they are not there yet; a step's state, if any, is taken up by its trainer."""
+        if self._model is not None:
+            return
+        network = self._recipe.network
+        if network.from_checkpoint:
+            checkpoint = load(Path(network.from_checkpoint).expanduser(), self._device)
+            self._model, self._tokenizer = checkpoint.model, checkpoint.tokenizer
+            return
+        config = network.config()
+        self._tokenizer = train_tokenizer(self._frames(step).all_phrasings(), config)
+        self._model = MultiExitVLA(config).to(self._device)
+
+    def _source(self, step: Train, folder: Path) -> BatchSource:
+        seed, micro = self._recipe.seed, step.batch // step.accumulate
+        if step.format == "calvin":
+            from deer_vla_ros.training.calvin import CalvinWindows
+            windows = CalvinWindows([self._data / name for name in step.data])
+        elif step.cache:
+            frames = self._frames(step)
+            state = folder / STATE
+            if state.is_file():  # a resumed stage: what lies below the heads is in its state
+                tensors = load_file(state)
+                self._model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+            features = cached_features(self._model, frames, self._tokenizer, seed, step.pool_padding)
+            return CachedWindows(frames, features, micro, step.window, seed)
+        elif step.instructions:
+            return FrameBatches(self._frames(step), self._tokenizer, micro, step.instructions, seed)
+        else:
+            from deer_vla_ros.training.dataset import FrameWindows
+            windows = FrameWindows(self._frames(step))
+        return WindowBatches(windows, self._tokenizer, self._model.config.vision.image_size, micro, step.window, seed, step.shift)
+
+    def _frames(self, step: Train) -> Frames:
+        return Frames(self._data / name for name in step.data)
+
+    def _evaluate(self, folder: Path, step: int) -> None:
+        """How far the network has come, as a process of its own: a few trials of every task."""
+        policy = folder / f"checkpoint-{step}"
+        self._save(policy)
+        result = folder / f"evaluation-{step}.json"
+        self._other_command(["evaluate", "--checkpoint", policy, "--full-depth", "--chains", 0, "--trials", 2, "--seed", 99, "--json", result])
+
+    def _save(self, folder: Path) -> None:
+        recipe, exits = self._recipe, self._model.config.exits
+        info = CheckpointInfo(
+            model=self._model.config,
+            action_space=TABLETOP if recipe.network.preset == "tabletop" else CALVIN,
+            weights=f"trained by the recipe {recipe.name}, seed {recipe.seed}",
+            trained=True,
+            delta="l2",
+            thresholds=(-1.0,) * len(exits),
+        )
+        readme = f"# {recipe.name}\n\nTrained by `python -m deer_vla_ros train`, recipe `{recipe.name}`. Not calibrated: it runs to the end.\n"
+        save(folder, Checkpoint(info, self._model, self._tokenizer), readme)
+
+    def _other_command(self, arguments: list) -> None:
+        """Another command of this program; UserError where it fails."""
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        command = [sys.executable, "-m", "deer_vla_ros", *map(str, arguments)]
+        if subprocess.run(command, env=environment).returncode:
+            raise UserError(f"the recipe's command failed: {' '.join(command[1:])}")
+
+
+def _progress_bar(visible: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+    return Progress(*columns, disable=not visible)
