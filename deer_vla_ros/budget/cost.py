@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deer_vla_ros.model.config import CAMERAS, DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
+from deer_vla_ros.model.grounding import POSE_VALUES, RELATE_WIDTH, STRIDE
 
 GIGA = 1e9
 GIB = 2**30
@@ -19,7 +20,7 @@ GIB = 2**30
 class CostTable:
     """GMAC of one step's parts at one instruction length.
 
-    vision: tower, resampler and grounding, all cameras; layers: each layer in turn; head: one probe.
+    vision: tower, resampler and grounding of all cameras, proprioception; layers: each layer in turn; head: one probe.
     """
 
     tokens: int
@@ -38,11 +39,13 @@ class CostTable:
 
 def cost_table(config: ModelConfig, tokens: int) -> CostTable:
     """The costs of a step whose instruction has `tokens` tokens, specials included."""
-    camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision) + grounding_macs(config)
-    layers = (layer_macs(config.decoder, i, tokens, config.visual_tokens, config.vision.width) for i in range(config.decoder.layers))
+    camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision)
+    layers = (
+        layer_macs(config.decoder, i, tokens, config.visual_tokens, config.vision.width) for i in range(config.decoder.layers)
+    )
     return CostTable(
         tokens=tokens,
-        vision=CAMERAS * camera / GIGA,
+        vision=(CAMERAS * camera + grounding_macs(config) + proprioception_macs(config)) / GIGA,
         layers=tuple(macs / GIGA for macs in layers),
         head=head_macs(config.head, config.decoder.width) / GIGA,
     )
@@ -72,12 +75,20 @@ def resampler_macs(config: ResamplerConfig, vision: VisionConfig) -> int:
 
 
 def grounding_macs(config: ModelConfig) -> int:
-    """One image through the grounding's convolutions and past its queries; 0 where the network has none."""
+    """Both images through the grounding's convolutions and past one instruction's queries; 0 where the network has none."""
     if config.grounding is None:
         return 0
-    channels, queries, cells = config.grounding.channels, config.grounding.queries, (config.vision.image_size // 4) ** 2
-    stem = 4 * cells * (3 * 25) * (channels // 2) + cells * 9 * (channels // 2) * channels + cells * 9 * channels**2
-    return stem + attention_macs(queries, cells, channels) + queries * (channels + 2) * config.vision.width
+    channels, queries, width = config.grounding.channels, config.grounding.queries, config.vision.width
+    cells = (config.vision.image_size // STRIDE) ** 2
+    stem = 4 * cells * 3 * 25 * (channels // 2) + cells * 9 * (channels // 2) * channels + cells * 9 * channels**2
+    search = attention_macs(queries, cells, channels) + queries * cells * 2 + queries * (channels + 2) * width
+    relate = (CAMERAS * queries * (channels + 2) + POSE_VALUES + RELATE_WIDTH + 3) * RELATE_WIDTH + (RELATE_WIDTH + 6) * width
+    return CAMERAS * (stem + search) + config.decoder.width * queries * channels + relate
+
+
+def proprioception_macs(config: ModelConfig) -> int:
+    """The measured pose as a token; 0 where the network does not take it."""
+    return 2 * config.vision.width * (POSE_VALUES + config.vision.width) if config.proprioception else 0
 
 
 def layer_macs(config: DecoderConfig, layer: int, tokens: int, visual_tokens: int, visual_width: int) -> int:

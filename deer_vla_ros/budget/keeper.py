@@ -23,6 +23,7 @@ from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Budget, BudgetStat
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.types import PolicyStep
+from deer_vla_ros.model.checkpoint import Checkpoint
 from deer_vla_ros.model.config import ModelConfig
 
 Result = TypeVar("Result")
@@ -94,6 +95,20 @@ class BudgetKeeper:
         self._id = 0
         self._begin_account()
         self._solve()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> BudgetKeeper:
+        """Of a checkpoint with the calibration of its folder; why there is none is told only to who asks for an average."""
+        info, folder, bytes_per_weight = checkpoint.info, checkpoint.folder, checkpoint.model.dtype.itemsize
+        arguments = info.model, info.delta, info.thresholds, bytes_per_weight
+        try:
+            found = Calibration.load(folder) if folder else None
+            if found is None:
+                return cls(*arguments)
+            found.check_weights(folder)
+        except UserError as error:
+            return cls(*arguments, no_calibration=str(error))
+        return cls(*arguments, found)
 
     # --- asking
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from deer_vla_ros.budget.calibration import Calibration
 from deer_vla_ros.budget.cost import layers_within
 from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget, BudgetStatus, StepCost
@@ -41,9 +38,7 @@ class BudgetedPolicy:
     def __init__(self, checkpoint: Checkpoint):
         info = checkpoint.info
         self._model, self._bytes_per_weight = info.model, checkpoint.model.dtype.itemsize
-        self._keeper = BudgetKeeper(
-            info.model, info.delta, info.thresholds, self._bytes_per_weight, **_calibration(checkpoint.folder)
-        )
+        self._keeper = BudgetKeeper.of(checkpoint)
         self._layers = ResidentLayers(checkpoint.model, checkpoint.folder)
         self._keeper.set_resident(self._layers.count)
         self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._keeper.rule)
@@ -126,15 +121,3 @@ class BudgetedPolicy:
         """The rule for the layers that are here."""
         self._keeper.set_resident(self._layers.count)
         self._policy.rule = self._keeper.rule
-
-
-def _calibration(folder: Path | None) -> dict[str, Any]:
-    """The folder's calibration as the keeper takes it, or why there is none: it is missed only by who asks for an average."""
-    try:
-        found = Calibration.load(folder) if folder else None
-        if found is None:
-            return {}
-        found.check_weights(folder)
-    except UserError as error:
-        return {"no_calibration": str(error)}
-    return {"calibration": found}

@@ -7,22 +7,21 @@ the expert takes over (DAgger, Ross et al. 2011, arXiv 1011.0686): frames of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
 
 from deer_vla_ros.evaluation.table_arm import TableArm
-from deer_vla_ros.inference.preprocess import resize_and_crop
 from deer_vla_ros.inference.types import Action, Observation
 from deer_vla_ros.sim.expert import act
+from deer_vla_ros.sim.state import TableState, Views
 from deer_vla_ros.sim.table import Table
-from deer_vla_ros.sim.tasks import TASKS, Task
-from deer_vla_ros.training.frames import ShardWriter
+from deer_vla_ros.sim.tasks import RELEASED_M, TASKS, Task
 
 STEP_LIMIT = 80
-DEMOS_PER_SHARD = 100
 SESSION_TASKS = 8
 NOISE = 0.35
 """Standard deviation of a burst's mean, in units of the action."""
@@ -30,82 +29,100 @@ NOISE = 0.35
 _RARE = {"place_in_drawer": 5.0, "stack_block": 5.0, "take_out_of_drawer": 4.0, "unstack_block": 3.0}
 """How much more often than others a task is chosen where it is possible: it seldom is."""
 
-PHRASINGS = {task.name: list(task.phrasings) for task in TASKS}
-
 Driver = Callable[[Observation], Action]
 """A policy that has been told the instruction."""
 
 
-@dataclass(frozen=True)
-class Session:
-    """What the frames of a shard are recorded with.
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What the expert would do in one state for every task, in the order of TASKS; the arrays are training.frames.ARRAYS' rows."""
 
-    image_size: pixels, as the network takes them. driver: makes the policy that acts first, from an instruction; None: the expert
-    alone acts.
+    actions: np.ndarray
+    valid: np.ndarray
+    points: np.ndarray
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What is there before one step.
+
+    tcp (7,): measured pose, position [m] and quaternion xyzw. joints (9,): as Table.joint_positions. gripper_open: what the gripper
+    was last told in this episode, before its first step whether it is wide open.
     """
 
-    image_size: int
-    driver: Callable[[str], Driver] | None = None
+    views: Views
+    tcp: np.ndarray
+    joints: np.ndarray
+    gripper_open: bool
+    state: TableState
+    labels: Labels
 
 
-def record_shard(folder: Path, seed: int, demos: int, session: Session) -> tuple[int, int]:
-    """Records `demos` episodes into a new shard; (frames, failed episodes). Depends on nothing but its arguments."""
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One task from where the one before left the table, until it succeeded or STEP_LIMIT steps were over."""
+
+    task: Task
+    moments: tuple[Moment, ...]
+    succeeded: bool
+
+
+def demonstrations(count: int, seed: int, driver: Callable[[str], Driver] | None = None) -> Iterator[Episode]:
+    """`count` episodes worth learning from; they depend on nothing but the arguments.
+
+    driver: makes the policy that acts first, from an instruction; None: the expert alone acts, and what it fails at is left out.
+    """
+    with closing(_episodes(seed, driver)) as episodes:
+        yield from islice((episode for episode in episodes if episode.succeeded or driver), count)
+
+
+def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Episode]:
+    """Without end."""
     random = np.random.default_rng(seed)
-    writer = ShardWriter(folder, tuple(task.name for task in TASKS), session.image_size, {"seed": seed, "phrasings": PHRASINGS})
-    frames = failed = 0
     with Table(seed) as table:
-        while writer.episodes < demos:
+        while True:
             table.reset(int(random.integers(2**31)), varied=True)
             for _ in range(SESSION_TASKS):
                 state = table.state()
                 possible = [task for task in TASKS if task.possible(state)]
+                if not possible:
+                    break
                 weights = np.array([_RARE.get(task.name, 1.0) for task in possible])
-                if not possible or writer.episodes == demos:
-                    break
                 task = possible[random.choice(len(possible), p=weights / weights.sum())]
-                episode, succeeded = record_episode(table, task, random, session)
-                if not succeeded:
-                    failed += 1
-                if succeeded or session.driver:
-                    writer.add_episode(episode)
-                    frames += len(episode)
-                if not succeeded:
+                episode = record_episode(table, task, random, driver)
+                yield episode
+                if not episode.succeeded:
                     break
-    writer.close()
-    return frames, failed
 
 
-def record_episode(table: Table, task: Task, random: np.random.Generator, session: Session) -> tuple[list[dict], bool]:
-    """One task until it succeeds or STEP_LIMIT steps are over: its frames, and whether it succeeded."""
-    arm, before, frames = TableArm(table), table.state(), []
+def record_episode(
+    table: Table, task: Task, random: np.random.Generator, new_driver: Callable[[str], Driver] | None = None
+) -> Episode:
+    """Does one task, from where the table is."""
+    arm, before, moments = TableArm(table), table.state(), []
     disturbance = _Disturbance(random, probability=0.12 if random.random() < 0.75 else 0.0)
-    driver, own_steps = None, 0
-    if session.driver:
-        driver = session.driver(str(random.choice(task.phrasings)))
+    driver, own_steps, gripper_open = None, 0, before.opening > RELEASED_M
+    if new_driver:
+        driver = new_driver(str(random.choice(task.phrasings)))
         own_steps = int(random.integers(5, 60))
     for step in range(STEP_LIMIT):
-        views = table.render()
-        frame = {
-            "images": np.stack([resize_and_crop(image, session.image_size) for image in (views.static, views.gripper)]),
-            "tcp": arm.measured(),
-            "task": TASKS.index(task),
-            **_labels(table, task),
-        }
-        frames.append(frame)
-        wanted = frame["actions"][frame["task"]]
+        state = table.state()
+        views, tcp, labels = table.render(), arm.measured(), _labels(table, task, state)
+        moments.append(Moment(views, tcp, table.joint_positions(), gripper_open, state, labels))
         if driver and step < own_steps:
-            action = driver(Observation(views.static, views.gripper, arm.measured()))
-            arm.step(action.pose, action.gripper > 0)
+            action = driver(Observation(views.static, views.gripper, tcp))
+            pose, gripper_open = action.pose, action.gripper > 0
         else:
-            arm.step(np.clip(wanted[:6] + disturbance.draw(), -1, 1), wanted[6] > 0)
+            wanted = labels.actions[TASKS.index(task)]
+            pose, gripper_open = np.clip(wanted[:6] + disturbance.draw(), -1, 1), bool(wanted[6] > 0)
+        arm.step(pose, gripper_open)
         if task.succeeded(before, table.state()):
-            return frames, True
-    return frames, False
+            return Episode(task, tuple(moments), True)
+    return Episode(task, tuple(moments), False)
 
 
-def _labels(table: Table, current: Task) -> dict[str, np.ndarray]:
-    """What the expert would do now, for every task."""
-    state = table.state()
+def _labels(table: Table, current: Task, state: TableState) -> Labels:
     actions = np.zeros((len(TASKS), 7), np.float32)
     points, pixels = np.zeros((len(TASKS), 3), np.float32), np.zeros((len(TASKS), 2, 2), np.float32)
     valid = np.zeros(len(TASKS), bool)
@@ -116,7 +133,7 @@ def _labels(table: Table, current: Task) -> dict[str, np.ndarray]:
         valid[i], points[i] = True, intent.point
         actions[i] = [*intent.pose, 1.0 if intent.open else -1.0]
         pixels[i] = [table.pixel(camera, intent.point) for camera in ("static", "gripper")]
-    return {"actions": actions, "points": points, "pixels": pixels, "valid": valid}
+    return Labels(actions, valid, points, pixels)
 
 
 class _Disturbance:

@@ -69,15 +69,16 @@ class LockstepPolicy:
         Times are a lane's equal share of the batch's. UserError before a lane's first `reset`; a lane whose action is not finite keeps
         its memory.
         """
+        if not observations:
+            return {}
         watch = Stopwatch(self._model.device)
         lanes = [self._lanes[index] for index in observations]
         if any(lane.instruction is None for lane in lanes):
             missing = [index for index in observations if self._lanes[index].instruction is None]
             raise UserError(f"policy: lanes {missing} have no instruction yet: call reset(lane, instruction) before step")
         climbs = [Climb(lane.rule, lane.episode_step, lane.last_exit_layer) for lane in lanes]
-        if lanes:
-            visual, text, padding = self._perceive(lanes, list(observations.values()), watch)
-            self._climb(lanes, climbs, visual, text, padding, watch)
+        visual, text, padding = self._perceive(lanes, list(observations.values()), watch)
+        self._climb(lanes, climbs, visual, text, padding, watch)
         actions = [climb.action() for climb in climbs]
         watch.lap("head")
         share = watch.times().shared(len(lanes))

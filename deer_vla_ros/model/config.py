@@ -156,7 +156,7 @@ class ModelConfig:
     @property
     def visual_tokens(self) -> int:
         """Tokens that the layers' cross-attention looks at."""
-        found = CAMERAS * self.grounding.queries if self.grounding else 0
+        found = CAMERAS * self.grounding.queries + 1 if self.grounding else 0
         return CAMERAS * self.resampler.latents + found + (1 if self.proprioception else 0)
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,13 +18,22 @@ from deer_vla_ros.model.config import GroundingConfig, ProprioceptionConfig
 STRIDE = 4
 """Pixels per cell of the feature map, each way."""
 
+POINT_UNIT = 0.1  # m
+NEARBY = 4.0
+"""How much finer the point token tells what is near: centimetres decide whether a gripper closes."""
+
+POSE_VALUES = 9
+RELATE_WIDTH = 128
+
 
 @dataclass(frozen=True)
 class Found:
     """logits (B, cameras, queries, cells): how much each query looks at each cell, before the softmax, row by row;
-    tokens (B, cameras * queries, visual width)."""
+    point (B, 3): where the thing that the instruction is about is, from the TCP, in units of POINT_UNIT [m], axes of the action
+    frame; tokens (B, cameras * queries + 1, visual width), the last one says `point`."""
 
     logits: Tensor
+    point: Tensor
     tokens: Tensor
 
 
@@ -42,6 +51,15 @@ class Grounding(nn.Module):
         self.out = nn.Linear(config.channels + 2, visual_width)
         self.norm_out = nn.LayerNorm(visual_width)
         self.cameras = nn.Parameter(torch.randn(cameras, config.queries, visual_width) * 0.02)
+        self.relate = nn.Sequential(
+            nn.Linear(cameras * config.queries * (config.channels + 2) + POSE_VALUES, RELATE_WIDTH),
+            nn.GELU(),
+            nn.Linear(RELATE_WIDTH, RELATE_WIDTH),
+            nn.GELU(),
+        )
+        self.point = nn.Linear(RELATE_WIDTH, 3)
+        self.point_token = nn.Linear(RELATE_WIDTH + 6, visual_width)
+        self.norm_point = nn.LayerNorm(visual_width)
         self.register_buffer("cells", cell_centres(self.positions), persistent=False)
 
     def look(self, images: Tensor) -> Tensor:
@@ -49,16 +67,20 @@ class Grounding(nn.Module):
         maps = [stem(images[:, camera]).flatten(2) for camera, stem in enumerate(self.stems)]
         return torch.stack(maps, 1) + self.positions
 
-    def find(self, maps: Tensor, words: Tensor) -> Found:
-        """maps (B, cameras, channels, cells) as `look` gives them; words (B * n, text width), the mean of an instruction's tokens:
-        n instructions for each image, image by image. What is found has B * n rows."""
+    def find(self, maps: Tensor, words: Tensor, pose: Tensor) -> Found:
+        """maps (B, cameras, channels, cells) as `look` gives them; pose (B, POSE_VALUES), the TCP's as Proprioception.values gives it, zeros where it is
+        not known; words (B * n, text width), the mean of an instruction's tokens: n instructions for each image, image by image.
+        What is found has B * n rows."""
         queries = self.query(self.norm_text(words)).view(maps.shape[0], -1, self.channels)  # n * queries for each image
         logits = torch.einsum("bqc,bvcn->bvqn", queries, maps) * self.channels**-0.5
         weights = logits.softmax(-1)
         attended = torch.einsum("bvqn,bvcn->bvqc", weights, maps)
-        found = self.norm_out(self.out(torch.cat([attended, weights @ self.cells], -1)))
-        logits, found = (self._by_instruction(x) for x in (logits, found))
-        return Found(logits, (found + self.cameras).flatten(1, 2))
+        logits, seen = (self._by_instruction(x) for x in (logits, torch.cat([attended, weights @ self.cells], -1)))
+        tokens = (self.norm_out(self.out(seen)) + self.cameras).flatten(1, 2)
+        related = self.relate(torch.cat([seen.flatten(1), pose.repeat_interleave(words.shape[0] // maps.shape[0], 0)], -1))
+        point = self.point(related)
+        near = torch.cat([related, point, torch.tanh(point * NEARBY)], -1)
+        return Found(logits, point, torch.cat([tokens, self.norm_point(self.point_token(near))[:, None]], 1))
 
     def _by_instruction(self, x: Tensor) -> Tensor:
         """(B, cameras, n * queries, ...) -> (B * n, cameras, queries, ...)."""
@@ -79,13 +101,17 @@ class Proprioception(nn.Module):
     def __init__(self, config: ProprioceptionConfig, visual_width: int):
         super().__init__()
         self.config = config
-        self.up = nn.Linear(9, 2 * visual_width)
+        self.up = nn.Linear(POSE_VALUES, 2 * visual_width)
         self.out = nn.Linear(2 * visual_width, visual_width)
 
-    def forward(self, tcp: Tensor) -> Tensor:
-        """(B, 7) position [m] and quaternion xyzw in the action frame -> (B, 1, visual width)."""
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, POSE_VALUES) -> (B, 1, visual width)."""
+        return self.out(F.gelu(self.up(values)))[:, None]
+
+    def values(self, tcp: Tensor) -> Tensor:
+        """(B, 7) position [m] and quaternion xyzw in the action frame -> (B, POSE_VALUES): centred position and rotation."""
         position = (tcp[:, :3] - tcp.new_tensor(self.config.centre)) / self.config.reach
-        return self.out(F.gelu(self.up(torch.cat([position, first_columns(tcp[:, 3:])], -1))))[:, None]
+        return torch.cat([position, first_columns(tcp[:, 3:])], -1)
 
 
 def first_columns(quaternion: Tensor) -> Tensor:

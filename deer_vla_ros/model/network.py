@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import CAMERAS, ModelConfig
 from deer_vla_ros.model.decoder import Layer, TextContext, attention_bias
-from deer_vla_ros.model.grounding import Found, Grounding, Proprioception, cell_centres
+from deer_vla_ros.model.grounding import POSE_VALUES, Found, Grounding, Proprioception, cell_centres
 from deer_vla_ros.model.head import ActionHead
 from deer_vla_ros.model.reference import ReferenceWeights, placed
 from deer_vla_ros.model.resampler import PerceiverResampler
@@ -20,9 +20,11 @@ from deer_vla_ros.model.vision import VisionTower
 
 @dataclass(frozen=True)
 class Sight:
-    """What is seen at one moment, before any instruction: visual (B, tokens, vision width); maps: what grounding searches."""
+    """What is seen at one moment, before any instruction: visual (B, tokens, vision width); pose (B, POSE_VALUES) of the TCP, zeros
+    where the network does not take it; maps: what grounding searches."""
 
     visual: Tensor
+    pose: Tensor
     maps: Tensor | None
 
 
@@ -75,13 +77,15 @@ class MultiExitVLA(nn.Module):
         UserError where the network needs a measured pose and gets none.
         """
         visual = self.encode_images(images)
+        pose = visual.new_zeros(visual.shape[0], POSE_VALUES)
         if self.proprioception is not None:
             if tcp is None:
                 raise UserError(
                     "this network takes the measured TCP pose as an input, and the observation has none: give Observation.tcp"
                 )
-            visual = torch.cat([visual, self.proprioception(tcp.to(self.dtype))], 1)
-        return Sight(visual, self.grounding.look(images) if self.grounding is not None else None)
+            pose = self.proprioception.values(tcp.float()).to(self.dtype)
+            visual = torch.cat([visual, self.proprioception(pose)], 1)
+        return Sight(visual, pose, self.grounding.look(images) if self.grounding is not None else None)
 
     def visual_tokens(self, sight: Sight, text: TextContext) -> tuple[Tensor, Found | None]:
         """(B * n, config.visual_tokens, vision width): what the layers look at; and what the grounding found, where there is one.
@@ -92,7 +96,7 @@ class MultiExitVLA(nn.Module):
         visual = sight.visual.repeat_interleave(each, 0) if each > 1 else sight.visual
         if self.grounding is None:
             return visual, None
-        found = self.grounding.find(sight.maps, text.words)
+        found = self.grounding.find(sight.maps, text.words, sight.pose)
         return torch.cat([visual, found.tokens], 1), found
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, image_token: int) -> TextContext:

@@ -19,7 +19,7 @@ from deer_vla_ros.msg import PolicyStep
 from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.stamped import SECOND, nanoseconds
 
-POLICY_NODE = "deer_vla"
+POLICY_NODE, TABLE_NODE = "deer_vla", "table"
 CAMERAS = ("static", "gripper")
 IMAGES_WAITING = 30
 """Images kept per camera until the step that used them is heard: 3 s at 10 Hz."""
@@ -28,7 +28,7 @@ IMAGES = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 class DemoRecorder(Node):
-    """Hears both cameras, `~/step` and `/diagnostics`; says `instruction`. All of it from one thread, the one that spins.
+    """Hears both cameras, `~/step`, `/diagnostics` and what the table says was done; says `instruction`. All of it from one thread, the one that spins.
 
     moment_interval_s: distance of the moments whose images are kept [s].
     """
@@ -46,7 +46,10 @@ class DemoRecorder(Node):
         self._moment_interval_s = moment_interval_s
         self._images: dict[str, OrderedDict[int, Image]] = {camera: OrderedDict() for camera in CAMERAS}
 
+        self.succeeded: dict[str, int] = {}  # instruction -> steps it took
+
         self._instruction = self.create_publisher(String, "instruction", LATCHED)
+        self.create_subscription(String, f"{TABLE_NODE}/succeeded", self._on_success, EVERY_STEP)
         self.create_subscription(PolicyStep, f"{POLICY_NODE}/step", self._on_step, EVERY_STEP)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
         for camera in CAMERAS:
@@ -91,6 +94,11 @@ class DemoRecorder(Node):
             gripper = self._images["gripper"].get(nanoseconds(message.gripper_stamp))
             if static and gripper:  # otherwise an image got lost on its way here: the next step will do as well
                 self.moments.append(Moment(row, image_array(static), image_array(gripper)))
+
+    def _on_success(self, message: String) -> None:
+        if self.recording:
+            steps = sum(row["instruction"] == message.data for row in self.rows)
+            self.succeeded.setdefault(message.data, steps)
 
     def _on_diagnostics(self, array: DiagnosticArray) -> None:
         for status in array.status:

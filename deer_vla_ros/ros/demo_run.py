@@ -23,13 +23,18 @@ LAST_WORD_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a demo heard. before, after: the node's `/diagnostics` when the first instruction was given and after the last step."""
+    """What a demo heard. before, after: the node's `/diagnostics` when the first instruction was given and after the last step.
+
+    seconds: from the first step to the last; succeeded: by instruction that the table shows to have been done, the steps it took.
+    """
 
     rows: list[dict[str, Any]]
     moments: list[Moment]
     before: dict[str, str]
     after: dict[str, str]
     first_step_s: float
+    seconds: float
+    succeeded: dict[str, int]
     view: DemoView
 
 
@@ -74,7 +79,8 @@ def control(
     weights: dict[str, Any],
     started: float,
 ) -> Recorded:
-    """Runs `seconds` of control from the first step on, the instructions sharing them equally.
+    """Runs at most `seconds` of control from the first step on: the next instruction follows when one is done, or its share of the
+    time is over.
 
     started: time.monotonic() when the demo began. Raises UserError where something fails, KeyboardInterrupt on SIGINT and SIGTERM.
     """
@@ -92,13 +98,22 @@ def control(
         before = recorder.figures
         recorder.say(instructions[0])
         demo.until(lambda: recorder.first_step_at is not None, START_TIMEOUT_S, lambda: "the first step")
+        began = recorder.first_step_at
         for index, instruction in enumerate(instructions):
             if index:
                 recorder.say(instruction)
-            end = recorder.first_step_at + seconds * (index + 1) / len(instructions)
-            demo.until(lambda end=end: time.monotonic() >= end, 2 * seconds + START_TIMEOUT_S, lambda: "the clock")
+            now = time.monotonic()
+            end = now + (began + seconds - now) / (len(instructions) - index)  # what the earlier ones left is shared
+            demo.until(
+                lambda instruction=instruction, end=end: instruction in recorder.succeeded or time.monotonic() >= end,
+                2 * seconds + START_TIMEOUT_S,
+                lambda: "the clock",
+            )
+        ran_s = time.monotonic() - began
         recorder.recording = False
         last_s = time.time()
         demo.until(lambda: recorder.figures_stamp_s > last_s, LAST_WORD_TIMEOUT_S, lambda: "/diagnostics")
         recorder.destroy_node()
-    return Recorded(recorder.rows, recorder.moments, before, recorder.figures, recorder.first_step_at - started, view)
+    return Recorded(
+        recorder.rows, recorder.moments, before, recorder.figures, began - started, ran_s, recorder.succeeded, view
+    )

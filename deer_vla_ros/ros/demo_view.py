@@ -69,7 +69,7 @@ class DemoView:
 
     def summary(self, summary: dict[str, Any], out: str) -> None:
         """The end: exits, cost and latency as a person wants to know them."""
-        table = Table(title=f"{self._seconds:g} s of control", show_header=False)
+        table = Table(title=f"{summary['seconds']:.1f} s of control", show_header=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         for name, text in _facts(summary):
@@ -132,6 +132,11 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("first step", f"{summary['first_step_s']:.1f} s after the start"),
         ("instructions", ", then ".join(summary["instructions"])),
+        (
+            "done",
+            f"{len(summary['succeeded'])} of {len(summary['instructions'])}: "
+            + (", ".join(f"{text} ({steps} steps)" for text, steps in summary["succeeded"].items()) or "none"),
+        ),
         ("exits", "  ".join(f"layer {layer}: {count}" for layer, count in summary["exits"].items())),
         ("language MACs", f"{summary['macs_fraction']:.0%} of full depth, {summary['mean_layers_run']:.1f} layers in the mean"),
         ("p50 / p95 ms", "  ".join(f"{stage} {value['p50']:.1f} / {value['p95']:.1f}" for stage, value in latency.items())),

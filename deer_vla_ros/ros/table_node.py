@@ -1,5 +1,7 @@
 """How does the simulated table meet ROS? Behind the topics of a robot: images, poses and joints out, commands in.
 
+What no robot has: it listens to `instruction` too, and publishes the words on `~/succeeded` once the table shows that it was done.
+
 Three parties share the process: callbacks only leave messages in an inbox; the main thread takes them from there,
 advances physics, renders and publishes; the signal handlers only raise a flag. So a slow image never delays a
 command's arrival, and OpenGL stays in one thread.
@@ -20,13 +22,14 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import Float64MultiArray
+from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import Trigger
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.process import ros_process
 from deer_vla_ros.ros.qos import NEWEST
 from deer_vla_ros.ros.stamped import image_message, nanoseconds, pose_message, stamp
+from deer_vla_ros.sim.referee import Referee
 from deer_vla_ros.sim.scene import MAX_OPENING
 from deer_vla_ros.sim.table import Table
 
@@ -53,9 +56,13 @@ class TableNode(Node):
         self._lockstep = self.get_parameter("clock.mode").value == "lockstep"
         self._elapsed_ns = 0
 
-        self._inbox = threading.Condition()  # guards the six below
+        self._referee = Referee()
+        self._judged = ""  # the instruction that the referee watches over
+
+        self._inbox = threading.Condition()  # guards the seven below
         self._target: PoseStamped | None = None
         self._gripper: Float64MultiArray | None = None
+        self._instruction: str | None = None
         self._awaited: Time | None = None  # stamp of the camera pair that lock step waits an answer for
         self._resets_asked = self._resets_done = 0
         self._reset_seed = self._seed
@@ -64,11 +71,13 @@ class TableNode(Node):
         self._gripper_image = self.create_publisher(Image, "camera/gripper/image_raw", NEWEST)
         self._ee_pose = self.create_publisher(PoseStamped, "ee_pose", _RELIABLE)
         self._joint_states = self.create_publisher(JointState, "joint_states", _RELIABLE)
+        self._succeeded = self.create_publisher(String, "~/succeeded", _RELIABLE)
         self._clock_topic = self.create_publisher(Clock, "/clock", _RELIABLE) if self._publishes_clock else None
         # The gripper first: where both have arrived its callback runs first, and in lock step it is the target that
         # sets the table going.
         self.create_subscription(Float64MultiArray, "gripper_command", self._on_gripper, _RELIABLE)
         self.create_subscription(PoseStamped, "target_pose", self._on_target, _RELIABLE)
+        self.create_subscription(String, "instruction", self._on_instruction, _RELIABLE)
         self.create_service(Trigger, "~/reset", self._on_reset)
 
     def _declare_parameters(self) -> None:
@@ -102,6 +111,10 @@ class TableNode(Node):
     def _on_gripper(self, message: Float64MultiArray) -> None:
         with self._inbox:
             self._gripper = message
+
+    def _on_instruction(self, message: String) -> None:
+        with self._inbox:
+            self._instruction = message.data
 
     def _on_target(self, message: PoseStamped) -> None:
         with self._inbox:
@@ -188,6 +201,10 @@ class TableNode(Node):
             self._reset_if_asked()
             target, self._target = self._target, None
             gripper, self._gripper = self._gripper, None
+            instruction, self._instruction = self._instruction, None
+        if instruction is not None:
+            self._judged = instruction
+            self._referee.begin(instruction, self._table.state())
         if gripper is not None:
             self._command_gripper(gripper)
         if target is not None:
@@ -249,6 +266,8 @@ class TableNode(Node):
         """Both cameras at one stamp; in lock step then waits for the answer to it."""
         now = self._now()
         views = self._table.render()
+        if self._referee.succeeded(self._table.state()):
+            self._succeeded.publish(String(data=self._judged))
         if self._lockstep:
             with self._inbox:
                 self._awaited = now

@@ -124,4 +124,7 @@ def _read_meta(shard: Path) -> dict:
         raise UserError(f"{shard}: meta.json is not readable ({error}): record this shard again") from error
     if meta.get("format") != FORMAT:
         raise UserError(f"{shard}: format {meta.get('format')}, this version reads {FORMAT}: record it again")
+    missing = [name for name in ("tasks", "image_size", "episodes", "phrasings") if name not in meta]
+    if missing:
+        raise UserError(f"{shard}: meta.json says nothing of {', '.join(missing)}: an older version recorded it, record it again")
     return meta

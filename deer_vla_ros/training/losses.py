@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.model.grounding import Found
+from deer_vla_ros.model.grounding import POINT_UNIT, Found
 from deer_vla_ros.model.head import ActionHead, HeadOutput, pool
 from deer_vla_ros.model.network import MultiExitVLA
 
@@ -170,6 +170,12 @@ def features_of(
     if model.final_norm is not None:
         features.append(_pooled(model.final_norm(hidden), padding))
     return torch.stack(features), found
+
+
+def point_loss(found: Found, points: Tensor, tcp: Tensor, beta: float = 0.1) -> Tensor:
+    """Smooth L1 of where the thing is, seen from the TCP, in units of POINT_UNIT: points (N, 3) [m], tcp (F, 7), action frame."""
+    wanted = (points - tcp[:, :3].repeat_interleave(points.shape[0] // tcp.shape[0], 0)) / POINT_UNIT
+    return F.smooth_l1_loss(found.point, wanted, beta=beta)
 
 
 def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:

@@ -61,7 +61,7 @@ class Train:
 
     data: folders, below the recipe's data folder unless absolute; format: of FORMATS. steps: optimiser steps.
     batch: windows of `window` steps, or where `instructions` is above 0 single frames, each with so many instructions; over all
-    processes. accumulate: micro-batches that one step is made of. heatmap: weight of losses.heatmap_loss.
+    processes. accumulate: micro-batches that one step is made of. heatmap, point: weights of losses.heatmap_loss and losses.point_loss.
     auxiliary_heads, random_exits: as losses.multi_exit_loss. shift: random shift augmentation (pad 10 and 4 pixels at 224).
     pool_padding: whether a shorter instruction's padding counts in the pooled features, as the reference lets it; at inference there
     is none. cache: in the exit stage, compute every step's features once (no augmentation then).
@@ -80,6 +80,7 @@ class Train:
     warmup_steps: int = 2500
     loss: LossWeights = field(default_factory=LossWeights)
     heatmap: float = 0.0
+    point: float = 0.0
     auxiliary_heads: bool = True
     random_exits: bool = True
     pool_padding: bool = True

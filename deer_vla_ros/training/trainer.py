@@ -26,7 +26,7 @@ from deer_vla_ros.inference.preprocess import normalised
 from deer_vla_ros.model.grounding import Found
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.training.batches import Batch, BatchSource, Share, rng_of
-from deer_vla_ros.training.losses import ExitDraws, draw_exits, features_of, heatmap_loss, multi_exit_loss
+from deer_vla_ros.training.losses import ExitDraws, draw_exits, features_of, heatmap_loss, multi_exit_loss, point_loss
 from deer_vla_ros.training.optimisation import Optimiser, Stage
 from deer_vla_ros.training.recipe import Train
 
@@ -62,7 +62,8 @@ class StageLoss(nn.Module):
         loss = self._of_features(features, batch, draws)
         if train.heatmap and found is not None and batch.pixels is not None:
             loss["heatmap"] = heatmap_loss(found, batch.pixels)
-            loss["total"] = loss["total"] + train.heatmap * loss["heatmap"]
+            loss["point"] = point_loss(found, batch.points, batch.tcp)
+            loss["total"] = loss["total"] + train.heatmap * loss["heatmap"] + train.point * loss["point"]
         return loss
 
     def _look(self, batch: Batch) -> tuple[Tensor, Found | None]:

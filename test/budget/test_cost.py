@@ -39,7 +39,7 @@ def test_every_layer_costs_what_torch_counts(config, tokens):
     model, table = on_meta(config), cost_table(config, tokens)
     ids = torch.ones(1, tokens, dtype=torch.int64, device="meta")
     text = model.encode_text(ids, ids, image_token=1)
-    visual = torch.empty(1, CAMERAS * config.resampler.latents, config.vision.width, device="meta")
+    visual = torch.empty(1, config.visual_tokens, config.vision.width, device="meta")
     states = model.hidden_states(visual, text)
     counted = [counted_gmac(lambda: next(states))[0] for _ in range(config.decoder.layers)]
     assert table.layers == pytest.approx(counted, rel=0.01)
@@ -50,8 +50,10 @@ def test_every_layer_costs_what_torch_counts(config, tokens):
 def test_vision_costs_what_torch_counts(config):
     model, table = on_meta(config), cost_table(config, 14)
     size = config.vision.image_size
-    images = torch.empty(1, CAMERAS, 3, size, size, device="meta")
-    counted, _ = counted_gmac(lambda: model.encode_images(images))
+    images, tcp = torch.empty(1, CAMERAS, 3, size, size, device="meta"), torch.empty(1, 7, device="meta")
+    ids = torch.ones(1, 14, dtype=torch.int64, device="meta")
+    text = model.encode_text(ids, ids, image_token=1)
+    counted, _ = counted_gmac(lambda: model.visual_tokens(model.see(images, tcp), text))
     assert table.vision == pytest.approx(counted, rel=0.01)
 
 

@@ -1,0 +1,195 @@
+"""`evaluate` as a person runs it: on few and short chains of the embedded checkpoint, interrupted and not."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deer_vla_ros.__main__ import main
+from deer_vla_ros.budget.cost import cost_table
+from deer_vla_ros.budget.types import Budget
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.chain_report import mean_interval, summary, tell
+from deer_vla_ros.evaluation.chain_run import Attempt
+from deer_vla_ros.evaluation.evaluation_run import groups_of
+from deer_vla_ros.evaluation.network_driver import ExitChoice
+from deer_vla_ros.evaluation.resume_file import ResumeFile
+from deer_vla_ros.model.checkpoint import EMBEDDED, load
+from deer_vla_ros.model.config import tabletop
+from deer_vla_ros.sim.tasks import TASKS
+
+SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "5", "--jobs", "1")
+KEYS = """chains average_length average_length_ci success_by_position tasks llm_gmac_mean llm_gmac_static saved exit_shares budget
+checkpoint_sha256 seed steps_per_instruction phrasings infeasible singles""".split()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """Of an uninterrupted run."""
+    path = tmp_path_factory.mktemp("evaluate") / "report.json"
+    assert main([*SHORT, "--json", str(path)]) == 0
+    return path
+
+
+# The command
+
+
+def test_a_report_says_what_was_measured_on_what(report):
+    figures = json.loads(report.read_text())
+    assert set(KEYS) <= set(figures)
+    assert figures["chains"] == 2 and len(figures["success_by_position"]) == 5
+    assert figures["average_length_ci"][0] <= figures["average_length"] <= figures["average_length_ci"][1]
+    assert set(figures["singles"]) == {task.name for task in TASKS}
+    assert all(row["trials"] == 1 for row in figures["singles"].values())
+    assert figures["budget"] == {"thresholds": "checkpoint"} and len(figures["checkpoint_sha256"]) == 64
+    assert sum(figures["exit_shares"]) == pytest.approx(1.0)
+    assert 1 < figures["saved"] == pytest.approx(figures["llm_gmac_static"] / figures["llm_gmac_mean"])
+    assert (figures["seed"], figures["steps_per_instruction"], figures["phrasings"]) == (5, 2, "training")
+    assert list(report.parent.iterdir()) == [report], "nothing else is left"
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_very_same_report(report, tmp_path):
+    path, partial = tmp_path / "report.json", tmp_path / "report.json.partial.jsonl"
+    command = [sys.executable, "-m", "deer_vla_ros", *SHORT, "--json", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _wait_until(lambda: partial.is_file() and partial.read_text().count("\n") > 3, 60)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not path.exists(), "the kill came before the end"
+    before = partial.read_text()
+    partial.write_text(before + '["lift_pink_block 0", [[{"task"')  # as a kill in the middle of a line leaves it
+    assert main([*SHORT, "--exit", "3", "--json", str(path)]) == 1, "other arguments are refused"
+    assert partial.read_text().startswith(before)
+    assert main([*SHORT, "--json", str(path)]) == 0
+    assert path.read_bytes() == report.read_bytes()
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--seed", "-1"), "--seed is -1: give 0 or more, since seeds below 1,000,000 belong to training"),
+        (("--chains", "0"), "neither --chains nor --trials"),
+        (("--chains", "60000"), "give 0 to 50000"),
+        (("--jobs", "0"), "--jobs is 0: give 1 or more"),
+        (("--exit", "0"), "--exit is 0, but the exits are at layers 1, 3"),
+        (("--thresholds", "1,2"), "2 --thresholds for the"),
+        (("--thresholds", "a,b"), "give numbers with commas"),
+        (("--budget", "average_ms=5"), "one of average_gmac, average_fraction, peak_gmac, memory_gib"),
+        (("--budget", "average_fraction=x"), "a positive number"),
+        (("--budget", "average_fraction=0.01"), "which is not at least the"),
+        (("--checkpoint", "/nowhere"), "config.json is missing"),
+    ],
+)
+def test_arguments_that_cannot_be_met_are_refused_at_once_in_one_line(arguments, says, capsys):
+    assert main(["evaluate", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_only_one_of_the_ways_to_choose_a_depth_is_accepted(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--exit", "3", "--full-depth"])
+    assert ended.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
+def test_groups_hold_every_chain_and_trial_once_and_do_not_depend_on_the_processes():
+    groups = groups_of(chains=19, trials=9, lanes=8)
+    assert [len(group.indices) for group in groups[:3]] == [8, 8, 3]
+    assert sorted(index for group in groups if not group.task for index in group.indices) == list(range(19))
+    for task in TASKS:
+        assert [index for group in groups if group.task == task.name for index in group.indices] == list(range(9))
+    assert len({group.key for group in groups}) == len(groups)
+
+
+# Depth
+
+
+def test_a_budget_gives_thresholds_for_every_length_and_a_fixed_exit_just_that_one():
+    checkpoint = load(EMBEDDED)
+    config, exits = checkpoint.info.model, checkpoint.info.model.exits
+    peak = cost_table(config, 14).language(exits[2] + 1)
+    rule_of = ExitChoice(budget=Budget(average_fraction=0.5, peak_gmac=peak)).rule_of(checkpoint)
+    rules = {tokens: rule_of(tokens) for tokens in (6, 14, 6)}
+    assert rules[14].deepest == exits[2] < rules[6].deepest, "longer instructions cost more"
+    assert cost_table(config, 6).language(rules[6].deepest + 1) <= peak
+    assert ExitChoice(exit_layer=exits[1]).rule_of(checkpoint)(9).exits == (exits[1],)
+    assert ExitChoice(full_depth=True).rule_of(checkpoint)(9).exits == (exits[-1],)
+    assert ExitChoice().rule_of(checkpoint)(9).thresholds == checkpoint.info.thresholds
+
+
+# Figures
+
+
+def attempt(succeeded: bool, steps: int = 10, **changes) -> Attempt:
+    values = dict(
+        task="lift_red_block",
+        instruction="lift the red block",
+        held_out=False,
+        position=0,
+        feasible=True,
+        succeeded=succeeded,
+        steps=steps,
+        approached=succeeded,
+        tokens=7,
+        exits={1: steps},
+    )
+    return Attempt(**{**values, **changes})
+
+
+def test_lengths_costs_and_shares_are_added_up_over_steps():
+    config = tabletop(layers=12)
+    chains = [
+        [attempt(True, 10, exits={1: 6, 5: 4}), attempt(False, 80, exits={11: 80}, tokens=9)],
+        [attempt(False, 0, exits={}, feasible=False, approached=None, held_out=True)],
+        [attempt(True, 2, exits={1: 2}, task="open_drawer", approached=None)] * 5,
+    ]
+    found = summary(config, chains, [])
+    assert found["average_length"] == 2.0
+    assert found["success_by_position"] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 1 / 3, 1 / 3])
+    assert found["tasks"]["lift_red_block"] == {"rate": 1 / 3, "trials": 3, "approached": 0.5}
+    assert found["tasks"]["open_drawer"] == {"rate": 1.0, "trials": 5, "approached": None}
+    assert found["infeasible"] == 1 and found["singles"] is None
+    assert found["phrasing_rates"]["held_out"] == {"rate": 0.0, "trials": 1}
+    short, long = cost_table(config, 7), cost_table(config, 9)
+    gmac = 16 * short.language(2) + 4 * short.language(6) + 80 * long.language(12)
+    assert found["steps"] == 100 and found["llm_gmac_mean"] == pytest.approx(gmac / 100)
+    static = 20 * 2 * short.language(12) + 80 * 2 * long.language(12)
+    assert found["llm_gmac_static"] == pytest.approx(static / 100), "24 layers cost twice what 12 do"
+    assert found["saved"] == pytest.approx(static / gmac)
+    assert found["exit_shares"] == pytest.approx([0.16, 0, 0.04, 0, 0, 0.8])
+    assert "average length 2.00 of 5" in tell(found) and "lift_red_block" in tell(found)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
+def test_the_interval_holds_the_mean_and_narrows_with_more_chains_of_the_same_kind(lengths):
+    low, high = mean_interval(lengths)
+    mean = np.mean(lengths)
+    assert 0 <= low <= mean + 1e-9 and mean - 1e-9 <= high <= 5
+    assert (low, high) == mean_interval(lengths[::-1]), "whatever the order"
+    normal = 1.96 * np.std(lengths * 25) / np.sqrt(len(lengths) * 25)
+    narrow = mean_interval(lengths * 25)
+    assert narrow[1] - narrow[0] <= high - low + 1e-9
+    assert np.subtract(*narrow[::-1]) == pytest.approx(2 * normal, rel=0.15, abs=0.03)
+
+
+def test_a_resume_file_of_other_arguments_says_which(tmp_path):
+    path = tmp_path / "x.jsonl"
+    ResumeFile(path, {"seed": 1, "budget": {"exit": 3}}).add("a", [1])
+    assert ResumeFile(path, {"seed": 1, "budget": {"exit": 3}}).done == {"a": [1]}
+    with pytest.raises(UserError, match=r"other arguments \(budget: \{'exit': 3\} there, \{'exit': 5\} now\)"):
+        ResumeFile(path, {"seed": 1, "budget": {"exit": 5}})
+
+
+def _wait_until(holds, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)

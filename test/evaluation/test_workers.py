@@ -1,0 +1,78 @@
+"""Do worker processes share the work, tell what goes wrong, and end with the one that started them?
+
+Nothing heavy is imported here: every worker imports this module.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.workers import spread
+
+
+def _squarer(power: int):
+    """A setup for `spread`; 13 is bad luck, 14 is worse."""
+
+    def work(job: int, told):
+        told()
+        if job == 13:
+            raise UserError("13 is no job: give another")
+        if job == 14:
+            os._exit(3)
+        if job == 15:
+            time.sleep(3600)
+        return job**power
+
+    return work
+
+
+def test_jobs_are_spread_over_processes_and_parts_are_told():
+    told = []
+    results = dict(spread(_squarer, (2,), list(range(7)), 2, lambda: told.append(1)))
+    assert results == {job: job**2 for job in range(7)} == dict(spread(_squarer, (2,), list(range(7)), 1))
+    assert len(told) == 7
+    assert list(spread(_squarer, (2,), [], 2)) == []
+
+
+@pytest.mark.parametrize(("job", "says"), [(13, "13 is no job"), (14, "ended with exit code 3.* fewer --jobs")])
+def test_what_goes_wrong_in_a_process_is_told_and_ends_the_others(job, says):
+    with pytest.raises(UserError, match=says):
+        list(spread(_squarer, (2,), [15, job], 2))
+
+
+def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
+    script = tmp_path / "spreader.py"
+    script.write_text(
+        "import os, time\n"
+        "from deer_vla_ros.evaluation.workers import spread\n"
+        "def setup():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    return lambda job, tell: time.sleep(0.1)\n"
+        "if __name__ == '__main__':\n"
+        "    list(spread(setup, (), list(range(10**6)), 2))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.wait()
+    _wait_until(lambda: not any(_is_alive(worker) for worker in workers), 10)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _wait_until(holds, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)

@@ -1,0 +1,211 @@
+"""Does a run of training go on as if it had not been killed, and do two processes compute what one does?"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small_model import SMALL
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.checkpoint import load
+from deer_vla_ros.training.batches import FrameBatches, Share, window_rows
+from deer_vla_ros.training.frames import Frames, ShardWriter
+from deer_vla_ros.training.recipe import Recipe
+from deer_vla_ros.training.tokenizer import train_tokenizer
+from deer_vla_ros.training.trainer import read_log
+
+PHRASINGS = {"lift": ["lift it", "pick it up now"], "push": ["push it away"], "wait": ["wait"]}
+JOINT = {
+    "stage": "joint",
+    "data": ["demos"],
+    "steps": 12,
+    "batch": 8,
+    "window": 1,
+    "instructions": 2,
+    "optimiser": {"learning_rate": 3e-3, "head_scale": 1.0, "clip_norm": 8.0, "train_vision": True, "train_decoder": True},
+    "warmup_steps": 2,
+    "loss": {"huber_delta": 0.1, "pose": 30.0, "gripper": 0.1},
+    "heatmap": 0.2,
+    "point": 0.2,
+    "pool_padding": False,
+}
+EXIT = {
+    "stage": "exit",
+    "data": ["demos"],
+    "steps": 10,
+    "batch": 8,
+    "window": 4,
+    "optimiser": {"learning_rate": 3e-3, "clip_norm": 8.0},
+    "warmup_steps": 2,
+    "cache": True,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two shards of frames in which the brightness of the image and the task decide the action."""
+    folder = tmp_path_factory.mktemp("data") / "demos"
+    random = np.random.default_rng(0)
+    for shard in range(2):
+        writer = ShardWriter(folder / f"shard-{shard:04d}", tuple(PHRASINGS), 64, {"phrasings": PHRASINGS})
+        for _ in range(6):
+            brightness = random.random()
+            writer.add_episode(_frame(random, brightness) for _ in range(int(random.integers(3, 9))))
+        writer.close()
+    return folder.parent
+
+
+def _frame(random, brightness):
+    actions = np.zeros((3, 7), np.float32)
+    actions[:, 0] = (brightness - 0.5) * np.array([1.0, -1.0, 0.0])
+    actions[:, 6] = [1, -1, 1]
+    return {
+        "images": (brightness * 255 * random.uniform(0.9, 1.0, (2, 64, 64, 3))).astype(np.uint8),
+        "tcp": np.array([0.4, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0]),
+        "task": random.integers(3),
+        "actions": actions,
+        "valid": np.array([True, True, random.random() < 0.5]),
+        "points": random.uniform(0.2, 0.5, (3, 3)),
+        "pixels": random.uniform(-0.1, 1.1, (3, 2, 2)),
+    }
+
+
+def recipe_file(folder, *steps, **changes):
+    path = folder / "recipe.yaml"
+    network = {"preset": "tabletop", "layers": 4, "dropout": 0.0}
+    values = {"name": "small", "network": network, "save_every": 3, "log_every": 1, "steps": [{"train": s} for s in steps]}
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+def command(config, out, data, processes=1):
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        port = str(20000 + os.getpid() % 20000)
+        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port, "-m"]
+    return [*start, "deer_vla_ros", "train", "--config", str(config), "--out", str(out), "--data", str(data), "--threads", "1"]
+
+
+def train(config, out, data, processes=1):
+    done = subprocess.run(command(config, out, data, processes), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return read_log(out / "small" / "log.jsonl"), load(out / "small" / "checkpoint").model.state_dict()
+
+
+def curve(log):
+    return [(line["stage"], line["step"], line["loss"]) for line in log]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train(recipe_file(folder, JOINT, EXIT), folder / "out", data)
+
+
+def test_both_stages_lower_their_loss_and_only_the_heads_move_in_the_second(undisturbed, data, tmp_path):
+    log, weights = undisturbed
+    for stage in ("stage-1-joint", "stage-2-exit"):
+        losses = [line["loss"] for line in log if line["stage"] == stage]
+        assert losses[-1] < 0.9 * losses[0], stage
+    _, after_joint = train(recipe_file(tmp_path, JOINT), tmp_path / "out", data)
+    for name, value in after_joint.items():
+        is_head = name.startswith(("shared_head.", "last_head.", "auxiliary_heads."))
+        assert is_head or torch.equal(value, weights[name]), name
+
+
+def test_a_run_that_is_killed_continues_the_same_curve_to_the_same_weights(undisturbed, data, tmp_path):
+    config, log = recipe_file(tmp_path, JOINT, EXIT), tmp_path / "out" / "small" / "log.jsonl"
+    for lines in (5, 16):  # in the middle of either stage
+        running = subprocess.Popen(command(config, tmp_path / "out", data), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while running.poll() is None and len(read_log(log)) < lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    resumed, weights = train(config, tmp_path / "out", data)
+    assert curve(resumed) == curve(undisturbed[0])
+    for name, value in undisturbed[1].items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_two_processes_compute_what_one_does(undisturbed, data, tmp_path):
+    log, weights = train(recipe_file(tmp_path, JOINT, EXIT), tmp_path / "out", data, processes=2)
+    assert [line["step"] for line in log] == [line["step"] for line in undisturbed[0]]
+    for one, two in zip(undisturbed[0], log):
+        # The heatmap's mean is over the views that show the thing, of which either process has another number.
+        assert two["loss"] == pytest.approx(one["loss"], rel=2e-2)
+    plain = {**JOINT, "heatmap": 0.0}
+    (one, weights), (two, others) = (
+        train(recipe_file(tmp_path, plain), tmp_path / f"of-{count}", data, count) for count in (1, 2)
+    )
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    for name, value in weights.items():
+        assert torch.allclose(value, others[name], atol=2e-4), name
+
+
+def test_micro_batches_add_up_to_the_whole_batch(data, tmp_path):
+    whole = {**EXIT, "steps": 4}
+    parts = {**whole, "accumulate": 2}
+    first, second = (train(recipe_file(tmp_path, s), tmp_path / name, data)[0] for name, s in (("a", whole), ("b", parts)))
+    assert np.isfinite([line["loss"] for line in first + second]).all()
+    assert {line["stage"] for line in second} == {"stage-1-exit"}
+
+
+def test_a_frame_is_shown_with_its_own_task_first_and_only_with_tasks_that_make_sense(data):
+    frames = Frames([data / "demos"])
+    config = dataclasses.replace(SMALL, decoder=dataclasses.replace(SMALL.decoder, vocabulary=512))
+    tokenizer = train_tokenizer(frames.all_phrasings(), config)
+    source = FrameBatches(frames, tokenizer, count=16, instructions=3, seed=0)
+    whole = source.batch(7, 0, Share())
+    again = source.batch(7, 0, Share())
+    halves = [source.batch(7, 0, Share(rank, 2)) for rank in range(2)]
+    assert torch.equal(whole.ids, again.ids) and torch.equal(whole.images, again.images)
+    assert torch.equal(whole.ids, torch.cat([half.ids for half in halves]))
+    assert torch.equal(whole.targets.pose, torch.cat([half.targets.pose for half in halves]))
+    assert whole.images.shape == (16, 2, 3, 64, 64) and whole.ids.shape[0] == whole.points.shape[0] == 48
+    with pytest.raises(UserError, match="does not divide among 3"):
+        source.batch(0, 0, Share(0, 3))
+
+
+def test_windows_end_where_their_episode_ends():
+    episode = np.array([0, 0, 0, 1, 1])
+    rows, valid = window_rows(episode, np.array([0, 1, 3, 4]), 3)
+    assert rows.tolist() == [[0, 1, 2], [1, 2, 2], [3, 4, 4], [4, 4, 4]]
+    assert valid.tolist() == [[True] * 3, [True, True, False], [True, True, False], [True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": {"preset": "no_such", "layers": 4}}, "preset is 'no_such'"),
+        ({"steps": [{"train": {**JOINT, "window": 4}}]}, "window 1"),
+        ({"steps": [{"train": {**EXIT, "stage": "joint"}}]}, "cache needs the exit stage"),
+        ({"steps": [{"train": {**JOINT, "batch": 9, "accumulate": 2}}]}, "does not divide"),
+        ({"steps": [{"train": {**JOINT, "colour": 1}}]}, "unknown keys \\['colour'\\]"),
+        ({"steps": [{"train": {**JOINT, "stage": "third"}}]}, "use one of joint, exit"),
+        ({"steps": [{"cook": {}}]}, "give one of `record:` and `train:`"),
+        ({"steps": 3}, "no list of steps"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_by_name(change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Recipe.read(recipe_file(tmp_path, JOINT, **change)).network.config()
+
+
+def test_the_recipes_that_ship_can_be_read():
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / "config" / "training"
+    recipes = [Recipe.read(path) for path in sorted(folder.glob("*.yaml"))]
+    assert len(recipes) >= 4
+    for recipe in recipes:
+        assert recipe.network.config().exits
+        json.dumps(recipe.network.config().to_dict())
