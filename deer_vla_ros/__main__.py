@@ -39,6 +39,7 @@ COMMANDS = {
     "record-demos": Command("deer_vla_ros.evaluation.record_command", "demonstrations on the simulated table, for training"),
     "train": Command("deer_vla_ros.training.train_command", "makes a network by a recipe, from demonstrations to a checkpoint"),
     "evaluate": Command("deer_vla_ros.evaluation.evaluate_command", "scores chains of instructions on the simulated table"),
+    "search": Command("deer_vla_ros.evaluation.search_command", "Bayesian optimisation of thresholds in closed loop"),
     "parity": Command("deer_vla_ros.evaluation.parity_command", "checks the network against recorded reference tensors"),
 }
 

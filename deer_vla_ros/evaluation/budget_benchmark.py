@@ -7,6 +7,7 @@ its own memory, and thresholds solved as the node solves them.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from deer_vla_ros.budget.calibration import Calibration, episode_features
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget
-from deer_vla_ros.evaluation.table_episodes import instruction_of, table_episodes
+from deer_vla_ros.evaluation.json_file import write_json
+from deer_vla_ros.evaluation.table_episodes import table_episodes
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.checkpoint import Checkpoint, load
@@ -52,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker needs: a checkpoint, and files of features (N, layers, width), episode starts and token counts."""
+    """What a worker needs: a checkpoint, and a folder of features (N, layers, width) and of episodes: instruction and length."""
 
     folder: Path
     features: Path
@@ -66,13 +68,13 @@ def shifted(observation: Observation) -> Observation:
         noisy = image * SHIFT_BRIGHTNESS + random.normal(0.0, SHIFT_NOISE, image.shape)
         return np.clip(noisy, 0, 255).astype(np.uint8)
 
-    return Observation(alter(observation.static), alter(observation.gripper))
+    return Observation(alter(observation.static), alter(observation.gripper), observation.tcp)
 
 
 def measure(
     folder: Path, seeds: range, steps: int, shifted_seeds: range, scratch: Path, processes: int, tell: Callable[[str], None]
 ) -> tuple[list[Row], int]:
-    """Rows of all budgets, and how often a peak was passed. seeds: one episode of `steps` steps each; scratch: for features."""
+    """Rows of all budgets, and how often a peak was passed. seeds: `steps` steps of demonstrations each; scratch: for features."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         tell(f"{len(seeds)} episodes of {steps} steps, every layer of each")
         usual = _features(pool, folder, seeds, steps, False, scratch / "usual", processes)
@@ -111,15 +113,16 @@ def _features(
     parts = list(pool.map(_chunk_features, [(folder, chunk, steps, is_shifted) for chunk in chunks if len(chunk)]))
     out.mkdir(parents=True)
     np.save(out / "features.npy", np.concatenate([features for features, _ in parts]))
-    np.save(out / "seeds.npy", np.concatenate([chunk for _, chunk in parts]))
+    write_json(out / "episodes.json", [episode for _, episodes in parts for episode in episodes])
     return _Job(folder, out)
 
 
-def _chunk_features(job: tuple[Path, range, int, bool]) -> tuple[np.ndarray, np.ndarray]:
+def _chunk_features(job: tuple[Path, range, int, bool]) -> tuple[np.ndarray, list[tuple[str, int]]]:
     folder, seeds, steps, is_shifted = job
     alter = {"alter": shifted} if is_shifted else {}
-    found = [features.numpy() for features, _ in episode_features(load(folder), table_episodes(seeds, steps, **alter))]
-    return np.stack(found), np.array(seeds)
+    episodes = list(table_episodes(seeds, steps, **alter))
+    features = [found.numpy() for found, _ in episode_features(load(folder), episodes)]
+    return np.concatenate(features), [(episode.instruction, len(episode.observations)) for episode in episodes]
 
 
 def _walk(checkpoint: Checkpoint, job: _Job, budget: Budget) -> Iterator[tuple[float, float, int]]:
@@ -127,15 +130,16 @@ def _walk(checkpoint: Checkpoint, job: _Job, budget: Budget) -> Iterator[tuple[f
     keeper = _keeper(checkpoint)
     keeper.set(budget)
     policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, keeper.rule)
-    features, seeds = np.load(job.features / "features.npy", mmap_mode="r"), np.load(job.features / "seeds.npy")
-    for episode, seed in zip(features, seeds, strict=True):
-        policy.reset(instruction_of(seed))
+    features, begin = np.load(job.features / "features.npy", mmap_mode="r"), 0
+    for instruction, length in json.loads((job.features / "episodes.json").read_text()):
+        policy.reset(instruction)
         keeper.set_tokens(policy.tokens)
-        for step_features in torch.from_numpy(np.array(episode)):
+        for step_features in torch.from_numpy(np.array(features[begin : begin + length])):
             policy.rule = keeper.rule
             step = policy.step_on_features(step_features)
             cost = keeper.book(step)
             yield cost.language_gmac, cost.fraction, step.exit_index
+        begin += length
 
 
 def report(rows: list[Row], violations: int, seeds: dict[str, str]) -> dict[str, object]:

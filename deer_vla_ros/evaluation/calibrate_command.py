@@ -19,11 +19,14 @@ from deer_vla_ros.evaluation.json_file import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="'table': the simulated table, an arm that strolls about")
+    parser.add_argument("source", metavar="SOURCE", help="'table': the simulated table, where the scripted expert shows the tasks")
     parser.add_argument("--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)")
-    parser.add_argument("--episodes", type=int, default=144, help="arrangements of the table (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=144, help="sessions at the table (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="steps of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first arrangement (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first session (default: %(default)s)")
+    parser.add_argument(
+        "--default-fraction", type=float, metavar="F", help="also make this budget.average_fraction the checkpoint's own thresholds"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
 
 
@@ -44,11 +47,14 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"calibrate: --{name} is {getattr(args, name)}: give 1 or more")
     folder = folder_of(args.checkpoint)
     seeds = range(args.seed, args.seed + args.episodes)
-    source = f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, {args.steps} steps each, arm moved at random"
+    source = f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, {args.steps} steps of the scripted expert each"
     checkpoint = load(folder)
-    episodes = track(table_episodes(seeds, args.steps), total=args.episodes, description="calibrating")
+    sessions = track(seeds, description="calibrating")
+    episodes = (episode for seed in sessions for episode in table_episodes(range(seed, seed + 1), args.steps))
     calibration = measure(checkpoint, episodes, {"source": source}, args.seed)
     calibration.save(folder)
+    if args.default_fraction is not None:
+        set_default(folder, args.default_fraction)
     rows = [
         {
             "layer": layer,
@@ -67,3 +73,22 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {"exits": rows, "provenance": calibration.provenance})
     return 0
+
+
+def set_default(folder: Path, fraction: float) -> None:
+    """Writes the thresholds of an average budget into the checkpoint's config.json: what it does where no budget is asked for."""
+    import dataclasses
+    import json
+
+    from deer_vla_ros.budget.keeper import BudgetKeeper
+    from deer_vla_ros.budget.types import Budget
+    from deer_vla_ros.evaluation.json_file import write_text
+    from deer_vla_ros.model.checkpoint import CONFIG, load
+
+    checkpoint, budget = load(folder), Budget(average_fraction=fraction, governor=False)
+    keeper = BudgetKeeper.of(checkpoint)
+    keeper.check(budget)
+    keeper.set(budget)
+    info = dataclasses.replace(checkpoint.info, thresholds=keeper.rule.thresholds)
+    write_text(folder / CONFIG, json.dumps(info.to_dict(), indent=2) + "\n")
+    print(f"{folder / CONFIG}: thresholds {', '.join(f'{value:.4g}' for value in info.thresholds)}, {fraction:g} of full depth")

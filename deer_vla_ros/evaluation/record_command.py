@@ -7,7 +7,7 @@ Example: what the embedded checkpoint is trained on, and a second helping in whi
     python -m deer_vla_ros record-demos --demos 1000 --out out/data/calvin/training --format calvin
 
 The same arguments give the same bytes, whatever --jobs is. Interrupted, the same command goes on with what is missing. Seeds
-below 1,000,000 are used, shard k from 100,000 S + k: the others are for evaluation.
+below 1,000,000 are used, shard k from 1,000 S + k: the others are for evaluation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demos", type=int, required=True, metavar="N", help="demonstrations, of about 18 steps each")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to record into")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="which set of demonstrations, 0 to 9 (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="S", help="which set of demonstrations, 0 to 999 (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, metavar="J", help="processes (default: one per core)")
     parser.add_argument("--policy", type=Path, metavar="CHECKPOINT", help="checkpoint folder whose network acts first (DAgger)")

@@ -18,7 +18,7 @@ from deer_vla_ros.evaluation.workers import Work, spread
 from deer_vla_ros.sim.tasks import TASKS
 
 DEMOS_PER_SHARD = 100
-SEEDS_PER_RUN = 100_000
+SEEDS_PER_RUN = 1_000
 FIRST_FOREIGN_SEED = 1_000_000
 """Seeds from here on are for evaluation."""
 
@@ -122,7 +122,9 @@ def _worker(store: Store, policy: Path | None) -> Work:
         try:
             return store.write(shard.number, shard.settings, _told(episodes, tell))
         except OSError as error:
-            raise UserError(f"record-demos: shard {shard.number} cannot be written ({error}): make room, and repeat this") from error
+            raise UserError(
+                f"record-demos: shard {shard.number} cannot be written ({error}): make room, and repeat this"
+            ) from error
 
     return work
 

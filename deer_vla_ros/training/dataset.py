@@ -44,7 +44,7 @@ class Windows(Protocol):
     def batch(self, indices: np.ndarray, window: int, size: int, random: np.random.Generator) -> WindowBatch:
         """The windows of these numbers, images at `size` pixels.
 
-        Of `random` one number is drawn, however many windows there are: processes that share a batch agree on what is in it.
+        What is drawn of `random` does not depend on how many windows there are: processes that share a batch agree on what is in it.
         """
 
 

@@ -108,7 +108,8 @@ class Train:
 class Recipe:
     """steps: Record and Train in the order in which they are done. seed: of everything that is drawn.
 
-    compile: whether torch.compile makes the layers faster (needs a C++ compiler). evaluate_every: optimiser steps between
+    compile: whether torch.compile makes the layers faster (needs a C++ compiler). dtype: of the weights in the checkpoint folder,
+    float32 or float16. evaluate_every: optimiser steps between
     evaluations in the simulator, 0 for none.
     """
 
@@ -117,9 +118,14 @@ class Recipe:
     steps: tuple[Record | Train, ...]
     seed: int = 0
     compile: bool = False
+    dtype: str = "float32"
     log_every: int = 50
     save_every: int = 500
     evaluate_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float16"):
+            raise UserError(f"recipe: dtype is {self.dtype!r}: use float32 or float16")
 
     @classmethod
     def read(cls, path: Path) -> Recipe:

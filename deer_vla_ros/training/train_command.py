@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP
@@ -27,7 +26,7 @@ from deer_vla_ros.training.batches import BatchSource, CachedWindows, FrameBatch
 from deer_vla_ros.training.frames import Frames
 from deer_vla_ros.training.recipe import Recipe, Record, Train
 from deer_vla_ros.training.tokenizer import train_tokenizer
-from deer_vla_ros.training.trainer import STATE, Log, Trainer, processes
+from deer_vla_ros.training.trainer import Log, Trainer, network_of, processes, read_state
 
 CHECKPOINT = "checkpoint"
 
@@ -89,7 +88,12 @@ class _Run:
     def _train(self, number: int, step: Train) -> None:
         folder = self._folder / f"stage-{number}-{step.stage.value}"
         self._prepare_network(step)
-        source = self._source(step, folder)
+        tensors, steps_done = read_state(folder)
+        if tensors:
+            self._model.load_state_dict(network_of(tensors))
+        if steps_done >= step.steps:
+            return
+        source = self._source(step)
         trainer = Trainer(
             self._model, step, source, self._tokenizer.image_token, self._recipe.seed + number, folder, self._share,
             self._recipe.compile and not step.cache,
@@ -110,7 +114,7 @@ class _Run:
             log.close()
 
     def _prepare_network(self, step: Train) -> None:
-        """The network and its tokenizer, where they are not there yet; a step's state, if any, is taken up by its trainer."""
+        """The network and its tokenizer, where they are not there yet."""
         if self._model is not None:
             return
         network = self._recipe.network
@@ -122,17 +126,13 @@ class _Run:
         self._tokenizer = train_tokenizer(self._frames(step).all_phrasings(), config)
         self._model = MultiExitVLA(config).to(self._device)
 
-    def _source(self, step: Train, folder: Path) -> BatchSource:
+    def _source(self, step: Train) -> BatchSource:
         seed, micro = self._recipe.seed, step.batch // step.accumulate
         if step.format == "calvin":
             from deer_vla_ros.training.calvin import CalvinWindows
             windows = CalvinWindows([self._data / name for name in step.data])
         elif step.cache:
             frames = self._frames(step)
-            state = folder / STATE
-            if state.is_file():  # a resumed stage: what lies below the heads is in its state
-                tensors = load_file(state)
-                self._model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
             features = cached_features(self._model, frames, self._tokenizer, seed, step.pool_padding)
             return CachedWindows(frames, features, micro, step.window, seed)
         elif step.instructions:
@@ -163,7 +163,7 @@ class _Run:
             thresholds=(-1.0,) * len(exits),
         )
         readme = f"# {recipe.name}\n\nTrained by `python -m deer_vla_ros train`, recipe `{recipe.name}`. Not calibrated: it runs to the end.\n"
-        save(folder, Checkpoint(info, self._model, self._tokenizer), readme)
+        save(folder, Checkpoint(info, self._model, self._tokenizer), readme, getattr(torch, recipe.dtype))
 
     def _other_command(self, arguments: list) -> None:
         """Another command of this program; UserError where it fails."""

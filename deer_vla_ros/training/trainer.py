@@ -158,10 +158,8 @@ class Trainer:
         os.replace(partial, self._state)
 
     def _load(self) -> None:
-        with safe_open(self._state, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            steps = int(file.metadata()["steps"])
-        self._model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+        tensors, steps = read_state(self._state.parent)
+        self._model.load_state_dict(network_of(tensors))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("adamw."):
@@ -198,6 +196,20 @@ class Trainer:
             dist.all_reduce(values)
             values /= self._share.world
         return dict(zip(parts, values.tolist()))
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors that a stage has saved in its folder, and the steps it had done; nothing and 0 where it has saved nothing."""
+    path = folder / STATE
+    if not path.is_file():
+        return {}, 0
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["steps"])
+
+
+def network_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's state dict among the tensors of `read_state`."""
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
 
 
 class Log:

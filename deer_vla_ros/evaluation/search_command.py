@@ -1,0 +1,103 @@
+"""Searches thresholds in closed loop: Bayesian optimisation of the average chain length under an average budget (the paper's "online").
+
+Example: at 30% of full depth, then what was found against what calibration gives, on chains that the search never saw:
+
+    python -m deer_vla_ros search --fraction 0.3 --json out/search.json
+    python -m deer_vla_ros evaluate --chains 500 --thresholds $(jq -r '.thresholds | map(tostring) | join(",")' out/search.json)
+    python -m deer_vla_ros evaluate --chains 500 --budget average_fraction=0.3
+
+Starts from the calibration's thresholds and proposes about 20 more. Every proposal runs the same chains, of seeds from 900,000 on, below
+those of evaluation. With --study FILE the search can be interrupted, and several machines that share the file work on one search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.json_file import write_json
+
+SEARCH_SET = -1
+"""The set of chains whose seeds lie right below evaluation's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fraction", type=float, required=True, help="budget.average_fraction: share of full depth")
+    parser.add_argument("--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)")
+    parser.add_argument("--chains", type=int, default=64, metavar="N", help="chains per proposal (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="proposals (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, metavar="N", help="per instruction (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--study", type=Path, metavar="FILE", help="remembers the search: the same command goes on from there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the trials are done; UserError for a budget that the checkpoint cannot keep."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    import numpy as np
+
+    from deer_vla_ros.budget.calibration import REMEDY, Calibration
+    from deer_vla_ros.budget.search import Outcome, search
+    from deer_vla_ros.budget.types import Budget
+    from deer_vla_ros.evaluation.chain_report import summary
+    from deer_vla_ros.evaluation.evaluate_command import LANES
+    from deer_vla_ros.evaluation.evaluation_run import evaluate, groups_of
+    from deer_vla_ros.evaluation.network_driver import ExitChoice
+    from deer_vla_ros.model.checkpoint import folder_of, load
+
+    for name in ("chains", "trials", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"search: --{name} is {getattr(args, name)}: give 1 or more")
+    folder = folder_of(args.checkpoint)
+    checkpoint, calibration = load(folder), Calibration.load(folder)
+    if calibration is None:
+        raise UserError(f"{folder} has no calibration, which the search starts from: {REMEDY}")
+    config = checkpoint.info.model
+    rule = ExitChoice(budget=Budget(average_fraction=args.fraction)).rule_of(checkpoint)(config.max_tokens // 2)
+    groups, jobs = groups_of(args.chains, 0, LANES), args.jobs or len(os.sched_getaffinity(0))
+
+    def score(thresholds: tuple[float, ...]) -> Outcome:
+        choice = ExitChoice(thresholds=thresholds)
+        chains, _ = evaluate(folder, choice, SEARCH_SET, "training", args.steps, groups, jobs, None)
+        report = summary(config, chains, [])
+        full = sum(attempt.steps * _full(config, attempt.tokens) for chain in chains for attempt in chain)
+        return Outcome(report["average_length"], report["llm_gmac_mean"] * report["steps"] / full)
+
+    def tell(number: int, outcome: Outcome) -> None:
+        kept = "" if outcome.cost <= args.fraction else ", above the budget"
+        print(f"trial {number}: average length {outcome.score:.2f} at {outcome.cost:.3f} of full depth{kept}", flush=True)
+        outcomes[number] = outcome
+
+    outcomes: dict[int, Outcome] = {}
+    candidates = [np.sort(calibration.deltas[:, index]) for index in range(len(config.exits) - 1)]
+    found = search(
+        score, rule.thresholds, args.fraction, candidates, args.trials, args.study, f"fraction {args.fraction:g}", args.seed, tell
+    )
+    start = outcomes[0]
+    print(
+        f"calibration's thresholds: {start.score:.2f} at {start.cost:.3f}; found in trial {found.trial}: "
+        f"{found.outcome.score:.2f} at {found.outcome.cost:.3f}: {', '.join(f'{value:.6g}' for value in found.thresholds)}"
+    )
+    if args.json:
+        report = {
+            "fraction": args.fraction,
+            "chains": args.chains,
+            "thresholds": list(found.thresholds),
+            "found": vars(found.outcome),
+            "start": vars(start),
+            "start_thresholds": list(rule.thresholds),
+            "trials": {str(number): vars(outcome) for number, outcome in sorted(outcomes.items())},
+        }
+        write_json(args.json, report)
+    return 0
+
+
+def _full(config, tokens: int) -> float:
+    """GMAC of all layers."""
+    from deer_vla_ros.budget.cost import cost_table
+
+    return cost_table(config, tokens).language(config.decoder.layers)

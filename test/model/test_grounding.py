@@ -1,0 +1,64 @@
+"""Do words find what they name, moment by moment, and does the arm's pose enter as it should?"""
+
+import dataclasses
+
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+from small_model import INSTRUCTION, SMALL, small_model, small_tokenizer
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.config import GroundingConfig, ModelConfig, ProprioceptionConfig
+from deer_vla_ros.model.grounding import first_columns
+
+GROUNDED = dataclasses.replace(
+    SMALL, grounding=GroundingConfig(channels=8, queries=3), proprioception=ProprioceptionConfig((0.4, 0.0, 0.2), 0.3)
+)
+TCP = torch.tensor([[0.5, 0.1, 0.2, 1.0, 0.0, 0.0, 0.0], [0.3, -0.1, 0.1, 0.0, 1.0, 0.0, 0.0]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(GROUNDED)
+
+
+def text_of(model, instructions):
+    tokenizer = small_tokenizer()
+    ids, mask = tokenizer.encode(instructions)
+    return model.encode_text(ids, mask, tokenizer.image_token)
+
+
+def test_several_instructions_on_one_moment_are_what_each_is_alone(model):
+    images = torch.randn(2, 2, 3, 16, 16)
+    instructions = [INSTRUCTION, "lift the blue block", "lift the red block", "push the blue block"]
+    together, found = model.visual_tokens(model.see(images, TCP), text_of(model, instructions))
+    assert together.shape == (4, model.config.visual_tokens, model.config.vision.width)
+    assert found.point.shape == (4, 3) and found.logits.shape == (4, 2, 3, 16)
+    for row, instruction in enumerate(instructions):
+        moment = slice(row // 2, row // 2 + 1)
+        alone, _ = model.visual_tokens(model.see(images[moment], TCP[moment]), text_of(model, [instruction]))
+        assert torch.allclose(together[row], alone[0], atol=1e-5)
+
+
+def test_the_pose_matters_and_its_absence_is_told(model):
+    images, text = torch.randn(1, 2, 3, 16, 16), text_of(model, [INSTRUCTION])
+    here, there = (model.visual_tokens(model.see(images, tcp[None]), text)[0] for tcp in TCP)
+    assert not torch.allclose(here, there)
+    with pytest.raises(UserError, match="measured TCP pose"):
+        model.see(images)
+
+
+def test_a_rotation_is_the_same_for_both_of_its_quaternions():
+    quaternion = torch.from_numpy(Rotation.random(5, rng=0).as_quat())
+    matrix = torch.from_numpy(Rotation.from_quat(quaternion.numpy()).as_matrix())
+    assert torch.allclose(first_columns(quaternion), matrix[:, :, :2].transpose(1, 2).flatten(1))
+    assert torch.allclose(first_columns(-quaternion), first_columns(quaternion))
+
+
+def test_the_config_survives_json_and_refuses_nonsense():
+    assert ModelConfig.from_dict(GROUNDED.to_dict()) == GROUNDED
+    assert ModelConfig.from_dict(SMALL.to_dict()) == SMALL
+    with pytest.raises(UserError, match="proprioception"):
+        dataclasses.replace(SMALL, proprioception=ProprioceptionConfig((0.0, 0.0), 1.0))
+    with pytest.raises(UserError, match="grounding.queries is 0"):
+        dataclasses.replace(SMALL, grounding=GroundingConfig(queries=0))

@@ -1,0 +1,131 @@
+"""Does the scripted expert do every task, with and without disturbance, and does the oracle tell done from not done?"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from deer_vla_ros.evaluation.demonstrations import demonstrations
+from deer_vla_ros.evaluation.table_arm import TableArm
+from deer_vla_ros.sim.expert import act
+from deer_vla_ros.sim.referee import Referee, task_called
+from deer_vla_ros.sim.table import Table
+from deer_vla_ros.sim.tasks import BY_NAME, TASKS, held, stacked
+
+SESSIONS = range(40)
+
+
+def do(table, name, steps=80):
+    """Whether the expert does the task."""
+    task, arm, before = BY_NAME[name], TableArm(table), table.state()
+    for _ in range(steps):
+        intent = act(name, table.state())
+        arm.step(intent.pose, intent.open)
+        if task.succeeded(before, table.state()):
+            return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """What the expert did in several sessions, disturbed or not, by task: done and asked for."""
+    done, asked = Counter(), Counter()
+    with Table() as table:
+        for seed in SESSIONS:
+            random = np.random.default_rng(seed)
+            table.reset(seed, varied=True)
+            for _ in range(6):
+                possible = [task.name for task in TASKS if task.possible(table.state())]
+                weights = np.array([1.0 / (1 + asked[name]) for name in possible])
+                name = possible[random.choice(len(possible), p=weights / weights.sum())]
+                asked[name] += 1
+                if not do(table, name):
+                    break
+                done[name] += 1
+    return done, asked
+
+
+def test_the_expert_does_every_task(shown):
+    done, asked = shown
+    assert all(asked[task.name] >= 2 for task in TASKS), asked
+    assert sum(done.values()) >= 0.99 * sum(asked.values()) - 1, asked - done
+
+
+def test_demonstrations_are_disturbed_and_done_all_the_same():
+    episodes = list(demonstrations(12, seed=3))
+    assert all(episode.succeeded for episode in episodes)
+    again = list(demonstrations(3, seed=3))
+    for one, two in zip(episodes, again):
+        assert one.task is two.task and len(one.moments) == len(two.moments)
+        assert np.array_equal(one.moments[-1].views.static, two.moments[-1].views.static)
+
+
+def test_every_task_has_enough_wordings_and_none_is_shared():
+    wordings = [text for task in TASKS for text in (*task.phrasings, *task.held_out)]
+    assert len(wordings) == len(set(wordings))
+    for task in TASKS:
+        assert len(task.phrasings) >= 5 and len(task.held_out) >= 3, task.name
+        assert all(task_called(text) is task for text in (*task.phrasings, *task.held_out))
+    assert len(TASKS) >= 15 + 4 + 2
+
+
+def test_a_block_goes_into_the_drawer_and_out_again():
+    with Table() as table:
+        table.reset(5)
+        assert do(table, "open_drawer")
+        assert do(table, "lift_pink_block")
+        assert held(table.state()) == "pink"
+        assert BY_NAME["place_in_drawer"].possible(table.state())
+        assert do(table, "place_in_drawer")
+        assert not BY_NAME["place_in_drawer"].possible(table.state())
+        assert do(table, "close_drawer")
+        assert do(table, "open_drawer")
+        assert do(table, "take_out_of_drawer")
+
+
+def test_blocks_are_stacked_and_unstacked():
+    with Table() as table:
+        table.reset(5)
+        assert do(table, "lift_red_block")
+        assert do(table, "stack_block")
+        for _ in range(5):
+            table.advance(0.1)
+        upper, lower = stacked(table.state())
+        assert upper == "red" and lower != "red"
+        assert not BY_NAME[f"lift_{lower}_block"].possible(table.state())
+        assert do(table, "unstack_block")
+        assert stacked(table.state()) is None
+
+
+def test_nothing_is_done_by_standing_still():
+    with Table() as table:
+        for seed in range(4):
+            table.reset(seed, varied=True)
+            before = table.state()
+            table.advance(0.5)
+            for task in TASKS:
+                if task.possible(before):
+                    assert not task.succeeded(before, table.state()), task.name
+
+
+def test_the_referee_says_once_that_it_was_done():
+    with Table() as table:
+        table.reset(5)
+        referee = Referee()
+        referee.begin("Turn off  the led", table.state())
+        assert not referee.succeeded(table.state())
+        assert do(table, "turn_off_led")
+        assert referee.succeeded(table.state())
+        assert not referee.succeeded(table.state())
+        referee.begin("make me a sandwich", table.state())
+        assert not referee.succeeded(table.state())
+
+
+def test_a_point_is_where_the_camera_shows_it():
+    with Table() as table:
+        table.reset(3, varied=True)
+        views, state = table.render(), table.state()
+        x, y = (table.pixel("static", state.red.position) * views.static.shape[0]).astype(int)
+        red, green, blue = views.static[y - 1 : y + 2, x - 1 : x + 2].reshape(-1, 3).mean(0)
+        assert red > 1.5 * max(green, blue)
+        assert np.isnan(table.pixel("gripper", state.tcp.position + [0, 0, 0.5])).all()
