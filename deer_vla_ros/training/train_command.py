@@ -133,7 +133,7 @@ class _Run:
             windows = CalvinWindows([self._data / name for name in step.data])
         elif step.cache:
             frames = self._frames(step)
-            features = cached_features(self._model, frames, self._tokenizer, seed, step.pool_padding)
+            features = cached_features(self._model, frames, self._tokenizer, seed, step.pool_padding, self._share)
             return CachedWindows(frames, features, micro, step.window, seed)
         elif step.instructions:
             return FrameBatches(self._frames(step), self._tokenizer, micro, step.instructions, seed)
