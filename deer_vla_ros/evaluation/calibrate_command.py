@@ -19,13 +19,18 @@ from deer_vla_ros.evaluation.json_file import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="'table': the simulated table, where the scripted expert shows the tasks")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="'table': the simulated table, where the scripted expert shows the tasks"
+    )
     parser.add_argument("--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)")
     parser.add_argument("--episodes", type=int, default=144, help="sessions at the table (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="steps of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first session (default: %(default)s)")
     parser.add_argument(
-        "--default-fraction", type=float, metavar="F", help="also make this budget.average_fraction the checkpoint's own thresholds"
+        "--default-fraction",
+        type=float,
+        metavar="F",
+        help="also make this budget.average_fraction the checkpoint's own thresholds",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
 

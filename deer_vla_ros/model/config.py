@@ -9,7 +9,6 @@ from typing import Any
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.from_json import from_json
 
-
 CAMERAS = 2
 """Static and gripper camera."""
 

@@ -43,7 +43,9 @@ class MultiExitVLA(nn.Module):
         self.resampler = PerceiverResampler(visual_width, config.resampler)
         self.proprioception = Proprioception(config.proprioception, visual_width) if config.proprioception else None
         self.grounding = (
-            Grounding(config.grounding, config.vision.image_size, decoder.width, visual_width, CAMERAS) if config.grounding else None
+            Grounding(config.grounding, config.vision.image_size, decoder.width, visual_width, CAMERAS)
+            if config.grounding
+            else None
         )
         self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
         self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))

@@ -48,11 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder of the results (default: %(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=positive_seconds, default=20.0, help="longest control time, from the first step on (default: %(default)s)"
+        "--seconds",
+        type=positive_seconds,
+        default=20.0,
+        help="longest control time, from the first step on (default: %(default)s)",
     )
     parser.add_argument("--seed", type=_seed, default=SEED, help="arrangement of the table (default: %(default)s)")
     parser.add_argument("--model", default="", metavar="DIR", help="checkpoint folder (default: the one embedded in the package)")
-    parser.add_argument("--instruction", action="append", metavar="TEXT", help="what to do; the next follows when one is done or its share of the time is over")
+    parser.add_argument(
+        "--instruction",
+        action="append",
+        metavar="TEXT",
+        help="what to do; the next follows when one is done or its share of the time is over",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -114,6 +114,4 @@ def control(
         last_s = time.time()
         demo.until(lambda: recorder.figures_stamp_s > last_s, LAST_WORD_TIMEOUT_S, lambda: "/diagnostics")
         recorder.destroy_node()
-    return Recorded(
-        recorder.rows, recorder.moments, before, recorder.figures, began - started, ran_s, recorder.succeeded, view
-    )
+    return Recorded(recorder.rows, recorder.moments, before, recorder.figures, began - started, ran_s, recorder.succeeded, view)

@@ -14,7 +14,17 @@ import numpy as np
 from deer_vla_ros.sim.kinematics import rotation_vector
 from deer_vla_ros.sim.scene import BLOCK_HALF, DRAWER_PLACE
 from deer_vla_ros.sim.state import COLOURS, TableState
-from deer_vla_ros.sim.tasks import below, between_fingers, drawer_block, free_blocks, held, in_drawer, is_covered, on_table, stacked
+from deer_vla_ros.sim.tasks import (
+    below,
+    between_fingers,
+    drawer_block,
+    free_blocks,
+    held,
+    in_drawer,
+    is_covered,
+    on_table,
+    stacked,
+)
 
 STEP_M = 0.03  # translation of a pose value of 1
 STEP_RAD = 0.15  # rotation of a pose value of 1
@@ -210,7 +220,9 @@ def _let_go(state: TableState, but: str = "") -> Intent | None:
     return _intent(state, tcp, open_=True, point=state.block(colour).position, turn=None)
 
 
-def _approach(state: TableState, goal, open_: bool, point, yaw: float | None, transit: float = TRANSIT, funnel: float = 0.015) -> Intent:
+def _approach(
+    state: TableState, goal, open_: bool, point, yaw: float | None, transit: float = TRANSIT, funnel: float = 0.015
+) -> Intent:
     """Over the goal at transit height, then down a funnel onto it; first up, where the arm is lower than the funnel."""
     goal, tcp = np.asarray(goal, float), state.tcp.position
     distance = float(np.hypot(*(goal - tcp)[:2]))

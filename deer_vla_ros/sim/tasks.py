@@ -224,7 +224,13 @@ def _all_tasks() -> tuple[Task, ...]:
         *(_push(colour, side) for colour in COLOURS for side in ("left", "right")),
         Task(
             "open_drawer",
-            ("open the drawer", "pull the drawer", "pull the handle of the drawer", "pull open the drawer", "pull out the drawer"),
+            (
+                "open the drawer",
+                "pull the drawer",
+                "pull the handle of the drawer",
+                "pull open the drawer",
+                "pull out the drawer",
+            ),
             ("go open the drawer", "grasp the drawer handle and open it", "slide the drawer open"),
             possible=lambda state: state.drawer < DRAWER_CLOSED_M,
             succeeded=lambda before, now: now.drawer > DRAWER_OPEN_M,
@@ -247,7 +253,9 @@ def _all_tasks() -> tuple[Task, ...]:
                     f"push the purple slider {side}",
                 ),
                 (f"slide the slider {side}", f"push the purple handle to the {side}", f"go and move the slider to the {side}"),
-                possible=lambda state, side=side: state.slider < SLIDER_RIGHT_M if side == "left" else state.slider > SLIDER_LEFT_M,
+                possible=lambda state, side=side: (
+                    state.slider < SLIDER_RIGHT_M if side == "left" else state.slider > SLIDER_LEFT_M
+                ),
                 succeeded=lambda before, now, side=side: (
                     now.slider > SLIDER_LEFT_M if side == "left" else now.slider < SLIDER_RIGHT_M
                 ),

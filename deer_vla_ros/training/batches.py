@@ -18,7 +18,6 @@ from deer_vla_ros.training.augmentation import PAD_GRIPPER, PAD_STATIC, random_s
 from deer_vla_ros.training.frames import Frames
 from deer_vla_ros.training.losses import ActionTargets, features_of
 
-
 if TYPE_CHECKING:
     from deer_vla_ros.training.dataset import Windows
 
@@ -53,7 +52,9 @@ class Share:
     def of(self, rows: np.ndarray) -> np.ndarray:
         """This process's rows of a batch; UserError where they do not divide evenly."""
         if len(rows) % self.world:
-            raise UserError(f"training: a batch of {len(rows)} does not divide among {self.world} processes: change the recipe's batch")
+            raise UserError(
+                f"training: a batch of {len(rows)} does not divide among {self.world} processes: change the recipe's batch"
+            )
         return np.array_split(rows, self.world)[self.rank]
 
 
@@ -167,7 +168,10 @@ class CachedWindows:
         self._episode = frames.episode
         every = np.arange(len(frames))
         self._actions = np.concatenate(
-            [frames.gather("actions", part)[np.arange(len(part)), frames.task[part]] for part in np.array_split(every, 1 + len(every) // 4096)]
+            [
+                frames.gather("actions", part)[np.arange(len(part)), frames.task[part]]
+                for part in np.array_split(every, 1 + len(every) // 4096)
+            ]
         )
 
     def batch(self, step: int, micro: int, share: Share) -> Batch:

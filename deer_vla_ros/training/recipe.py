@@ -92,11 +92,15 @@ class Train:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}: give 1 or more")
         if self.batch % self.accumulate:
-            raise UserError(f"recipe: batch {self.batch} does not divide into {self.accumulate} micro-batches: change one of them")
+            raise UserError(
+                f"recipe: batch {self.batch} does not divide into {self.accumulate} micro-batches: change one of them"
+            )
         if self.format not in FORMATS:
             raise UserError(f"recipe: format is {self.format!r}: use one of {', '.join(FORMATS)}")
         if self.instructions and (self.window != 1 or self.format != "frames"):
-            raise UserError("recipe: several instructions per frame need window 1 and format frames: their labels are of single frames")
+            raise UserError(
+                "recipe: several instructions per frame need window 1 and format frames: their labels are of single frames"
+            )
         if self.cache and (self.stage is not Stage.EXIT or self.shift):
             raise UserError("recipe: cache needs the exit stage and no shift: features must not change")
 
@@ -133,7 +137,9 @@ class Recipe:
         try:
             values = yaml.safe_load(path.read_text())
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): give a recipe such as config/training/tabletop.yaml") from error
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): give a recipe such as config/training/tabletop.yaml"
+            ) from error
         except yaml.YAMLError as error:
             raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(values, dict) or not isinstance(values.get("steps"), list):

@@ -33,9 +33,13 @@ CHECKPOINT = "checkpoint"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="the recipe, a YAML file")
-    parser.add_argument("--out", type=Path, default=Path("out/train"), help="where the run's folder is made (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/train"), help="where the run's folder is made (default: %(default)s)"
+    )
     parser.add_argument("--data", type=Path, help="where the recipe's data folders lie or are made (default: OUT/data)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads of each process (default: torch's own)")
 
 
@@ -103,7 +107,9 @@ class _Run:
             task = bar.add_task(folder.name, total=step.steps, completed=trainer.steps_done, detail="")
 
             def on_step(progress) -> None:
-                bar.update(task, completed=progress.step, detail=f"loss {progress.loss:.4f}, {progress.samples_per_second:.0f} samples/s")
+                bar.update(
+                    task, completed=progress.step, detail=f"loss {progress.loss:.4f}, {progress.samples_per_second:.0f} samples/s"
+                )
                 if log and (progress.step % self._recipe.log_every == 0 or progress.step in (1, step.steps)):
                     log.add(progress)
                 if self._recipe.evaluate_every and progress.step % self._recipe.evaluate_every == 0 and self._share.rank == 0:
@@ -130,6 +136,7 @@ class _Run:
         seed, micro = self._recipe.seed, step.batch // step.accumulate
         if step.format == "calvin":
             from deer_vla_ros.training.calvin import CalvinWindows
+
             windows = CalvinWindows([self._data / name for name in step.data])
         elif step.cache:
             frames = self._frames(step)
@@ -139,6 +146,7 @@ class _Run:
             return FrameBatches(self._frames(step), self._tokenizer, micro, step.instructions, seed)
         else:
             from deer_vla_ros.training.dataset import FrameWindows
+
             windows = FrameWindows(self._frames(step))
         return WindowBatches(windows, self._tokenizer, self._model.config.vision.image_size, micro, step.window, seed, step.shift)
 
@@ -150,7 +158,9 @@ class _Run:
         policy = folder / f"checkpoint-{step}"
         self._save(policy)
         result = folder / f"evaluation-{step}.json"
-        self._other_command(["evaluate", "--checkpoint", policy, "--full-depth", "--chains", 0, "--trials", 2, "--seed", 99, "--json", result])
+        self._other_command(
+            ["evaluate", "--checkpoint", policy, "--full-depth", "--chains", 0, "--trials", 2, "--seed", 99, "--json", result]
+        )
 
     def _save(self, folder: Path) -> None:
         recipe, exits = self._recipe, self._model.config.exits
@@ -167,12 +177,22 @@ class _Run:
 
     def _other_command(self, arguments: list) -> None:
         """Another command of this program; UserError where it fails."""
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        }
         command = [sys.executable, "-m", "deer_vla_ros", *map(str, arguments)]
         if subprocess.run(command, env=environment).returncode:
             raise UserError(f"the recipe's command failed: {' '.join(command[1:])}")
 
 
 def _progress_bar(visible: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
     return Progress(*columns, disable=not visible)

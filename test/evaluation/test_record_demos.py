@@ -46,9 +46,9 @@ def test_the_bytes_depend_on_the_seed_and_not_on_the_number_of_processes(recordi
     assert first.read_bytes() != (recording.folder / "shard-0000/images.npy").read_bytes()
 
 
-def test_shard_k_of_run_s_is_made_from_seed_100000_s_plus_k(recording):
+def test_shard_k_of_run_s_is_made_from_seed_1000_s_plus_k(recording):
     metas = [json.loads((recording.folder / f"shard-000{k}/meta.json").read_text()) for k in range(2)]
-    assert [meta["seed"] for meta in metas] == [300_000, 300_001]
+    assert [meta["seed"] for meta in metas] == [3000, 3001]
     assert [meta["episodes"] for meta in metas] == [2, 1]
     assert all(len(metas[0]["phrasings"][task]) >= 5 for task in metas[0]["tasks"])
 
@@ -91,7 +91,7 @@ def test_more_demonstrations_are_added_to_those_that_are_there(copy):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"seed": 2}, "another seed: 300000, and now 200000"),
+        ({"seed": 2}, "another seed: 3000, and now 2000"),
         ({"image_size": 24}, "another image_size: 16, and now 24"),
         ({"policy": EMBEDDED}, "another policy: null, and now"),
     ],
@@ -125,9 +125,9 @@ def test_a_policy_acts_first_and_the_expert_says_what_would_have_been_right(reco
     [
         (["--demos", "0"], "--demos is 0: give 1 or more"),
         (["--demos", "1", "--jobs", "0"], "--jobs is 0"),
-        (["--demos", "1", "--seed", "10"], "needs seeds 1000000 to 1000000"),
-        (["--demos", "1", "--seed", "-1"], "give --seed 0 to 9"),
-        (["--demos", "10000001"], "at most 10000000 --demos"),
+        (["--demos", "1", "--seed", "1000"], "needs seeds 1000000 to 1000000"),
+        (["--demos", "1", "--seed", "-1"], "give --seed 0 to 999"),
+        (["--demos", "100001"], "at most 100000 --demos"),
         (["--demos", "1", "--image-size", "4"], "--image-size is 4: give 8 to 512"),
         (["--demos", "1", "--format", "calvin", "--image-size", "64"], "--image-size is for --format frames"),
         (["--demos", "100001", "--format", "calvin"], "seven digits number 100000 at most"),
