@@ -134,18 +134,25 @@ def _budget(texts: list[str]):
 
 def arguments_of(args: argparse.Namespace, folder: Path, budget: dict[str, Any]) -> dict[str, Any]:
     """All that the figures depend on."""
-    from deer_vla_ros.budget.calibration import CALIBRATION
-    from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS
-
     return {
         "budget": budget,
-        "checkpoint_sha256": _sha256(folder / WEIGHTS),
-        "other_files_sha256": {name: _sha256(folder / name) for name in (CONFIG, TOKENIZER, CALIBRATION)},
+        **files_of(folder),
         "seed": args.seed,
         "chains_asked_for": args.chains,
         "trials_per_task": args.trials,
         "steps_per_instruction": args.steps,
         "phrasings": args.phrasings,
+    }
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """What tells one checkpoint from another."""
+    from deer_vla_ros.budget.calibration import CALIBRATION
+    from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS
+
+    return {
+        "checkpoint_sha256": _sha256(folder / WEIGHTS),
+        "other_files_sha256": {name: _sha256(folder / name) for name in (CONFIG, TOKENIZER, CALIBRATION)},
     }
 
 

@@ -1,4 +1,4 @@
-"""Times the node and checks that budgets are kept, on this machine.
+"""Times the node, checks that budgets are kept, and shows what depth buys in closed loop.
 
 Example: as the documentation's figures were measured, and a quick look:
 
@@ -6,6 +6,7 @@ Example: as the documentation's figures were measured, and a quick look:
     python -m deer_vla_ros benchmark node --seconds 5
     python -m deer_vla_ros benchmark budgets --json out/budgets.json
     python -m deer_vla_ros benchmark budgets --episodes 20
+    python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint --plot docs/images/curve.png
 
 node: how long is it from a camera's stamp to the command? The policy node beside a bare rclpy relay, in one run.
 Two 640x480 rgb8 cameras at 30 Hz, real processes over real DDS. Overhead is the node's stamp-to-command less the policy's own
@@ -15,6 +16,9 @@ and 0 (torch's choice); p50_ratio and p99_ratio of the JSON are those of idle wi
 budgets: 12 average budgets across the feasible range, governor off, requested against achieved mean over `--episodes` of 50 steps of
 the simulated table that the calibration never saw; the same in a world that differs from it, the worst window of 200 steps with and
 without the governor; and whether a peak is ever passed.
+
+curve: average length of `--chains` chains against the language part's MACs: the dynamic network under several budgets and at each fixed exit, and
+every `--static` network at its full depth. Each point is a run of `evaluate`, kept in `--out` and not repeated.
 
 `camera`, `relay`, `listener` and `load` are the processes that `node` starts. Without ROS_DOMAIN_ID it takes a random one, and
 without FASTRTPS_DEFAULT_PROFILES_FILE a shared memory segment that holds such images: Fast DDS's own loses most of them.
@@ -48,15 +52,31 @@ ENOUGH_SAMPLES = 300
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=("node", "budgets", *PARTS), metavar="WHAT", help=f"node, budgets; {', '.join(PARTS)}: see above"
+        "what",
+        choices=("node", "budgets", "curve", *PARTS),
+        metavar="WHAT",
+        help=f"node, budgets, curve; {', '.join(PARTS)}: see above",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument(
         "--seconds", type=positive_seconds, default=15.0, help="node: time of each condition (default: %(default)s)"
     )
-    parser.add_argument("--checkpoint", default="", metavar="DIR", help="budgets: checkpoint folder (default: the embedded one)")
+    parser.add_argument(
+        "--checkpoint", default="", metavar="DIR", help="budgets, curve: checkpoint folder (default: the embedded one)"
+    )
     parser.add_argument("--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="budgets: workers (default: all cores)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="budgets, curve: workers (default: all cores)")
+    parser.add_argument("--chains", type=int, default=500, help="curve: chains of every point (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="curve: which set of chains (default: %(default)s)")
+    parser.add_argument(
+        "--static",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="curve: checkpoint of a network without exits; repeat",
+    )
+    parser.add_argument("--plot", type=Path, default=Path("out/curve.png"), metavar="PNG", help="curve: default %(default)s")
     parser.add_argument(
         "--out", type=Path, default=Path("out/benchmark"), metavar="DIR", help="folder of logs (default: %(default)s)"
     )
@@ -70,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         getattr(benchmark_parts, args.what)()
         return 0
     started = time.monotonic()
-    report = _budgets(args) if args.what == "budgets" else _node(args)
+    report = {"budgets": _budgets, "curve": _curve, "node": _node}[args.what](args)
     if args.json:
         write_json(args.json, report)
     print(f"measured in {time.monotonic() - started:.0f} s")
@@ -118,3 +138,26 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
         f"{report['worst_relative_error_shifted_ungoverned']:.1%} without; peaks passed: {violations}"
     )
     return report
+
+
+def _curve(args: argparse.Namespace) -> dict[str, object]:
+    """Length against cost."""
+    from deer_vla_ros.evaluation import depth_curve
+    from deer_vla_ros.model.checkpoint import folder_of, load_info
+
+    folder = folder_of(args.checkpoint)
+    found = depth_curve.points(folder, args.static)
+    rows = depth_curve.measure(
+        found, args.chains, args.seed, args.processes, args.out / "curve", lambda line: print(f"\n--- {line}", flush=True)
+    )
+    depth_curve.draw(rows, f"{args.chains} chains of five, {load_info(folder).weights[:60]}", args.plot)
+    print(f"\n{'':32}length   95%            MMAC per step")
+    for row in rows:
+        low, high = row["average_length_ci"]
+        name = f"{row['kind']} {row['label']}"
+        print(f"{name:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['llm_gmac_mean'] * 1e3:.2f}")
+    found_headline = depth_curve.headline(rows)
+    if found_headline and found_headline["dynamic"]:
+        print(f"at equal length the dynamic network uses {found_headline['saved']:.1f} times fewer MACs than the static one")
+    print(f"plot: {args.plot}")
+    return {"rows": rows, "headline": found_headline}

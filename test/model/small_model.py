@@ -70,9 +70,7 @@ def small_tokenizer(max_tokens: int = SMALL.max_tokens) -> InstructionTokenizer:
 
 
 def observations(count: int, seed: int = 0) -> list[Observation]:
-    """Noise of two sizes, neither of them the network's."""
-    random = np.random.default_rng(seed)
-    return [
-        Observation(random.integers(0, 256, (20, 24, 3), dtype=np.uint8), random.integers(0, 256, (12, 10, 3), dtype=np.uint8))
-        for _ in range(count)
-    ]
+    """Noise of two sizes, neither of them the network's, and a gripper that points down."""
+    random, tcp = np.random.default_rng(seed), np.array([0.4, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0])
+    sizes = (20, 24, 3), (12, 10, 3)
+    return [Observation(*(random.integers(0, 256, size, dtype=np.uint8) for size in sizes), tcp) for _ in range(count)]

@@ -1,0 +1,137 @@
+"""What does depth buy in closed loop? Average chain length against the language part's MACs: dynamic, fixed exits, static networks.
+
+Every point is one run of `evaluate` on the same chains, kept as a file of its own: what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deer_vla_ros.evaluation import evaluate_command
+from deer_vla_ros.evaluation.chain_report import STATIC_LAYERS
+from deer_vla_ros.model.checkpoint import load_info
+
+FRACTIONS = (0.18, 0.22, 0.3, 0.5, 0.75)
+"""Of full depth: average budgets of the dynamic points."""
+KINDS = {"dynamic": "#0d9488", "fixed exit": "#7c3aed", "static network": "#d97706"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation. kind: of KINDS; label: which one of that kind; arguments: of `evaluate` beyond chains and seed."""
+
+    kind: str
+    label: str
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.label}".replace(" ", "-").replace(".", "_")
+
+
+def points(folder: Path, statics: Iterable[Path], fractions: Iterable[float] = FRACTIONS) -> list[Point]:
+    """The dynamic network under budgets and at each of its exits, and networks that were trained to run to their end."""
+    exits = load_info(folder).model.exits
+    return [
+        Point("dynamic", "own thresholds", folder, ()),
+        *(Point("dynamic", f"{share:g}", folder, ("--budget", f"average_fraction={share:g}")) for share in fractions),
+        *(Point("fixed exit", str(layer + 1), folder, ("--exit", str(layer))) for layer in exits),
+        *(Point("static network", str(load_info(static).model.decoder.layers), static, ("--full-depth",)) for static in statics),
+    ]
+
+
+def measure(
+    found: Iterable[Point], chains: int, seed: int, jobs: int | None, out: Path, tell: Callable[[str], None]
+) -> list[dict]:
+    """The figures of every point."""
+    rows = []
+    for point in found:
+        path = out / f"{point.name}-{chains}x{seed}.json"
+        if not _is_there(path, point.folder):
+            tell(f"{point.kind} {point.label}")
+            arguments = ["--checkpoint", str(point.folder), "--chains", str(chains), "--seed", str(seed), "--json", str(path)]
+            arguments += [*point.arguments, *(["--jobs", str(jobs)] if jobs else [])]
+            parser = argparse.ArgumentParser()
+            evaluate_command.add_arguments(parser)
+            evaluate_command.run(parser.parse_args(arguments))
+        report = json.loads(path.read_text())
+        kept = (
+            "average_length",
+            "average_length_ci",
+            "success_by_position",
+            "llm_gmac_mean",
+            "llm_gmac_static",
+            "saved",
+            "exit_shares",
+        )
+        rows.append({"kind": point.kind, "label": point.label, **{name: report[name] for name in kept}})
+    return rows
+
+
+def headline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The cheapest dynamic point whose length is not below the static network's, within their 95% intervals, and what it saves.
+
+    None without a static network of STATIC_LAYERS layers.
+    """
+    static = next((r for r in rows if r["kind"] == "static network" and r["label"] == str(STATIC_LAYERS)), None)
+    if static is None:
+        return None
+    equal = [r for r in rows if r["average_length_ci"][1] >= static["average_length_ci"][0]]
+    dynamic = min((r for r in equal if r["kind"] == "dynamic"), key=lambda r: r["llm_gmac_mean"], default=None)
+    fixed = min((r for r in equal if r["kind"] == "fixed exit"), key=lambda r: r["llm_gmac_mean"], default=None)
+    return {
+        "static": static,
+        "dynamic": dynamic,
+        "best_fixed_exit": fixed,
+        "saved": static["llm_gmac_mean"] / dynamic["llm_gmac_mean"] if dynamic else None,
+    }
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    for kind, colour in KINDS.items():
+        own = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["llm_gmac_mean"])
+        if not own:
+            continue
+        cost, length = [row["llm_gmac_mean"] * 1e3 for row in own], [row["average_length"] for row in own]
+        spread = [
+            [row["average_length"] - row["average_length_ci"][0] for row in own],
+            [row["average_length_ci"][1] - row["average_length"] for row in own],
+        ]
+        axes.errorbar(
+            cost,
+            length,
+            spread,
+            label=kind,
+            color=colour,
+            marker="o",
+            capsize=3,
+            linestyle="-" if kind != "static network" else ":",
+        )
+        for x, y, row in zip(cost, length, own):
+            axes.annotate(row["label"], (x, y), textcoords="offset points", xytext=(4, 6), fontsize=7, color=colour)
+    axes.set(xscale="log", xlabel="language part, MMAC per step (mean)", ylabel="average length of 5", ylim=(0, 5), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _is_there(path: Path, folder: Path) -> bool:
+    """Whether the point was measured with this checkpoint."""
+    if not path.is_file():
+        return False
+    report = json.loads(path.read_text())
+    return all(report[name] == value for name, value in evaluate_command.files_of(folder).items())
