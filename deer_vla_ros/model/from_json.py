@@ -20,11 +20,15 @@ def from_json(cls: type, values: Any, where: str) -> Any:
         raise UserError(f"{where} is {values!r}: give an object with the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
-    missing = sorted(name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING)
+    missing = sorted(name for name, field in fields.items() if name not in values and _is_required(field))
     if unknown or missing:
         raise UserError(f"{where} has unknown keys {unknown} and lacks {missing}: compare with {cls.__name__}")
     types = typing.get_type_hints(cls)
     return cls(**{name: _value(types[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
