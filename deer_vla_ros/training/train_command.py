@@ -23,7 +23,10 @@ from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
 from deer_vla_ros.training.batches import BatchSource, CachedWindows, FrameBatches, Share, WindowBatches, cached_features
+from deer_vla_ros.training.calvin import CalvinWindows
+from deer_vla_ros.training.dataset import FrameWindows, Windows
 from deer_vla_ros.training.frames import Frames
+from deer_vla_ros.training.prefetch import Prefetched
 from deer_vla_ros.training.recipe import Recipe, Record, Train
 from deer_vla_ros.training.tokenizer import train_tokenizer
 from deer_vla_ros.training.trainer import Log, Trainer, network_of, processes, read_state
@@ -129,26 +132,25 @@ class _Run:
             self._model, self._tokenizer = checkpoint.model, checkpoint.tokenizer
             return
         config = network.config()
-        self._tokenizer = train_tokenizer(self._frames(step).all_phrasings(), config)
+        self._tokenizer = train_tokenizer(self._windows(step).texts, config)
         self._model = MultiExitVLA(config).to(self._device)
 
     def _source(self, step: Train) -> BatchSource:
         seed, micro = self._recipe.seed, step.batch // step.accumulate
-        if step.format == "calvin":
-            from deer_vla_ros.training.calvin import CalvinWindows
-
-            windows = CalvinWindows([self._data / name for name in step.data])
-        elif step.cache:
+        if step.cache:
             frames = self._frames(step)
             features = cached_features(self._model, frames, self._tokenizer, seed, step.pool_padding, self._share)
             return CachedWindows(frames, features, micro, step.window, seed)
-        elif step.instructions:
+        if step.instructions:
             return FrameBatches(self._frames(step), self._tokenizer, micro, step.instructions, seed)
-        else:
-            from deer_vla_ros.training.dataset import FrameWindows
+        size = self._model.config.vision.image_size
+        source = WindowBatches(self._windows(step), self._tokenizer, size, micro, step.window, seed, step.shift)
+        return Prefetched(source, step.accumulate)
 
-            windows = FrameWindows(self._frames(step))
-        return WindowBatches(windows, self._tokenizer, self._model.config.vision.image_size, micro, step.window, seed, step.shift)
+    def _windows(self, step: Train) -> Windows:
+        if step.format == "calvin":
+            return CalvinWindows([self._data / name for name in step.data])
+        return FrameWindows(self._frames(step))
 
     def _frames(self, step: Train) -> Frames:
         return Frames(self._data / name for name in step.data)
