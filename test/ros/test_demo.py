@@ -56,8 +56,13 @@ def out(tmp_path):
     return out
 
 
+INSTRUCTIONS = ("turn off the led", "turn on the lamp", "stand on your head")
+"""Two that the embedded network does within their time, and one that nobody can judge."""
+
+
 def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
-    with spawn("demo", "--seconds", "4", "--seed", "3", "--out", str(out)) as demo:
+    said = [part for text in INSTRUCTIONS for part in ("--instruction", text)]
+    with spawn("demo", "--seconds", "9", "--seed", "5", "--out", str(out), *said) as demo:
         status = demo.wait(START_S)
         output = demo.output()
     summary = json.loads((out / "summary.json").read_text())
@@ -65,17 +70,19 @@ def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
 
     assert status == (0 if summary["passed"] else 1), output
     assert summary["passed"], f"{summary['reason']}\n{output}"
-    assert len(rows) == summary["steps"] >= 36
+    assert len(rows) == summary["steps"] >= 0.9 * 10 * summary["seconds"]
+    assert set(summary["succeeded"]) == set(INSTRUCTIONS[:2])
+    assert all(0 < steps <= 60 for steps in summary["succeeded"].values())
     assert summary["rate_hz"] == pytest.approx(10, abs=1)
     assert sum(summary["exits"].values()) == summary["steps"]
     assert 0 < summary["macs_fraction"] <= 1
     assert all(stage["p50"] <= stage["p95"] for stage in summary["latency_ms"].values())
     assert "NO_INSTRUCTION" not in summary["holds"]
     assert summary["lost_steps"] == 0
-    assert summary["instructions"] == ["lift the red block", "open the drawer", "push the blue block to the left"]
+    assert summary["instructions"] == list(INSTRUCTIONS)
     assert summary["episodes"] == 3
     assert summary["first_step_s"] > 0
-    assert summary["seed"] == 3
+    assert summary["seed"] == 5
     assert summary.keys() >= {"dropped", "weights", "trained"}
     assert rows[0].keys() == PolicyStep.get_fields_and_field_types().keys()
     assert ("NOT TRAINED" in output) == (not summary["trained"])
