@@ -24,7 +24,7 @@ from torch import Tensor
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.path import ThresholdPath
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule
+from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule, compared
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.checkpoint import WEIGHTS, Checkpoint
@@ -208,8 +208,8 @@ def closed_loop_shares(head: ActionHead, episodes: list[Tensor], thresholds: np.
         for step in features[:, : exits + 1]:
             batch = step[:, None].expand(-1, rules, -1).reshape(-1, 1, step.shape[-1])  # (1 + exits) * rules
             output = head(batch, HeadState(*(part.repeat(1, exits + 1, 1) for part in state)))
-            poses = output.pose[:, 0].float().unflatten(0, (exits + 1, rules))
-            stops = DELTAS[delta](poses[1:], poses[:-1]).T.double() <= limits
+            read = compared(delta, output.pose, output.feature)[:, 0].unflatten(0, (exits + 1, rules))
+            stops = DELTAS[delta](read[1:], read[:-1]).T.double() <= limits
             taken = stops.int().argmax(1)
             counts[every, taken] += 1
             chosen = (taken + 1) * rules + every
@@ -251,8 +251,8 @@ def _random_walk(
     state = head.initial_state()
     for step in features:
         output = head(step[:, None], HeadState(*(part.expand(-1, len(step), -1).contiguous() for part in state)))
-        poses = output.pose[:, 0]
-        deltas = DELTAS[checkpoint.info.delta](poses[1:].float(), poses[:-1].float())
+        poses, read = output.pose[:, 0], compared(checkpoint.info.delta, output.pose, output.feature)[:, 0]
+        deltas = DELTAS[checkpoint.info.delta](read[1:], read[:-1])
         yield (
             deltas.cpu().numpy(),
             poses[1:].float().cpu().numpy(),
@@ -287,6 +287,7 @@ def window_deltas(head: ActionHead, features: Tensor, drawn: Tensor, delta: str 
         state = head.initial_state(batch)
         if position:
             state = head(past[:, :position], state).state
-        poses = torch.stack([head(features[:, position, column][:, None], state).pose[:, 0] for column in range(count)])
-        found.append(DELTAS[delta](poses[1:].float(), poses[:-1].float()).T.cpu().numpy())
+        outputs = [head(features[:, position, column][:, None], state) for column in range(count)]
+        read = torch.stack([compared(delta, output.pose, output.feature)[:, 0] for output in outputs])
+        found.append(DELTAS[delta](read[1:], read[:-1]).T.cpu().numpy())
     return np.stack(found, axis=1).reshape(-1, count - 1)

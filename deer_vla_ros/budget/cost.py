@@ -82,7 +82,7 @@ def grounding_macs(config: ModelConfig) -> int:
     cells = (config.vision.image_size // STRIDE) ** 2
     stem = 4 * cells * 3 * 25 * (channels // 2) + cells * 9 * (channels // 2) * channels + cells * 9 * channels**2
     search = attention_macs(queries, cells, channels) + queries * cells * 2 + queries * (channels + 2) * width
-    relate = (CAMERAS * queries * (channels + 2) + POSE_VALUES + RELATE_WIDTH + 3) * RELATE_WIDTH + (RELATE_WIDTH + 6) * width
+    relate = (CAMERAS * queries * (channels + 2) + POSE_VALUES + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + 8) * width
     return CAMERAS * (stem + search) + config.decoder.width * queries * channels + relate
 
 
@@ -107,7 +107,7 @@ def head_macs(config: HeadConfig, width: int) -> int:
     """One probe of the action head, one step."""
     widths = (width, *(config.hidden for _ in range(config.lstm_layers)))
     recurrent = sum(4 * b * (a + b) for a, b in zip(widths, widths[1:]))
-    mlp = (config.hidden, *config.mlp_widths)
+    mlp = (widths[-1], *config.mlp_widths)
     hidden = sum(a * b for a, b in zip(mlp, mlp[1:]))
     return recurrent + 2 * hidden + mlp[-1] * (6 + 1)
 

@@ -24,7 +24,8 @@ Chains = Sequence[Sequence[Attempt]]
 
 
 def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, Any]:
-    """The figures of an evaluation; null where nothing was measured.
+    """The figures of an evaluation; null where nothing was measured. steps_by_time: how many instructions were followed for longer than 0, 1,
+    ... steps.
 
     Costs are means over the steps of the chains; where there are none, over those of the single instructions. GMAC are of the
     language part (layers run), at each instruction's own token count.
@@ -47,6 +48,7 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, A
             name: {"rate": _mean(found := [a.succeeded for a in every if a.held_out == new]), "trials": len(found)}
             for name, new in (("training", False), ("held_out", True))
         },
+        "steps_by_time": [sum(attempt.steps > time for attempt in every) for time in range(max(a.steps for a in every))],
         "infeasible": sum(not attempt.feasible for attempt in every),
         **costs(config, [attempt for chain in chains or singles for attempt in chain]),
     }
@@ -76,18 +78,21 @@ def by_task(attempts: Iterable[Attempt]) -> dict[str, dict[str, Any]]:
 
 
 def costs(config: ModelConfig, attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """Mean GMAC of a step's language part, of a static model of the same width at the same instructions, and the exits' shares."""
+    """Mean GMAC of a step's language part, of this network's last layer and of a static model of the same width at the same
+    instructions, and the exits' shares."""
     static_config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, layers=STATIC_LAYERS))
     table, static_table = _tables(config), _tables(static_config)
-    steps, gmac, static, exits = 0, 0.0, 0.0, Counter()
+    steps, gmac, full, static, exits = 0, 0.0, 0.0, 0.0, Counter()
     for attempt in attempts:
         steps += attempt.steps
         gmac += sum(count * table(attempt.tokens).language(layer + 1) for layer, count in attempt.exits.items())
+        full += attempt.steps * table(attempt.tokens).language(config.decoder.layers)
         static += attempt.steps * static_table(attempt.tokens).language(STATIC_LAYERS)
         exits.update(attempt.exits)
     return {
         "steps": steps,
         "llm_gmac_mean": gmac / steps if steps else None,
+        "llm_gmac_full": full / steps if steps else None,
         "llm_gmac_static": static / steps if steps else None,
         "saved": static / gmac if gmac else None,
         "exits": list(config.exits),

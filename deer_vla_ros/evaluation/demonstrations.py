@@ -40,6 +40,7 @@ class Labels:
     actions: np.ndarray
     valid: np.ndarray
     points: np.ndarray
+    yaws: np.ndarray
     pixels: np.ndarray
 
 
@@ -125,15 +126,15 @@ def record_episode(
 def _labels(table: Table, current: Task, state: TableState) -> Labels:
     actions = np.zeros((len(TASKS), 7), np.float32)
     points, pixels = np.zeros((len(TASKS), 3), np.float32), np.zeros((len(TASKS), 2, 2), np.float32)
-    valid = np.zeros(len(TASKS), bool)
+    valid, yaws = np.zeros(len(TASKS), bool), np.zeros(len(TASKS), np.float32)
     for i, task in enumerate(TASKS):
         if task is not current and not task.possible(state):
             continue
         intent = act(task.name, state)
-        valid[i], points[i] = True, intent.point
+        valid[i], points[i], yaws[i] = True, intent.point, intent.yaw
         actions[i] = [*intent.pose, 1.0 if intent.open else -1.0]
         pixels[i] = [table.pixel(camera, intent.point) for camera in ("static", "gripper")]
-    return Labels(actions, valid, points, pixels)
+    return Labels(actions, valid, points, yaws, pixels)
 
 
 class _Disturbance:

@@ -32,7 +32,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.label}".replace(" ", "-").replace(".", "_")
+        return f"{self.kind}-{self.label}".translate(str.maketrans(" .:", "-__"))
 
 
 def points(folder: Path, statics: Iterable[Path], fractions: Iterable[float] = FRACTIONS) -> list[Point]:
@@ -69,8 +69,10 @@ def measure(
             "llm_gmac_static",
             "saved",
             "exit_shares",
+            "steps_by_time",
         )
-        rows.append({"kind": point.kind, "label": point.label, **{name: report[name] for name in kept}})
+        fraction = report["llm_gmac_mean"] / report["llm_gmac_full"]
+        rows.append({"kind": point.kind, "label": point.label, "fraction": fraction, **{name: report[name] for name in kept}})
     return rows
 
 

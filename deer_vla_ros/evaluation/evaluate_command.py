@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument("--exit", type=int, metavar="LAYER", help="always exit at this layer, counted from 0")
     depth.add_argument("--full-depth", action="store_true", help="always exit at the last layer")
     depth.add_argument("--thresholds", metavar="A,B,...", help="one per exit")
+    depth.add_argument(
+        "--exit-by-time",
+        metavar="LAYER:STEP,...",
+        help="exit at this layer until that step of the instruction, then at the next; after the last one at the last layer",
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON; makes the run resumable")
 
@@ -104,7 +109,19 @@ def exit_choice(args: argparse.Namespace):
         return ExitChoice(budget=_budget(args.budget))
     if args.thresholds is not None:
         return ExitChoice(thresholds=_thresholds(args.thresholds))
+    if args.exit_by_time is not None:
+        return ExitChoice(by_time=_by_time(args.exit_by_time))
     return ExitChoice(exit_layer=args.exit, full_depth=args.full_depth)
+
+
+def _by_time(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        layers, steps = zip(*((int(part) for part in pair.split(":")) for pair in text.split(",")))
+        if list(steps) != sorted(steps):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"evaluate: --exit-by-time is {text!r}: give LAYER:STEP with commas between, steps rising") from None
+    return tuple(zip(layers, steps))
 
 
 def _thresholds(text: str) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from deer_vla_ros.budget.keeper import BudgetKeeper
@@ -15,15 +16,16 @@ from deer_vla_ros.evaluation.table_arm import TableArm
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.lockstep import LockstepPolicy
 from deer_vla_ros.inference.types import Observation
-from deer_vla_ros.model.checkpoint import Checkpoint
+from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo
 
-RuleOf = Callable[[int], ExitRule]
-"""The exit rule for instructions of so many tokens."""
+RuleOf = Callable[[int, int], ExitRule]
+"""The exit rule of an instruction of so many tokens, at so many steps after it was given."""
 
 
 @dataclass(frozen=True)
 class ExitChoice:
-    """What decides how deep a policy thinks, one of: a budget, a fixed exit (a layer), the last layer, thresholds (one per exit).
+    """What decides how deep a policy thinks, one of: a budget, a fixed exit (a layer), the last layer, thresholds (one per exit), the
+    time (`by_time`: layers, each with the step of an instruction up to which it is the exit; after the last of them the last layer).
 
     None of them: the thresholds that the checkpoint ships.
     """
@@ -32,6 +34,7 @@ class ExitChoice:
     exit_layer: int | None = None
     full_depth: bool = False
     thresholds: tuple[float, ...] | None = None
+    by_time: tuple[tuple[int, int], ...] | None = None
 
     def rule_of(self, checkpoint: Checkpoint) -> RuleOf:
         """UserError, with the remedy, where this checkpoint cannot keep to it."""
@@ -39,19 +42,18 @@ class ExitChoice:
         exits = info.model.exits
         if self.budget is not None:
             return _budget_rules(self.budget, checkpoint)
+        if self.by_time is not None:
+            rules = [(_always(layer, info), until) for layer, until in self.by_time]
+            last = _always(exits[-1], info)
+            return lambda tokens, step: next((rule for rule, until in rules if step < until), last)
         if self.exit_layer is not None or self.full_depth:
-            layer = exits[-1] if self.full_depth else self.exit_layer
-            if layer not in exits:
-                raise UserError(
-                    f"evaluate: --exit is {layer}, but the exits are at layers {', '.join(map(str, exits))}: give one"
-                )
-            rule = ExitRule((layer,), (1e8,), info.delta)
+            rule = _always(exits[-1] if self.full_depth else self.exit_layer, info)
         else:
             thresholds = info.thresholds if self.thresholds is None else self.thresholds
             if len(thresholds) != len(exits):
                 raise UserError(f"evaluate: {len(thresholds)} --thresholds for the {len(exits)} exits {exits}: give one each")
             rule = ExitRule(exits, thresholds, info.delta)
-        return lambda tokens: rule
+        return lambda tokens, step: rule
 
     def to_json(self) -> dict[str, Any]:
         """What was chosen, by name; "thresholds": "checkpoint" where nothing was."""
@@ -62,24 +64,37 @@ class ExitChoice:
             return {"exit": self.exit_layer}
         if self.full_depth:
             return {"full_depth": True}
+        if self.by_time is not None:
+            return {"by_time": [list(pair) for pair in self.by_time]}
         return {"thresholds": "checkpoint" if self.thresholds is None else list(self.thresholds)}
+
+
+def _always(layer: int, info: CheckpointInfo) -> ExitRule:
+    """The rule of a fixed exit."""
+    exits = info.model.exits
+    if layer not in exits:
+        raise UserError(f"evaluate: --exit is {layer}, but the exits are at layers {', '.join(map(str, exits))}: give one")
+    return ExitRule((layer,), (1e8,), info.delta)
 
 
 class NetworkDriver:
     """Drives up to `lanes` arms by a checkpoint (chain_run.Driver)."""
 
     def __init__(self, checkpoint: Checkpoint, rule_of: RuleOf, lanes: int):
-        rule = rule_of(checkpoint.info.model.max_tokens)
+        rule = rule_of(checkpoint.info.model.max_tokens, 0)
         self._policy = LockstepPolicy(checkpoint.model, checkpoint.tokenizer, rule, lanes)
         self._rule_of = rule_of
+        self._tokens, self._steps = [0] * lanes, [0] * lanes
 
     def begin(self, lane: int, task: str, instruction: str) -> int:
-        tokens = self._policy.reset(lane, instruction)
-        self._policy.set_rule(self._rule_of(tokens), lane)
-        return tokens
+        self._tokens[lane], self._steps[lane] = self._policy.reset(lane, instruction), 0
+        return self._tokens[lane]
 
     def decide(self, arms: Mapping[int, TableArm]) -> dict[int, Decision]:
         """UserError where an action is not finite: such a network cannot be scored."""
+        for lane in arms:
+            self._policy.set_rule(self._rule_of(self._tokens[lane], self._steps[lane]), lane)
+            self._steps[lane] += 1
         steps = self._policy.step({lane: _observation(arm) for lane, arm in arms.items()})
         for step in steps.values():
             if not step.action.is_finite:
@@ -99,8 +114,9 @@ def _budget_rules(budget: Budget, checkpoint: Checkpoint) -> RuleOf:
     keeper.check(budget)
     keeper.set(budget)
 
-    def rule_of(tokens: int) -> ExitRule:
+    @cache
+    def of_tokens(tokens: int) -> ExitRule:
         keeper.set_tokens(tokens)
         return keeper.rule
 
-    return rule_of
+    return lambda tokens, step: of_tokens(tokens)

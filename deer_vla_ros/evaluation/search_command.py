@@ -57,15 +57,14 @@ def run(args: argparse.Namespace) -> int:
     if calibration is None:
         raise UserError(f"{folder} has no calibration, which the search starts from: {REMEDY}")
     config = checkpoint.info.model
-    rule = ExitChoice(budget=Budget(average_fraction=args.fraction)).rule_of(checkpoint)(config.max_tokens // 2)
+    rule = ExitChoice(budget=Budget(average_fraction=args.fraction)).rule_of(checkpoint)(config.max_tokens // 2, 0)
     groups, jobs = groups_of(args.chains, 0, LANES), args.jobs or len(os.sched_getaffinity(0))
 
     def score(thresholds: tuple[float, ...]) -> Outcome:
         choice = ExitChoice(thresholds=thresholds)
         chains, _ = evaluate(folder, choice, SEARCH_SET, "training", args.steps, groups, jobs, None)
         report = summary(config, chains, [])
-        full = sum(attempt.steps * _full(config, attempt.tokens) for chain in chains for attempt in chain)
-        return Outcome(report["average_length"], report["llm_gmac_mean"] * report["steps"] / full)
+        return Outcome(report["average_length"], report["llm_gmac_mean"] / report["llm_gmac_full"])
 
     def tell(number: int, outcome: Outcome) -> None:
         kept = "" if outcome.cost <= args.fraction else ", above the budget"
@@ -94,10 +93,3 @@ def run(args: argparse.Namespace) -> int:
         }
         write_json(args.json, report)
     return 0
-
-
-def _full(config, tokens: int) -> float:
-    """GMAC of all layers."""
-    from deer_vla_ros.budget.cost import cost_table
-
-    return cost_table(config, tokens).language(config.decoder.layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.exit_rule import ExitRule, compared
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason
 from deer_vla_ros.model.head import HeadOutput
 
@@ -44,7 +44,8 @@ class Climb:
         if layer in rule.exits:
             self._index = rule.exits.index(layer)
             if self._stage is None:
-                self._deltas[self._index] = rule.measure(output.pose[0, 0], self._previous.pose[0, 0])
+                now, before = (compared(rule.delta, o.pose, o.feature)[0, 0] for o in (output, self._previous))
+                self._deltas[self._index] = rule.measure(now, before)
             if self._stage is not None or layer == rule.deepest or rule.agrees(self._index, self._deltas[self._index]):
                 self._chosen = output
                 return True

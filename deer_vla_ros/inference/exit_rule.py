@@ -16,8 +16,15 @@ DELTAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda a, b: (a - b).abs().mean(-1),
     "max": lambda a, b: (a - b).abs().amax(-1),
     "cosine": lambda a, b: 1 - torch.cosine_similarity(a, b, dim=-1),
+    "feature": lambda a, b: 1 - torch.cosine_similarity(a, b, dim=-1),
 }
-"""Difference of two poses (..., 6), by name; the gripper takes no part. `l2` is the paper's."""
+"""Difference of what two exits say, by name: of the poses (..., 6), the gripper takes no part; `feature`: of what the head reads there
+(..., width). `l2` is the paper's, `feature` the paper's ablation."""
+
+
+def compared(delta: str, poses: Tensor, features: Tensor) -> Tensor:
+    """What a delta of that name takes the difference of, in float32."""
+    return (features if delta == "feature" else poses).float()
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,9 @@ class ExitRule:
         """The deepest layer that a step may run."""
         return self.exits[-1]
 
-    def measure(self, pose: Tensor, previous: Tensor) -> float:
-        """Delta of two (6,) poses; reading it synchronises the device."""
-        return DELTAS[self.delta](pose.float(), previous.float()).item()
+    def measure(self, read: Tensor, previous: Tensor) -> float:
+        """Delta of two exits' vectors, as `compared` gives them; reading it synchronises the device."""
+        return DELTAS[self.delta](read.float(), previous.float()).item()
 
     def agrees(self, index: int, delta: float) -> bool:
         """Whether `delta` at exit number `index` stops the step. NaN never agrees."""

@@ -149,7 +149,10 @@ class LockstepPolicy:
         output = self._model.shared_head(features[:, None], state)
         return [
             HeadOutput(
-                output.pose[i : i + 1], output.gripper_logit[i : i + 1], HeadState(*(part[:, i : i + 1] for part in output.state))
+                output.pose[i : i + 1],
+                output.gripper_logit[i : i + 1],
+                HeadState(*(part[:, i : i + 1] for part in output.state)),
+                output.feature[i : i + 1],
             )
             for i in range(len(states))
         ]

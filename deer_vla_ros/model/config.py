@@ -66,7 +66,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Action head: `lstm_layers` recurrent layers of `hidden`, then two MLPs of `mlp_widths`."""
+    """Action head: `lstm_layers` recurrent layers of `hidden` (0: no memory), then two MLPs of `mlp_widths`."""
 
     hidden: int
     mlp_widths: tuple[int, ...]
@@ -85,10 +85,12 @@ class GroundingConfig:
 
 @dataclass(frozen=True)
 class ProprioceptionConfig:
-    """The measured TCP pose as an input: positions count from `centre` [m, action frame] in units of `reach` [m]."""
+    """The measured TCP pose as an input: the position counts from `centre` [m, action frame] in units of `reach` [m], the rotation
+    from a gripper that points straight down in units of `turn` [rad]."""
 
     centre: tuple[float, ...]
     reach: float
+    turn: float
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,9 @@ class ModelConfig:
                 raise UserError(
                     f"model config: vision.image_size {self.vision.image_size} is not a multiple of 4, which grounding needs: change it"
                 )
-        if self.proprioception is not None and (len(self.proprioception.centre) != 3 or not self.proprioception.reach > 0):
-            raise UserError(
-                f"model config: proprioception is {self.proprioception}: give a centre of 3 numbers and a reach above 0"
-            )
+        pose = self.proprioception
+        if pose is not None and (len(pose.centre) != 3 or not pose.reach > 0 or not pose.turn > 0):
+            raise UserError(f"model config: proprioception is {pose}: give a centre of 3 numbers, a reach and a turn above 0")
         if self.exit_interval < 2:
             raise UserError(
                 f"model config: exit_interval is {self.exit_interval}, but the first exit is compared with the layer before it: "
@@ -169,11 +170,12 @@ class ModelConfig:
 
 
 def _check_sizes(part: str, config: Any) -> None:
-    """Every whole number of a part is a size or a count: 1 or more."""
+    """Every whole number of a part is a size or a count: 1 or more, but for the head's memory, which it may go without."""
     for name, value in vars(config).items():
         for size in value if isinstance(value, tuple) else (value,):
-            if type(size) is int and size < 1:
-                raise UserError(f"model config: {part}.{name} is {value}: give 1 or more")
+            least = 0 if name == "lstm_layers" else 1
+            if type(size) is int and size < least:
+                raise UserError(f"model config: {part}.{name} is {value}: give {least} or more")
 
 
 def openflamingo_3b(layers: int = 12) -> ModelConfig:
@@ -209,7 +211,7 @@ def tabletop(layers: int = 12) -> ModelConfig:
         vision=VisionConfig(image_size=64, patch_size=8, width=64, layers=2, heads=4, mlp_ratio=2.0),
         resampler=ResamplerConfig(depth=1, latents=8, heads=4, head_width=16, mlp_ratio=2),
         decoder=DecoderConfig(
-            width=64,
+            width=32,
             heads=4,
             layers=layers,
             vocabulary=512,
@@ -222,9 +224,9 @@ def tabletop(layers: int = 12) -> ModelConfig:
             cross_attention_mlp_ratio=2,
             gate_init=0.5,
         ),
-        head=HeadConfig(hidden=96, mlp_widths=(96, 64), lstm_layers=2, lstm_dropout=0.1, mlp_dropout=0.1),
+        head=HeadConfig(hidden=32, mlp_widths=(32,), lstm_layers=1, lstm_dropout=0.0, mlp_dropout=0.0),
         grounding=GroundingConfig(),
-        proprioception=ProprioceptionConfig(centre=(0.45, 0.0, 0.15), reach=0.2),
+        proprioception=ProprioceptionConfig(centre=(0.45, 0.0, 0.15), reach=0.2, turn=0.25),
     )
 
 

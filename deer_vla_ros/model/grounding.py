@@ -22,7 +22,7 @@ POINT_UNIT = 0.1  # m
 NEARBY = 4.0
 """How much finer the point token tells what is near: centimetres decide whether a gripper closes."""
 
-POSE_VALUES = 9
+POSE_VALUES = 6
 RELATE_WIDTH = 128
 
 
@@ -30,10 +30,12 @@ RELATE_WIDTH = 128
 class Found:
     """logits (B, cameras, queries, cells): how much each query looks at each cell, before the softmax, row by row;
     point (B, 3): where the thing that the instruction is about is, from the TCP, in units of POINT_UNIT [m], axes of the action
-    frame; tokens (B, cameras * queries + 1, visual width), the last one says `point`."""
+    frame; turn (B, 2): cosine and sine of four times its yaw in the action frame, as a cube looks the same after a quarter turn;
+    tokens (B, cameras * queries + 1, visual width), the last one says `point` and `turn`."""
 
     logits: Tensor
     point: Tensor
+    turn: Tensor
     tokens: Tensor
 
 
@@ -58,7 +60,8 @@ class Grounding(nn.Module):
             nn.GELU(),
         )
         self.point = nn.Linear(RELATE_WIDTH, 3)
-        self.point_token = nn.Linear(RELATE_WIDTH + 6, visual_width)
+        self.turn = nn.Linear(RELATE_WIDTH, 2)
+        self.point_token = nn.Linear(RELATE_WIDTH + 8, visual_width)
         self.norm_point = nn.LayerNorm(visual_width)
         self.register_buffer("cells", cell_centres(self.positions), persistent=False)
 
@@ -78,9 +81,9 @@ class Grounding(nn.Module):
         logits, seen = (self._by_instruction(x) for x in (logits, torch.cat([attended, weights @ self.cells], -1)))
         tokens = (self.norm_out(self.out(seen)) + self.cameras).flatten(1, 2)
         related = self.relate(torch.cat([seen.flatten(1), pose.repeat_interleave(words.shape[0] // maps.shape[0], 0)], -1))
-        point = self.point(related)
-        near = torch.cat([related, point, torch.tanh(point * NEARBY)], -1)
-        return Found(logits, point, torch.cat([tokens, self.norm_point(self.point_token(near))[:, None]], 1))
+        point, turn = self.point(related), self.turn(related)
+        near = torch.cat([related, point, torch.tanh(point * NEARBY), turn], -1)
+        return Found(logits, point, turn, torch.cat([tokens, self.norm_point(self.point_token(near))[:, None]], 1))
 
     def _by_instruction(self, x: Tensor) -> Tensor:
         """(B, cameras, n * queries, ...) -> (B * n, cameras, queries, ...)."""
@@ -109,17 +112,20 @@ class Proprioception(nn.Module):
         return self.out(F.gelu(self.up(values)))[:, None]
 
     def values(self, tcp: Tensor) -> Tensor:
-        """(B, 7) position [m] and quaternion xyzw in the action frame -> (B, POSE_VALUES): centred position and rotation."""
+        """(B, 7) position [m] and quaternion xyzw in the action frame -> (B, POSE_VALUES): position from the centre and rotation from
+        pointing straight down, in units of `reach` and `turn`."""
         position = (tcp[:, :3] - tcp.new_tensor(self.config.centre)) / self.config.reach
-        return torch.cat([position, first_columns(tcp[:, 3:])], -1)
+        return torch.cat([position, turn_from_down(tcp[:, 3:]) / self.config.turn], -1)
 
 
-def first_columns(quaternion: Tensor) -> Tensor:
-    """(B, 4) unit quaternions xyzw -> (B, 6), the first two columns of the rotation matrix: the same for q and -q."""
+def turn_from_down(quaternion: Tensor) -> Tensor:
+    """(B, 4) unit quaternions xyzw of a TCP -> (B, 3) rotation vector [rad], reference frame's axes, that takes a TCP whose z points straight
+    down (half a turn about x) there; the same for q and -q."""
     x, y, z, w = quaternion.unbind(-1)
-    first = (1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w))
-    second = (2 * (x * y - z * w), 1 - 2 * (x * x + z * z), 2 * (y * z + x * w))
-    return torch.stack([*first, *second], -1)
+    axis, cosine = torch.stack([-w, -z, y], -1), x  # quaternion * (1, 0, 0, 0) inverted
+    axis = torch.where(cosine[:, None] < 0, -axis, axis)
+    sine = torch.linalg.vector_norm(axis, dim=-1, keepdim=True).clamp(min=1e-9)
+    return axis / sine * (2 * torch.atan2(sine, cosine.abs()[:, None]))
 
 
 def _stem(channels: int) -> nn.Sequential:

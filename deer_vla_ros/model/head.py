@@ -20,11 +20,12 @@ class HeadState(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """pose (B, T, 6) in -1..1; gripper_logit (B, T, 1); the state after the last of the T steps."""
+    """pose (B, T, 6) in -1..1; gripper_logit (B, T, 1); the state after the last of the T steps; feature (B, T, width) that was read."""
 
     pose: Tensor
     gripper_logit: Tensor
     state: HeadState
+    feature: Tensor
 
 
 def pool(hidden: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class MLP(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """LSTM layers, each followed by a layer norm, then an MLP for the pose and one for the gripper."""
+    """LSTM layers, each followed by a layer norm, then an MLP for the pose and one for the gripper. Without LSTM layers it has no memory."""
 
     def __init__(self, width: int, config: HeadConfig):
         super().__init__()
@@ -69,8 +70,9 @@ class ActionHead(nn.Module):
         self.lstms = nn.ModuleList(nn.LSTM(a, b, batch_first=True) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.LayerNorm(config.hidden) for _ in range(config.lstm_layers))
         self.dropout = config.lstm_dropout
-        self.pose = MLP(config.hidden, config, out=6)
-        self.gripper = MLP(config.hidden, config, out=1)
+        self.pose = MLP(widths[-1], config, out=6)
+        self.gripper = MLP(widths[-1], config, out=1)
+        self.hidden = config.hidden
 
     def forward(self, feature: Tensor, state: HeadState) -> HeadOutput:
         """(B, T, width) pooled features of T consecutive steps, and the state before the first of them."""
@@ -82,12 +84,12 @@ class ActionHead(nn.Module):
             x = norm(x)
             if i + 1 < len(self.lstms):
                 x = F.dropout(x, self.dropout, self.training)
-        return HeadOutput(self.pose(x).tanh(), self.gripper(x), HeadState(torch.cat(hiddens), torch.cat(cells)))
+        after = HeadState(torch.cat(hiddens), torch.cat(cells)) if hiddens else state
+        return HeadOutput(self.pose(x).tanh(), self.gripper(x), after, feature)
 
     def initial_state(self, batch: int = 1) -> HeadState:
         """The state in which an episode begins: zeros."""
-        weight = self.norms[0].weight
-        zeros = weight.new_zeros(len(self.lstms), batch, weight.shape[0])
+        zeros = self.pose.out.weight.new_zeros(len(self.lstms), batch, self.hidden)
         return HeadState(zeros, zeros)
 
     @staticmethod

@@ -7,6 +7,7 @@ Example: as the documentation's figures were measured, and a quick look:
     python -m deer_vla_ros benchmark budgets --json out/budgets.json
     python -m deer_vla_ros benchmark budgets --episodes 20
     python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint --plot docs/images/curve.png
+    python -m deer_vla_ros benchmark ablations --chains 200 --data out/train/data --json out/ablations.json
 
 node: how long is it from a camera's stamp to the command? The policy node beside a bare rclpy relay, in one run.
 Two 640x480 rgb8 cameras at 30 Hz, real processes over real DDS. Overhead is the node's stamp-to-command less the policy's own
@@ -19,6 +20,9 @@ without the governor; and whether a peak is ever passed.
 
 curve: average length of `--chains` chains against the language part's MACs: the dynamic network under several budgets and at each fixed exit, and
 every `--static` network at its full depth. Each point is a run of `evaluate`, kept in `--out` and not repeated.
+
+ablations: trains the `--recipe` with all parts of the method and without each, calibrates, and scores `--chains` chains at one average
+budget; criteria and thresholds are compared on the network with all parts. It can be interrupted and goes on from there.
 
 `camera`, `relay`, `listener` and `load` are the processes that `node` starts. Without ROS_DOMAIN_ID it takes a random one, and
 without FASTRTPS_DEFAULT_PROFILES_FILE a shared memory segment that holds such images: Fast DDS's own loses most of them.
@@ -53,9 +57,9 @@ ENOUGH_SAMPLES = 300
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=("node", "budgets", "curve", *PARTS),
+        choices=("node", "budgets", "curve", "ablations", *PARTS),
         metavar="WHAT",
-        help=f"node, budgets, curve; {', '.join(PARTS)}: see above",
+        help=f"node, budgets, curve, ablations; {', '.join(PARTS)}: see above",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument(
@@ -66,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="budgets, curve: workers (default: all cores)")
-    parser.add_argument("--chains", type=int, default=500, help="curve: chains of every point (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="curve: which set of chains (default: %(default)s)")
+    parser.add_argument("--chains", type=int, default=500, help="curve, ablations: chains of every point (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="curve, ablations: which set of chains (default: %(default)s)")
     parser.add_argument(
         "--static",
         type=Path,
@@ -76,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="curve: checkpoint of a network without exits; repeat",
     )
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("config/training/ablation.yaml"), help="ablations: default %(default)s"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("out/train/data"), help="ablations: the recipe's data (default: %(default)s)"
+    )
+    parser.add_argument("--fraction", type=float, default=0.35, help="ablations: of full depth (default: %(default)s)")
     parser.add_argument("--plot", type=Path, default=Path("out/curve.png"), metavar="PNG", help="curve: default %(default)s")
     parser.add_argument(
         "--out", type=Path, default=Path("out/benchmark"), metavar="DIR", help="folder of logs (default: %(default)s)"
@@ -90,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         getattr(benchmark_parts, args.what)()
         return 0
     started = time.monotonic()
-    report = {"budgets": _budgets, "curve": _curve, "node": _node}[args.what](args)
+    report = {"ablations": _ablations, "budgets": _budgets, "curve": _curve, "node": _node}[args.what](args)
     if args.json:
         write_json(args.json, report)
     print(f"measured in {time.monotonic() - started:.0f} s")
@@ -161,3 +172,24 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
         print(f"at equal length the dynamic network uses {found_headline['saved']:.1f} times fewer MACs than the static one")
     print(f"plot: {args.plot}")
     return {"rows": rows, "headline": found_headline}
+
+
+def _ablations(args: argparse.Namespace) -> dict[str, object]:
+    """What each part of the method contributes."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    from deer_vla_ros.evaluation import ablations, depth_curve
+
+    def tell(line: str) -> None:
+        print(f"\n--- {line}", flush=True)
+
+    def score(found: list[depth_curve.Point]) -> list[dict]:
+        return depth_curve.measure(found, args.chains, args.seed, args.processes, args.out / "ablations", tell)
+
+    setting = ablations.Setting(args.recipe, args.data, args.out / "ablations", args.processes, args.fraction)
+    folders = ablations.networks(setting, tell)
+    rows = score(ablations.points(setting, folders, score, tell))
+    print(f"\n{'':32}length   95%            share of the language part's full depth")
+    for row in rows:
+        low, high = row["average_length_ci"]
+        print(f"{row['label']:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['fraction']:.3f}")
+    return {"rows": rows, "recipe": str(args.recipe), "fraction": args.fraction}

@@ -6,6 +6,7 @@ labels of two visits to one state agree (a demonstrator with hidden phases teach
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import mujoco
@@ -15,6 +16,7 @@ from deer_vla_ros.sim.kinematics import rotation_vector
 from deer_vla_ros.sim.scene import BLOCK_HALF, DRAWER_PLACE
 from deer_vla_ros.sim.state import COLOURS, TableState
 from deer_vla_ros.sim.tasks import (
+    RELEASED_M,
     below,
     between_fingers,
     drawer_block,
@@ -43,11 +45,13 @@ class Intent:
 
     pose: (6,) action in -1..1, units STEP_M and STEP_RAD, base frame. open: whether the gripper is to be open.
     point: (3,) m, base frame, middle of the thing that the next motions are about: what a policy has to find in its images.
+    yaw: rad, about the base frame's z: how that thing is turned; 0 for what stands along the axes.
     """
 
     pose: np.ndarray
     open: bool
     point: np.ndarray
+    yaw: float = 0.0
 
 
 def act(task: str, state: TableState) -> Intent:
@@ -62,6 +66,10 @@ def act(task: str, state: TableState) -> Intent:
 
 def _pick(state: TableState, colour: str) -> Intent:
     """Takes the block and lifts it."""
+    return dataclasses.replace(_grip(state, colour), yaw=_yaw(state.block(colour).quaternion))
+
+
+def _grip(state: TableState, colour: str) -> Intent:
     block, tcp = state.block(colour), state.tcp.position
     if held(state) == colour:
         return _intent(state, [*tcp[:2], min(tcp[2] + 0.05, HIGHEST)], open_=False, point=block.position, turn=None)
@@ -227,7 +235,7 @@ def _approach(
     goal, tcp = np.asarray(goal, float), state.tcp.position
     distance = float(np.hypot(*(goal - tcp)[:2]))
     height = goal[2] + (max(transit, goal[2] + 0.04) - goal[2]) * np.clip((distance - funnel) / 0.05, 0.0, 1.0)
-    fingers_ready = state.opening > 0.068 if open_ else state.opening < 0.056
+    fingers_ready = state.opening >= RELEASED_M if open_ else state.opening < 0.056 or held(state) is not None
     if not fingers_ready:
         height = max(height, goal[2] + 0.07)
     below = height - tcp[2]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import mujoco
 import numpy as np
 
 from deer_vla_ros.sim.scene import BLOCK_HALF, DRAWER_CENTRE, DRAWER_HALF, DRAWER_PLACE, TABLE_AREA
@@ -21,7 +22,8 @@ HANDS = np.array([0.022, 0.022, 0.028])  # m, from the TCP: where a held block's
 DRAWER_OPEN_M, DRAWER_CLOSED_M = 0.10, 0.02
 SLIDER_LEFT_M, SLIDER_RIGHT_M = 0.16, 0.04
 GRIPPER_ROOM = 0.075  # m, y: distance of another block's centre at which an open finger fits beside a block
-RELEASED_M = 0.062  # opening of a gripper that lets go of a block
+RELEASED_M = 0.068  # opening of a gripper that has let go of a block, however it held it: a diagonal is 65 mm
+GRIP_MARGIN = 0.002  # m: how much wider than the block between them closed fingers may stand
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +73,24 @@ def on_table(state: TableState, colour: str) -> bool:
 
 
 def held(state: TableState) -> str | None:
-    """The block between the closed fingers; None where there is none."""
-    if not 0.03 < state.opening < 0.056:
+    """The block between the closed fingers, taken by its sides or across; None where there is none."""
+    colour = between_fingers(state)
+    if colour is None or not 0.03 < state.opening < _grip_width(state, colour) + GRIP_MARGIN:
         return None
-    return between_fingers(state)
+    return colour
+
+
+def _grip_width(state: TableState, colour: str) -> float:
+    """How wide the block is along the way that the fingers close [m]."""
+    fingers = _rotation(state.tcp.quaternion)[:, 1]
+    return float(2 * BLOCK_HALF * np.abs(fingers @ _rotation(state.block(colour).quaternion)).sum())
+
+
+def _rotation(quaternion: np.ndarray) -> np.ndarray:
+    """(4,) xyzw -> (3, 3)."""
+    matrix = np.empty(9)
+    mujoco.mju_quat2Mat(matrix, np.roll(quaternion, 1))
+    return matrix.reshape(3, 3)
 
 
 def between_fingers(state: TableState) -> str | None:

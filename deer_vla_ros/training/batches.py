@@ -27,8 +27,8 @@ class Batch:
     """One process's share of a batch: N instruction-steps, N = B windows of T steps.
 
     images (F, cameras, 3, size, size) uint8 and tcp (F, 7) or None, of F moments; ids, mask (N, S): N / F instructions for each
-    moment, moment by moment; targets of (B, T); pixels (N, cameras, 2) and points (N, 3) or None, as
-    losses.heatmap_loss and losses.point_loss take them.
+    moment, moment by moment; targets of (B, T); pixels (N, cameras, 2), points (N, 3) and yaws (N,) or None, as
+    losses.heatmap_loss, point_loss and turn_loss take them.
     features (exits, B, T, width): in place of images and texts, where they were computed before.
     """
 
@@ -39,6 +39,7 @@ class Batch:
     mask: Tensor | None = None
     pixels: Tensor | None = None
     points: Tensor | None = None
+    yaws: Tensor | None = None
     features: Tensor | None = None
 
 
@@ -102,6 +103,7 @@ class FrameBatches:
             targets=ActionTargets.from_actions(labels("actions")[:, None]),
             pixels=labels("pixels"),
             points=labels("points"),
+            yaws=labels("yaws"),
         )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from deer_vla_ros.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 POSE, GRIPPER = slice(0, 6), 6
 
 ARRAYS = {
@@ -29,6 +29,7 @@ ARRAYS = {
     "actions": np.float32,  # (N, tasks, 7): pose in -1..1 and gripper, 1 open, -1 closed
     "valid": np.bool_,  # (N, tasks): whether that task makes sense in this frame
     "points": np.float32,  # (N, tasks, 3): middle of the thing that the task is about now [m], base frame
+    "yaws": np.float32,  # (N, tasks): how that thing is turned about z [rad], a quarter turn makes no difference
     "pixels": np.float32,  # (N, tasks, 2, 2): where each camera sees it, x and y, 0..1 inside the image
 }
 

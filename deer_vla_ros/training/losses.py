@@ -178,6 +178,11 @@ def point_loss(found: Found, points: Tensor, tcp: Tensor, beta: float = 0.1) -> 
     return F.smooth_l1_loss(found.point, wanted, beta=beta)
 
 
+def turn_loss(found: Found, yaws: Tensor, beta: float = 0.1) -> Tensor:
+    """Smooth L1 of how the thing is turned: yaws (N,) [rad], action frame."""
+    return F.smooth_l1_loss(found.turn, torch.stack([torch.cos(4 * yaws), torch.sin(4 * yaws)], -1), beta=beta)
+
+
 def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:
     return pool(hidden if padding is None else hidden.masked_fill(padding, torch.finfo(hidden.dtype).min))
 

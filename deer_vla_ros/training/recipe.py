@@ -23,6 +23,7 @@ class Network:
     """preset: one of model.config.PRESETS; layers: of its decoder. exits: False makes a network that always runs to the end.
 
     from_checkpoint: folder of weights to start from, empty for random ones. dropout: of the heads, in place of the preset's.
+    memory: False makes heads without LSTM, which decide from the present step alone.
     """
 
     preset: str
@@ -30,6 +31,7 @@ class Network:
     exits: bool = True
     from_checkpoint: str = ""
     dropout: float = -1.0
+    memory: bool = True
 
     def config(self) -> ModelConfig:
         """The network's shape; UserError for an unknown preset."""
@@ -39,6 +41,8 @@ class Network:
         head = config.head
         if self.dropout >= 0:
             head = dataclasses.replace(head, lstm_dropout=self.dropout, mlp_dropout=self.dropout)
+        if not self.memory:
+            head = dataclasses.replace(head, lstm_layers=0)
         return dataclasses.replace(config, head=head, exit_interval=config.exit_interval if self.exits else self.layers)
 
 
@@ -61,7 +65,7 @@ class Train:
 
     data: folders, below the recipe's data folder unless absolute; format: of FORMATS. steps: optimiser steps.
     batch: windows of `window` steps, or where `instructions` is above 0 single frames, each with so many instructions; over all
-    processes. accumulate: micro-batches that one step is made of. heatmap, point: weights of losses.heatmap_loss and losses.point_loss.
+    processes. accumulate: micro-batches that one step is made of. heatmap, point, turn: weights of losses.heatmap_loss, point_loss, turn_loss.
     auxiliary_heads, random_exits: as losses.multi_exit_loss. shift: random shift augmentation (pad 10 and 4 pixels at 224).
     pool_padding: whether a shorter instruction's padding counts in the pooled features, as the reference lets it; at inference there
     is none. cache: in the exit stage, compute every step's features once (no augmentation then).
@@ -81,6 +85,7 @@ class Train:
     loss: LossWeights = field(default_factory=LossWeights)
     heatmap: float = 0.0
     point: float = 0.0
+    turn: float = 0.0
     auxiliary_heads: bool = True
     random_exits: bool = True
     pool_padding: bool = True

@@ -26,7 +26,7 @@ from deer_vla_ros.inference.preprocess import normalised
 from deer_vla_ros.model.grounding import Found
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.training.batches import Batch, BatchSource, Share, rng_of
-from deer_vla_ros.training.losses import ExitDraws, draw_exits, features_of, heatmap_loss, multi_exit_loss, point_loss
+from deer_vla_ros.training.losses import ExitDraws, draw_exits, features_of, heatmap_loss, multi_exit_loss, point_loss, turn_loss
 from deer_vla_ros.training.optimisation import Optimiser, Stage
 from deer_vla_ros.training.recipe import Train
 
@@ -63,7 +63,9 @@ class StageLoss(nn.Module):
         if train.heatmap and found is not None and batch.pixels is not None:
             loss["heatmap"] = heatmap_loss(found, batch.pixels)
             loss["point"] = point_loss(found, batch.points, batch.tcp)
-            loss["total"] = loss["total"] + train.heatmap * loss["heatmap"] + train.point * loss["point"]
+            loss["turn"] = turn_loss(found, batch.yaws)
+            guides = train.heatmap * loss["heatmap"] + train.point * loss["point"] + train.turn * loss["turn"]
+            loss["total"] = loss["total"] + guides
         return loss
 
     def _look(self, batch: Batch) -> tuple[Tensor, Found | None]:
@@ -107,7 +109,7 @@ class Trainer:
         self._optimiser = Optimiser(model, train.stage, train.optimiser, train.schedule_of())
         self._loss: nn.Module = StageLoss(model, train, image_token, compiled)
         if share.world > 1:
-            self._loss = DistributedDataParallel(self._loss)
+            self._loss = DistributedDataParallel(self._loss, find_unused_parameters=not train.auxiliary_heads)
         self._state = folder / STATE
         if self._state.is_file():
             self._load()

@@ -1,17 +1,20 @@
 """Are the closed forms of the costs what the network really computes, and what the paper says?"""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from deer_vla_ros.budget.cost import CAMERAS, GIB, cost_table, layer_gib, layer_macs, resampler_macs, vision_macs
-from deer_vla_ros.model.config import ModelConfig, openflamingo_3b, openflamingo_9b, tabletop
+from deer_vla_ros.model.config import HeadConfig, ModelConfig, openflamingo_3b, openflamingo_9b, tabletop
 from deer_vla_ros.model.network import MultiExitVLA, restore_buffers
 
 VISUAL_TOKENS = 128
 SIZES = [
     pytest.param(tabletop(), id="tabletop"),
+    pytest.param(dataclasses.replace(tabletop(), head=HeadConfig(hidden=1, mlp_widths=(8,), lstm_layers=0)), id="no memory"),
     pytest.param(openflamingo_3b(4), id="3b"),
     pytest.param(openflamingo_9b(8), id="9b"),
 ]
@@ -101,4 +104,4 @@ def test_a_layer_weighs_its_parameters():
     for config, bytes_per_weight in ((tabletop(), 4), (openflamingo_3b(2), 2), (openflamingo_9b(4), 4)):
         for i, layer in enumerate(on_meta(config).layers):
             parameters = sum(parameter.numel() for parameter in layer.parameters())
-            assert layer_gib(config, i, bytes_per_weight) == pytest.approx(parameters * bytes_per_weight / GIB, rel=0.01)
+            assert layer_gib(config, i, bytes_per_weight) == pytest.approx(parameters * bytes_per_weight / GIB, rel=0.02), "but for norms"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.chain_report import mean_interval, summary, tell
 from deer_vla_ros.evaluation.chain_run import Attempt
+from deer_vla_ros.evaluation.evaluate_command import exit_choice
 from deer_vla_ros.evaluation.evaluation_run import groups_of
 from deer_vla_ros.evaluation.network_driver import ExitChoice
 from deer_vla_ros.evaluation.resume_file import ResumeFile
@@ -119,12 +121,25 @@ def test_a_budget_gives_thresholds_for_every_length_and_a_fixed_exit_just_that_o
     config, exits = checkpoint.info.model, checkpoint.info.model.exits
     peak = cost_table(config, 14).language(exits[2] + 1)
     rule_of = ExitChoice(budget=Budget(average_fraction=0.5, peak_gmac=peak)).rule_of(checkpoint)
-    rules = {tokens: rule_of(tokens) for tokens in (6, 14, 6)}
+    rules = {tokens: rule_of(tokens, 0) for tokens in (6, 14, 6)}
     assert rules[14].deepest == exits[2] < rules[6].deepest, "longer instructions cost more"
     assert cost_table(config, 6).language(rules[6].deepest + 1) <= peak
-    assert ExitChoice(exit_layer=exits[1]).rule_of(checkpoint)(9).exits == (exits[1],)
-    assert ExitChoice(full_depth=True).rule_of(checkpoint)(9).exits == (exits[-1],)
-    assert ExitChoice().rule_of(checkpoint)(9).thresholds == checkpoint.info.thresholds
+    assert ExitChoice(exit_layer=exits[1]).rule_of(checkpoint)(9, 0).exits == (exits[1],)
+    assert ExitChoice(full_depth=True).rule_of(checkpoint)(9, 0).exits == (exits[-1],)
+    assert ExitChoice().rule_of(checkpoint)(9, 0).thresholds == checkpoint.info.thresholds
+
+
+def test_an_exit_by_time_holds_until_its_step():
+    checkpoint = load(EMBEDDED)
+    exits = checkpoint.info.model.exits
+    rule_of = ExitChoice(by_time=((exits[0], 3), (exits[2], 5))).rule_of(checkpoint)
+    taken = [rule_of(9, step).deepest for step in range(7)]
+    assert taken == [exits[0]] * 3 + [exits[2]] * 2 + [exits[-1]] * 2
+    with pytest.raises(UserError, match="the exits are at layers"):
+        ExitChoice(by_time=((exits[0] + 1, 3),)).rule_of(checkpoint)
+    for text in ("1:5,3:2", "1", "a:2", ""):
+        with pytest.raises(UserError, match="--exit-by-time is"):
+            exit_choice(SimpleNamespace(budget=None, thresholds=None, exit_by_time=text))
 
 
 # Figures

@@ -16,6 +16,7 @@ NUMPY_DELTAS = {
     "mean": lambda a, b: np.mean(np.abs(a - b)),
     "max": lambda a, b: np.max(np.abs(a - b)),
     "cosine": lambda a, b: 1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)),
+    "feature": lambda a, b: 1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)),
 }
 
 deltas_of_three_exits = st.tuples(*[st.floats(0, 2, width=32) | st.just(math.nan)] * 3)

@@ -23,7 +23,7 @@ NEVER = ExitRule(SMALL.exits, (-1.0, -1.0, -1.0))
 
 def mixed_rules(model, tokenizer, **changes) -> list[ExitRule]:
     """A rule for each lane, under which an episode takes every exit."""
-    policy, rules = DeerPolicy(model, tokenizer, NEVER), []
+    policy, rules = DeerPolicy(model, tokenizer, dataclasses.replace(NEVER, delta=changes.get("delta", "l2"))), []
     for lane, instruction in enumerate(INSTRUCTIONS):
         policy.reset(instruction)
         deltas = np.array([policy.step(observation).deltas for observation in episode(lane)])
@@ -55,7 +55,11 @@ def assert_same(one: PolicyStep, other: PolicyStep, noise: float = 1e-7) -> None
     assert one.action.gripper_probability == pytest.approx(other.action.gripper_probability, abs=noise)
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps_per_stage": 3}, {"ensemble": True}], ids=["plain", "stages", "ensemble"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"steps_per_stage": 3}, {"ensemble": True}, {"delta": "feature"}],
+    ids=["plain", "stages", "ensemble", "feature"],
+)
 def test_lanes_of_different_instructions_rules_and_depths_decide_as_alone(changes):
     model, tokenizer = exact_model(), small_tokenizer()
     rules = mixed_rules(model, tokenizer, **changes)
@@ -77,7 +81,7 @@ def test_lanes_of_different_instructions_rules_and_depths_decide_as_alone(change
 
 def test_a_network_with_grounding_and_proprioception_sees_no_padding_either():
     config = dataclasses.replace(
-        SMALL, grounding=GroundingConfig(channels=8, queries=2), proprioception=ProprioceptionConfig((0.2, 0.0, 0.2), 0.2)
+        SMALL, grounding=GroundingConfig(channels=8, queries=2), proprioception=ProprioceptionConfig((0.2, 0.0, 0.2), 0.2, 0.5)
     )
     model, tokenizer = exact_model(config), small_tokenizer()
     together, alone = LockstepPolicy(model, tokenizer, NEVER, 4), DeerPolicy(model, tokenizer, NEVER)

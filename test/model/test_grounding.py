@@ -9,10 +9,10 @@ from small_model import INSTRUCTION, SMALL, small_model, small_tokenizer
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import GroundingConfig, ModelConfig, ProprioceptionConfig
-from deer_vla_ros.model.grounding import first_columns
+from deer_vla_ros.model.grounding import turn_from_down
 
 GROUNDED = dataclasses.replace(
-    SMALL, grounding=GroundingConfig(channels=8, queries=3), proprioception=ProprioceptionConfig((0.4, 0.0, 0.2), 0.3)
+    SMALL, grounding=GroundingConfig(channels=8, queries=3), proprioception=ProprioceptionConfig((0.4, 0.0, 0.2), 0.3, 0.5)
 )
 TCP = torch.tensor([[0.5, 0.1, 0.2, 1.0, 0.0, 0.0, 0.0], [0.3, -0.1, 0.1, 0.0, 1.0, 0.0, 0.0]])
 
@@ -50,15 +50,15 @@ def test_the_pose_matters_and_its_absence_is_told(model):
 
 def test_a_rotation_is_the_same_for_both_of_its_quaternions():
     quaternion = torch.from_numpy(Rotation.random(5, rng=0).as_quat())
-    matrix = torch.from_numpy(Rotation.from_quat(quaternion.numpy()).as_matrix())
-    assert torch.allclose(first_columns(quaternion), matrix[:, :, :2].transpose(1, 2).flatten(1))
-    assert torch.allclose(first_columns(-quaternion), first_columns(quaternion))
+    from_down = Rotation.from_quat(quaternion.numpy()) * Rotation.from_quat([1, 0, 0, 0]).inv()
+    assert torch.allclose(turn_from_down(quaternion), torch.from_numpy(from_down.as_rotvec()))
+    assert torch.allclose(turn_from_down(-quaternion), turn_from_down(quaternion))
 
 
 def test_the_config_survives_json_and_refuses_nonsense():
     assert ModelConfig.from_dict(GROUNDED.to_dict()) == GROUNDED
     assert ModelConfig.from_dict(SMALL.to_dict()) == SMALL
     with pytest.raises(UserError, match="proprioception"):
-        dataclasses.replace(SMALL, proprioception=ProprioceptionConfig((0.0, 0.0), 1.0))
+        dataclasses.replace(SMALL, proprioception=ProprioceptionConfig((0.0, 0.0), 1.0, 1.0))
     with pytest.raises(UserError, match="grounding.queries is 0"):
         dataclasses.replace(SMALL, grounding=GroundingConfig(queries=0))

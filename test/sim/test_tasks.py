@@ -1,5 +1,6 @@
 """Does the scripted expert do every task, with and without disturbance, and does the oracle tell done from not done?"""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,8 @@ from deer_vla_ros.evaluation.demonstrations import demonstrations
 from deer_vla_ros.evaluation.table_arm import TableArm
 from deer_vla_ros.sim.expert import act
 from deer_vla_ros.sim.referee import Referee, task_called
+from deer_vla_ros.sim.scene import BLOCK_HALF
+from deer_vla_ros.sim.state import Pose, TableState
 from deer_vla_ros.sim.table import Table
 from deer_vla_ros.sim.tasks import BY_NAME, TASKS, held, stacked
 
@@ -81,6 +84,20 @@ def test_a_block_goes_into_the_drawer_and_out_again():
         assert do(table, "close_drawer")
         assert do(table, "open_drawer")
         assert do(table, "take_out_of_drawer")
+
+
+@pytest.mark.parametrize("degrees", [0, 20, 45])
+def test_a_block_is_held_across_as_well(degrees):
+    def turned(position, turn):
+        return Pose(np.array(position), np.array([0.0, 0.0, np.sin(turn / 2), np.cos(turn / 2)]))
+
+    down = Pose(np.array([0.4, 0.0, 0.2]), np.array([1.0, 0.0, 0.0, 0.0]))
+    red, away = turned([0.4, 0.0, 0.2], np.deg2rad(degrees)), turned([0.5, 0.1, 0.023], 0.0)
+    width = 2 * BLOCK_HALF * (np.cos(np.deg2rad(degrees)) + np.sin(np.deg2rad(degrees)))
+    state = TableState(red, away, away, 0.0, 0.0, False, False, 0.0, down, opening=width)
+    assert held(state) == "red"
+    assert held(dataclasses.replace(state, opening=width + 0.004)) is None, "the fingers do not touch it"
+    assert held(dataclasses.replace(state, opening=0.02)) is None, "no block fits in there"
 
 
 def test_blocks_are_stacked_and_unstacked():

@@ -28,7 +28,7 @@ STATE = HeadState(torch.zeros(1), torch.zeros(1))
 
 
 def output(pose: torch.Tensor, logit: torch.Tensor) -> HeadOutput:
-    return HeadOutput(pose, logit, STATE)
+    return HeadOutput(pose, logit, STATE, pose)
 
 
 def some_targets(seed: int = 1) -> ActionTargets:

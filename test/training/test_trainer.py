@@ -75,6 +75,7 @@ def _frame(random, brightness):
         "actions": actions,
         "valid": np.array([True, True, random.random() < 0.5]),
         "points": random.uniform(0.2, 0.5, (3, 3)),
+        "yaws": random.uniform(-0.7, 0.7, 3),
         "pixels": random.uniform(-0.1, 1.1, (3, 2, 2)),
     }
 

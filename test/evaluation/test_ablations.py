@@ -1,0 +1,62 @@
+"""Do the ablations change what they say, and nothing else?"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deer_vla_ros.budget.calibration import Calibration
+from deer_vla_ros.evaluation import ablations
+from deer_vla_ros.model.checkpoint import EMBEDDED
+from deer_vla_ros.training.recipe import Recipe, Train
+
+RECIPE = Path(__file__).parents[2] / "config" / "training" / "ablation.yaml"
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda parts: sum(parts) > 0.01),
+    st.lists(st.integers(1, 80), min_size=1, max_size=30),
+)
+def test_a_schedule_gives_every_exit_its_share_as_nearly_as_whole_steps_can(parts, lengths):
+    shares = dict(zip((1, 3, 5), np.array(parts) / sum(parts)))
+    steps_by_time = [sum(length > time for length in lengths) for time in range(max(lengths))]
+    schedule = ablations.by_time(shares, steps_by_time)
+    assert [layer for layer, _ in schedule] == [1, 3] and schedule[0][1] <= schedule[1][1]
+    coarsest = max(steps_by_time) / sum(steps_by_time) / 2
+    for (_, until), wanted in zip(schedule, np.cumsum(list(shares.values()))):
+        assert sum(steps_by_time[:until]) / sum(lengths) == pytest.approx(wanted, abs=coarsest + 1e-9)
+
+
+def test_every_network_is_trained_by_the_recipe_but_for_its_switch(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ablations, "_call", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(ablations, "_calibrate", lambda folder, tell: None)
+    setting = ablations.Setting(RECIPE, tmp_path / "data", tmp_path / "out", processes=2, fraction=0.3)
+    folders = ablations.networks(setting, lambda line: None)
+    recipes = {
+        name: Recipe.read(path)
+        for name, path in zip(folders, (arguments[arguments.index("--config") + 1] for arguments in calls))
+    }
+    assert len({str(folder) for folder in folders.values()}) == len(recipes) == len(ablations.TRAINED)
+    whole = recipes.pop(ablations.ALL_PARTS)
+    assert whole.steps == Recipe.read(RECIPE).steps and whole.network.config().head.lstm_layers == 1
+    for name, recipe in recipes.items():
+        network, train = ablations.TRAINED[name]
+        assert network or train
+        for step in recipe.steps:
+            if isinstance(step, Train):
+                assert all(getattr(step, field) == value for field, value in train.items())
+        assert [getattr(step, "steps", None) for step in recipe.steps] == [getattr(step, "steps", None) for step in whole.steps]
+    assert recipes["no LSTM"].network.config().head.lstm_layers == 0
+
+
+def test_the_criteria_and_thresholds_are_compared_at_one_cost():
+    calibration = Calibration.load(EMBEDDED)
+    shares = ablations.shares_within(calibration, EMBEDDED, 0.5)
+    assert sum(shares.values()) == pytest.approx(1) and tuple(shares) == calibration.exits
+    deeper = ablations.family_thresholds(calibration, EMBEDDED, "exp", 0.8)
+    assert len(deeper) == len(calibration.exits)
+    assert deeper != ablations.family_thresholds(calibration, EMBEDDED, "exp", 0.4)
