@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from deer_vla_ros.budget.cost import layers_within
 from deer_vla_ros.budget.keeper import BudgetKeeper
+from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.budget.types import Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
@@ -35,7 +37,8 @@ class BudgetedStep:
 class BudgetedPolicy:
     """A policy whose exit rule is always the budget's. One thread at a time, but for `check` and `status`."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, latencies: LatencyTable | None = None):
+        """latencies: taken for those of every step, in place of what it really takes."""
         info = checkpoint.info
         self._model, self._bytes_per_weight = info.model, checkpoint.model.dtype.itemsize
         self._keeper = BudgetKeeper.of(checkpoint)
@@ -43,6 +46,9 @@ class BudgetedPolicy:
         self._keeper.set_resident(self._layers.count)
         self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._keeper.rule)
         self._can_reload = checkpoint.folder is not None
+        self._has_table = latencies is not None
+        if latencies is not None:
+            self._keeper.latency.use(latencies)
         self.problem = ""
 
     @property
@@ -86,6 +92,11 @@ class BudgetedPolicy:
         except UserError as error:
             self.problem = str(error)
 
+    def wait_for_layers(self) -> None:
+        """Until layers that a budget has room for again are here; a replay does not depend on how fast a disk is."""
+        self._layers.wait()
+        self.absorb()
+
     def close(self) -> None:
         """Ends what goes on in the background; no step comes after it."""
         self._layers.close()
@@ -99,6 +110,8 @@ class BudgetedPolicy:
     def step(self, observation: Observation) -> BudgetedStep:
         """One decision, entered into the account; the next one's rule may be another. Raises what the inference raises."""
         step, budget_id = self._policy.step(observation), self._keeper.budget_id
+        if self._has_table:
+            step = dataclasses.replace(step, times=self._keeper.latency.times(step))
         cost = self._keeper.book(step)
         self._policy.rule = self._keeper.rule
         return BudgetedStep(step, cost, budget_id)

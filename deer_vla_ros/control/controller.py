@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus
 from deer_vla_ros.control.budgeted_policy import BudgetedPolicy, BudgetedStep
 from deer_vla_ros.control.gripper import GripperSwitch
@@ -18,7 +19,7 @@ from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
 from deer_vla_ros.control.pace import Pace
 from deer_vla_ros.control.types import Camera, Command, Decision, Frame, HoldReason, MeasuredPose, Pose, Twist
-from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.inference.types import Observation, StageTimes
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.checkpoint import Checkpoint
 
@@ -51,10 +52,17 @@ class Controller:
     Inputs may be given from any thread; `start`, `tick` and the budget from one thread at a time.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: ControllerSettings, action_space: ActionSpace | None = None):
-        """action_space: units, frame and gripper values of this robot, where they are not the checkpoint's."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: ControllerSettings,
+        action_space: ActionSpace | None = None,
+        latencies: LatencyTable | None = None,
+    ):
+        """action_space: units, frame and gripper values of this robot, where they are not the checkpoint's. latencies: taken for those of
+        every step, in place of what it really takes (replay)."""
         self.action_space = action_space or checkpoint.info.action_space
-        self._policy = BudgetedPolicy(checkpoint)
+        self._policy = BudgetedPolicy(checkpoint, latencies)
         self._gate = InputGate(settings.inputs, self.action_space.frame)
         self._settings = settings
         self._instruction = ""
@@ -110,6 +118,10 @@ class Controller:
     def set_budget(self, budget: Budget) -> None:
         """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays."""
         self._policy.set(budget)
+
+    def wait_for_layers(self) -> None:
+        """Until layers that a new budget has room for are loaded: the next step may go there."""
+        self._policy.wait_for_layers()
 
     def close(self) -> None:
         """Ends what goes on in the background; no tick comes after it."""
@@ -176,10 +188,10 @@ class Controller:
         """The last command was not given to the arm: the next one starts from the measured pose."""
         self._held = self._last_target = None
 
-    def tick(self, now_ns: int, finished: Callable[[], int] | None = None) -> Command | None:
+    def tick(self, now_ns: int, finished: Callable[[StageTimes], int] | None = None) -> Command | None:
         """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None: nothing to say.
 
-        finished: tells the time when the inference is over, for then the inputs are judged once more; without it (replay) an
+        finished: tells the time when the inference, which took so long, is over, for then the inputs are judged once more; without it an
         inference takes no time.
         """
         self._policy.absorb()
@@ -191,7 +203,7 @@ class Controller:
             self._gate.mark_seen(inputs.pair)
             return None if self._is_repeated(reasons, now_ns) else self._hold(inputs, reasons, now_ns)
         if self._pace.admits(inputs.pair[0].stamp_ns):
-            return self._act(inputs, now_ns, finished or (lambda: now_ns))
+            return self._act(inputs, now_ns, finished or (lambda times: now_ns))
         reasons = self.holding  # a hold whose reason is gone lasts until the next step
         return None if not reasons or self._is_repeated(reasons, now_ns) else self._hold(inputs, reasons, now_ns)
 
@@ -227,7 +239,7 @@ class Controller:
         self._held = None
         return self._hold(inputs, (HoldReason.CLOCK_JUMPED,), now_ns)
 
-    def _act(self, inputs: Inputs, now_ns: int, finished: Callable[[], int]) -> Command:
+    def _act(self, inputs: Inputs, now_ns: int, finished: Callable[[StageTimes], int]) -> Command:
         static, gripper = inputs.pair
         self._gate.mark_seen(inputs.pair)
         self._pace.take(static.stamp_ns)
@@ -238,7 +250,8 @@ class Controller:
         except Exception as error:  # whatever the device or the network throws: the arm holds, and the reason is told
             return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), now_ns, error=f"{type(error).__name__}: {error}")
         decision = self._decide(inputs, step, now_ns)
-        after, after_ns = self._gate.snapshot(), finished()
+        after_ns = finished(step.policy.times)
+        after = self._gate.snapshot()
         if not step.policy.action.is_finite:
             return self._refuse(after, (HoldReason.NOT_FINITE,), after_ns, decision)
         # Much may have happened during the inference: what it decided is given only to an arm that may still be moved.

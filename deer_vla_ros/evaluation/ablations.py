@@ -25,7 +25,7 @@ from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.families import FAMILIES, thresholds_within
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.depth_curve import Point
-from deer_vla_ros.evaluation.json_file import write_text
+from deer_vla_ros.json_file import write_text
 from deer_vla_ros.model.checkpoint import CONFIG, load_info
 
 ALL_PARTS = "all parts"

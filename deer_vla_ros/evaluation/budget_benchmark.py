@@ -22,10 +22,10 @@ from deer_vla_ros.budget.calibration import Calibration, episode_features
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget
-from deer_vla_ros.evaluation.json_file import write_json
 from deer_vla_ros.evaluation.table_episodes import table_episodes
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.json_file import write_json
 from deer_vla_ros.model.checkpoint import Checkpoint, load
 
 BUDGETS = 12

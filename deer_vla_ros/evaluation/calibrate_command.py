@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.json_file import write_json
+from deer_vla_ros.json_file import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def set_default(folder: Path, fraction: float) -> None:
 
     from deer_vla_ros.budget.keeper import BudgetKeeper
     from deer_vla_ros.budget.types import Budget
-    from deer_vla_ros.evaluation.json_file import write_text
+    from deer_vla_ros.json_file import write_text
     from deer_vla_ros.model.checkpoint import CONFIG, load
 
     checkpoint, budget = load(folder), Budget(average_fraction=fraction, governor=False)

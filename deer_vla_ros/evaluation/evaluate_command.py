@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.json_file import write_json
+from deer_vla_ros.json_file import write_json
 
 LANES = 8
 """Chains in lock step in one process. They are always run in the same eights, so that every repetition gives the same numbers."""

@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.json_file import write_json
+from deer_vla_ros.json_file import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.json_file import write_text
+from deer_vla_ros.json_file import write_text
 
 
 class ResumeFile:

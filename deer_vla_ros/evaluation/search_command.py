@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.json_file import write_json
+from deer_vla_ros.json_file import write_json
 
 SEARCH_SET = -1
 """The set of chains whose seeds lie right below evaluation's."""

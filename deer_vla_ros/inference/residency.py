@@ -91,6 +91,11 @@ class ResidentLayers:
         self._count = self._wanted
         return True
 
+    def wait(self) -> None:
+        """Until what is loading is loaded, or has failed."""
+        if self._load is not None:
+            self._load.join()
+
     def close(self) -> None:
         """Ends a load in progress and waits for its thread; layers in place stay."""
         self._end_load()

@@ -40,7 +40,7 @@ import time
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.json_file import write_json
+from deer_vla_ros.json_file import write_json
 from deer_vla_ros.ros.demo_command import HIGHEST_PORTABLE_DOMAIN, positive_seconds
 
 STEPS = 50

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from rclpy.impl.rcutils_logger import RcutilsLogger
 
 from deer_vla_ros.budget.cost import layers_within
+from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
 from deer_vla_ros.ros import parameters
 
 
-def warm_controller(given: dict[str, Any], log: RcutilsLogger) -> Controller:
-    """A controller as the parameter values say, every exit run once; raises UserError, and tells what was loaded."""
+class Log(Protocol):
+    """What a node's logger and Python's have in common."""
+
+    def info(self, message: str) -> object: ...
+    def warning(self, message: str) -> object: ...
+
+
+def warm_controller(given: dict[str, Any], log: Log, latencies: LatencyTable | None = None) -> Controller:
+    """A controller as the parameter values say, every exit run once; raises UserError, and tells what was loaded.
+
+    latencies: as Controller takes them.
+    """
     if given["model.cpu_threads"] > 0:
         torch.set_num_threads(given["model.cpu_threads"])
     device = _device(given["model.device"])
@@ -25,7 +35,7 @@ def warm_controller(given: dict[str, Any], log: RcutilsLogger) -> Controller:
     resident = layers_within(checkpoint.load_info(folder).model, dtype.itemsize, budget.memory_gib)
     loaded = checkpoint.load(folder, device, dtype, resident)
     space = parameters.action_space(given, loaded.info.action_space)
-    controller = Controller(loaded, parameters.controller_settings(given), space)
+    controller = Controller(loaded, parameters.controller_settings(given), space, latencies)
     controller.warm_up()
     controller.check_budget(budget)
     controller.set_budget(budget)

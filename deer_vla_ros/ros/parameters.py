@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
-from rclpy.parameter import Parameter
 
 from deer_vla_ros.budget.types import UNITS, Budget
-from deer_vla_ros.control.controller import ControllerSettings
+from deer_vla_ros.control.controller import Controller, ControllerSettings
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
 from deer_vla_ros.errors import UserError
@@ -42,6 +43,21 @@ class Declaration:
     choices: tuple[str, ...] = ()
     live: bool = False
     is_budget: bool = False
+
+    def checked(self, value: Any, where: str) -> Any:
+        """The value in the parameter's type; UserError where the node would refuse it."""
+        kind = type(self.default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is list and isinstance(value, (list, tuple)):
+            value = [float(each) if isinstance(each, (int, float)) else each for each in value]
+        if type(value) is not kind:
+            raise UserError(f"{where}: {self.name} is {value!r}: give a {kind.__name__}")
+        if self.choices and value not in self.choices:
+            raise UserError(f"{where}: {self.name} is {value!r}: use one of {', '.join(self.choices)}")
+        if self.low is not None and not self.low <= value <= self.high:
+            raise UserError(f"{where}: {self.name} is {value!r}: give {self.low:g} to {self.high:g}")
+        return value
 
     def descriptor(self) -> ParameterDescriptor:
         unit = f" [{self.unit}]" if self.unit else ""
@@ -282,10 +298,73 @@ def budget(given: dict[str, Any]) -> Budget:
     return Budget(**{field.name: given[f"budget.{field.name}"] for field in dataclasses.fields(Budget)})
 
 
-def budget_names(changed: list[Parameter]) -> list[str]:
-    """Which budgets are among changed parameters, by the names of `Budget`'s fields."""
-    names = (parameter.name.removeprefix("budget.") for parameter in changed if parameter.name.startswith("budget."))
+def budget_names(changed: Iterable[str]) -> list[str]:
+    """Which budgets are among the names of changed parameters, as `Budget`'s fields are called."""
+    names = (name.removeprefix("budget.") for name in changed if name.startswith("budget."))
     return [name for name in names if name in UNITS]
+
+
+def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable[[Controller], None]]:
+    """What the names of changed parameters mean to a controller, each change by what it is about: to be applied between two ticks."""
+    changed, found = list(changed), {}
+    if any(name.startswith(("inputs.", "guard.", "action.")) for name in changed):
+        settings = controller_settings(given)
+        found["settings"] = lambda controller: setattr(controller, "settings", settings)
+    if budget_names(changed) or "budget.governor" in changed:
+        asked = budget(given)
+        found["budget"] = lambda controller: controller.set_budget(asked)
+    return found
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """Every parameter's value where a ROS parameter file is given to the node: its own, and the defaults of those it leaves out.
+
+    UserError for a file that is none, a name that no parameter has, or a value that the node would refuse.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give a parameter file such as config/deer_vla.yaml"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    return with_defaults(_of_node(tree if isinstance(tree, dict) else {}), str(path))
+
+
+def _of_node(tree: dict[str, Any]) -> dict[str, Any]:
+    """Values by name of what a file says to this node: under its name or a wildcard, in a namespace or not."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        parts = str(key).strip("/").split("/")
+        if not isinstance(value, dict):
+            continue
+        if parts[-1] in (NODE_NAME, "*", "**") and isinstance(value.get("ros__parameters"), dict):
+            found |= _flat(value["ros__parameters"])
+        found |= _of_node({name: inner for name, inner in value.items() if name != "ros__parameters"})
+    return found
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Every parameter's value, those of `values` (by name) checked as the node checks them; UserError, `where` first."""
+    found = {declaration.name: declaration.default for declaration in DECLARATIONS}
+    declared = {declaration.name: declaration for declaration in DECLARATIONS}
+    for name, value in values.items():
+        if name == "use_sim_time" or name.startswith("qos_overrides"):
+            continue
+        if name not in declared:
+            raise UserError(f"{where}: no parameter {name}: see config/deer_vla.yaml")
+        found[name] = declared[name].checked(value, where)
+    controller_settings(found)
+    budget(found).check()
+    return found
 
 
 def render_yaml() -> str:

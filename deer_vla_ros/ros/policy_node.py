@@ -180,7 +180,7 @@ class PolicyNode(LifecycleNode):
                 self._wake.clear()
                 self._apply_changes()
                 self._busy_since = time.monotonic()
-                command = controller.tick(self._now_ns(), self._now_ns)
+                command = controller.tick(self._now_ns(), lambda times: self._now_ns())
                 with self._output_lock:
                     self._busy_since = None
                     if self._overruled:
@@ -271,7 +271,7 @@ class PolicyNode(LifecycleNode):
         try:
             given = parameters.values(self, {parameter.name: parameter.value for parameter in changed})
             parameters.controller_settings(given)
-            asked, names = parameters.budget(given), parameters.budget_names(changed)
+            asked, names = parameters.budget(given), parameters.budget_names(parameter.name for parameter in changed)
             asked.check() if self._controller is None else self._controller.check_budget(asked, names)
         except UserError as error:
             return SetParametersResult(successful=False, reason=str(error))
@@ -281,14 +281,9 @@ class PolicyNode(LifecycleNode):
         """Hands accepted values to the control thread, which applies them all between two ticks; where there is none, does it itself."""
         if self._controller is None:
             return  # configure reads them
-        given = parameters.values(self)
+        changes = parameters.changes((parameter.name for parameter in changed), parameters.values(self))
         with self._changes_lock:
-            if any(parameter.name.startswith(("inputs.", "guard.", "action.")) for parameter in changed):
-                settings = parameters.controller_settings(given)
-                self._changes["settings"] = lambda controller: setattr(controller, "settings", settings)
-            if parameters.budget_names(changed) or any(parameter.name == "budget.governor" for parameter in changed):
-                asked = parameters.budget(given)
-                self._changes["budget"] = lambda controller: controller.set_budget(asked)
+            self._changes |= changes
         if self._thread is None:
             self._apply_changes()
         self._wake.set()

@@ -104,4 +104,6 @@ def test_a_layer_weighs_its_parameters():
     for config, bytes_per_weight in ((tabletop(), 4), (openflamingo_3b(2), 2), (openflamingo_9b(4), 4)):
         for i, layer in enumerate(on_meta(config).layers):
             parameters = sum(parameter.numel() for parameter in layer.parameters())
-            assert layer_gib(config, i, bytes_per_weight) == pytest.approx(parameters * bytes_per_weight / GIB, rel=0.02), "but for norms"
+            assert layer_gib(config, i, bytes_per_weight) == pytest.approx(parameters * bytes_per_weight / GIB, rel=0.02), (
+                "but for norms"
+            )

@@ -85,7 +85,7 @@ class Robot:
         original = policy.step
         policy.step = lambda observation: (happens(end), original(observation))[1]
         try:
-            return self.controller.tick(self.now + MS, lambda: end)
+            return self.controller.tick(self.now + MS, lambda times: end)
         finally:
             policy.step = original
 

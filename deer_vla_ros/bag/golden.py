@@ -1,0 +1,32 @@
+"""Does it still decide as it did? Decisions kept in a file, and the first one that differs: a regression test for a robot's recordings."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from itertools import zip_longest
+from pathlib import Path
+
+from deer_vla_ros.bag.rows import DECIDED, Row, RowWriter, difference, read_rows
+from deer_vla_ros.json_file import write_text
+
+
+def compare(rows: Iterable[Row], golden: Path, tolerance: float) -> str:
+    """Empty where decisions agree with those of a golden file, else the first that differs and by how much; UserError for no such file."""
+    for index, (ours, theirs) in enumerate(zip_longest(rows, read_rows(golden))):
+        if ours is None:
+            return f"step {index} (stamp {theirs['stamp'] / 1e9:.9f}): the golden file has it, the replay ends before"
+        if theirs is None:
+            return f"step {index} (stamp {ours['stamp'] / 1e9:.9f}): the replay has it, the golden file ends before"
+        if found := difference(index, ours, theirs, tolerance):
+            return str(found)
+    return ""
+
+
+def write(rows: Iterable[Row], golden: Path) -> None:
+    """Keeps decisions, in one piece."""
+    text = io.StringIO(newline="")
+    writer = RowWriter(text, DECIDED)
+    for row in rows:
+        writer.write(row)
+    write_text(golden, text.getvalue())

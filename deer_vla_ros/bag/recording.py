@@ -1,0 +1,151 @@
+"""What is in a recording? A rosbag2 folder or file, MCAP or sqlite3, compressed or not, read as a stream.
+
+Nothing is read that is not asked for, and no more than a chunk is held at a time. Whatever is wrong with a file is said in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rosbags.interfaces import Connection, MessageDefinitionFormat
+from rosbags.rosbag2 import Reader
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+
+import deer_vla_ros.msg
+from deer_vla_ros.errors import UserError
+
+Result = TypeVar("Result")
+
+STORAGES = (".mcap", ".db3")
+METADATA = "metadata.yaml"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One recorded message, not decoded: its topic and type, when it was received [ns], and its CDR bytes."""
+
+    topic: str
+    type: str
+    time_ns: int
+    data: bytes
+
+
+class Recording:
+    """An open recording; use it as a context manager. UserError for a file that cannot be opened or read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.exists():
+            raise UserError(f"{path}: no such recording: give a rosbag2 folder, or a .mcap or .db3 file")
+        if path.is_file() and path.suffix not in STORAGES:
+            raise UserError(f"{path}: not a recording: give a rosbag2 folder, or a .mcap or .db3 file")
+        if path.is_dir() and not (path / METADATA).is_file():
+            raise UserError(
+                f"{path}: no {METADATA} in it, as the recorder leaves when it ends: run `ros2 bag reindex {path}`, or give the "
+                ".mcap or .db3 file in it"
+            )
+        self._reader = self._guarded(lambda: Reader(path))
+        self._guarded(self._reader.open)
+        if not self._reader.message_count:
+            self._reader.close()
+            raise UserError(f"{path}: the recording is empty: record it again, with the cameras running")
+        self.start_ns, self.end_ns = int(self._reader.start_time), int(self._reader.end_time)
+        self.topics: dict[str, str] = {each.topic: each.msgtype for each in self._reader.connections}
+        self.counts: dict[str, int] = {}
+        for each in self._reader.connections:
+            self.counts[each.topic] = self.counts.get(each.topic, 0) + each.msgcount
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Every topic as it was recorded, with type, quality of service and definition."""
+        return list(self._reader.connections)
+
+    def messages(self, topics: set[str], start_ns: int | None = None, stop_ns: int | None = None) -> Iterator[Record]:
+        """Messages of these topics, received from `start_ns` on and before `stop_ns`, in the order in which they were received.
+
+        What lies before is not read: index or database lead to the first one.
+        """
+        wanted = [each for each in self._reader.connections if each.topic in topics]
+        if not wanted:
+            return
+        stream = self._guarded(lambda: self._reader.messages(wanted, start_ns, stop_ns))
+        last_ns = start_ns
+        while True:
+            try:
+                connection, time_ns, data = next(stream)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever a parser raises when it is fed with arbitrary bytes
+                so_far = "" if last_ns is None else f", {(last_ns - self.start_ns) / 1e9:.1f} s from its beginning"
+                raise UserError(f"{self.path}: damaged{so_far} ({_one_line(error)}): {_remedy(self.path)}") from error
+            last_ns = int(time_ns)
+            yield Record(connection.topic, connection.msgtype, last_ns, bytes(data))
+
+    def _guarded(self, call: Callable[[], Result]) -> Result:
+        """UserError for whatever a parser raises when it is fed with arbitrary bytes."""
+        try:
+            return call()
+        except Exception as error:
+            raise UserError(f"{self.path}: cannot be read ({_one_line(error)}): {_remedy(self.path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    name = path if path.is_file() else path / "FILE"
+    return (
+        f"it was cut short or damaged: recover what is left with `mcap recover {name}` or sqlite3's .recover, "
+        f"then `ros2 bag reindex`, or record it again"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@cache
+def types() -> Typestore:
+    """ROS 2 Jazzy's message types and this package's."""
+    store = get_typestore(Stores.ROS2_JAZZY)
+    for path in sorted(_definitions().glob("*.msg")):
+        store.register(get_types_from_msg(path.read_text(), f"deer_vla_ros/msg/{path.stem}"))
+    return store
+
+
+def _definitions() -> Path:
+    """The folder of this package's .msg files, installed beside the generated classes' prefix."""
+    for parent in Path(deer_vla_ros.msg.__file__).parents:
+        if (folder := parent / "share" / "deer_vla_ros" / "msg").is_dir():
+            return folder
+    raise UserError("the message definitions are not installed: run `make build`, or build the workspace again")
+
+
+def decode(record: Record) -> Any:
+    """The message; its fields are those of the ROS class. UserError where the bytes do not fit the type."""
+    try:
+        return types().deserialize_cdr(record.data, record.type)
+    except Exception as error:  # whatever a parser raises when it is fed with arbitrary bytes
+        raise UserError(f"{record.topic}: {len(record.data)} bytes are no {record.type} ({_one_line(error)})") from error
+
+
+def definition(connection: Connection) -> tuple[str, str] | None:
+    """Message definition and RIHS01 hash of a topic, as recorded or as this installation knows the type; None where neither is."""
+    store = types()
+    if connection.msgdef.format is not MessageDefinitionFormat.NONE and connection.digest:
+        return connection.msgdef.data, connection.digest
+    if connection.msgtype not in store.fielddefs:
+        return None
+    return store.generate_msgdef(connection.msgtype, ros_version=2)[0], store.hash_rihs01(connection.msgtype)

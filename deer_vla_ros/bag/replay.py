@@ -1,0 +1,206 @@
+"""What would the policy have done on this recording? The node's controller, driven by recorded messages and bag time alone.
+
+Two ways. In lock step: every message is heard when it was received, and the controller is ticked as the node ticks it, at every
+new pair of frames and at the control rate; an inference takes no time, or as long as a latency table says. Along recorded steps: the
+controller is given just the inputs that a live node's `~/step` messages name, since one dropped frame changes the temporal state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deer_vla_ros.bag.inputs import CAMERAS, GRIPPER, INSTRUCTION, PARAMETERS, POSE, STATIC, STEPS, Stamps, Tally, image, stamp_of
+from deer_vla_ros.bag.recording import Record
+from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.control.types import Command
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.types import StageTimes
+from deer_vla_ros.ros.conversions import measured_pose
+from deer_vla_ros.ros.stamped import nanoseconds
+
+Messages = Iterator[tuple[str, Record, Any]]
+"""What `inputs.messages` gives."""
+REMEMBERED = 200
+"""Messages of each input among which the one that a recorded step names is looked for."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Something that the controller said.
+
+    now_ns: the controller's time; received_ns: when the newest recorded message was received by then. wall_ms: what the tick really took.
+    recorded: the live node's step that was followed, None in lock step.
+    """
+
+    now_ns: int
+    received_ns: int
+    command: Command
+    wall_ms: float
+    recorded: Any = None
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A message at the controller: when, by its clock and by the recorder's; put hands it over and says whether a tick may have something
+    to do."""
+
+    time_ns: int
+    received_ns: int
+    put: Callable[[Controller], bool]
+
+
+ParameterChange = Callable[[Controller, Any], bool]
+"""Applies a parameter event; whether it changed anything."""
+
+
+def arrivals(messages: Messages, stamps: Stamps, tally: Tally, on_parameters: ParameterChange) -> Iterator[Arrival]:
+    """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left out."""
+    for name, record, message in messages:
+        put = _put(name, record, message, tally, on_parameters)
+        if put is not None:
+            yield Arrival(stamps.time(record.time_ns, stamp_of(message)), record.time_ns, put)
+
+
+def _put(
+    name: str, record: Record, message: Any, tally: Tally, on_parameters: ParameterChange
+) -> Callable[[Controller], bool] | None:
+    if name in CAMERAS:
+        try:
+            frame = image(record, message)
+        except UserError as error:
+            tally.skip(record.topic, str(error))
+            return None
+        return lambda controller: controller.put_frame(CAMERAS[name], frame)
+    if name == POSE:
+        pose = measured_pose(message)
+        return lambda controller: controller.put_pose(pose) or False
+    if name == INSTRUCTION:
+        return lambda controller: controller.put_instruction(message.data) or True
+    if name == PARAMETERS:
+        return lambda controller: on_parameters(controller, message)
+    return None
+
+
+def lockstep(controller: Controller, coming: Iterator[Arrival], inference_takes_time: bool) -> Iterator[Moment]:
+    """Everything that the controller says while the recording goes by.
+
+    inference_takes_time: as long as the steps' times say; what arrives meanwhile waits, and the newest wins, as in the node.
+    """
+    clock = _Clock(coming)
+
+    def finished(times: StageTimes) -> int:
+        if inference_takes_time:
+            clock.advance(round(times.total * 1e6), controller)
+        return clock.now_ns
+
+    controller.start()
+    period_ns = round(1e9 / controller.settings.rate_hz)
+    due_ns = None
+    while clock.next is not None:
+        if due_ns is None or clock.next.time_ns < due_ns - 10 * period_ns:  # the beginning, or time went back
+            due_ns = clock.next.time_ns
+        if clock.next.time_ns > due_ns:
+            if due_ns >= clock.now_ns:  # else an inference was going on at that time
+                clock.now_ns, clock.woken = due_ns, True
+            due_ns += period_ns
+        else:
+            clock.take(controller)
+        while clock.woken:
+            clock.woken = False
+            began = time.perf_counter()
+            command = controller.tick(clock.now_ns, finished)
+            if command is not None:
+                yield Moment(clock.now_ns, clock.received_ns, command, (time.perf_counter() - began) * 1e3)
+
+
+class _Clock:
+    """Bag time, and what has arrived by it."""
+
+    def __init__(self, coming: Iterator[Arrival]):
+        self._coming = coming
+        self.next = next(coming, None)
+        self.now_ns = self.received_ns = 0
+        self.woken = False
+
+    def take(self, controller: Controller) -> None:
+        """Hands over the next message; time goes on to it, or back."""
+        self.now_ns, self.received_ns = self.next.time_ns, self.next.received_ns
+        self.woken = self.next.put(controller) or self.woken
+        self.next = next(self._coming, None)
+
+    def advance(self, duration_ns: int, controller: Controller) -> None:
+        """Time goes on by so much; what arrives meanwhile is handed over."""
+        until = self.now_ns + duration_ns
+        while self.next is not None and self.now_ns <= self.next.time_ns <= until:
+            self.take(controller)
+        self.now_ns = until
+
+
+def along_steps(controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange) -> Iterator[Moment]:
+    """The recorded steps once more, each on the inputs that it names.
+
+    A step whose inputs are not in the recording is counted and left out, and so are those after it until an episode begins: they rest on
+    a memory that is not known.
+    """
+    recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {name: OrderedDict() for name in (STATIC, GRIPPER, POSE)}
+    is_known = False
+    controller.start()
+    for name, record, message in messages:
+        if name in recent:
+            recent[name][stamp_of(message)] = record, message
+            if len(recent[name]) > REMEMBERED:
+                recent[name].popitem(last=False)
+        elif name == PARAMETERS:
+            on_parameters(controller, message)
+        elif name == STEPS:
+            is_known = is_known or message.episode_step == 0
+            if not is_known:
+                tally.skip(record.topic, "the episode began before the recording, or lacks inputs: its memory is not known")
+                continue
+            try:
+                yield _again(controller, record, message, recent, tally)
+            except _Missing as missing:
+                tally.skip(record.topic, f"{missing} is not in the recording, or cannot be decoded")
+                is_known = False
+
+
+class _Missing(Exception):
+    """An input that a recorded step names."""
+
+
+def _again(
+    controller: Controller, record: Record, step: Any, recent: Mapping[str, OrderedDict[int, tuple[Record, Any]]], tally: Tally
+) -> Moment:
+    named = {GRIPPER: step.gripper_stamp, STATIC: step.static_stamp, POSE: step.pose_stamp}
+    found = {name: recent[name].get(nanoseconds(stamp)) for name, stamp in named.items()}
+    for name, one in found.items():
+        put = _put(name, *one, tally, _no_parameters) if one else None
+        if put is None:
+            raise _Missing(f"{name} of step {step.step}")
+        put(controller)
+    controller.put_instruction(step.instruction)
+    if step.episode_step == 0:
+        controller.request_reset()
+    published_ns = nanoseconds(step.header.stamp) + round(step.stamp_to_publish_ms * 1e6)
+
+    def finished(times: StageTimes) -> int:
+        newest = [message for its, message in recent[POSE].values() if its.time_ns <= record.time_ns]
+        if newest:
+            controller.put_pose(measured_pose(newest[-1]))
+        return published_ns
+
+    now_ns = nanoseconds(step.static_stamp) + round(step.static_age_ms * 1e6)
+    began = time.perf_counter()
+    command = controller.tick(now_ns, finished)
+    wall_ms = (time.perf_counter() - began) * 1e3
+    if command is None:
+        raise _Missing(f"what made the live node step on {GRIPPER} and {STATIC} in step {step.step}")
+    return Moment(now_ns, record.time_ns, command, wall_ms, recorded=step)
+
+
+def _no_parameters(controller: Controller, event: Any) -> bool:
+    return False

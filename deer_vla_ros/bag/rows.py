@@ -1,0 +1,134 @@
+"""What is a decision, as a line of a table? Every field of `PolicyStep`, so that two of them can be compared to the bit."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from rosbags.interfaces import Nodetype
+
+from deer_vla_ros.bag.recording import types
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros.stamped import nanoseconds
+
+STEP_TYPE = "deer_vla_ros/msg/PolicyStep"
+TIMINGS = ("preprocess_ms", "vision_ms", "language_ms", "head_ms", "total_ms", "stamp_to_publish_ms")
+"""Fields that say how fast the machine was, not what was decided."""
+WALL = "wall_ms"
+"""What a replayed tick really took."""
+STAMPS = ("static_stamp", "gripper_stamp", "pose_stamp")
+INPUTS = ("stamp", "frame_id", *STAMPS, "static_age_ms", "gripper_age_ms", "pose_age_ms", "skew_ms")
+FIELDS = ("stamp", "frame_id", *(name for name, _ in types().fielddefs[STEP_TYPE][1] if name != "header"))
+DECIDED = tuple(name for name in FIELDS if name not in TIMINGS)
+
+Row = dict[str, Any]
+"""By field name: numbers, text, or lists of either; stamps as integer nanoseconds."""
+
+
+def row_of(message: Any) -> Row:
+    """A `PolicyStep` message, as it was decoded from a recording."""
+    row: Row = {"stamp": nanoseconds(message.header.stamp), "frame_id": message.header.frame_id}
+    for name in FIELDS[2:]:
+        value = getattr(message, name)
+        if name in STAMPS:
+            value = nanoseconds(value)
+        row[name] = value.tolist() if isinstance(value, np.ndarray) else value
+    return row
+
+
+def text_of(value: Any) -> str:
+    """A value as a cell: floats with as many digits as it takes to read the same one back, list items separated by spaces."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(text_of, value))
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+class RowWriter:
+    """Lines of some fields of rows, as CSV with a header."""
+
+    def __init__(self, file: TextIO, fields: Iterable[str]):
+        self._fields = tuple(fields)
+        self._writer = csv.writer(file, lineterminator="\n")
+        self._writer.writerow(self._fields)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._writer.writerow([text_of(row[name]) for name in self._fields])
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Decisions of a `steps.csv`; UserError for a file that is none."""
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != DECIDED:
+                raise UserError(f"{path}: not the decisions of a replay of this version: write it again with --golden {path}")
+            for row in reader:
+                yield {name: _value(name, text) for name, text in row.items()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): write it with --golden {path}") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: damaged ({error}): write it again with --golden {path}") from error
+
+
+_KINDS = dict(types().fielddefs[STEP_TYPE][1])
+
+
+def _value(name: str, text: str) -> Any:
+    """Inverse of `text_of` for the field `name`."""
+    if name == "stamp" or name in STAMPS:
+        return int(text)
+    if name == "frame_id":
+        return text
+    kind, detail = _KINDS[name]
+    if kind in (Nodetype.ARRAY, Nodetype.SEQUENCE):
+        return [_number(detail[0][1][0], part) for part in text.split()]
+    return _number(detail[0], text)
+
+
+def _number(kind: str, text: str) -> Any:
+    if kind == "string":
+        return text
+    return float(text) if kind.startswith("float") else int(text)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two decisions part. index: of the step, from 0; by: how far apart two numbers are, infinite for anything else."""
+
+    index: int
+    stamp: int
+    field: str
+    ours: Any
+    theirs: Any
+    by: float
+
+    def __str__(self) -> str:
+        far = "" if math.isinf(self.by) else f", {self.by:.3g} apart"
+        return f"step {self.index} (stamp {self.stamp / 1e9:.9f}): {self.field} is {text_of(self.ours)}, not {text_of(self.theirs)}{far}"
+
+
+def difference(index: int, ours: Row, theirs: Row, tolerance: float, fields: Iterable[str] = DECIDED) -> Difference | None:
+    """The first field, in the order of `fields`, in which two decisions differ by more than `tolerance`; None where they agree.
+
+    Whole numbers, words and the lengths of lists have to be equal. NaN equals NaN.
+    """
+    for name in fields:
+        by = _distance(ours[name], theirs[name])
+        if by > tolerance:
+            return Difference(index, ours["stamp"], name, ours[name], theirs[name], by)
+    return None
+
+
+def _distance(ours: Any, theirs: Any) -> float:
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return max(map(_distance, ours, theirs), default=0.0)
+    if isinstance(ours, float) and isinstance(theirs, float):
+        if ours == theirs or (math.isnan(ours) and math.isnan(theirs)):
+            return 0.0
+        return math.inf if math.isnan(ours) or math.isnan(theirs) else abs(ours - theirs)
+    return 0.0 if ours == theirs else math.inf

@@ -1,0 +1,282 @@
+"""One recording, one set of parameters: from the first message to tables and a recording of what the policy would have said."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from deer_vla_ros.bag.inputs import INSTRUCTION, STATIC, STEPS, Stamps, Tally, find_topics, image, messages
+from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
+from deer_vla_ros.bag.recording import Record, Recording, decode
+from deer_vla_ros.bag.replay import Messages, Moment, along_steps, arrivals, lockstep
+from deer_vla_ros.bag.rows import DECIDED, INPUTS, STEP_TYPE, TIMINGS, WALL, Difference, Row, RowWriter, difference, row_of
+from deer_vla_ros.bag.writing import OUTPUTS, TARGET, ReplayBag
+from deer_vla_ros.budget.latency import LatencyTable
+from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.control.types import HoldReason
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros.cdr import to_cdr
+from deer_vla_ros.ros.conversions import measured_pose, step_message
+from deer_vla_ros.ros.loading import warm_controller
+from deer_vla_ros.ros.stamped import nanoseconds
+
+STEPS_CSV, TIMINGS_CSV, HOLDS_CSV, BAG = "steps.csv", "timings.csv", "holds.csv", "bag"
+THUMBNAILS = 12
+FOLLOWED = tuple(name for name in DECIDED if name not in (*INPUTS[5:], "step", "episode", "budget_id", "verdict", "reasons"))
+"""What a replay along recorded steps has to decide as the live node did: all but numbers that count from the node's start, ages, which
+the controller's clock rounds, and what the guard made of it, which rests on poses that came while the live node was thinking."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is replayed, and how.
+
+    given: value of every parameter of the node. topics: recorded topic by the node's. clock: of inputs.CLOCKS. start_s, duration_s: of the
+    recording, from its beginning; None: to its end. instruction: in place of the recorded ones. follow: along recorded steps. keep: names of
+    parameters (their beginnings) on which recorded changes have no effect.
+    """
+
+    bag: Path
+    given: dict[str, Any]
+    topics: Mapping[str, str] = field(default_factory=dict)
+    clock: str = "receive"
+    start_s: float = 0.0
+    duration_s: float | None = None
+    instruction: str | None = None
+    follow: bool = False
+    keep: tuple[str, ...] = ()
+    latencies: LatencyTable | None = None
+    with_inputs: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a report needs to know of one decision; times from the beginning of the recording [s]."""
+
+    stamp: int
+    seconds: float
+    exit_layer: int
+    language_gmac: float
+    total_gmac: float
+    wall_ms: float
+    action: np.ndarray
+    target: tuple[np.ndarray, np.ndarray] | None
+    held: bool
+
+
+@dataclass
+class Result:
+    """One run. holds: [start s, reasons] of each. thumbnails: [s, (H, W, 3) image] of the static camera. recorded_targets: by stamp, as the
+    arm was told when it was recorded. differences: from the recorded steps, where they were followed."""
+
+    label: str
+    steps: list[Step] = field(default_factory=list)
+    holds: list[tuple[float, tuple[HoldReason, ...]]] = field(default_factory=list)
+    thumbnails: list[tuple[float, np.ndarray]] = field(default_factory=list)
+    recorded_targets: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    notes: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    seconds: float = 0.0
+    wall_s: float = 0.0
+    language_gmac_full: float = 0.0
+    exits: tuple[int, ...] = ()
+    dropped: int = 0
+    parameter_events: int = 0
+
+    @property
+    def hold_reasons(self) -> Counter[str]:
+        """How often a hold began, by reason."""
+        return Counter(reason.name for _, reasons in self.holds for reason in reasons)
+
+
+def run(
+    request: Request,
+    label: str,
+    folder: Path | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Result:
+    """Replays, and writes into `folder` (which must not be there yet), where one is given: steps.csv, timings.csv, holds.csv and bag/.
+
+    on_row: is given every decision. on_progress: the share of the recording that is done. UserError for a recording that cannot be
+    replayed, or that leads to no step.
+    """
+    check_clock(request.given, request.latencies is not None)
+    with contextlib.ExitStack() as stack:
+        recording = stack.enter_context(Recording(request.bag))
+        topics = find_topics(recording, request.topics)
+        if request.follow and STEPS not in topics:
+            raise UserError(f"{request.bag} has no topic {STEPS} to follow: record ~/step too, or replay without --follow")
+        if request.instruction is None and INSTRUCTION not in topics and not request.follow:
+            raise UserError(
+                f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, or say what to do with --instruction"
+            )
+        controller = warm_controller(request.given, logging.getLogger(__name__), request.latencies)
+        stack.callback(controller.close)
+        return _Run(request, label, recording, topics, controller, folder, stack).finish(on_row, on_progress)
+
+
+class _Run:
+    """One run in progress."""
+
+    def __init__(
+        self,
+        request: Request,
+        label: str,
+        recording: Recording,
+        topics: dict[str, str],
+        controller: Controller,
+        folder: Path | None,
+        stack: contextlib.ExitStack,
+    ):
+        self._request, self._recording, self._controller = request, recording, controller
+        self._topics = {name: topic for name, topic in topics.items() if name != STEPS or request.follow}
+        if request.instruction is not None or request.follow:
+            self._topics.pop(INSTRUCTION, None)
+        self._result = result = Result(label)
+        self._events = ParameterEvents(request.given, request.keep, request.latencies is not None)
+        self._start_ns = recording.start_ns + round(request.start_s * 1e9)
+        self._stop_ns = recording.end_ns
+        if request.duration_s is not None:
+            self._stop_ns = min(self._stop_ns, self._start_ns + round(request.duration_s * 1e9))
+        if self._start_ns >= recording.end_ns:
+            raise UserError(
+                f"--start is {request.start_s:g} s, but {request.bag} is {(recording.end_ns - recording.start_ns) / 1e9:.1f} s long"
+            )
+        self._bag: ReplayBag | None = None
+        self._files: dict[str, RowWriter] = {}
+        if folder is not None:
+            folder.mkdir(parents=True)
+            for name, fields in (
+                (STEPS_CSV, DECIDED),
+                (TIMINGS_CSV, ("step", *TIMINGS, WALL)),
+                (HOLDS_CSV, ("time_ns", "reasons")),
+            ):
+                file: TextIO = stack.enter_context(open(folder / name, "w", newline=""))
+                self._files[name] = RowWriter(file, fields)
+            self._bag = ReplayBag(folder / BAG, recording, result.tally, request.with_inputs)
+        self._targets_topic = next((t for t in recording.topics if t.rpartition("/")[2] == TARGET), None)
+        self._next_thumbnail = 0
+
+    def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float], None]) -> Result:
+        began, result = time.perf_counter(), self._result
+        moments = self._moments(on_progress)
+        try:
+            for moment in moments:
+                self._take(moment, on_row)
+            if self._bag:
+                self._bag.close()
+        except BaseException:
+            if self._bag:
+                self._bag.abort()
+            raise
+        if not result.steps:
+            held = ", ".join(f"{reason} ({HoldReason[reason].value})" for reason in result.hold_reasons) or "nothing arrived"
+            left_out = "; ".join(result.tally.lines())
+            raise UserError(f"{self._request.bag}: no step was taken: {held}{'; ' + left_out if left_out else ''}")
+        result.seconds, result.wall_s = (self._stop_ns - self._start_ns) / 1e9, time.perf_counter() - began
+        result.dropped, result.parameter_events = self._controller.dropped, self._events.applied
+        result.notes += sorted(self._events.notes)
+        return result
+
+    def _moments(self, on_progress: Callable[[float], None]) -> Iterator[Moment]:
+        request = self._request
+        heard = self._heard(on_progress)
+        if request.follow:
+            return along_steps(self._controller, heard, self._result.tally, self._events.apply)
+        if request.instruction is not None:
+            self._controller.put_instruction(request.instruction)
+        stamps = Stamps(request.clock, request.bag)
+        coming = arrivals(heard, stamps, self._result.tally, self._events.apply)
+        return lockstep(self._controller, coming, inference_takes_time=request.latencies is not None)
+
+    def _heard(self, on_progress: Callable[[float], None]) -> Messages:
+        """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report needs."""
+        copy = self._copy if self._bag and self._request.with_inputs or self._targets_topic else None
+        window, span = (self._start_ns, self._stop_ns), max(1, self._stop_ns - self._start_ns)
+        for name, record, message in messages(self._recording, self._topics, self._result.tally, window, copy):
+            if name == STATIC:
+                on_progress((record.time_ns - self._start_ns) / span)
+                self._thumbnail(record, message, span)
+            yield name, record, message
+
+    def _copy(self, record: Record) -> None:
+        if self._bag:
+            self._bag.copy(record)
+        if record.topic == self._targets_topic and record.type == OUTPUTS[f"/{TARGET}"]:
+            with contextlib.suppress(UserError):  # a damaged one is one less to compare with
+                pose = measured_pose(decode(record))
+                self._result.recorded_targets[pose.stamp_ns] = pose.pose.position, pose.pose.quaternion
+
+    def _thumbnail(self, record: Record, message: Any, span: int) -> None:
+        seconds = (record.time_ns - self._start_ns) / 1e9
+        if (record.time_ns - self._start_ns) * THUMBNAILS >= self._next_thumbnail * span:
+            self._next_thumbnail += 1
+            with contextlib.suppress(UserError):
+                self._result.thumbnails.append((seconds, image(record, message).image[::2, ::2].copy()))
+
+    def _take(self, moment: Moment, on_row: Callable[[Row], None]) -> None:
+        """Enters what the controller said."""
+        command, result = moment.command, self._result
+        seconds = (moment.received_ns - self._start_ns) / 1e9
+        if command.error:
+            raise UserError(f"{self._request.bag}: the inference failed {seconds:.3f} s from the start: {command.error}")
+        step = None
+        if command.decision is not None:
+            step = self._enter(moment, seconds, on_row)
+        if command.holds and (not result.holds or result.holds[-1][1] != command.holds or self._moved):
+            result.holds.append((seconds, command.holds))
+            if self._files:
+                self._files[HOLDS_CSV].write({"time_ns": moment.now_ns, "reasons": [reason.name for reason in command.holds]})
+        self._moved = not command.holds
+        if self._bag:
+            self._bag.add(command, step, self._controller.action_space.frame, moment.received_ns)
+
+    _moved = False
+
+    def _enter(self, moment: Moment, seconds: float, on_row: Callable[[Row], None]) -> bytes:
+        """One decision, and its `~/step` message."""
+        command, result, decision = moment.command, self._result, moment.command.decision
+        message = step_message(decision, self._controller.action_space.frame, _published(moment))
+        data = to_cdr(message)
+        row = row_of(decode(Record(STEPS, STEP_TYPE, 0, data)))
+        if moment.recorded is not None:
+            if found := difference(len(result.steps), row, row_of(moment.recorded), 0.0, FOLLOWED):
+                result.differences.append(found)
+        on_row(row)
+        if self._files:
+            self._files[STEPS_CSV].write(row)
+            self._files[TIMINGS_CSV].write({**row, WALL: moment.wall_ms})
+        target = None if command.target is None else (command.target.position, command.target.quaternion)
+        result.exits, result.language_gmac_full = decision.policy.exits, decision.cost.language_gmac_full
+        result.steps.append(
+            Step(
+                stamp=decision.stamp_ns,
+                seconds=seconds,
+                exit_layer=decision.policy.exit_layer,
+                language_gmac=decision.cost.language_gmac,
+                total_gmac=decision.cost.total_gmac,
+                wall_ms=moment.wall_ms,
+                action=decision.policy.action.pose,
+                target=target,
+                held=bool(decision.held),
+            )
+        )
+        return data
+
+
+def _published(moment: Moment) -> int:
+    """When the command went out, in bag time."""
+    recorded = moment.recorded
+    if recorded is not None:
+        return nanoseconds(recorded.header.stamp) + round(recorded.stamp_to_publish_ms * 1e6)
+    return moment.now_ns
