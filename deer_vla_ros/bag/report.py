@@ -28,7 +28,7 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
         "label": result.label,
         "steps": len(steps),
         "language_gmac_mean": float(np.mean([step.language_gmac for step in steps])),
-        "language_gmac_full": result.language_gmac_full,
+        "language_gmac_full": float(np.mean([step.language_gmac_full for step in steps])),
         "total_gmac_mean": float(np.mean([step.total_gmac for step in steps])),
         "exit_shares": {str(layer): float((exits == layer).mean()) for layer in result.exits},
         "deviation_from_full_depth": _figures(away),

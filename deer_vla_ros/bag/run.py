@@ -18,7 +18,7 @@ from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.replay import Messages, Moment, along_steps, arrivals, lockstep
 from deer_vla_ros.bag.rows import DECIDED, INPUTS, STEP_TYPE, TIMINGS, WALL, Difference, Row, RowWriter, difference, row_of
-from deer_vla_ros.bag.writing import OUTPUTS, TARGET, ReplayBag
+from deer_vla_ros.bag.writing import POSE_TYPE, TARGET, ReplayBag
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import HoldReason
@@ -65,6 +65,7 @@ class Step:
     seconds: float
     exit_layer: int
     language_gmac: float
+    language_gmac_full: float
     total_gmac: float
     wall_ms: float
     action: np.ndarray
@@ -87,7 +88,6 @@ class Result:
     differences: list[Difference] = field(default_factory=list)
     seconds: float = 0.0
     wall_s: float = 0.0
-    language_gmac_full: float = 0.0
     exits: tuple[int, ...] = ()
     dropped: int = 0
     parameter_events: int = 0
@@ -164,7 +164,7 @@ class _Run:
                 file: TextIO = stack.enter_context(open(folder / name, "w", newline=""))
                 self._files[name] = RowWriter(file, fields)
             self._bag = ReplayBag(folder / BAG, recording, result.tally, request.with_inputs)
-        self._targets_topic = next((t for t in recording.topics if t.rpartition("/")[2] == TARGET), None)
+        self._targets_topic = next((each for each in recording.topics if each.endswith(TARGET)), None)
         self._next_thumbnail = 0
 
     def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float], None]) -> Result:
@@ -212,7 +212,7 @@ class _Run:
     def _copy(self, record: Record) -> None:
         if self._bag:
             self._bag.copy(record)
-        if record.topic == self._targets_topic and record.type == OUTPUTS[f"/{TARGET}"]:
+        if record.topic == self._targets_topic and record.type == POSE_TYPE:
             with contextlib.suppress(UserError):  # a damaged one is one less to compare with
                 pose = measured_pose(decode(record))
                 self._result.recorded_targets[pose.stamp_ns] = pose.pose.position, pose.pose.quaternion
@@ -257,13 +257,14 @@ class _Run:
             self._files[STEPS_CSV].write(row)
             self._files[TIMINGS_CSV].write({**row, WALL: moment.wall_ms})
         target = None if command.target is None else (command.target.position, command.target.quaternion)
-        result.exits, result.language_gmac_full = decision.policy.exits, decision.cost.language_gmac_full
+        result.exits = decision.policy.exits
         result.steps.append(
             Step(
                 stamp=decision.stamp_ns,
                 seconds=seconds,
                 exit_layer=decision.policy.exit_layer,
                 language_gmac=decision.cost.language_gmac,
+                language_gmac_full=decision.cost.language_gmac_full,
                 total_gmac=decision.cost.total_gmac,
                 wall_ms=moment.wall_ms,
                 action=decision.policy.action.pose,

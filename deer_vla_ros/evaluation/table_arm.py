@@ -28,16 +28,17 @@ class TableArm:
         pose = self.table.tcp_pose()
         return np.concatenate([pose.position, pose.quaternion])
 
-    def step(self, action: np.ndarray, gripper_open: bool) -> None:
-        """One control step of STEP_S seconds: action (6,) in -1..1."""
+    def step(self, action: np.ndarray, gripper_open: bool) -> Pose:
+        """One control step of STEP_S seconds: action (6,) in -1..1; returns the target that the arm was given."""
         measured = self.table.tcp_pose()
         measured = Pose(measured.position, measured.quaternion)
         guarded = guard(LIMITS, self._last_target or measured, measured, *motion_of(action, TABLETOP))
         if guarded.arm_moved:  # the node holds a step and starts again from where the arm is
             self._last_target = None
-            self.table.set_target(measured.position, measured.quaternion)
+            target = measured
         else:
-            self._last_target = guarded.target
-            self.table.set_target(guarded.target.position, guarded.target.quaternion)
+            target = self._last_target = guarded.target
             self.table.set_gripper(TABLETOP.gripper_open if gripper_open else TABLETOP.gripper_closed)
+        self.table.set_target(target.position, target.quaternion)
         self.table.advance(STEP_S)
+        return target

@@ -9,9 +9,12 @@ command's arrival, and OpenGL stays in one thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from builtin_interfaces.msg import Time
@@ -19,6 +22,7 @@ from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
@@ -33,6 +37,9 @@ from deer_vla_ros.sim.referee import Referee
 from deer_vla_ros.sim.scene import MAX_OPENING
 from deer_vla_ros.sim.table import Table
 
+if TYPE_CHECKING:
+    from deer_vla_ros.ros.table_recording import TableRecorder
+
 BASE_FRAME = "base"
 POSE_RATE_HZ = 50.0
 MODES = ("paced", "lockstep")
@@ -46,8 +53,9 @@ _LOG_EVERY = 2.0  # s between repetitions of the same complaint
 class TableNode(Node):
     """Node `table`. `run()` does the work in the calling thread until `stop` is set."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, recorder: TableRecorder | None = None) -> None:
         super().__init__("table")
+        self._recorder = recorder
         self._stop = stop
         self._declare_parameters()
         self._seed = self.get_parameter("seed").value
@@ -202,7 +210,11 @@ class TableNode(Node):
             target, self._target = self._target, None
             gripper, self._gripper = self._gripper, None
             instruction, self._instruction = self._instruction, None
+        for topic, text in (("gripper_command", gripper), ("target_pose", target)):
+            if text is not None:
+                self._record(topic, text)
         if instruction is not None:
+            self._record("instruction", String(data=instruction))
             self._judged = instruction
             self._referee.begin(instruction, self._table.state())
         if gripper is not None:
@@ -254,13 +266,22 @@ class TableNode(Node):
     def _publish_poses(self) -> None:
         now = self._now()
         if self._clock_topic is not None:
-            self._clock_topic.publish(Clock(clock=now))
-        self._ee_pose.publish(pose_message(self._table.tcp_pose(), BASE_FRAME, nanoseconds(now)))
+            self._tell(self._clock_topic, "/clock", Clock(clock=now))
+        self._tell(self._ee_pose, "ee_pose", pose_message(self._table.tcp_pose(), BASE_FRAME, nanoseconds(now)))
         joints = JointState(name=list(self._table.joint_names))
         joints.header.stamp = now
         joints.position = self._table.joint_positions().tolist()
         joints.velocity = self._table.joint_velocities().tolist()
-        self._joint_states.publish(joints)
+        self._tell(self._joint_states, "joint_states", joints)
+
+    def _tell(self, publisher: Publisher, topic: str, message: Any) -> None:
+        publisher.publish(message)
+        self._record(topic, message)
+
+    def _record(self, topic: str, message: Any) -> None:
+        """Where it is recorded: as received now."""
+        if self._recorder is not None:
+            self._recorder.write(topic, message, nanoseconds(self._now()))
 
     def _publish_frame(self) -> None:
         """Both cameras at one stamp; in lock step then waits for the answer to it."""
@@ -271,17 +292,28 @@ class TableNode(Node):
         if self._lockstep:
             with self._inbox:
                 self._awaited = now
-        self._static_image.publish(image_message(views.static, "static_camera", nanoseconds(now)))
-        self._gripper_image.publish(image_message(views.gripper, "gripper_camera", nanoseconds(now)))
+        self._tell(self._static_image, "camera/static/image_raw", image_message(views.static, "static_camera", nanoseconds(now)))
+        self._tell(
+            self._gripper_image, "camera/gripper/image_raw", image_message(views.gripper, "gripper_camera", nanoseconds(now))
+        )
         if self._lockstep:
             timeout = self.get_parameter("clock.lockstep_timeout_s").value
             self._wait(time.monotonic() + timeout, over=lambda: self._awaited is None)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Runs the node until SIGINT or SIGTERM (0); `args` as for rclpy.init. A wrong parameter raises UserError."""
-    with ros_process(args) as stop:
-        node = TableNode(stop)
+def main(args: list[str] | None = None, record: Path | None = None) -> int:
+    """Runs the node until SIGINT or SIGTERM (0); `args` as for rclpy.init. record: folder of a recording to be made.
+
+    A wrong parameter raises UserError.
+    """
+    with contextlib.ExitStack() as stack:
+        stop, recorder = stack.enter_context(ros_process(args)), None
+        if record is not None:
+            from deer_vla_ros.ros.table_recording import TableRecorder  # only here: it brings the policy's action space along
+
+            recorder = TableRecorder(record)
+            stack.callback(recorder.close)
+        node = TableNode(stop, recorder)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         failures: list[BaseException] = []

@@ -1,0 +1,114 @@
+"""What does a recording of the table look like? The node's topics as rosbag2, live, or of the scripted expert as fast as it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from geometry_msgs.msg import PoseStamped
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+
+from deer_vla_ros.bag.bag_file import BagFile
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.table_arm import STEP_S, TableArm
+from deer_vla_ros.model.action_space import TABLETOP
+from deer_vla_ros.ros.cdr import to_cdr
+from deer_vla_ros.ros.stamped import image_message, pose_message, stamp
+from deer_vla_ros.sim.expert import act
+from deer_vla_ros.sim.referee import task_called
+from deer_vla_ros.sim.table import Table
+from deer_vla_ros.sim.tasks import Task
+
+FRAME = "base"
+TYPES = {
+    "camera/static/image_raw": Image,
+    "camera/gripper/image_raw": Image,
+    "ee_pose": PoseStamped,
+    "joint_states": JointState,
+    "instruction": String,
+    "target_pose": PoseStamped,
+    "gripper_command": Float64MultiArray,
+    "/clock": Clock,
+}
+BEGINS_NS = 1_800_000_000_000_000_000
+"""Stamp of the expert's first frame: some moment, always the same."""
+STEP_LIMIT = 80
+MS = 1_000_000
+
+
+class TableRecorder:
+    """Writes what the table publishes and hears."""
+
+    def __init__(self, folder: Path):
+        self._file = BagFile(folder)
+        for topic, kind in TYPES.items():
+            package, name = kind.__module__.split(".")[0], kind.__name__
+            self._file.declare(_absolute(topic), f"{package}/msg/{name}")
+
+    def write(self, topic: str, message: Any, time_ns: int) -> None:
+        """A message of a topic of TYPES."""
+        self._file.write(_absolute(topic), to_cdr(message), time_ns)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _absolute(topic: str) -> str:
+    return "/" + topic.lstrip("/")
+
+
+def record_expert(folder: Path, seed: int, instructions: list[str]) -> list[tuple[str, bool, int]]:
+    """The expert follows one instruction after the other; what the cameras saw and what the arm was told is recorded.
+
+    Returns each instruction, whether it was done, and in how many steps. UserError for words that name no task, or a task that makes no
+    sense by then; nothing is written then.
+    """
+    tasks = [_task(text) for text in instructions]
+    recorder = TableRecorder(folder)
+    now_ns, told = BEGINS_NS, []
+    with Table(seed) as table:
+        arm = TableArm(table)
+        for text, task in zip(instructions, tasks):
+            before = table.state()
+            if not task.possible(before):
+                raise UserError(f"--show {text!r} makes no sense by then: give another one, or another --seed")
+            recorder.write("instruction", String(data=text), now_ns)
+            is_done, steps = False, 0
+            while not is_done and steps < STEP_LIMIT:
+                _frame(recorder, table, now_ns)
+                intent = act(task.name, table.state())
+                target = arm.step(intent.pose, intent.open)
+                _command(recorder, target, intent.open, now_ns)
+                now_ns, steps = now_ns + round(STEP_S * 1e9), steps + 1
+                is_done = task.succeeded(before, table.state())
+            told.append((text, is_done, steps))
+        _frame(recorder, table, now_ns)
+    recorder.close()
+    return told
+
+
+def _task(text: str) -> Task:
+    task = task_called(text)
+    if task is None:
+        raise UserError(f"--show {text!r} names no task of the table: say it as docs/explanation/embedded-model.md lists them")
+    return task
+
+
+def _frame(recorder: TableRecorder, table: Table, stamp_ns: int) -> None:
+    """Both cameras, pose and joints of one moment, each received a little later than it was stamped."""
+    views = table.render()
+    joints = JointState(name=list(table.joint_names), position=table.joint_positions().tolist())
+    joints.header.stamp = stamp(stamp_ns)
+    recorder.write("ee_pose", pose_message(table.tcp_pose(), FRAME, stamp_ns), stamp_ns + 1 * MS)
+    recorder.write("joint_states", joints, stamp_ns + 1 * MS)
+    recorder.write("camera/gripper/image_raw", image_message(views.gripper, "gripper_camera", stamp_ns), stamp_ns + 2 * MS)
+    recorder.write("camera/static/image_raw", image_message(views.static, "static_camera", stamp_ns), stamp_ns + 3 * MS)
+
+
+def _command(recorder: TableRecorder, target: Pose, is_open: bool, stamp_ns: int) -> None:
+    opening = TABLETOP.gripper_open if is_open else TABLETOP.gripper_closed
+    recorder.write("target_pose", pose_message(target, FRAME, stamp_ns), stamp_ns + 10 * MS)
+    recorder.write("gripper_command", Float64MultiArray(data=[float(opening)]), stamp_ns + 10 * MS)
