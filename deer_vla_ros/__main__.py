@@ -38,6 +38,7 @@ COMMANDS = {
         "deer_vla_ros.evaluation.calibrate_command", "measures the deltas of all exits for a checkpoint's budgets"
     ),
     "record-demos": Command("deer_vla_ros.evaluation.record_command", "demonstrations on the simulated table, for training"),
+    "convert-bag": Command("deer_vla_ros.bag.convert_command", "recordings of a robot as a training dataset"),
     "train": Command("deer_vla_ros.training.train_command", "makes a network by a recipe, from demonstrations to a checkpoint"),
     "evaluate": Command("deer_vla_ros.evaluation.evaluate_command", "scores chains of instructions on the simulated table"),
     "search": Command("deer_vla_ros.evaluation.search_command", "Bayesian optimisation of thresholds in closed loop"),

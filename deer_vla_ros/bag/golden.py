@@ -6,8 +6,11 @@ import io
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
+from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, Row, RowWriter, difference, read_rows
+from deer_vla_ros.bag.run import run
 from deer_vla_ros.json_file import write_text
 
 
@@ -30,3 +33,23 @@ def write(rows: Iterable[Row], golden: Path) -> None:
     for row in rows:
         writer.write(row)
     write_text(golden, text.getvalue())
+
+
+def decisions(bag: Path | str, **how: Any) -> list[Row]:
+    """Everything that the policy decides on a recording; `how` as request.request takes it: params, budget, topics, instruction, ..."""
+    rows: list[Row] = []
+    run(request(Path(bag), **how), "replay", on_row=rows.append)
+    return rows
+
+
+def assert_replays(bag: Path | str, golden: Path | str, tolerance: float = 0.0, **how: Any) -> int:
+    """For tests: fails, naming the first step that differs and by how much, unless the policy decides as a golden file says.
+
+    Returns how many decisions were compared. tolerance: by how much numbers may differ; 0 holds on one machine and one installation.
+    """
+    __tracebackhide__ = True  # pytest shows the caller's line
+    rows = decisions(bag, **how)
+    differs = compare(rows, Path(golden), tolerance)
+    if differs:
+        raise AssertionError(f"{bag}: {differs}")
+    return len(rows)

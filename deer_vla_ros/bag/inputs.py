@@ -15,6 +15,7 @@ from deer_vla_ros.ros.stamped import nanoseconds
 
 STATIC, GRIPPER = (f"camera/{camera.value}/image_raw" for camera in Camera)
 POSE, INSTRUCTION, STEPS, PARAMETERS = "ee_pose", "instruction", "deer_vla/step", "parameter_events"
+TARGET, GRIPPER_COMMAND = "target_pose", "gripper_command"
 CAMERAS = {STATIC: Camera.STATIC, GRIPPER: Camera.GRIPPER}
 COMPRESSED = "sensor_msgs/msg/CompressedImage"
 TYPES: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,8 @@ TYPES: dict[str, tuple[str, ...]] = {
     INSTRUCTION: ("std_msgs/msg/String",),
     STEPS: ("deer_vla_ros/msg/PolicyStep",),
     PARAMETERS: ("rcl_interfaces/msg/ParameterEvent",),
+    TARGET: ("geometry_msgs/msg/PoseStamped",),
+    GRIPPER_COMMAND: ("std_msgs/msg/Float64MultiArray",),
 }
 """What the node calls its topics, and the types that it takes there."""
 NEEDED = (STATIC, GRIPPER, POSE)

@@ -131,78 +131,42 @@ def _check(args: argparse.Namespace) -> None:
 
 def requests_of(args: argparse.Namespace):
     """What to replay, by label: one run for each --budget, or one as the parameters say."""
-    from deer_vla_ros.bag.run import Request
-    from deer_vla_ros.budget.latency import TABLE, LatencyTable
-    from deer_vla_ros.model.checkpoint import folder_of
-    from deer_vla_ros.ros import parameters
+    from deer_vla_ros.bag.request import request
 
-    given = parameters.from_file(args.params) if args.params else parameters.with_defaults({}, "replay")
-    table = args.latency_table
-    if table is None and (stored := folder_of(given["model.path"]) / TABLE).is_file():
-        table = stored
-    latencies = LatencyTable.load(table) if table else None
     common = {
-        "bag": args.bag,
-        "topics": dict(_renamed(text) for text in args.topic),
+        "params": args.params,
+        "topics": dict(renamed(text) for text in args.topic),
         "clock": args.clock,
         "start_s": args.start,
         "duration_s": args.duration,
         "instruction": args.instruction,
         "follow": args.follow,
+        "latency_table": args.latency_table,
         "with_inputs": not args.no_inputs,
     }
-    if not args.budget:
-        uses_ms = any(given[name] for name in ("budget.average_ms", "budget.deadline_ms"))
-        return {OWN: Request(given=given, latencies=latencies if uses_ms or args.latency_table else None, **common)}
-    found = {}
-    for text in args.budget:
-        budget = parameters.with_defaults({**given, **_no_budget(), **_budget(text)}, f"--budget {text}")
-        uses_ms = any(budget[name] for name in ("budget.average_ms", "budget.deadline_ms"))
-        clock = latencies if uses_ms or args.latency_table else None
-        found[text] = Request(given=budget, latencies=clock, keep=("budget.",), **common)
-    return found
+    return {text or OWN: request(args.bag, budget=text, **common) for text in args.budget or [""]}
 
 
-def _renamed(text: str) -> tuple[str, str]:
+def renamed(text: str) -> tuple[str, str]:
+    """The node's topic and the recorded one of a --topic argument; UserError."""
     name, mark, topic = text.partition(":=")
     if not (mark and name and topic):
-        raise UserError(f"replay: --topic is {text!r}: give NAME:=TOPIC, such as camera/static/image_raw:=/cam0/image_raw")
+        raise UserError(f"--topic is {text!r}: give NAME:=TOPIC, such as camera/static/image_raw:=/cam0/image_raw")
     return name.strip("/"), topic
-
-
-def _no_budget() -> dict[str, float]:
-    from deer_vla_ros.budget.types import AVERAGES, PEAKS
-
-    return dict.fromkeys((f"budget.{name}" for name in (*AVERAGES, *PEAKS)), 0.0)
-
-
-def _budget(text: str) -> dict[str, float]:
-    known = _no_budget()
-    found = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        name = f"budget.{name.removeprefix('budget.')}"
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = math.nan
-        if name not in known or not (math.isfinite(found[name]) and found[name] > 0):
-            names = ", ".join(each.removeprefix("budget.") for each in known)
-            raise UserError(f"replay: --budget is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {names}")
-    return found
 
 
 def _full_depth(requests):
     """The same recording with every step to the last layer; None where the checkpoint cannot tell how (it has no calibration)."""
     import dataclasses
 
+    from deer_vla_ros.bag.request import no_budget
     from deer_vla_ros.budget.calibration import Calibration
     from deer_vla_ros.model.checkpoint import folder_of
 
     first = next(iter(requests.values()))
     if Calibration.load(folder_of(first.given["model.path"])) is None:
         return None
-    given = {**first.given, **_no_budget(), "budget.average_fraction": 1.0}
+    given = {**first.given, **no_budget(), "budget.average_fraction": 1.0}
     return dataclasses.replace(first, given=given, latencies=None, keep=("budget.",))
 
 

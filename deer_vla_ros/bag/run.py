@@ -13,12 +13,23 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from deer_vla_ros.bag.inputs import INSTRUCTION, STATIC, STEPS, Stamps, Tally, find_topics, image, messages
+from deer_vla_ros.bag.inputs import (
+    GRIPPER_COMMAND,
+    INSTRUCTION,
+    STATIC,
+    STEPS,
+    TARGET,
+    Stamps,
+    Tally,
+    find_topics,
+    image,
+    messages,
+)
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.replay import Messages, Moment, along_steps, arrivals, lockstep
 from deer_vla_ros.bag.rows import DECIDED, INPUTS, STEP_TYPE, TIMINGS, WALL, Difference, Row, RowWriter, difference, row_of
-from deer_vla_ros.bag.writing import POSE_TYPE, TARGET, ReplayBag
+from deer_vla_ros.bag.writing import ReplayBag
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import HoldReason
@@ -139,7 +150,8 @@ class _Run:
         stack: contextlib.ExitStack,
     ):
         self._request, self._recording, self._controller = request, recording, controller
-        self._topics = {name: topic for name, topic in topics.items() if name != STEPS or request.follow}
+        unused = {GRIPPER_COMMAND} if request.follow else {GRIPPER_COMMAND, STEPS}
+        self._topics = {name: topic for name, topic in topics.items() if name not in unused}
         if request.instruction is not None or request.follow:
             self._topics.pop(INSTRUCTION, None)
         self._result = result = Result(label)
@@ -164,7 +176,6 @@ class _Run:
                 file: TextIO = stack.enter_context(open(folder / name, "w", newline=""))
                 self._files[name] = RowWriter(file, fields)
             self._bag = ReplayBag(folder / BAG, recording, result.tally, request.with_inputs)
-        self._targets_topic = next((each for each in recording.topics if each.endswith(TARGET)), None)
         self._next_thumbnail = 0
 
     def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float], None]) -> Result:
@@ -201,21 +212,16 @@ class _Run:
 
     def _heard(self, on_progress: Callable[[float], None]) -> Messages:
         """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report needs."""
-        copy = self._copy if self._bag and self._request.with_inputs or self._targets_topic else None
+        copy = self._bag.copy if self._bag and self._request.with_inputs else None
         window, span = (self._start_ns, self._stop_ns), max(1, self._stop_ns - self._start_ns)
         for name, record, message in messages(self._recording, self._topics, self._result.tally, window, copy):
             if name == STATIC:
                 on_progress((record.time_ns - self._start_ns) / span)
                 self._thumbnail(record, message, span)
-            yield name, record, message
-
-    def _copy(self, record: Record) -> None:
-        if self._bag:
-            self._bag.copy(record)
-        if record.topic == self._targets_topic and record.type == POSE_TYPE:
-            with contextlib.suppress(UserError):  # a damaged one is one less to compare with
-                pose = measured_pose(decode(record))
+            if name == TARGET:
+                pose = measured_pose(message)
                 self._result.recorded_targets[pose.stamp_ns] = pose.pose.position, pose.pose.quaternion
+            yield name, record, message
 
     def _thumbnail(self, record: Record, message: Any, span: int) -> None:
         seconds = (record.time_ns - self._start_ns) / 1e9

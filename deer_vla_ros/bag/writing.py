@@ -7,16 +7,13 @@ from pathlib import Path
 from std_msgs.msg import Float64MultiArray
 
 from deer_vla_ros.bag.bag_file import BagFile
-from deer_vla_ros.bag.inputs import STEPS, Tally
+from deer_vla_ros.bag.inputs import GRIPPER_COMMAND, STEPS, TARGET, TYPES, Tally
 from deer_vla_ros.bag.recording import Record, Recording, definition
-from deer_vla_ros.bag.rows import STEP_TYPE
 from deer_vla_ros.control.types import Command
 from deer_vla_ros.ros.cdr import to_cdr
 from deer_vla_ros.ros.stamped import pose_message
 
-STEP, TARGET, GRIPPER_COMMAND = f"/{STEPS}", "/target_pose", "/gripper_command"
-POSE_TYPE = "geometry_msgs/msg/PoseStamped"
-OUTPUTS = {STEP: STEP_TYPE, TARGET: POSE_TYPE, GRIPPER_COMMAND: "std_msgs/msg/Float64MultiArray"}
+OUTPUTS = {f"/{name}": TYPES[name][0] for name in (STEPS, TARGET, GRIPPER_COMMAND)}
 RECORDED = "/recorded"
 """Before the names of recorded topics that the replay's own would be mixed with."""
 
@@ -45,11 +42,11 @@ class ReplayBag:
     def add(self, command: Command, step: bytes | None, frame_id: str, time_ns: int) -> None:
         """What the policy said at `time_ns`; step: its `~/step` message."""
         if step is not None:
-            self._file.write(STEP, step, time_ns)
+            self._file.write(f"/{STEPS}", step, time_ns)
         if command.gripper is not None:
-            self._file.write(GRIPPER_COMMAND, to_cdr(Float64MultiArray(data=[float(command.gripper)])), time_ns)
+            self._file.write(f"/{GRIPPER_COMMAND}", to_cdr(Float64MultiArray(data=[float(command.gripper)])), time_ns)
         if command.target is not None:
-            self._file.write(TARGET, to_cdr(pose_message(command.target, frame_id, command.stamp_ns)), time_ns)
+            self._file.write(f"/{TARGET}", to_cdr(pose_message(command.target, frame_id, command.stamp_ns)), time_ns)
 
     def close(self) -> None:
         self._file.close()

@@ -39,10 +39,10 @@ FEW_SAMPLES = 200
 
 @dataclass(frozen=True)
 class Episode:
-    """One instruction, and what the cameras saw while it stood."""
+    """One instruction, and what the cameras saw while it stood; gone through once, so a stream will do."""
 
     instruction: str
-    observations: list[Observation]
+    observations: Iterable[Observation]
 
 
 @dataclass(frozen=True)

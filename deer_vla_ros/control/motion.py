@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from scipy.spatial.transform import Rotation
 
@@ -28,6 +30,13 @@ def motion_between(start: Pose, end: Pose) -> tuple[np.ndarray, Rotation]:
     """The motion that `moved` would need to get from `start` to `end`."""
     rotation = Rotation.from_quat(end.quaternion) * Rotation.from_quat(start.quaternion).inv()
     return end.position - start.position, rotation
+
+
+def euler_of(quaternion: np.ndarray) -> np.ndarray:
+    """(4,) xyzw -> (3,) XYZ Euler angles about fixed axes [rad]; where two axes fall together, any of those that say so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Rotation.from_quat(quaternion).as_euler("xyz")
 
 
 def twist_of(start: Pose, end: Pose, seconds: float) -> Twist:

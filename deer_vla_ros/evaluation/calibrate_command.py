@@ -4,33 +4,57 @@ Example: the embedded checkpoint on the simulated table, as it ships, and your o
 
     python -m deer_vla_ros calibrate table
     python -m deer_vla_ros calibrate table --checkpoint /data/my_checkpoint --episodes 200
+    python -m deer_vla_ros calibrate bags/monday bags/tuesday --checkpoint /data/my_checkpoint --topic ee_pose:=/arm/tcp
 
-Average budgets are solved from this file (calibration.safetensors). It is replaced in one piece: interrupted, the old one stays.
+SOURCE is 'table', or rosbag2 recordings of your robot at work: frames are paired and paced as the policy node would. Average budgets are solved
+from the file that this writes (calibration.safetensors). It is replaced in one piece: interrupted, the old one stays. How the deltas differ
+from the ones that were stored is told: the larger the distance, the further the robot's scenes are from what was calibrated on before.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.json_file import write_json
 
+if TYPE_CHECKING:
+    from deer_vla_ros.budget.calibration import Calibration, Episode
+    from deer_vla_ros.model.action_space import ActionSpace
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="'table': the simulated table, where the scripted expert shows the tasks"
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="'table': the simulated table, where the scripted expert shows the tasks; or recordings",
     )
     parser.add_argument("--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)")
-    parser.add_argument("--episodes", type=int, default=144, help="sessions at the table (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="steps of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first session (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=144, help="table: sessions (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="table: steps of each (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first session at the table, and of what is drawn (default: %(default)s)"
+    )
     parser.add_argument(
         "--default-fraction",
         type=float,
         metavar="F",
         help="also make this budget.average_fraction the checkpoint's own thresholds",
+    )
+    parser.add_argument(
+        "--params", type=Path, metavar="FILE", help="recordings: the node's parameter file (default: its defaults)"
+    )
+    parser.add_argument(
+        "--topic", action="append", default=[], metavar="NAME:=TOPIC", help="recordings: what the node's topic is called there"
+    )
+    parser.add_argument("--instruction", metavar="TEXT", help="recordings: in place of the recorded ones")
+    parser.add_argument(
+        "--clock", choices=("receive", "header"), default="receive", help="recordings: as replay takes it (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
 
@@ -45,18 +69,25 @@ def run(args: argparse.Namespace) -> int:
     from deer_vla_ros.evaluation.table_episodes import table_episodes
     from deer_vla_ros.model.checkpoint import folder_of, load
 
-    if args.source != "table":
-        raise UserError(f"calibrate: no such source '{args.source}': give 'table'")
+    if "table" in args.source and len(args.source) > 1:
+        raise UserError(f"calibrate: 'table' and {len(args.source) - 1} more: calibrate on the table or on recordings")
     for name in ("episodes", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"calibrate: --{name} is {getattr(args, name)}: give 1 or more")
     folder = folder_of(args.checkpoint)
-    seeds = range(args.seed, args.seed + args.episodes)
-    source = f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, {args.steps} steps of the scripted expert each"
     checkpoint = load(folder)
-    sessions = track(seeds, description="calibrating")
-    episodes = (episode for seed in sessions for episode in table_episodes(range(seed, seed + 1), args.steps))
+    left_out: list[str] = []
+    if args.source == ["table"]:
+        seeds = range(args.seed, args.seed + args.episodes)
+        source = f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, {args.steps} steps of the scripted expert each"
+        sessions = track(seeds, description="calibrating")
+        episodes = (episode for seed in sessions for episode in table_episodes(range(seed, seed + 1), args.steps))
+    else:
+        source = f"recordings {', '.join(Path(name).name for name in args.source)}"
+        episodes = _recorded(args, checkpoint.info.action_space, left_out)
+    stored = _stored(folder)
     calibration = measure(checkpoint, episodes, {"source": source}, args.seed)
+    differences = distances(calibration, stored)
     calibration.save(folder)
     if args.default_fraction is not None:
         set_default(folder, args.default_fraction)
@@ -67,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             "delta_p95": float(np.quantile(calibration.deltas[:, index], 0.95)),
             "window_delta_p50": float(np.median(calibration.window_deltas[:, index])) if len(calibration.window_deltas) else None,
             "deviation": float(calibration.deviations[:, index].mean()),
+            "distance_from_stored": differences[index] if differences else None,
         }
         for index, layer in enumerate(calibration.exits)
     ]
@@ -75,9 +107,57 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         window = "-" if row["window_delta_p50"] is None else f"{row['window_delta_p50']:.4f}"
         print(f"{row['layer']:>5}  {row['delta_p50']:.4f}     {row['delta_p95']:.4f}   {window:<14}   {row['deviation']:.4f}")
+    if differences:
+        told = "  ".join(f"{row['layer']}: {row['distance_from_stored']:.3f}" for row in rows)
+        print(
+            f"from the deltas that were stored ({stored.provenance.get('source', 'unknown')}), by layer: {told}; 0 is the same, 1 is apart"
+        )
+    for line in left_out:
+        print(f"left out: {line}")
     if args.json:
-        write_json(args.json, {"exits": rows, "provenance": calibration.provenance})
+        write_json(args.json, {"exits": rows, "provenance": calibration.provenance, "left_out": left_out})
     return 0
+
+
+def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str]) -> Iterator[Episode]:
+    """Episodes of recordings, read as they are needed; left_out is filled when they have been."""
+    from itertools import groupby
+
+    from rich.progress import track
+
+    from deer_vla_ros.bag.observed import Account, observed
+    from deer_vla_ros.bag.replay_command import renamed
+    from deer_vla_ros.budget.calibration import Episode
+    from deer_vla_ros.ros import parameters
+
+    given = parameters.from_file(args.params) if args.params else parameters.with_defaults({}, "calibrate")
+    settings, frame = parameters.controller_settings(given), parameters.action_space(given, space).frame
+    account, topics = Account(), dict(renamed(text) for text in args.topic)
+    for path in track(args.source, description="calibrating"):
+        seen = observed(Path(path), account, settings.rate_hz, settings.inputs, frame, topics, args.clock, args.instruction)
+        for text, moments in groupby(seen, key=lambda moment: moment.instruction):
+            yield Episode(text, (moment.observation for moment in moments))
+    left_out += account.lines()
+
+
+def _stored(folder: Path) -> Calibration | None:
+    """The folder's calibration, whatever weights it was measured on; None where there is none that can be read."""
+    from deer_vla_ros.budget.calibration import Calibration
+
+    try:
+        return Calibration.load(folder)
+    except UserError:
+        return None
+
+
+def distances(new: Calibration, stored: Calibration | None) -> list[float] | None:
+    """By exit, how far the distributions of the deltas are apart: the largest difference of their cumulated shares, 0 to 1
+    (Kolmogorov and Smirnov). None where there is nothing to compare with."""
+    from scipy.stats import ks_2samp
+
+    if stored is None or stored.exits != new.exits or stored.delta != new.delta:
+        return None
+    return [float(ks_2samp(new.deltas[:, i], stored.deltas[:, i]).statistic) for i in range(len(new.exits))]
 
 
 def set_default(folder: Path, fraction: float) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.control.motion import motion_of, moved
+from deer_vla_ros.control.motion import euler_of, motion_of, moved
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.demonstrations import Episode, Moment
@@ -121,23 +119,16 @@ def calvin_step(episode: Episode, moment: Moment) -> CalvinStep:
         rgb_static=moment.views.static,
         rgb_gripper=moment.views.gripper,
         rel_actions=wanted,
-        actions=np.array([*target.position, *_euler(target.quaternion), wanted[6]]),
-        robot_obs=np.array([*moment.tcp[:3], *_euler(moment.tcp[3:]), state.opening, *moment.joints[:7], gripper]),
+        actions=np.array([*target.position, *euler_of(target.quaternion), wanted[6]]),
+        robot_obs=np.array([*moment.tcp[:3], *euler_of(moment.tcp[3:]), state.opening, *moment.joints[:7], gripper]),
         scene_obs=_scene_obs(state),
     )
 
 
 def _scene_obs(state: TableState) -> np.ndarray:
     blocks = (state.block(colour) for colour in COLOURS)
-    poses = [value for block in blocks for value in (*block.position, *_euler(block.quaternion))]
+    poses = [value for block in blocks for value in (*block.position, *euler_of(block.quaternion))]
     return np.array([state.slider, state.drawer, 0.0, state.switch, float(state.lamp), float(state.led), *poses])
-
-
-def _euler(quaternion: np.ndarray) -> np.ndarray:
-    """(4,) xyzw -> (3,) XYZ Euler angles about fixed axes; of a block that lies on its side, any of those that say so."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Rotation.from_quat(quaternion).as_euler("xyz")
 
 
 def _number(path: Path) -> int:

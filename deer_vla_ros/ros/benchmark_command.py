@@ -6,6 +6,7 @@ Example: as the documentation's figures were measured, and a quick look:
     python -m deer_vla_ros benchmark node --seconds 5
     python -m deer_vla_ros benchmark budgets --json out/budgets.json
     python -m deer_vla_ros benchmark budgets --episodes 20
+    python -m deer_vla_ros benchmark latency --json out/latency.json
     python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint --plot docs/images/curve.png
     python -m deer_vla_ros benchmark ablations --chains 200 --data out/train/data --json out/ablations.json
 
@@ -17,6 +18,8 @@ and 0 (torch's choice); p50_ratio and p99_ratio of the JSON are those of idle wi
 budgets: 12 average budgets across the feasible range, governor off, requested against achieved mean over `--episodes` of 50 steps of
 the simulated table that the calibration never saw; the same in a world that differs from it, the worst window of 200 steps with and
 without the governor; and whether a peak is ever passed.
+
+latency: milliseconds of every stage of a step on this machine, as --json writes them the table that `replay --latency-table` goes by.
 
 curve: average length of `--chains` chains against the language part's MACs: the dynamic network under several budgets and at each fixed exit, and
 every `--static` network at its full depth. Each point is a run of `evaluate`, kept in `--out` and not repeated.
@@ -57,16 +60,16 @@ ENOUGH_SAMPLES = 300
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=("node", "budgets", "curve", "ablations", *PARTS),
+        choices=("node", "budgets", "latency", "curve", "ablations", *PARTS),
         metavar="WHAT",
-        help=f"node, budgets, curve, ablations; {', '.join(PARTS)}: see above",
+        help=f"node, budgets, latency, curve, ablations; {', '.join(PARTS)}: see above",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument(
         "--seconds", type=positive_seconds, default=15.0, help="node: time of each condition (default: %(default)s)"
     )
     parser.add_argument(
-        "--checkpoint", default="", metavar="DIR", help="budgets, curve: checkpoint folder (default: the embedded one)"
+        "--checkpoint", default="", metavar="DIR", help="budgets, latency, curve: checkpoint folder (default: the embedded one)"
     )
     parser.add_argument("--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="budgets, curve: workers (default: all cores)")
@@ -80,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="curve: checkpoint of a network without exits; repeat",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="latency: default %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="latency: default %(default)s"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="latency: of torch on a CPU (default: %(default)s)")
     parser.add_argument(
         "--recipe", type=Path, default=Path("config/training/ablation.yaml"), help="ablations: default %(default)s"
     )
@@ -101,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         getattr(benchmark_parts, args.what)()
         return 0
     started = time.monotonic()
-    report = {"ablations": _ablations, "budgets": _budgets, "curve": _curve, "node": _node}[args.what](args)
+    report = {"ablations": _ablations, "budgets": _budgets, "curve": _curve, "latency": _latency, "node": _node}[args.what](args)
     if args.json:
         write_json(args.json, report)
     print(f"measured in {time.monotonic() - started:.0f} s")
@@ -149,6 +157,27 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
         f"{report['worst_relative_error_shifted_ungoverned']:.1%} without; peaks passed: {violations}"
     )
     return report
+
+
+def _latency(args: argparse.Namespace) -> dict[str, object]:
+    """A latency table."""
+    import torch
+    from rich.progress import Progress
+
+    from deer_vla_ros.evaluation.latency_benchmark import measure
+    from deer_vla_ros.model.checkpoint import folder_of
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("benchmark: --device is cuda, but torch sees no GPU here: give cpu")
+    torch.set_num_threads(max(1, args.threads))
+    with Progress() as bar:
+        task = bar.add_task("measuring", total=1.0)
+        table = measure(
+            folder_of(args.checkpoint), args.device, getattr(torch, args.dtype), lambda share: bar.update(task, completed=share)
+        )
+    before, layer, probe = (sum(parts) / len(table.parts) for parts in zip(*table.parts))
+    print(f"{table.about}: {before:.2f} ms before the layers, {layer:.3f} ms per layer, {probe:.3f} ms per probe of the head")
+    return {"about": table.about, "parts": table.parts}
 
 
 def _curve(args: argparse.Namespace) -> dict[str, object]:

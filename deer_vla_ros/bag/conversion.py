@@ -1,0 +1,140 @@
+"""How does a recording become training data? Episodes of one instruction each, in CALVIN's format, actions from what the arm did.
+
+The action of a step is the motion from its measured pose to the next step's (or its target, where the arm was told one), in units of the
+action space, and whether the gripper was open by then. What a robot does not know (scene_obs) is zero, and so are joints that were not recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from deer_vla_ros.bag.observed import Seen
+from deer_vla_ros.control.motion import euler_of, motion_between
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.action_space import ActionSpace
+from deer_vla_ros.training.calvin_files import SHAPES, Annotation, CalvinStep, write_annotations, write_step
+
+SOURCES = ("measured", "target")
+ABOUT = "recordings.json"
+LONGEST_GAP = 2.5
+"""Control periods. Steps further apart than this are two episodes."""
+
+
+@dataclass
+class Converted:
+    """What came of it. ends: last steps of episodes, which have no next one; clipped: steps that moved further than an action can say."""
+
+    episodes: int = 0
+    steps: int = 0
+    short: int = 0
+    clipped: int = 0
+    ends: int = 0
+    texts: Counter[str] = field(default_factory=Counter)
+
+
+def episodes(seen: Iterable[Seen], rate_hz: float) -> Iterator[list[Seen]]:
+    """Moments without a break under one instruction."""
+    current: list[Seen] = []
+    gap_ns = LONGEST_GAP * 1e9 / rate_hz
+    for moment in seen:
+        if current and (
+            moment.instruction != current[-1].instruction or not 0 < moment.stamp_ns - current[-1].stamp_ns <= gap_ns
+        ):
+            yield current
+            current = []
+        current.append(moment)
+    if current:
+        yield current
+
+
+def convert(
+    recordings: Iterable[tuple[Path, Iterable[Seen]]],
+    out: Path,
+    space: ActionSpace,
+    rate_hz: float,
+    source: str,
+    shortest: int = 2,
+) -> Converted:
+    """Writes `out`/training, whole or not at all. UserError where nothing can be learnt from the recordings, or there is no gripper command.
+
+    source: of SOURCES. shortest: steps of an episode that is worth keeping.
+    """
+    if out.exists():
+        raise UserError(f"--out is {out}, which exists: give the dataset a new folder")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    folder, converted, annotations = partial / "training", Converted(), []
+    folder.mkdir(parents=True)
+    try:
+        for path, seen in recordings:
+            for episode in episodes(seen, rate_hz):
+                if len(episode) <= shortest:
+                    converted.short += 1
+                    continue
+                first = converted.steps + converted.episodes  # a gap between episodes: they were recorded with a break
+                for now, following in zip(episode, episode[1:]):
+                    write_step(
+                        folder, converted.steps + converted.episodes, _step(path, now, following, space, source, converted)
+                    )
+                    converted.steps += 1
+                text = episode[0].instruction
+                annotations.append(Annotation(first, first + len(episode) - 1, text.replace(" ", "_"), text))
+                converted.episodes += 1
+                converted.ends += 1
+                converted.texts[text] += 1
+        if not annotations:
+            raise UserError(f"convert-bag: no episode of more than {shortest} steps in these recordings: nothing is written")
+        write_annotations(folder, annotations)
+        about = {"action_space": vars(space), "actions": source, "rate_hz": rate_hz, "episodes": dict(converted.texts)}
+        (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return converted
+
+
+def _step(path: Path, now: Seen, following: Seen, space: ActionSpace, source: str, converted: Converted) -> CalvinStep:
+    if following.gripper is None:
+        raise UserError(
+            f"{path}: no gripper command by {following.stamp_ns / 1e9:.3f} s: name its topic with --topic gripper_command:=TOPIC, "
+            "or start the recording before the first one"
+        )
+    start, end = _pose(now), _pose(following)
+    if source == "target":
+        if following.target is None:
+            raise UserError(
+                f"{path}: no target by {following.stamp_ns / 1e9:.3f} s: name its topic with --topic target_pose:=TOPIC"
+            )
+        end = following.target
+    translation, rotation = motion_between(start, end)
+    wanted = np.concatenate([translation / space.translation_m, rotation.as_euler("xyz") / space.rotation_rad])
+    converted.clipped += bool((np.abs(wanted) > 1).any())
+    before, after = (_is_open(moment.gripper, space) for moment in (now, following))
+    return CalvinStep(
+        rgb_static=now.observation.static,
+        rgb_gripper=now.observation.gripper,
+        rel_actions=np.array([*np.clip(wanted, -1, 1), after]),
+        actions=np.array([*end.position, *euler_of(end.quaternion), after]),
+        robot_obs=np.array([*start.position, *euler_of(start.quaternion), now.gripper or 0.0, *np.zeros(7), before]),
+        scene_obs=np.zeros(SHAPES["scene_obs"]),
+    )
+
+
+def _pose(seen: Seen) -> Pose:
+    return Pose(seen.observation.tcp[:3], Rotation.from_quat(seen.observation.tcp[3:]).as_quat())
+
+
+def _is_open(command: float | None, space: ActionSpace) -> float:
+    """1 where the command is nearer to open than to closed, -1 elsewhere."""
+    if command is None:
+        return 1.0
+    return 1.0 if abs(command - space.gripper_open) < abs(command - space.gripper_closed) else -1.0

@@ -1,0 +1,105 @@
+"""What does a recording show at the control rate? Frames that belong together, the pose and the words, as the controller would see them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deer_vla_ros.bag.inputs import GRIPPER_COMMAND, TARGET, Stamps, Tally, find_topics, messages
+from deer_vla_ros.bag.recording import Recording
+from deer_vla_ros.bag.replay import arrivals
+from deer_vla_ros.control.inputs import InputGate, InputLimits
+from deer_vla_ros.control.pace import Pace
+from deer_vla_ros.control.types import HoldReason, Pose
+from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.ros.conversions import measured_pose
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One moment at which the controller would have stepped. stamp_ns: of the static frame. gripper: newest gripper command by then, None
+    where there was none. target: newest target of the arm, likewise."""
+
+    instruction: str
+    observation: Observation
+    stamp_ns: int
+    gripper: float | None
+    target: Pose | None
+
+
+@dataclass
+class Account:
+    """What was and was not used. holds: moments at which the controller would have held, by reason; dropped: camera pairs that a newer one
+    replaced before they could be used."""
+
+    tally: Tally = field(default_factory=Tally)
+    holds: Counter[HoldReason] = field(default_factory=Counter)
+    seen: int = 0
+    dropped: int = 0
+
+    def lines(self) -> list[str]:
+        held = [f"held {count} times: {reason.name}: {reason.value}" for reason, count in self.holds.most_common()]
+        dropped = [f"{self.dropped} camera pairs replaced by newer ones"] if self.dropped else []
+        return [*self.tally.lines(), *held, *dropped]
+
+
+def observed(
+    path: Path,
+    account: Account,
+    rate_hz: float,
+    limits: InputLimits,
+    frame: str,
+    topics: dict[str, str],
+    clock: str = "receive",
+    instruction: str | None = None,
+) -> Iterator[Seen]:
+    """Every moment of a recording at which a controller of this rate, these limits and this action frame would step.
+
+    topics: recorded topic by the node's, where its name is another. UserError for a recording that cannot be read or lacks an input.
+    """
+    with Recording(path) as recording:
+        found = find_topics(recording, topics)
+        gate, pace, stamps = InputGate(limits, frame), Pace(rate_hz), Stamps(clock, path)
+        if instruction is not None:
+            found.pop("instruction", None)
+            gate.put_instruction(instruction)
+        newest = _Newest()
+        heard = newest.watch(messages(recording, found, account.tally))
+        for arrival in arrivals(heard, stamps, account.tally, lambda *_: False):
+            if not arrival.put(gate):
+                continue
+            inputs = gate.snapshot()
+            reasons = gate.judge(inputs, arrival.time_ns)
+            gate.mark_seen(inputs.pair)
+            account.holds.update(reasons)
+            if reasons or not pace.admits(inputs.pair[0].stamp_ns):
+                continue
+            pace.take(inputs.pair[0].stamp_ns)
+            account.seen += 1
+            static, gripper = inputs.pair
+            yield Seen(
+                inputs.instruction,
+                Observation(static.image, gripper.image, inputs.pose.pose.as_array()),
+                static.stamp_ns,
+                newest.gripper,
+                newest.target,
+            )
+        account.dropped += gate.snapshot().dropped
+
+
+class _Newest:
+    """Commands as they go by."""
+
+    def __init__(self) -> None:
+        self.gripper: float | None = None
+        self.target: Pose | None = None
+
+    def watch(self, heard):
+        for name, record, message in heard:
+            if name == GRIPPER_COMMAND and len(message.data) == 1:
+                self.gripper = float(message.data[0])
+            elif name == TARGET:
+                self.target = measured_pose(message).pose
+            yield name, record, message

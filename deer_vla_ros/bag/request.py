@@ -1,0 +1,74 @@
+"""What is to be replayed? From what a person says, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deer_vla_ros.bag.run import Request
+from deer_vla_ros.budget.latency import TABLE, LatencyTable
+from deer_vla_ros.budget.types import AVERAGES, PEAKS
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.checkpoint import folder_of
+from deer_vla_ros.ros import parameters
+
+MS_BUDGETS = ("budget.average_ms", "budget.deadline_ms")
+
+
+def request(
+    bag: Path,
+    params: Path | None = None,
+    budget: str = "",
+    topics: Mapping[str, str] | None = None,
+    instruction: str | None = None,
+    clock: str = "receive",
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    latency_table: Path | None = None,
+    follow: bool = False,
+    with_inputs: bool = True,
+) -> Request:
+    """One run. params: the node's parameter file, None: its defaults. budget: NAME=VALUE, several with commas between, in place of the
+    parameters', and then recorded changes of budgets are not obeyed. latency_table: None takes the checkpoint folder's, where a budget needs
+    one. The rest as Request; UserError for what the node would refuse."""
+    given = parameters.from_file(params) if params else parameters.with_defaults({}, "replay")
+    if budget:
+        given = parameters.with_defaults({**given, **no_budget(), **_budget(budget)}, f"--budget {budget}")
+    stored = folder_of(given["model.path"]) / TABLE
+    if latency_table is None and any(given[name] for name in MS_BUDGETS) and stored.is_file():
+        latency_table = stored
+    return Request(
+        bag=bag,
+        given=given,
+        topics=topics or {},
+        clock=clock,
+        start_s=start_s,
+        duration_s=duration_s,
+        instruction=instruction,
+        follow=follow,
+        keep=("budget.",) if budget else (),
+        latencies=LatencyTable.load(latency_table) if latency_table else None,
+        with_inputs=with_inputs,
+    )
+
+
+def no_budget() -> dict[str, Any]:
+    """Parameters that ask for nothing."""
+    return dict.fromkeys((f"budget.{name}" for name in (*AVERAGES, *PEAKS)), 0.0)
+
+
+def _budget(text: str) -> dict[str, float]:
+    known, found = no_budget(), {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        name = f"budget.{name.removeprefix('budget.')}"
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = math.nan
+        if name not in known or not (math.isfinite(found[name]) and found[name] > 0):
+            names = ", ".join(each.removeprefix("budget.") for each in known)
+            raise UserError(f"--budget is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {names}")
+    return found
