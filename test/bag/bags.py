@@ -1,0 +1,51 @@
+"""Recordings for the tests: the one in test/data, and others made from its messages."""
+
+from pathlib import Path
+
+from geometry_msgs.msg import PoseStamped
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import String
+
+from deer_vla_ros.bag.recording import Record, Recording, types
+from deer_vla_ros.ros.cdr import to_cdr
+
+TABLE = Path(__file__).parents[1] / "data" / "table"
+STATIC, GRIPPER, POSE, INSTRUCTION = "/camera/static/image_raw", "/camera/gripper/image_raw", "/ee_pose", "/instruction"
+INPUTS = (STATIC, GRIPPER, POSE, INSTRUCTION)
+SECOND = 1_000_000_000
+
+
+def records(topics=None, path: Path = TABLE, seconds: float | None = None) -> list[Record]:
+    """What the recording of the table holds, `seconds` from its beginning."""
+    with Recording(path) as recording:
+        stop = None if seconds is None else recording.start_ns + round(seconds * SECOND)
+        return list(recording.messages(set(topics or recording.topics), None, stop))
+
+
+def write(
+    path: Path,
+    found: list[Record],
+    storage: StoragePlugin = StoragePlugin.MCAP,
+    compression: CompressionMode = CompressionMode.NONE,
+    topics: dict[str, str] | None = None,
+) -> Path:
+    """A recording of these messages; topics: type by topic, where it is not what the messages say."""
+    writer = Writer(path, version=9, storage_plugin=storage)
+    writer.set_compression(compression, CompressionFormat.ZSTD)
+    kinds = topics if topics is not None else {record.topic: record.type for record in found}
+    with writer:
+        connections = {topic: writer.add_connection(topic, kind, typestore=types()) for topic, kind in kinds.items()}
+        for record in found:
+            writer.write(connections[record.topic], record.time_ns, record.data)
+    return path
+
+
+def record(topic: str, message, time_ns: int) -> Record:
+    kind = {Image: "sensor_msgs/msg/Image", CompressedImage: "sensor_msgs/msg/CompressedImage", String: "std_msgs/msg/String"}
+    kind[PoseStamped] = "geometry_msgs/msg/PoseStamped"
+    return Record(topic, kind[type(message)], time_ns, to_cdr(message))
+
+
+def said(text: str, time_ns: int) -> Record:
+    return record(INSTRUCTION, String(data=text), time_ns)

@@ -1,0 +1,101 @@
+"""Does a recording become the training data that it shows?"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from bags import GRIPPER, INPUTS, INSTRUCTION, SECOND, STATIC, TABLE, records, write
+
+from deer_vla_ros.__main__ import main
+from deer_vla_ros.bag.recording import decode
+from deer_vla_ros.control.motion import motion_of, moved
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.action_space import TABLETOP
+from deer_vla_ros.training.calvin import CalvinWindows
+from deer_vla_ros.training.calvin_files import read_annotations, read_step
+
+COMMANDS = ("/target_pose", "/gripper_command")
+
+
+def converted(path, out, *arguments) -> dict:
+    """The figures that the command tells."""
+    assert main(["convert-bag", str(path), "--out", str(out), "--json", str(out.with_suffix(".json")), *arguments]) == 0
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def test_every_instruction_becomes_an_episode_of_what_the_cameras_saw(tmp_path):
+    told = converted(TABLE, tmp_path / "set")
+    words = [decode(each).data for each in records([INSTRUCTION])]
+    annotations = read_annotations(tmp_path / "set" / "training")
+    assert [each.text for each in annotations] == words and told["episodes"] == len(words)
+    frames = {each.time_ns: decode(each) for each in records([STATIC])}
+    assert told["steps"] == sum(each.end - each.first for each in annotations) == len(frames) - len(words)
+    first = read_step(tmp_path / "set" / "training", annotations[0].first, ["rgb_static", "robot_obs", "rel_actions"])
+    image = next(iter(frames.values()))
+    assert np.array_equal(first["rgb_static"], image.data.reshape(image.height, image.width, 3))
+    assert f"{len(words)} last steps of episodes, which have no next pose" in told["left_out"]
+    windows = CalvinWindows([tmp_path / "set"])
+    assert set(windows.texts) == set(words), "training reads it"
+
+
+def test_an_action_leads_from_one_measured_pose_to_the_next(tmp_path):
+    converted(TABLE, tmp_path / "set")
+    folder = tmp_path / "set" / "training"
+    poses = [decode(each).pose for each in records(["/ee_pose"])]
+    for annotation in read_annotations(folder)[:2]:
+        for number in range(annotation.first, annotation.end - 1):
+            now, following = (read_step(folder, each, ["rel_actions", "robot_obs"]) for each in (number, number + 1))
+            action = now["rel_actions"]
+            if np.abs(action[:6]).max() == 1:
+                continue  # cut to what an action can say
+            start = Pose(now["robot_obs"][:3], np.array([1.0, 0, 0, 0]))
+            there = moved(start, *motion_of(action[:6], TABLETOP))
+            assert there.position == pytest.approx(following["robot_obs"][:3], abs=1e-9)
+    assert poses[0].position.x == pytest.approx(read_step(folder, 0, ["robot_obs"])["robot_obs"][0])
+
+
+def test_the_gripper_closes_when_it_was_told_to(tmp_path):
+    converted(TABLE, tmp_path / "set")
+    folder = tmp_path / "set" / "training"
+    lifting = next(each for each in read_annotations(folder) if each.text == "lift the pink block")
+    told = [read_step(folder, number, ["rel_actions"])["rel_actions"][6] for number in range(lifting.first, lifting.end)]
+    assert told[0] == 1.0 and told[-1] == -1.0 and set(told) == {1.0, -1.0}
+
+
+def test_targets_in_place_of_measured_poses(tmp_path):
+    converted(TABLE, tmp_path / "target", "--actions", "target")
+    step = read_step(tmp_path / "target" / "training", 0, ["actions"])["actions"]
+    target = decode(records(["/target_pose"])[0]).pose.position
+    assert step[:3] == pytest.approx([target.x, target.y, target.z])
+
+
+def test_breaks_and_short_pieces_are_counted_and_nothing_is_bridged(tmp_path):
+    found = records((*INPUTS, *COMMANDS), seconds=4)
+    begin = found[0].time_ns
+    hole = [each for each in found if each.topic == INSTRUCTION or not begin + 1.0 * SECOND < each.time_ns < begin + 1.62 * SECOND]
+    told = converted(write(tmp_path / "bag", hole), tmp_path / "set")
+    assert told["episodes"] == 3, "one instruction in two pieces, and the beginning of the next one"
+    assert any("STATIC_STALE" in line for line in told["left_out"]) or any("last steps" in line for line in told["left_out"])
+
+
+def test_a_recording_without_gripper_commands_or_episodes_is_refused_and_nothing_is_left(tmp_path, capsys):
+    path = write(tmp_path / "bag", records(INPUTS, seconds=2))
+    assert main(["convert-bag", str(path), "--out", str(tmp_path / "set")]) == 1
+    assert "no gripper command" in capsys.readouterr().err
+    path = write(tmp_path / "few", records((*INPUTS, *COMMANDS), seconds=0.15))
+    assert main(["convert-bag", str(path), "--out", str(tmp_path / "set")]) == 1
+    assert "no episode of more than 2 steps" in capsys.readouterr().err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["bag", "few"]
+    (tmp_path / "set").mkdir()
+    assert main(["convert-bag", str(path), "--out", str(tmp_path / "set")]) == 1
+    assert "which exists" in capsys.readouterr().err
+
+
+def test_unpaired_frames_are_counted(tmp_path):
+    found = records((*INPUTS, *COMMANDS), seconds=3)
+    one_eyed = [each for each in found if each.topic != GRIPPER]
+    kinds = {each.topic: each.type for each in found}
+    assert main(["convert-bag", str(write(tmp_path / "bag", one_eyed, topics=kinds)), "--out", str(tmp_path / "set")]) == 1
+    assert dataclasses.is_dataclass(TABLETOP) and UserError is not None

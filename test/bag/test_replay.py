@@ -1,0 +1,393 @@
+"""Does a replay hear what the node would hear, decide the same every time, and leave what it says it leaves?"""
+
+import csv
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bags import GRIPPER, INPUTS, INSTRUCTION, POSE, SECOND, STATIC, TABLE, record, records, said, write
+from PIL import Image as Picture
+from rcl_interfaces.msg import Parameter, ParameterEvent, ParameterType, ParameterValue
+from rosbags.rosbag2 import CompressionMode, StoragePlugin
+from sensor_msgs.msg import CompressedImage
+
+from deer_vla_ros.__main__ import main
+from deer_vla_ros.bag.golden import assert_replays, decisions
+from deer_vla_ros.bag.inputs import Stamps, find_topics
+from deer_vla_ros.bag.recording import Record, Recording, decode
+from deer_vla_ros.bag.request import request
+from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of
+from deer_vla_ros.bag.run import run
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros.cdr import to_cdr
+
+MS = 1_000_000
+SHORT = 3.0
+"""Seconds of the table's recording that most tests need."""
+
+
+def replayed(path: Path, **how):
+    """The result of a run, and its decisions."""
+    rows = []
+    result = run(request(path, **how), "test", on_row=rows.append)
+    return result, rows
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("short") / "bag", records(INPUTS, seconds=SHORT))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """What `replay --out` leaves of the table's recording under two budgets."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    arguments = ["--budget", "average_fraction=0.25", "--budget", "average_fraction=0.6,peak_gmac=1"]
+    assert main(["replay", str(TABLE), "--out", str(out), *arguments]) == 0
+    return out
+
+
+# What it leaves
+
+
+def test_every_static_frame_is_stepped_on_and_told_with_every_field_of_policy_step(whole):
+    frames = [each for each in records([STATIC])]
+    for folder in ("average_fraction=0.25", "average_fraction=0.6_peak_gmac=1"):
+        with open(whole / folder / "steps.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(frames)
+        assert set(rows[0]) | set(TIMINGS) == set(FIELDS)
+        assert [int(row["static_stamp"]) for row in rows] == [decoded_stamp(each) for each in frames]
+        with open(whole / folder / "timings.csv", newline="") as file:
+            timings = list(csv.DictReader(file))
+        assert len(timings) == len(rows) and all(float(row["total_ms"]) > 0 and float(row["wall_ms"]) > 0 for row in timings)
+    words = [decode(each).data for each in records([INSTRUCTION])]
+    assert list(dict.fromkeys(row["instruction"] for row in rows)) == words, "the recorded instructions, in their order"
+
+
+def decoded_stamp(each: Record) -> int:
+    stamp = decode(each).header.stamp
+    return stamp.sec * SECOND + stamp.nanosec
+
+
+def test_the_recording_it_leaves_has_the_inputs_as_they_were_and_the_decisions_beside_them(whole):
+    path = whole / "average_fraction=0.25" / "bag"
+    with Recording(path) as recording, Recording(TABLE) as source:
+        assert {*source.topics} - {"/target_pose", "/gripper_command"} <= {*recording.topics}
+        assert recording.topics["/deer_vla/step"] == STEP_TYPE
+    for topic in INPUTS:
+        assert records([topic], path) == records([topic])
+    recorded = [(each.time_ns, each.data) for each in records(["/target_pose"])]
+    assert [(each.time_ns, each.data) for each in records(["/recorded/target_pose"], path)] == recorded
+    steps, frames = records(["/deer_vla/step"], path), records([STATIC])
+    assert [step.time_ns for step in steps] == [frame.time_ns for frame in frames], "at the input's stamps"
+    with open(whole / "average_fraction=0.25" / "steps.csv", newline="") as file:
+        for step, line in zip(steps, csv.DictReader(file), strict=True):
+            assert str(row_of(decode(step))["exit_index"]) == line["exit_index"]
+    targets = {decoded_stamp(each) for each in records(["/target_pose"], path)}
+    assert {decoded_stamp(each) for each in frames} <= targets
+
+
+def test_the_report_compares_the_budgets_and_needs_nothing_from_elsewhere(whole):
+    page, figures = (whole / "report.html").read_text(), json.loads((whole / "report.json").read_text())
+    assert "http" not in page.replace("http://www.w3.org", "") and page.count("data:image/png;base64,") == 2
+    cheap, dear = figures["runs"]
+    assert cheap["language_gmac_mean"] < dear["language_gmac_mean"] <= dear["language_gmac_full"]
+    assert cheap["deviation_from_full_depth"]["mean"] >= dear["deviation_from_full_depth"]["mean"] > 0
+    assert cheap["position_from_recorded_m"]["mean"] < 0.06, "the arm was told things like that"
+    assert sum(cheap["exit_shares"].values()) == pytest.approx(1)
+    assert figures["runs"][0]["label"] in page
+
+
+def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short, tmp_path):
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "deer_vla_ros", "replay", str(short), "--out", str(out), "--budget", "average_fraction=0.4"]
+
+    once, again = tmp_path / "once", tmp_path / "again"
+    subprocess.run(command(once), check=True, capture_output=True)
+    killed = subprocess.Popen(command(again), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = None
+    while killed.poll() is None and partial is None:
+        partial = next(tmp_path.glob(f".{again.name}.partial-*/*/steps.csv"), None)
+        time.sleep(0.01)
+    time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert partial is not None and not again.exists(), "nothing half-made under the final name"
+    subprocess.run(command(again), check=True, capture_output=True)
+    name = "average_fraction=0.4/steps.csv"
+    assert (once / name).read_bytes() == (again / name).read_bytes() and len((once / name).read_bytes()) > 1000
+    assert not list(tmp_path.glob(".*.partial-*")), "what the killed one left is gone"
+
+
+def test_a_folder_that_is_not_a_replays_is_not_touched(short, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["replay", str(short), "--out", str(tmp_path)]) == 1
+    assert "not a replay's" in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# What it hears
+
+
+@pytest.mark.parametrize("compression", [CompressionMode.FILE, CompressionMode.MESSAGE], ids=lambda value: value.name.lower())
+def test_how_it_was_recorded_makes_no_difference(short, tmp_path, compression):
+    other = write(tmp_path / "bag", records(INPUTS, short), StoragePlugin.SQLITE3, compression)
+    assert decisions(other) == decisions(short)
+
+
+def test_renamed_topics_and_a_given_instruction(short, tmp_path):
+    renamed = [dataclasses.replace(each, topic=f"/cam0{each.topic}") for each in records(INPUTS, short)]
+    other = write(tmp_path / "bag", renamed)
+    assert decisions(other) == decisions(short), "a namespace is found by itself"
+    only = write(tmp_path / "only", [each for each in renamed if not each.topic.endswith(INSTRUCTION)])
+    with pytest.raises(UserError, match="say what to do with --instruction"):
+        decisions(only)
+    words = decode(records([INSTRUCTION], short)[0]).data
+    assert decisions(only, instruction=words) == decisions(short, instruction=words)
+    odd = [dataclasses.replace(each, topic="/eye") if each.topic == STATIC else each for each in records(INPUTS, short)]
+    odd = write(tmp_path / "odd", odd)
+    with pytest.raises(UserError, match="no topic camera/static/image_raw.*--topic camera/static/image_raw:=TOPIC.*/eye"):
+        decisions(odd)
+    assert decisions(odd, topics={"camera/static/image_raw": "/eye"}) == decisions(short)
+
+
+def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path):
+    def as_png(each: Record) -> Record:
+        raw = decode(each)
+        message = CompressedImage(format="png")
+        message.header.stamp.sec, message.header.stamp.nanosec = raw.header.stamp.sec, raw.header.stamp.nanosec
+        import io
+
+        buffer = io.BytesIO()
+        Picture.fromarray(raw.data.reshape(raw.height, raw.width, 3)).save(buffer, "png")
+        message.data = buffer.getvalue()
+        return record(f"{each.topic}/compressed", message, each.time_ns)
+
+    found = [as_png(each) if each.topic in (STATIC, GRIPPER) else each for each in records(INPUTS, short)]
+    assert decisions(write(tmp_path / "bag", found)) == decisions(short)
+
+
+def test_a_part_of_it(short):
+    every = decisions(short)
+    later = decisions(short, start_s=1.0, duration_s=0.95, instruction="open the drawer")
+    assert [row["stamp"] for row in later] == [row["stamp"] for row in every[10:19]] or len(later) in (9, 10)
+    with pytest.raises(UserError, match="--start is 99 s, but .* 3.0 s long"):
+        decisions(short, start_s=99.0)
+
+
+def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> Record:
+    event = ParameterEvent(node=node)
+    for name, value in values.items():
+        event.changed_parameters.append(
+            Parameter(
+                name=f"budget.{name}", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value)
+            )
+        )
+    return Record("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
+
+
+def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(short, tmp_path):
+    found = records(INPUTS, short)
+    middle = found[0].time_ns + round(1.45 * SECOND)
+    with_event = [*found, parameter_event(middle, average_fraction=1.0), parameter_event(middle, node="/other", peak_gmac=1e-9)]
+    path = write(tmp_path / "bag", sorted(with_event, key=lambda each: each.time_ns))
+    plain, (result, changed) = decisions(short), replayed(path)
+    before = [index for index, row in enumerate(plain) if row["stamp"] < middle]
+    assert plain[: len(before)] == changed[: len(before)] and result.parameter_events == 1
+    assert all(row["exit_index"] == 5 for row in changed[len(before) :]) and len(changed) > len(before)
+    assert any(row["exit_index"] < 5 for row in plain[len(before) :])
+    assert decisions(path, budget="average_fraction=0.3") == decisions(short, budget="average_fraction=0.3"), "asked for otherwise"
+
+
+def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short, tmp_path, capsys):
+    with pytest.raises(UserError, match="budget.average_ms is 9: .*--latency-table FILE"):
+        decisions(short, budget="average_ms=9")
+    table = tmp_path / "latency.json"
+    table.write_text(json.dumps({"about": "made up", "parts": [[5.0, 1.0, 0.5]] * 10}))
+    cheap = decisions(short, budget="average_ms=9", latency_table=table)
+    assert cheap == decisions(short, budget="average_ms=9", latency_table=table)
+    dear = decisions(short, budget="average_ms=16", latency_table=table)
+    assert np.mean([row["layers_run"] for row in cheap]) < np.mean([row["layers_run"] for row in dear])
+    assert all(row["layers_run"] <= 2 for row in decisions(short, budget="deadline_ms=8.1", latency_table=table))
+    for text in ("{}", '{"about": "x", "parts": [[1, 2]]}', '{"about": "x", "parts": []}', "no"):
+        table.write_text(text)
+        with pytest.raises(UserError, match="no latency table"):
+            decisions(short, budget="average_ms=9", latency_table=table)
+
+
+def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, tmp_path):
+    table = tmp_path / "latency.json"
+    table.write_text(json.dumps({"about": "slow", "parts": [[150.0, 0.0, 0.0]]}))
+    result, rows = replayed(short, latency_table=table)
+    every = decisions(short)
+    assert 0.4 * len(every) < len(rows) < 0.7 * len(every), "every second frame, at 150 ms and 100 ms between frames"
+    table.write_text(json.dumps({"about": "far too slow", "parts": [[450.0, 0.0, 0.0]]}))
+    result, _ = replayed(short, latency_table=table)
+    assert result.hold_reasons["TOO_SLOW"], "its frames are older than inputs.max_age_s by then"
+
+
+# Odd recordings
+
+
+def test_a_gap_is_a_hold_and_what_follows_goes_on(short, tmp_path):
+    found = records(INPUTS, short)
+    begin = found[0].time_ns
+    gap = [each for each in found if not (begin + 1.05 * SECOND < each.time_ns < begin + 2.05 * SECOND) or each.topic == POSE]
+    result, rows = replayed(write(tmp_path / "bag", gap))
+    assert result.hold_reasons["STATIC_STALE"] == 1
+    assert len(decisions(short)) - len(rows) == 10
+
+
+@pytest.mark.parametrize("topic,reason", [(GRIPPER, "NO_GRIPPER_FRAME"), (POSE, "NO_POSE")])
+def test_without_one_of_the_inputs_there_is_nothing_to_replay(short, tmp_path, topic, reason):
+    left = [each for each in records(INPUTS, short) if each.topic != topic]
+    with pytest.raises(UserError, match=f"has no topic {topic[1:]}"):
+        decisions(write(tmp_path / "bag", left))
+    kinds = {each.topic: each.type for each in records(INPUTS, short)}
+    with pytest.raises(UserError, match=f"no step was taken: .*{reason}"):
+        decisions(write(tmp_path / "silent", left, topics=kinds))
+
+
+def test_a_topic_of_another_type_is_refused(short, tmp_path):
+    words = [dataclasses.replace(said("x", each.time_ns), topic=STATIC) for each in records([STATIC], short)]
+    path = write(tmp_path / "bag", [*words, *(each for each in records(INPUTS, short) if each.topic != STATIC)])
+    with pytest.raises(UserError, match=f"{STATIC} is of type std_msgs/msg/String, camera/static/image_raw takes sensor_msgs"):
+        decisions(path)
+    with Recording(path) as recording, pytest.raises(UserError, match="the policy has no such topic"):
+        find_topics(recording, {"camera": STATIC})
+
+
+def restamped(found: list[Record], shift) -> list[Record]:
+    """Messages with other header stamps; shift: of a message's index and stamp [ns] -> stamp [ns]."""
+    from deer_vla_ros.bag.recording import types
+
+    result = []
+    for index, each in enumerate(found):
+        message = decode(each)
+        if hasattr(message, "header"):
+            now = shift(index, message.header.stamp.sec * SECOND + message.header.stamp.nanosec)
+            message.header.stamp.sec, message.header.stamp.nanosec = divmod(now, SECOND)
+            each = dataclasses.replace(each, data=bytes(types().serialize_cdr(message, each.type)))
+        result.append(each)
+    return result
+
+
+def test_stamps_of_zero_are_a_hold_with_its_reason(short, tmp_path):
+    path = write(tmp_path / "bag", restamped(records(INPUTS, short), lambda index, now: 0))
+    with pytest.raises(UserError, match="STATIC_UNSTAMPED.*have the camera driver stamp its images"):
+        decisions(path)
+
+
+def test_stamps_of_another_clock_say_what_to_do_and_then_it_works(short, tmp_path):
+    found = records(INPUTS, short)
+    path = write(tmp_path / "bag", restamped(found, lambda index, now: now - 1_700_000_000 * SECOND))
+    with pytest.raises(UserError, match="by another clock: replay with --clock header"):
+        decisions(path)
+    moved = [row["action"] for row in decisions(path, clock="header")]
+    assert moved == [row["action"] for row in decisions(short)]
+
+
+def test_a_clock_that_jumps_back_is_a_hold_and_a_new_episode(short, tmp_path):
+    found = records(INPUTS, short)
+    length = found[-1].time_ns - found[0].time_ns + 100 * MS
+    late = [dataclasses.replace(each, time_ns=each.time_ns + length) for each in found]
+    path = write(tmp_path / "bag", [*found, *late])  # stamps begin again, times of receipt go on
+    result, rows = replayed(path, clock="receive")
+    assert result.hold_reasons["STATIC_STALE"] >= 1 and len(rows) == len(decisions(short))
+    times = Stamps("header")
+    assert [times.time(0, stamp) for stamp in (5, 3, None, 7)] == [5, 5, 5, 7]
+
+
+def test_two_instructions_at_once_the_newest_wins(short, tmp_path):
+    found = records(INPUTS, short)
+    start = found[0].time_ns
+    both = [said("open the drawer", start), said("lift the red block", start), *(each for each in found if each.topic != INSTRUCTION)]
+    rows = decisions(write(tmp_path / "bag", both))
+    assert {row["instruction"] for row in rows} == {"lift the red block"}
+
+
+def test_a_message_that_cannot_be_decoded_is_counted_and_the_others_are_used(short, tmp_path):
+    found = records(INPUTS, short)
+    frames = [index for index, each in enumerate(found) if each.topic == STATIC]
+    found[frames[4]] = dataclasses.replace(found[frames[4]], data=found[frames[4]].data[:50])
+    broken = decode(found[frames[9]])
+    broken.encoding = "yuv17"
+    from deer_vla_ros.bag.recording import types
+
+    found[frames[9]] = dataclasses.replace(
+        found[frames[9]], data=bytes(types().serialize_cdr(broken, "sensor_msgs/msg/Image"))
+    )
+    result, rows = replayed(write(tmp_path / "bag", found))
+    assert len(rows) == len(frames) - 2
+    told = result.tally.lines()
+    assert len(told) == 2 and all(line.startswith(f"{STATIC}: 1 left out: ") for line in told)
+    assert "yuv17" in told[0] + told[1] and "are no sensor_msgs/msg/Image" in told[0] + told[1]
+
+
+def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path, capsys):
+    path = write(tmp_path / "bag", records(INPUTS, short))
+    file = path / "bag.mcap"
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = bytes(4000)
+    file.write_bytes(data)
+    assert main(["replay", str(path), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "damaged" in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+# Golden files
+
+
+def test_a_golden_file_is_kept_and_the_first_difference_named(short, tmp_path, capsys):
+    golden = tmp_path / "golden.csv"
+    assert main(["replay", str(short), "--golden", str(golden)]) == 0
+    assert main(["replay", str(short), "--check", str(golden)]) == 0
+    assert assert_replays(short, golden) == len(decisions(short))
+    lines = golden.read_text().splitlines()
+    fields = lines[7].split(",")
+    at = DECIDED.index("gripper_probability")
+    fields[at] = repr(float(fields[at]) - 0.01)
+    golden.write_text("\n".join([*lines[:7], ",".join(fields), *lines[8:]]) + "\n")
+    capsys.readouterr()
+    assert main(["replay", str(short), "--check", str(golden), "--tolerance", "0.001"]) == 1
+    assert "step 6 " in (told := capsys.readouterr().out) and "gripper_probability" in told and "0.01 apart" in told
+    assert main(["replay", str(short), "--check", str(golden), "--tolerance", "0.02"]) == 0
+    with pytest.raises(AssertionError, match="step 6 .*gripper_probability"):
+        assert_replays(short, golden)
+    golden.write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(AssertionError, match="the golden file ends before"):
+        assert_replays(short, golden)
+    golden.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="not the decisions of a replay"):
+        assert_replays(short, golden)
+    with pytest.raises(UserError, match="cannot be read"):
+        assert_replays(short, tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ([], "nothing is asked for"),
+        (["--golden", "a", "--check", "b"], "give one of them"),
+        (["--golden", "a", "--budget", "average_gmac=1", "--budget", "average_gmac=2"], "give one, or none"),
+        (["--golden", "a", "--budget", "average_gmac"], "NAME=VALUE with a positive number"),
+        (["--golden", "a", "--budget", "cheap=1"], "as NAME one of average_gmac"),
+        (["--golden", "a", "--duration", "0"], "--duration is 0"),
+        (["--golden", "a", "--topic", "x"], "give NAME:=TOPIC"),
+        (["--golden", "a", "--params", "none.yaml"], "cannot be read"),
+        (["--golden", "a", "--latency-table", "none.json"], "cannot be read"),
+        (["--golden", "a", "--budget", "average_fraction=0.001"], "not at least the"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_one_line(short, arguments, words, capsys):
+    assert main(["replay", str(short), *arguments]) == 1
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
