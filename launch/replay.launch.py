@@ -7,7 +7,14 @@ Time is the recording's (`ros2 bag play --clock`); the node takes part in no mot
 that was played and decided lies in `out`, so that `replay --follow` can do it once more, in lock step. When the player is through, all ends.
 """
 
-from launch.actions import DeclareLaunchArgument, ExecuteProcess, IncludeLaunchDescription, RegisterEventHandler, Shutdown, TimerAction
+from launch.actions import (
+    DeclareLaunchArgument,
+    ExecuteProcess,
+    IncludeLaunchDescription,
+    RegisterEventHandler,
+    Shutdown,
+    TimerAction,
+)
 from launch.event_handlers import OnProcessExit
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution, ThisLaunchFileDir
@@ -39,7 +46,9 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("bag", description="The recording to play."),
             DeclareLaunchArgument("out", description="Where the new recording goes; must not exist."),
             DeclareLaunchArgument("rate", default_value="1.0", description="Speed of the player."),
-            DeclareLaunchArgument("wait", default_value="15.0", description="Seconds until it plays: the node loads and warms up."),
+            DeclareLaunchArgument(
+                "wait", default_value="15.0", description="Seconds until it plays: the node loads and warms up."
+            ),
             DeclareLaunchArgument("params_file", default_value=default_params, description="Parameters of the node (YAML)."),
             policy,
             recorder,

@@ -8,7 +8,7 @@ from pathlib import Path
 from rosbags.interfaces import Connection, Qos
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
-from deer_vla_ros.bag.recording import types
+from deer_vla_ros.bag.cdr import types
 from deer_vla_ros.errors import UserError
 
 

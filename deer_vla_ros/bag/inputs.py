@@ -106,7 +106,7 @@ class Stamps:
         self._checked = False
 
     def time(self, received_ns: int, stamp_ns: int | None) -> int:
-        """Nanoseconds; stamp_ns: of the message's header, None where it has none, 0 where it was not set.
+        """Nanoseconds, 0 while it is not known; stamp_ns: of the message's header, None where it has none, 0 where it was not set.
 
         UserError where stamps are of another clock than the times of receipt, and those were asked for.
         """

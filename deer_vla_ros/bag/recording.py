@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from rosbags.interfaces import Connection, MessageDefinitionFormat
 from rosbags.rosbag2 import Reader
-from rosbags.typesys import Stores, get_types_from_msg, get_typestore
-from rosbags.typesys.store import Typestore
 
-import deer_vla_ros.msg
+from deer_vla_ros.bag.cdr import from_cdr, types
 from deer_vla_ros.errors import UserError
 
 Result = TypeVar("Result")
@@ -116,27 +113,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-@cache
-def types() -> Typestore:
-    """ROS 2 Jazzy's message types and this package's."""
-    store = get_typestore(Stores.ROS2_JAZZY)
-    for path in sorted(_definitions().glob("*.msg")):
-        store.register(get_types_from_msg(path.read_text(), f"deer_vla_ros/msg/{path.stem}"))
-    return store
-
-
-def _definitions() -> Path:
-    """The folder of this package's .msg files, installed beside the generated classes' prefix."""
-    for parent in Path(deer_vla_ros.msg.__file__).parents:
-        if (folder := parent / "share" / "deer_vla_ros" / "msg").is_dir():
-            return folder
-    raise UserError("the message definitions are not installed: run `make build`, or build the workspace again")
-
-
 def decode(record: Record) -> Any:
     """The message; its fields are those of the ROS class. UserError where the bytes do not fit the type."""
     try:
-        return types().deserialize_cdr(record.data, record.type)
+        return from_cdr(record.data, record.type)
     except Exception as error:  # whatever a parser raises when it is fed with arbitrary bytes
         raise UserError(f"{record.topic}: {len(record.data)} bytes are no {record.type} ({_one_line(error)})") from error
 

@@ -24,6 +24,8 @@ from deer_vla_ros.ros.stamped import nanoseconds
 
 Messages = Iterator[tuple[str, Record, Any]]
 """What `inputs.messages` gives."""
+SILENCE_NS = 15_000_000_000
+"""After so much time without a message everything is stale, and a hold is all that could be repeated."""
 REMEMBERED = 200
 """Messages of each input among which the one that a recorded step names is looked for."""
 
@@ -58,11 +60,18 @@ ParameterChange = Callable[[Controller, Any], bool]
 
 
 def arrivals(messages: Messages, stamps: Stamps, tally: Tally, on_parameters: ParameterChange) -> Iterator[Arrival]:
-    """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left out."""
+    """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left out. What comes before it is
+    known what time it is, arrives then."""
+    waiting: list[tuple[Record, Callable[[Controller], bool]]] = []
     for name, record, message in messages:
-        put = _put(name, record, message, tally, on_parameters)
-        if put is not None:
-            yield Arrival(stamps.time(record.time_ns, stamp_of(message)), record.time_ns, put)
+        put, time_ns = _put(name, record, message, tally, on_parameters), stamps.time(record.time_ns, stamp_of(message))
+        if put is None:
+            continue
+        waiting.append((record, put))
+        if time_ns:
+            yield from (Arrival(time_ns, each.time_ns, its) for each, its in waiting)
+            waiting.clear()
+    yield from (Arrival(record.time_ns, record.time_ns, put) for record, put in waiting)
 
 
 def _put(
@@ -103,6 +112,8 @@ def lockstep(controller: Controller, coming: Iterator[Arrival], inference_takes_
     while clock.next is not None:
         if due_ns is None or clock.next.time_ns < due_ns - 10 * period_ns:  # the beginning, or time went back
             due_ns = clock.next.time_ns
+        if due_ns - clock.heard_ns > SILENCE_NS:
+            due_ns = max(due_ns, clock.next.time_ns - period_ns)
         if clock.next.time_ns > due_ns:
             if due_ns >= clock.now_ns:  # else an inference was going on at that time
                 clock.now_ns, clock.woken = due_ns, True
@@ -123,12 +134,13 @@ class _Clock:
     def __init__(self, coming: Iterator[Arrival]):
         self._coming = coming
         self.next = next(coming, None)
-        self.now_ns = self.received_ns = 0
+        self.now_ns = self.heard_ns = self.received_ns = 0
         self.woken = False
 
     def take(self, controller: Controller) -> None:
         """Hands over the next message; time goes on to it, or back."""
-        self.now_ns, self.received_ns = self.next.time_ns, self.next.received_ns
+        self.now_ns = self.heard_ns = self.next.time_ns
+        self.received_ns = self.next.received_ns
         self.woken = self.next.put(controller) or self.woken
         self.next = next(self._coming, None)
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from rosbags.interfaces import Nodetype
 
-from deer_vla_ros.bag.recording import types
+from deer_vla_ros.bag.cdr import types
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.stamped import nanoseconds
 

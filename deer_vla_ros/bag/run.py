@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.inputs import (
     GRIPPER_COMMAND,
     INSTRUCTION,
@@ -34,7 +35,6 @@ from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.cdr import to_cdr
 from deer_vla_ros.ros.conversions import measured_pose, step_message
 from deer_vla_ros.ros.loading import warm_controller
 from deer_vla_ros.ros.stamped import nanoseconds

@@ -7,10 +7,10 @@ from pathlib import Path
 from std_msgs.msg import Float64MultiArray
 
 from deer_vla_ros.bag.bag_file import BagFile
+from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.inputs import GRIPPER_COMMAND, STEPS, TARGET, TYPES, Tally
 from deer_vla_ros.bag.recording import Record, Recording, definition
 from deer_vla_ros.control.types import Command
-from deer_vla_ros.ros.cdr import to_cdr
 from deer_vla_ros.ros.stamped import pose_message
 
 OUTPUTS = {f"/{name}": TYPES[name][0] for name in (STEPS, TARGET, GRIPPER_COMMAND)}

@@ -11,11 +11,11 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 
 from deer_vla_ros.bag.bag_file import BagFile
+from deer_vla_ros.bag.cdr import to_cdr, type_of
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.table_arm import STEP_S, TableArm
 from deer_vla_ros.model.action_space import TABLETOP
-from deer_vla_ros.ros.cdr import to_cdr
 from deer_vla_ros.ros.stamped import image_message, pose_message, stamp
 from deer_vla_ros.sim.expert import act
 from deer_vla_ros.sim.referee import task_called
@@ -45,8 +45,7 @@ class TableRecorder:
     def __init__(self, folder: Path):
         self._file = BagFile(folder)
         for topic, kind in TYPES.items():
-            package, name = kind.__module__.split(".")[0], kind.__name__
-            self._file.declare(_absolute(topic), f"{package}/msg/{name}")
+            self._file.declare(_absolute(topic), type_of(kind))
 
     def write(self, topic: str, message: Any, time_ns: int) -> None:
         """A message of a topic of TYPES."""

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from geometry_msgs.msg import PoseStamped
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
-from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
-from deer_vla_ros.bag.recording import Record, Recording, types
-from deer_vla_ros.ros.cdr import to_cdr
+from deer_vla_ros.bag.cdr import to_cdr, type_of, types
+from deer_vla_ros.bag.recording import Record, Recording
 
 TABLE = Path(__file__).parents[1] / "data" / "table"
 STATIC, GRIPPER, POSE, INSTRUCTION = "/camera/static/image_raw", "/camera/gripper/image_raw", "/ee_pose", "/instruction"
@@ -42,9 +40,7 @@ def write(
 
 
 def record(topic: str, message, time_ns: int) -> Record:
-    kind = {Image: "sensor_msgs/msg/Image", CompressedImage: "sensor_msgs/msg/CompressedImage", String: "std_msgs/msg/String"}
-    kind[PoseStamped] = "geometry_msgs/msg/PoseStamped"
-    return Record(topic, kind[type(message)], time_ns, to_cdr(message))
+    return Record(topic, type_of(type(message)), time_ns, to_cdr(message))
 
 
 def said(text: str, time_ns: int) -> Record:

@@ -36,7 +36,7 @@ def test_every_instruction_becomes_an_episode_of_what_the_cameras_saw(tmp_path):
     image = next(iter(frames.values()))
     assert np.array_equal(first["rgb_static"], image.data.reshape(image.height, image.width, 3))
     assert f"{len(words)} last steps of episodes, which have no next pose" in told["left_out"]
-    windows = CalvinWindows([tmp_path / "set"])
+    windows = CalvinWindows([tmp_path / "set" / "training"])
     assert set(windows.texts) == set(words), "training reads it"
 
 
@@ -74,7 +74,9 @@ def test_targets_in_place_of_measured_poses(tmp_path):
 def test_breaks_and_short_pieces_are_counted_and_nothing_is_bridged(tmp_path):
     found = records((*INPUTS, *COMMANDS), seconds=4)
     begin = found[0].time_ns
-    hole = [each for each in found if each.topic == INSTRUCTION or not begin + 1.0 * SECOND < each.time_ns < begin + 1.62 * SECOND]
+    hole = [
+        each for each in found if each.topic == INSTRUCTION or not begin + 1.0 * SECOND < each.time_ns < begin + 1.62 * SECOND
+    ]
     told = converted(write(tmp_path / "bag", hole), tmp_path / "set")
     assert told["episodes"] == 3, "one instruction in two pieces, and the beginning of the next one"
     assert any("STATIC_STALE" in line for line in told["left_out"]) or any("last steps" in line for line in told["left_out"])

@@ -52,7 +52,8 @@ def test_the_types_are_those_that_the_installed_messages_have():
     from pathlib import Path
 
     import deer_vla_ros.msg
-    from deer_vla_ros.bag.recording import types
+
+    from deer_vla_ros.bag.cdr import types
 
     prefix = next(parent for parent in Path(deer_vla_ros.msg.__file__).parents if (parent / "share" / "deer_vla_ros").is_dir())
     for name in ("PolicyStep", "BudgetStatus"):

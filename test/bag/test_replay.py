@@ -18,14 +18,14 @@ from rosbags.rosbag2 import CompressionMode, StoragePlugin
 from sensor_msgs.msg import CompressedImage
 
 from deer_vla_ros.__main__ import main
+from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.golden import assert_replays, decisions
 from deer_vla_ros.bag.inputs import Stamps, find_topics
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
-from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of
+from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
 from deer_vla_ros.bag.run import run
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.cdr import to_cdr
 
 MS = 1_000_000
 SHORT = 3.0
@@ -37,6 +37,11 @@ def replayed(path: Path, **how):
     rows = []
     result = run(request(path, **how), "test", on_row=rows.append)
     return result, rows
+
+
+def decided(path: Path, **how) -> list[list[str]]:
+    """Every decision as the cells of its line, which are equal where the decisions are, NaN or not."""
+    return [[text_of(row[name]) for name in DECIDED] for row in decisions(path, **how)]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,7 @@ def test_the_recording_it_leaves_has_the_inputs_as_they_were_and_the_decisions_b
 
 def test_the_report_compares_the_budgets_and_needs_nothing_from_elsewhere(whole):
     page, figures = (whole / "report.html").read_text(), json.loads((whole / "report.json").read_text())
-    assert "http" not in page.replace("http://www.w3.org", "") and page.count("data:image/png;base64,") == 2
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 2 and "href" not in page and "<script" not in page
     cheap, dear = figures["runs"]
     assert cheap["language_gmac_mean"] < dear["language_gmac_mean"] <= dear["language_gmac_full"]
     assert cheap["deviation_from_full_depth"]["mean"] >= dear["deviation_from_full_depth"]["mean"] > 0
@@ -107,10 +112,13 @@ def test_the_report_compares_the_budgets_and_needs_nothing_from_elsewhere(whole)
 
 def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short, tmp_path):
     def command(out: Path) -> list[str]:
-        return [sys.executable, "-m", "deer_vla_ros", "replay", str(short), "--out", str(out), "--budget", "average_fraction=0.4"]
+        return [sys.executable, "-m", "deer_vla_ros", *arguments(out)]
+
+    def arguments(out: Path) -> list[str]:
+        return ["replay", str(short), "--out", str(out), "--budget", "average_fraction=0.4"]
 
     once, again = tmp_path / "once", tmp_path / "again"
-    subprocess.run(command(once), check=True, capture_output=True)
+    assert main(arguments(once)) == 0
     killed = subprocess.Popen(command(again), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = None
     while killed.poll() is None and partial is None:
@@ -138,23 +146,23 @@ def test_a_folder_that_is_not_a_replays_is_not_touched(short, tmp_path, capsys):
 @pytest.mark.parametrize("compression", [CompressionMode.FILE, CompressionMode.MESSAGE], ids=lambda value: value.name.lower())
 def test_how_it_was_recorded_makes_no_difference(short, tmp_path, compression):
     other = write(tmp_path / "bag", records(INPUTS, short), StoragePlugin.SQLITE3, compression)
-    assert decisions(other) == decisions(short)
+    assert decided(other) == decided(short)
 
 
 def test_renamed_topics_and_a_given_instruction(short, tmp_path):
     renamed = [dataclasses.replace(each, topic=f"/cam0{each.topic}") for each in records(INPUTS, short)]
     other = write(tmp_path / "bag", renamed)
-    assert decisions(other) == decisions(short), "a namespace is found by itself"
+    assert decided(other) == decided(short), "a namespace is found by itself"
     only = write(tmp_path / "only", [each for each in renamed if not each.topic.endswith(INSTRUCTION)])
     with pytest.raises(UserError, match="say what to do with --instruction"):
         decisions(only)
     words = decode(records([INSTRUCTION], short)[0]).data
-    assert decisions(only, instruction=words) == decisions(short, instruction=words)
+    assert decided(only, instruction=words) == decided(short, instruction=words)
     odd = [dataclasses.replace(each, topic="/eye") if each.topic == STATIC else each for each in records(INPUTS, short)]
     odd = write(tmp_path / "odd", odd)
     with pytest.raises(UserError, match="no topic camera/static/image_raw.*--topic camera/static/image_raw:=TOPIC.*/eye"):
         decisions(odd)
-    assert decisions(odd, topics={"camera/static/image_raw": "/eye"}) == decisions(short)
+    assert decided(odd, topics={"camera/static/image_raw": "/eye"}) == decided(short)
 
 
 def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path):
@@ -170,14 +178,14 @@ def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path)
         return record(f"{each.topic}/compressed", message, each.time_ns)
 
     found = [as_png(each) if each.topic in (STATIC, GRIPPER) else each for each in records(INPUTS, short)]
-    assert decisions(write(tmp_path / "bag", found)) == decisions(short)
+    assert decided(write(tmp_path / "bag", found)) == decided(short)
 
 
 def test_a_part_of_it(short):
     every = decisions(short)
     later = decisions(short, start_s=1.0, duration_s=0.95, instruction="open the drawer")
     assert [row["stamp"] for row in later] == [row["stamp"] for row in every[10:19]] or len(later) in (9, 10)
-    with pytest.raises(UserError, match="--start is 99 s, but .* 3.0 s long"):
+    with pytest.raises(UserError, match="--start is 99 s, but .* 2.9 s long"):
         decisions(short, start_s=99.0)
 
 
@@ -185,9 +193,7 @@ def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> R
     event = ParameterEvent(node=node)
     for name, value in values.items():
         event.changed_parameters.append(
-            Parameter(
-                name=f"budget.{name}", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value)
-            )
+            Parameter(name=f"budget.{name}", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
         )
     return Record("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
 
@@ -199,10 +205,11 @@ def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(sh
     path = write(tmp_path / "bag", sorted(with_event, key=lambda each: each.time_ns))
     plain, (result, changed) = decisions(short), replayed(path)
     before = [index for index, row in enumerate(plain) if row["stamp"] < middle]
-    assert plain[: len(before)] == changed[: len(before)] and result.parameter_events == 1
+    assert [row["action"] for row in plain[: len(before)]] == [row["action"] for row in changed[: len(before)]]
+    assert result.parameter_events == 1
     assert all(row["exit_index"] == 5 for row in changed[len(before) :]) and len(changed) > len(before)
     assert any(row["exit_index"] < 5 for row in plain[len(before) :])
-    assert decisions(path, budget="average_fraction=0.3") == decisions(short, budget="average_fraction=0.3"), "asked for otherwise"
+    assert decided(path, budget="average_fraction=0.3") == decided(short, budget="average_fraction=0.3"), "asked for otherwise"
 
 
 def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short, tmp_path, capsys):
@@ -210,8 +217,10 @@ def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short,
         decisions(short, budget="average_ms=9")
     table = tmp_path / "latency.json"
     table.write_text(json.dumps({"about": "made up", "parts": [[5.0, 1.0, 0.5]] * 10}))
+    assert decided(short, budget="average_ms=9", latency_table=table) == decided(
+        short, budget="average_ms=9", latency_table=table
+    )
     cheap = decisions(short, budget="average_ms=9", latency_table=table)
-    assert cheap == decisions(short, budget="average_ms=9", latency_table=table)
     dear = decisions(short, budget="average_ms=16", latency_table=table)
     assert np.mean([row["layers_run"] for row in cheap]) < np.mean([row["layers_run"] for row in dear])
     assert all(row["layers_run"] <= 2 for row in decisions(short, budget="deadline_ms=8.1", latency_table=table))
@@ -226,7 +235,7 @@ def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, tmp
     table.write_text(json.dumps({"about": "slow", "parts": [[150.0, 0.0, 0.0]]}))
     result, rows = replayed(short, latency_table=table)
     every = decisions(short)
-    assert 0.4 * len(every) < len(rows) < 0.7 * len(every), "every second frame, at 150 ms and 100 ms between frames"
+    assert 0.6 * len(every) < len(rows) < 0.8 * len(every), "two of three frames, 100 ms apart, where each takes 150 ms"
     table.write_text(json.dumps({"about": "far too slow", "parts": [[450.0, 0.0, 0.0]]}))
     result, _ = replayed(short, latency_table=table)
     assert result.hold_reasons["TOO_SLOW"], "its frames are older than inputs.max_age_s by then"
@@ -265,7 +274,7 @@ def test_a_topic_of_another_type_is_refused(short, tmp_path):
 
 def restamped(found: list[Record], shift) -> list[Record]:
     """Messages with other header stamps; shift: of a message's index and stamp [ns] -> stamp [ns]."""
-    from deer_vla_ros.bag.recording import types
+    from deer_vla_ros.bag.cdr import types
 
     result = []
     for index, each in enumerate(found):
@@ -307,7 +316,11 @@ def test_a_clock_that_jumps_back_is_a_hold_and_a_new_episode(short, tmp_path):
 def test_two_instructions_at_once_the_newest_wins(short, tmp_path):
     found = records(INPUTS, short)
     start = found[0].time_ns
-    both = [said("open the drawer", start), said("lift the red block", start), *(each for each in found if each.topic != INSTRUCTION)]
+    both = [
+        said("open the drawer", start),
+        said("lift the red block", start),
+        *(each for each in found if each.topic != INSTRUCTION),
+    ]
     rows = decisions(write(tmp_path / "bag", both))
     assert {row["instruction"] for row in rows} == {"lift the red block"}
 
@@ -318,11 +331,9 @@ def test_a_message_that_cannot_be_decoded_is_counted_and_the_others_are_used(sho
     found[frames[4]] = dataclasses.replace(found[frames[4]], data=found[frames[4]].data[:50])
     broken = decode(found[frames[9]])
     broken.encoding = "yuv17"
-    from deer_vla_ros.bag.recording import types
+    from deer_vla_ros.bag.cdr import types
 
-    found[frames[9]] = dataclasses.replace(
-        found[frames[9]], data=bytes(types().serialize_cdr(broken, "sensor_msgs/msg/Image"))
-    )
+    found[frames[9]] = dataclasses.replace(found[frames[9]], data=bytes(types().serialize_cdr(broken, "sensor_msgs/msg/Image")))
     result, rows = replayed(write(tmp_path / "bag", found))
     assert len(rows) == len(frames) - 2
     told = result.tally.lines()
@@ -331,7 +342,7 @@ def test_a_message_that_cannot_be_decoded_is_counted_and_the_others_are_used(sho
 
 
 def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path, capsys):
-    path = write(tmp_path / "bag", records(INPUTS, short))
+    path = write(tmp_path / "bag", records(INPUTS, short), compression=CompressionMode.STORAGE)
     file = path / "bag.mcap"
     data = bytearray(file.read_bytes())
     middle = len(data) // 2
