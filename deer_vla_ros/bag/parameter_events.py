@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from deer_vla_ros.control.controller import Controller
@@ -28,18 +29,13 @@ class ParameterEvents:
         if event.node.rpartition("/")[2] != parameters.NODE_NAME:
             return False
         changed = {}
-        for each in (*event.new_parameters, *event.changed_parameters):
-            declaration, field = self._declared.get(each.name), VALUES[each.value.type] if each.value.type < len(VALUES) else ""
-            if declaration is None or not field or each.name.startswith(self._keep or ("\0",)):
-                continue
-            value = getattr(each.value, field)
-            value = declaration.checked(list(value) if field.endswith("array_value") else value, "recorded parameter event")
-            if value == self.given[each.name]:
-                continue
-            if declaration.live:
-                changed[each.name] = value
-            elif each.name.startswith(("control.", "action.")):
-                self.notes.add(f"{each.name} was {value!r} when it was recorded and is {self.given[each.name]!r} here")
+        for name, value in self._values((*event.new_parameters, *event.changed_parameters)):
+            if self._declared[name].live:
+                changed[name] = value
+            elif value != self.given[name] and name.startswith(("control.", "action.")):
+                self.notes.add(f"{name} was {value!r} when it was recorded and is {self.given[name]!r} here")
+        if not event.changed_parameters:  # what a node starts with; set while it runs, even the same value makes a new budget
+            changed = {name: value for name, value in changed.items() if value != self.given[name]}
         if not changed:
             return False
         self.given |= changed
@@ -51,6 +47,19 @@ class ParameterEvents:
         controller.wait_for_layers()
         self.applied += 1
         return True
+
+    def _values(self, recorded: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+        """Names and values of recorded parameters that are the node's, and are not to stay as given."""
+        for each in recorded:
+            declaration = self._declared.get(each.name)
+            field = VALUES[each.value.type] if each.value.type < len(VALUES) else ""
+            if declaration is None or not field or (self._keep and each.name.startswith(self._keep)):
+                continue
+            value = getattr(each.value, field)
+            yield (
+                each.name,
+                declaration.checked(list(value) if field == "double_array_value" else value, "recorded parameter event"),
+            )
 
 
 def check_clock(given: dict[str, Any], has_clock: bool) -> None:

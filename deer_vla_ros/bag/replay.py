@@ -156,8 +156,9 @@ def along_steps(controller: Controller, messages: Messages, tally: Tally, on_par
     """The recorded steps once more, each on the inputs that it names.
 
     A step whose inputs are not in the recording is counted and left out, and so are those after it until an episode begins: they rest on
-    a memory that is not known.
+    a memory that is not known. A parameter event is heard before the node obeys it: it is obeyed at the step whose budget id says so.
     """
+    budget = _FollowedBudget(controller, on_parameters)
     recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {name: OrderedDict() for name in (STATIC, GRIPPER, POSE)}
     is_known = False
     controller.start()
@@ -167,17 +168,48 @@ def along_steps(controller: Controller, messages: Messages, tally: Tally, on_par
             if len(recent[name]) > REMEMBERED:
                 recent[name].popitem(last=False)
         elif name == PARAMETERS:
-            on_parameters(controller, message)
+            budget.hear(message)
         elif name == STEPS:
+            budget.before(message)
             is_known = is_known or message.episode_step == 0
             if not is_known:
                 tally.skip(record.topic, "the episode began before the recording, or lacks inputs: its memory is not known")
                 continue
             try:
-                yield _again(controller, record, message, recent, tally)
+                moment = _again(controller, record, message, recent, tally)
+                budget.after(moment)
+                yield moment
             except _Missing as missing:
                 tally.skip(record.topic, f"{missing} is not in the recording, or cannot be decoded")
                 is_known = False
+
+
+class _FollowedBudget:
+    """When does a recorded change of parameters take effect? The live node's budget id counts on with it, from where it was."""
+
+    def __init__(self, controller: Controller, apply: ParameterChange):
+        self._controller, self._apply = controller, apply
+        self._waiting: list[Any] = []
+        self._ahead: int | None = None  # by how much the live node's id is ahead of the replay's
+
+    def hear(self, event: Any) -> None:
+        if any(each.name.startswith("budget.") for each in event.changed_parameters):
+            self._waiting.append(event)
+        else:  # nothing that counts on the id
+            self._apply(self._controller, event)
+
+    def before(self, step: Any) -> None:
+        """Obeys what the live node had obeyed by this step."""
+        while self._waiting and (self._ahead is None or step.budget_id - self._ahead > self._coming_id(step)):
+            self._apply(self._controller, self._waiting.pop(0))
+
+    def after(self, moment: Moment) -> None:
+        if self._ahead is None and moment.command.decision is not None:
+            self._ahead = moment.recorded.budget_id - moment.command.decision.budget_id
+
+    def _coming_id(self, step: Any) -> int:
+        """The replay's budget id in this step, if nothing were obeyed: another number of tokens makes a new rule."""
+        return self._controller.budget_id + int(step.tokens != self._controller.budget_status.tokens)
 
 
 class _Missing(Exception):
