@@ -31,7 +31,7 @@ else
 TORCH_PIP_ARGS ?= torch==2.13.0
 endif
 DEMO_ARGS ?=
-PYTEST_ARGS ?= test
+PYTEST_ARGS ?=
 
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check
 ACTIVATE := . scripts/env.sh
@@ -46,7 +46,9 @@ demo: build
 	exec python -m deer_vla_ros demo --out out/demo $(DEMO_ARGS)
 
 test: build
-	@$(ACTIVATE); exec python -m pytest $(PYTEST_ARGS)
+	@$(ACTIVATE); if [ -n "$(PYTEST_ARGS)" ]; then exec python -m pytest $(PYTEST_ARGS); fi; \
+	python -m pytest -n 2 --dist loadfile test --ignore=test/ros; rest=$$?; \
+	python -m pytest test/ros; exit $$(( $$? | rest ))  # alone: its processes watch the clock
 
 env: .venv/.stamp-python
 build msgs: build/messages/.stamp

@@ -15,6 +15,8 @@ import deer_vla_ros
 from deer_vla_ros.errors import UserError
 
 PROGRAM = "python -m deer_vla_ros"
+PIP_MODULES = ("matplotlib", "mujoco", "optuna", "rich", "rosbags", "tensorboardX")
+"""What some commands need and others do not, from PyPI."""
 ROS_MODULES = ("rclpy", "deer_vla_ros", "std_msgs", "sensor_msgs", "geometry_msgs")
 
 
@@ -57,9 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ROS_MODULES:
+        missing = (error.name or "").partition(".")[0]
+        if missing in PIP_MODULES:
+            print(f"error: {error}: pip install {missing}", file=sys.stderr)
+        elif missing in ROS_MODULES:
+            print(f"error: {error}: source your ROS workspace, or run `make build` and `. scripts/env.sh`", file=sys.stderr)
+        else:
             raise
-        print(f"error: {error}: source your ROS workspace, or run `make build` and `. scripts/env.sh`", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return 1
