@@ -341,6 +341,26 @@ def test_a_message_that_cannot_be_decoded_is_counted_and_the_others_are_used(sho
     assert "yuv17" in told[0] + told[1] and "are no sensor_msgs/msg/Image" in told[0] + told[1]
 
 
+def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short, tmp_path):
+    import sqlite3
+
+    strangers = [dataclasses.replace(said("?", each.time_ns), topic="/odd") for each in records([POSE], short)]
+    path = write(tmp_path / "bag", [*records(INPUTS, short), *strangers], StoragePlugin.SQLITE3)
+    with sqlite3.connect(path / "bag.db3") as database:
+        database.execute("UPDATE topics SET type = 'odd_msgs/msg/Odd' WHERE name = '/odd'")
+        database.execute("DELETE FROM message_definitions")
+    metadata = path / "metadata.yaml"
+    text = metadata.read_text()
+    at = text.index("name: /odd")
+    metadata.write_text(text[:at] + text[at:].replace("std_msgs/msg/String", "odd_msgs/msg/Odd", 1))
+    rows = []
+    result = run(request(path), "test", tmp_path / "out", on_row=rows.append)
+    assert result.tally.lines() == [
+        "/odd: 1 left out: not copied: odd_msgs/msg/Odd is not defined in the recording, nor installed here"
+    ]
+    assert records(INPUTS, tmp_path / "out" / "bag") == records(INPUTS, short) and len(rows) == len(decisions(short))
+
+
 def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path, capsys):
     path = write(tmp_path / "bag", records(INPUTS, short), compression=CompressionMode.STORAGE)
     file = path / "bag.mcap"

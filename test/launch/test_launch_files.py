@@ -13,10 +13,11 @@ from rclpy.context import Context
 from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
-POLICY, DEMO = ROOT / "launch" / "deer_vla.launch.py", ROOT / "launch" / "demo.launch.py"
+POLICY, DEMO, REPLAY = (ROOT / "launch" / f"{name}.launch.py" for name in ("deer_vla", "demo", "replay"))
 ARGUMENTS = {
     POLICY: {"params_file", "model_path", "namespace", "device", "use_sim_time", "autostart"},
     DEMO: {"seed", "namespace"},
+    REPLAY: {"bag", "out", "rate", "wait", "params_file"},
 }
 FILES = pytest.mark.parametrize("path", ARGUMENTS, ids=lambda path: path.name)
 
@@ -58,7 +59,7 @@ def test_every_launch_argument_is_used(path):
     assert used == ARGUMENTS[path]
 
 
-@FILES
+@pytest.mark.parametrize("path", [POLICY, DEMO], ids=lambda path: path.name)
 def test_launched_nodes_are_executables_of_this_package(path):
     assert nodes(path)
     for node in nodes(path):
@@ -111,6 +112,21 @@ def test_what_launch_gives_wins_over_the_parameter_file(namespace, tmp_path):
         node.destroy_node()
     finally:
         rclpy.shutdown(context=context)
+
+
+def test_a_replay_plays_on_the_recordings_clock_and_keeps_recorded_outputs_apart():
+    """Every topic on which the node publishes, for two publishers on one would mix what was decided then with what is decided now."""
+    (outputs,) = (
+        node.value.elts
+        for node in ast.walk(ast.parse(REPLAY.read_text()))
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "OUTPUTS"
+    )
+    published = {"target_pose", "target_twist", "gripper_command", "deer_vla/step", "deer_vla/budget"}
+    assert {each.value for each in outputs} >= published
+    topics = (ROOT / "docs" / "reference" / "topics.md").read_text()
+    assert all(name.removeprefix("deer_vla/") in topics for name in published)
+    text = REPLAY.read_text()
+    assert '"--clock"' in text and '"use_sim_time": "true"' in text and '"--use-sim-time"' in text
 
 
 @FILES
