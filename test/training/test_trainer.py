@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ JOINT = {
     "loss": {"huber_delta": 0.1, "pose": 30.0, "gripper": 0.1},
     "heatmap": 0.2,
     "point": 0.2,
+    "turn": 0.2,
     "pool_padding": False,
 }
 EXIT = {
@@ -211,3 +213,27 @@ def test_the_recipes_that_ship_can_be_read():
     for recipe in recipes:
         assert recipe.network.config().exits
         json.dumps(recipe.network.config().to_dict())
+
+
+def test_an_early_evaluation_asks_for_the_network_as_it_is(data, tmp_path, monkeypatch):
+    """By the command that a person would give, whose arguments are checked here; what it measures is evaluate's own test."""
+    import argparse
+
+    from deer_vla_ros.evaluation import evaluate_command
+    from deer_vla_ros.model.checkpoint import load
+    from deer_vla_ros.training.train_command import _Run
+
+    asked = []
+    monkeypatch.setattr(_Run, "_other_command", lambda self, arguments: asked.append(list(map(str, arguments))))
+    recipe = recipe_file(tmp_path, {**JOINT, "steps": 4}, evaluate_every=2)
+    train(recipe, tmp_path, data)
+    assert len(asked) == 2
+    for arguments in asked:
+        assert arguments[0] == "evaluate"
+        parser = argparse.ArgumentParser()
+        evaluate_command.add_arguments(parser)
+        args = parser.parse_args(arguments[1:])
+        evaluate_command.check(args)
+        assert load(Path(args.checkpoint)).info.trained and args.trials > 0 and args.full_depth
+    first, second = (load(Path(arguments[arguments.index("--checkpoint") + 1])).model for arguments in asked)
+    assert any((one != other).any() for one, other in zip(first.parameters(), second.parameters())), "it trained in between"
