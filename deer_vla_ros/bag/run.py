@@ -40,7 +40,7 @@ from deer_vla_ros.ros.loading import warm_controller
 from deer_vla_ros.ros.stamped import nanoseconds
 
 STEPS_CSV, TIMINGS_CSV, HOLDS_CSV, BAG = "steps.csv", "timings.csv", "holds.csv", "bag"
-THUMBNAILS = 12
+THUMBNAILS = 8
 FOLLOWED = tuple(name for name in DECIDED if name not in (*INPUTS[5:], "step", "episode", "budget_id", "verdict", "reasons"))
 """What a replay along recorded steps has to decide as the live node did: all but numbers that count from the node's start, ages, which
 the controller's clock rounds, and what the guard made of it, which rests on poses that came while the live node was thinking."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +64,27 @@ def _absolute(topic: str) -> str:
 def record_expert(folder: Path, seed: int, instructions: list[str]) -> list[tuple[str, bool, int]]:
     """The expert follows one instruction after the other; what the cameras saw and what the arm was told is recorded.
 
-    Returns each instruction, whether it was done, and in how many steps. UserError for words that name no task, or a task that makes no
-    sense by then; nothing is written then.
+    Returns each instruction, whether it was done, and in how many steps. The folder appears whole or not at all; UserError where it is there
+    already, for words that name no task, and for a task that makes no sense by then.
     """
     tasks = [_task(text) for text in instructions]
+    if folder.exists():
+        raise UserError(f"{folder} exists: give the recording another name")
+    scratch = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        told = _record(scratch / folder.name, seed, list(zip(instructions, tasks)))
+        (scratch / folder.name).rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return told
+
+
+def _record(folder: Path, seed: int, wanted: list[tuple[str, Task]]) -> list[tuple[str, bool, int]]:
     recorder = TableRecorder(folder)
     now_ns, told = BEGINS_NS, []
     with Table(seed) as table:
         arm = TableArm(table)
-        for text, task in zip(instructions, tasks):
+        for text, task in wanted:
             before = table.state()
             if not task.possible(before):
                 raise UserError(f"--show {text!r} makes no sense by then: give another one, or another --seed")

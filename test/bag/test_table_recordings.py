@@ -29,6 +29,8 @@ def test_the_expert_is_recorded_alike_every_time_and_as_the_test_data_was(tmp_pa
 def test_words_that_name_no_task_and_a_taken_name_are_refused(tmp_path, capsys):
     assert main(["sim", "--record", str(tmp_path / "bag"), "--show", "make coffee"]) == 1
     assert "names no task of the table" in capsys.readouterr().err and not (tmp_path / "bag").exists()
+    assert main(["sim", "--seed", "3", "--record", str(tmp_path / "bag"), "--show", "open the drawer"]) == 1
+    assert "makes no sense by then" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert main(["sim", "--show", "open the drawer"]) == 1
     assert "--show without --record" in capsys.readouterr().err
     (tmp_path / "bag").mkdir()
