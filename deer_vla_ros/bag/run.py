@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from deer_vla_ros.bag.cdr import to_cdr
+from deer_vla_ros.bag.cdr import from_cdr, to_cdr
 from deer_vla_ros.bag.inputs import (
     GRIPPER_COMMAND,
     INSTRUCTION,
@@ -27,10 +27,10 @@ from deer_vla_ros.bag.inputs import (
     messages,
 )
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
-from deer_vla_ros.bag.recording import Record, Recording, decode
+from deer_vla_ros.bag.recording import Record, Recording
 from deer_vla_ros.bag.replay import Messages, Moment, along_steps, arrivals, lockstep
-from deer_vla_ros.bag.rows import DECIDED, INPUTS, STEP_TYPE, TIMINGS, WALL, Difference, Row, RowWriter, difference, row_of
-from deer_vla_ros.bag.writing import ReplayBag
+from deer_vla_ros.bag.rows import DECIDED, INPUTS, STEP_TYPE, Difference, Row, difference, row_of
+from deer_vla_ros.bag.writing import RunFolder
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import HoldReason
@@ -39,7 +39,6 @@ from deer_vla_ros.ros.conversions import measured_pose, step_message
 from deer_vla_ros.ros.loading import warm_controller
 from deer_vla_ros.ros.stamped import nanoseconds
 
-STEPS_CSV, TIMINGS_CSV, HOLDS_CSV, BAG = "steps.csv", "timings.csv", "holds.csv", "bag"
 THUMBNAILS = 8
 FOLLOWED = tuple(name for name in DECIDED if name not in (*INPUTS[5:], "step", "episode", "budget_id", "verdict", "reasons"))
 """What a replay along recorded steps has to decide as the live node did: all but numbers that count from the node's start, ages, which
@@ -131,9 +130,25 @@ def run(
             raise UserError(
                 f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, or say what to do with --instruction"
             )
+        window = _window(request, recording)
         controller = warm_controller(request.given, logging.getLogger(__name__), request.latencies)
         stack.callback(controller.close)
-        return _Run(request, label, recording, topics, controller, folder, stack).finish(on_row, on_progress)
+        result = Result(label, seconds=(window[1] - window[0]) / 1e9)
+        files = stack.enter_context(RunFolder(folder, recording, result.tally, request.with_inputs)) if folder else None
+        _Run(request, recording, topics, window, controller, files, result).finish(on_row, on_progress)
+        return result
+
+
+def _window(request: Request, recording: Recording) -> tuple[int, int]:
+    """First and end time of receipt of what is replayed [ns]."""
+    start_ns, stop_ns = recording.start_ns + round(request.start_s * 1e9), recording.end_ns
+    if start_ns >= stop_ns:
+        raise UserError(
+            f"--start is {request.start_s:g} s, but {request.bag} is {(stop_ns - recording.start_ns) / 1e9:.1f} s long"
+        )
+    if request.duration_s is not None:
+        stop_ns = min(stop_ns, start_ns + round(request.duration_s * 1e9))
+    return start_ns, stop_ns
 
 
 class _Run:
@@ -142,127 +157,101 @@ class _Run:
     def __init__(
         self,
         request: Request,
-        label: str,
         recording: Recording,
         topics: dict[str, str],
+        window: tuple[int, int],
         controller: Controller,
-        folder: Path | None,
-        stack: contextlib.ExitStack,
+        files: RunFolder | None,
+        result: Result,
     ):
-        self._request, self._recording, self._controller = request, recording, controller
+        self._request, self._recording, self._window = request, recording, window
+        self._controller, self._files, self._result = controller, files, result
         unused = {GRIPPER_COMMAND} if request.follow else {GRIPPER_COMMAND, STEPS}
         self._topics = {name: topic for name, topic in topics.items() if name not in unused}
         if request.instruction is not None or request.follow:
             self._topics.pop(INSTRUCTION, None)
-        self._result = result = Result(label)
         self._events = ParameterEvents(request.given, request.keep, request.latencies is not None)
-        self._start_ns = recording.start_ns + round(request.start_s * 1e9)
-        self._stop_ns = recording.end_ns
-        if request.duration_s is not None:
-            self._stop_ns = min(self._stop_ns, self._start_ns + round(request.duration_s * 1e9))
-        if self._start_ns >= recording.end_ns:
-            raise UserError(
-                f"--start is {request.start_s:g} s, but {request.bag} is {(recording.end_ns - recording.start_ns) / 1e9:.1f} s long"
-            )
-        self._bag: ReplayBag | None = None
-        self._files: dict[str, RowWriter] = {}
-        if folder is not None:
-            folder.mkdir(parents=True)
-            for name, fields in (
-                (STEPS_CSV, DECIDED),
-                (TIMINGS_CSV, ("step", *TIMINGS, WALL)),
-                (HOLDS_CSV, ("time_ns", "reasons")),
-            ):
-                file: TextIO = stack.enter_context(open(folder / name, "w", newline=""))
-                self._files[name] = RowWriter(file, fields)
-            self._bag = ReplayBag(folder / BAG, recording, result.tally, request.with_inputs)
+        self._held: tuple[HoldReason, ...] = ()
         self._next_thumbnail = 0
 
-    def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float], None]) -> Result:
+    def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float], None]) -> None:
+        """From the first message to the last."""
         began, result = time.perf_counter(), self._result
-        moments = self._moments(on_progress)
-        try:
-            for moment in moments:
-                self._take(moment, on_row)
-            if self._bag:
-                self._bag.close()
-        except BaseException:
-            if self._bag:
-                self._bag.abort()
-            raise
+        for moment in self._moments(on_progress):
+            self._take(moment, on_row)
         if not result.steps:
             held = ", ".join(f"{reason} ({HoldReason[reason].value})" for reason in result.hold_reasons) or "nothing arrived"
             left_out = "; ".join(result.tally.lines())
             raise UserError(f"{self._request.bag}: no step was taken: {held}{'; ' + left_out if left_out else ''}")
-        result.seconds, result.wall_s = (self._stop_ns - self._start_ns) / 1e9, time.perf_counter() - began
+        result.wall_s = time.perf_counter() - began
         result.dropped, result.parameter_events = self._controller.dropped, self._events.applied
         result.notes += sorted(self._events.notes)
-        return result
 
     def _moments(self, on_progress: Callable[[float], None]) -> Iterator[Moment]:
         request = self._request
         heard = self._heard(on_progress)
         if request.follow:
             return along_steps(self._controller, heard, self._result.tally, self._events.apply)
-        if request.instruction is not None:
-            self._controller.put_instruction(request.instruction)
+        self._controller.put_instruction(self._first_instruction())
         stamps = Stamps(request.clock, request.bag)
         coming = arrivals(heard, stamps, self._result.tally, self._events.apply)
         return lockstep(self._controller, coming, inference_takes_time=request.latencies is not None)
 
+    def _first_instruction(self) -> str:
+        """The one that is given, or the last one that came before the part that is replayed: instructions are latched."""
+        if self._request.instruction is not None:
+            return self._request.instruction
+        topics = {INSTRUCTION: self._topics[INSTRUCTION]}
+        before = [message.data for _, _, message in messages(self._recording, topics, Tally(), (None, self._window[0]))]
+        return before[-1] if before else ""
+
     def _heard(self, on_progress: Callable[[float], None]) -> Messages:
         """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report needs."""
-        copy = self._bag.copy if self._bag and self._request.with_inputs else None
-        window, span = (self._start_ns, self._stop_ns), max(1, self._stop_ns - self._start_ns)
-        for name, record, message in messages(self._recording, self._topics, self._result.tally, window, copy):
+        copy, span = self._files.copy if self._files else None, max(1, self._window[1] - self._window[0])
+        for name, record, message in messages(self._recording, self._topics, self._result.tally, self._window, copy):
             if name == STATIC:
-                on_progress((record.time_ns - self._start_ns) / span)
-                self._thumbnail(record, message, span)
+                share = (record.time_ns - self._window[0]) / span
+                on_progress(share)
+                if share * THUMBNAILS >= self._next_thumbnail:
+                    self._thumbnail(record, message)
             if name == TARGET:
                 pose = measured_pose(message)
                 self._result.recorded_targets[pose.stamp_ns] = pose.pose.position, pose.pose.quaternion
             yield name, record, message
 
-    def _thumbnail(self, record: Record, message: Any, span: int) -> None:
-        seconds = (record.time_ns - self._start_ns) / 1e9
-        if (record.time_ns - self._start_ns) * THUMBNAILS >= self._next_thumbnail * span:
-            self._next_thumbnail += 1
-            with contextlib.suppress(UserError):
-                self._result.thumbnails.append((seconds, image(record, message).image[::2, ::2].copy()))
+    def _thumbnail(self, record: Record, message: Any) -> None:
+        self._next_thumbnail += 1
+        with contextlib.suppress(UserError):  # one that cannot be decoded is counted elsewhere
+            self._result.thumbnails.append((self._seconds(record.time_ns), image(record, message).image[::2, ::2].copy()))
+
+    def _seconds(self, received_ns: int) -> float:
+        return (received_ns - self._window[0]) / 1e9
 
     def _take(self, moment: Moment, on_row: Callable[[Row], None]) -> None:
         """Enters what the controller said."""
-        command, result = moment.command, self._result
-        seconds = (moment.received_ns - self._start_ns) / 1e9
+        command, seconds = moment.command, self._seconds(moment.received_ns)
         if command.error:
             raise UserError(f"{self._request.bag}: the inference failed {seconds:.3f} s from the start: {command.error}")
-        step = None
-        if command.decision is not None:
-            step = self._enter(moment, seconds, on_row)
-        if command.holds and (not result.holds or result.holds[-1][1] != command.holds or self._moved):
-            result.holds.append((seconds, command.holds))
+        step = self._enter(moment, seconds, on_row) if command.decision is not None else None
+        if command.holds and command.holds != self._held:
+            self._result.holds.append((seconds, command.holds))
             if self._files:
-                self._files[HOLDS_CSV].write({"time_ns": moment.now_ns, "reasons": [reason.name for reason in command.holds]})
-        self._moved = not command.holds
-        if self._bag:
-            self._bag.add(command, step, self._controller.action_space.frame, moment.received_ns)
-
-    _moved = False
+                self._files.held(moment.now_ns, command.holds)
+        self._held = command.holds
+        if self._files:
+            self._files.said(command, step, self._controller.action_space.frame, moment.received_ns)
 
     def _enter(self, moment: Moment, seconds: float, on_row: Callable[[Row], None]) -> bytes:
-        """One decision, and its `~/step` message."""
+        """One decision; its `~/step` message."""
         command, result, decision = moment.command, self._result, moment.command.decision
-        message = step_message(decision, self._controller.action_space.frame, _published(moment))
-        data = to_cdr(message)
-        row = row_of(decode(Record(STEPS, STEP_TYPE, 0, data)))
+        data = to_cdr(step_message(decision, self._controller.action_space.frame, _published(moment)))
+        row = row_of(from_cdr(data, STEP_TYPE))
         if moment.recorded is not None:
             if found := difference(len(result.steps), row, row_of(moment.recorded), 0.0, FOLLOWED):
                 result.differences.append(found)
         on_row(row)
         if self._files:
-            self._files[STEPS_CSV].write(row)
-            self._files[TIMINGS_CSV].write({**row, WALL: moment.wall_ms})
-        target = None if command.target is None else (command.target.position, command.target.quaternion)
+            self._files.decided(row, moment.wall_ms)
         result.exits = decision.policy.exits
         result.steps.append(
             Step(
@@ -274,7 +263,7 @@ class _Run:
                 total_gmac=decision.cost.total_gmac,
                 wall_ms=moment.wall_ms,
                 action=decision.policy.action.pose,
-                target=target,
+                target=None if command.target is None else (command.target.position, command.target.quaternion),
                 held=bool(decision.held),
             )
         )

@@ -1,8 +1,11 @@
-"""What does a replay leave as a recording? The input's topics as they were, and what the policy would have said beside them."""
+"""What does a run leave? Tables of what was decided, and a recording with what the policy would have said beside the input's topics."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 
 from std_msgs.msg import Float64MultiArray
 
@@ -10,12 +13,49 @@ from deer_vla_ros.bag.bag_file import BagFile
 from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.inputs import GRIPPER_COMMAND, STEPS, TARGET, TYPES, Tally
 from deer_vla_ros.bag.recording import Record, Recording, definition
-from deer_vla_ros.control.types import Command
+from deer_vla_ros.bag.rows import DECIDED, TIMINGS, WALL, Row, RowWriter
+from deer_vla_ros.control.types import Command, HoldReason
 from deer_vla_ros.ros.stamped import pose_message
 
 OUTPUTS = {f"/{name}": TYPES[name][0] for name in (STEPS, TARGET, GRIPPER_COMMAND)}
 RECORDED = "/recorded"
 """Before the names of recorded topics that the replay's own would be mixed with."""
+STEPS_CSV, TIMINGS_CSV, HOLDS_CSV, BAG = "steps.csv", "timings.csv", "holds.csv", "bag"
+
+
+class RunFolder:
+    """The folder of one run, which must not be there yet: steps.csv, timings.csv, holds.csv and bag/. Use it as a context manager; left by an
+    exception, the recording has no index."""
+
+    def __init__(self, folder: Path, recording: Recording, tally: Tally, with_inputs: bool):
+        folder.mkdir(parents=True)
+        self._stack = contextlib.ExitStack()
+
+        def table(name: str, fields: tuple[str, ...]) -> RowWriter:
+            return RowWriter(self._stack.enter_context(open(folder / name, "w", newline="")), fields)
+
+        self._steps = table(STEPS_CSV, DECIDED)
+        self._timings = table(TIMINGS_CSV, ("step", *TIMINGS, WALL))
+        self._holds = table(HOLDS_CSV, ("time_ns", "reasons"))
+        self._bag = ReplayBag(folder / BAG, recording, tally, with_inputs)
+        self.copy = self._bag.copy if with_inputs else None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._stack:
+            self._bag.abort() if kind else self._bag.close()
+
+    def decided(self, row: Row, wall_ms: float) -> None:
+        self._steps.write(row)
+        self._timings.write({**row, WALL: wall_ms})
+
+    def held(self, now_ns: int, reasons: Iterable[HoldReason]) -> None:
+        self._holds.write({"time_ns": now_ns, "reasons": [reason.name for reason in reasons]})
+
+    def said(self, command: Command, step: bytes | None, frame_id: str, time_ns: int) -> None:
+        self._bag.add(command, step, frame_id, time_ns)
 
 
 class ReplayBag:
