@@ -14,18 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from deer_vla_ros.bag import arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, nargs="+", metavar="BAG", help="rosbag2 folders or files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset; DIR/training is written")
-    parser.add_argument("--params", type=Path, metavar="FILE", help="the node's parameter file (default: its defaults)")
-    parser.add_argument(
-        "--topic", action="append", default=[], metavar="NAME:=TOPIC", help="what the node's topic is called in the recording"
-    )
-    parser.add_argument("--instruction", metavar="TEXT", help="in place of the recorded ones")
-    parser.add_argument(
-        "--clock", choices=("receive", "header"), default="receive", help="as replay takes it (default: %(default)s)"
-    )
+    arguments.add_arguments(parser)
     parser.add_argument(
         "--actions", choices=("measured", "target"), default="measured", help="where a motion leads (default: %(default)s)"
     )
@@ -38,15 +33,14 @@ def run(args: argparse.Namespace) -> int:
 
     from deer_vla_ros.bag.conversion import convert
     from deer_vla_ros.bag.observed import Account, observed
-    from deer_vla_ros.bag.replay_command import renamed
     from deer_vla_ros.json_file import write_json
     from deer_vla_ros.model.checkpoint import folder_of, load_info
     from deer_vla_ros.ros import parameters
 
-    given = parameters.from_file(args.params) if args.params else parameters.with_defaults({}, "convert-bag")
+    given = parameters.from_file(args.params)
     space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
     settings, account = parameters.controller_settings(given), Account()
-    topics = dict(renamed(text) for text in args.topic)
+    topics = arguments.topics_of(args)
     recordings = (
         (path, observed(path, account, settings.rate_hz, settings.inputs, space.frame, topics, args.clock, args.instruction))
         for path in track(args.bag, description="converting")

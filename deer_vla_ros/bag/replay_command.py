@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deer_vla_ros.bag import arguments
 from deer_vla_ros.errors import UserError
 
 OWN = "own thresholds"
@@ -35,7 +36,6 @@ MARK = "report.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, metavar="BAG", help="rosbag2 folder, or one of its files")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where tables, recordings and the report go")
-    parser.add_argument("--params", type=Path, metavar="FILE", help="the node's parameter file (default: its defaults)")
     parser.add_argument(
         "--budget",
         action="append",
@@ -43,18 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE[,NAME=VALUE]",
         help="a run under this budget, without `budget.` before its name (several: repeat); recorded changes of budgets are not obeyed then",
     )
-    parser.add_argument(
-        "--topic", action="append", default=[], metavar="NAME:=TOPIC", help="what the node's topic is called in the recording"
-    )
-    parser.add_argument("--instruction", metavar="TEXT", help="in place of the recorded ones")
+    arguments.add_arguments(parser)
     parser.add_argument("--start", type=float, default=0.0, metavar="S", help="seconds into the recording (default: %(default)s)")
     parser.add_argument("--duration", type=float, metavar="S", help="seconds (default: to the end)")
-    parser.add_argument(
-        "--clock",
-        choices=("receive", "header"),
-        default="receive",
-        help="bag time: when messages were received, or the newest stamp among them (default: %(default)s)",
-    )
     parser.add_argument("--follow", action="store_true", help="along recorded ~/step messages; exit 1 where a decision differs")
     parser.add_argument(
         "--latency-table",
@@ -135,7 +126,7 @@ def requests_of(args: argparse.Namespace):
 
     common = {
         "params": args.params,
-        "topics": dict(renamed(text) for text in args.topic),
+        "topics": arguments.topics_of(args),
         "clock": args.clock,
         "start_s": args.start,
         "duration_s": args.duration,
@@ -145,14 +136,6 @@ def requests_of(args: argparse.Namespace):
         "with_inputs": not args.no_inputs,
     }
     return {text or OWN: request(args.bag, budget=text, **common) for text in args.budget or [""]}
-
-
-def renamed(text: str) -> tuple[str, str]:
-    """The node's topic and the recorded one of a --topic argument; UserError."""
-    name, mark, topic = text.partition(":=")
-    if not (mark and name and topic):
-        raise UserError(f"--topic is {text!r}: give NAME:=TOPIC, such as camera/static/image_raw:=/cam0/image_raw")
-    return name.strip("/"), topic
 
 
 def _full_depth(requests):

@@ -33,7 +33,7 @@ def request(
     """One run. params: the node's parameter file, None: its defaults. budget: NAME=VALUE, several with commas between, in place of the
     parameters', and then recorded changes of budgets are not obeyed. latency_table: None takes the checkpoint folder's, where a budget needs
     one. The rest as Request; UserError for what the node would refuse."""
-    given = parameters.from_file(params) if params else parameters.with_defaults({}, "replay")
+    given = parameters.from_file(params)
     if budget:
         given = parameters.with_defaults({**given, **no_budget(), **_budget(budget)}, f"--budget {budget}")
     stored = folder_of(given["model.path"]) / TABLE

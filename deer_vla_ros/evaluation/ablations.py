@@ -27,6 +27,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.depth_curve import Point
 from deer_vla_ros.json_file import write_text
 from deer_vla_ros.model.checkpoint import CONFIG, load_info
+from deer_vla_ros.yaml_file import read_yaml
 
 ALL_PARTS = "all parts"
 TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -105,10 +106,7 @@ def _costs(folder: Path) -> np.ndarray:
 
 
 def _trained(setting: Setting, name: str, network: dict[str, Any], train: dict[str, Any]) -> Path:
-    try:
-        values = yaml.safe_load(setting.recipe.read_text())
-    except OSError as error:
-        raise UserError(f"ablations: {setting.recipe} cannot be read ({error.strerror}): give a recipe") from error
+    values = read_yaml(setting.recipe, "config/training/ablation.yaml")
     slug = name.replace(" ", "_")
     values["name"], values["network"] = slug, {**values["network"], **network}
     values["steps"] = [{"train": {**step["train"], **train}} if "train" in step else step for step in values["steps"]]

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deer_vla_ros.bag import arguments
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.json_file import write_json
 
@@ -46,16 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="also make this budget.average_fraction the checkpoint's own thresholds",
     )
-    parser.add_argument(
-        "--params", type=Path, metavar="FILE", help="recordings: the node's parameter file (default: its defaults)"
-    )
-    parser.add_argument(
-        "--topic", action="append", default=[], metavar="NAME:=TOPIC", help="recordings: what the node's topic is called there"
-    )
-    parser.add_argument("--instruction", metavar="TEXT", help="recordings: in place of the recorded ones")
-    parser.add_argument(
-        "--clock", choices=("receive", "header"), default="receive", help="recordings: as replay takes it (default: %(default)s)"
-    )
+    arguments.add_arguments(parser, of="recordings: ")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
 
 
@@ -126,13 +118,12 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
     from rich.progress import track
 
     from deer_vla_ros.bag.observed import Account, observed
-    from deer_vla_ros.bag.replay_command import renamed
     from deer_vla_ros.budget.calibration import Episode
     from deer_vla_ros.ros import parameters
 
-    given = parameters.from_file(args.params) if args.params else parameters.with_defaults({}, "calibrate")
+    given = parameters.from_file(args.params)
     settings, frame = parameters.controller_settings(given), parameters.action_space(given, space).frame
-    account, topics = Account(), dict(renamed(text) for text in args.topic)
+    account, topics = Account(), arguments.topics_of(args)
     for path in track(args.source, description="calibrating"):
         seen = observed(Path(path), account, settings.rate_hz, settings.inputs, frame, topics, args.clock, args.instruction)
         for text, moments in groupby(seen, key=lambda moment: moment.instruction):

@@ -23,6 +23,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.ros.gripper import INTERFACES
 from deer_vla_ros.ros.stamped import SECOND
+from deer_vla_ros.yaml_file import read_yaml
 
 NODE_NAME = "deer_vla"
 
@@ -316,19 +317,10 @@ def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable
     return found
 
 
-def from_file(path: Path) -> dict[str, Any]:
-    """Every parameter's value where a ROS parameter file is given to the node: its own, and the defaults of those it leaves out.
-
-    UserError for a file that is none, a name that no parameter has, or a value that the node would refuse.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): give a parameter file such as config/deer_vla.yaml"
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+def from_file(path: Path | None) -> dict[str, Any]:
+    """Every parameter's value where a ROS parameter file is given to the node: its own, and the defaults of those it leaves out. None: all
+    defaults. UserError for a file that is none, a name that no parameter has, or a value that the node would refuse."""
+    tree = read_yaml(path, "config/deer_vla.yaml") if path else {}
     return with_defaults(_of_node(tree if isinstance(tree, dict) else {}), str(path))
 
 

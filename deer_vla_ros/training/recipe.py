@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import PRESETS, ModelConfig
 from deer_vla_ros.model.from_json import from_json
 from deer_vla_ros.training.losses import LossWeights
 from deer_vla_ros.training.optimisation import OptimiserSettings, Schedule, Stage
+from deer_vla_ros.yaml_file import read_yaml
 
 FORMATS = ("frames", "calvin")
 
@@ -139,14 +138,7 @@ class Recipe:
     @classmethod
     def read(cls, path: Path) -> Recipe:
         """From YAML; whatever is not understood raises UserError by name."""
-        try:
-            values = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}): give a recipe such as config/training/tabletop.yaml"
-            ) from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        values = read_yaml(path, "config/training/tabletop.yaml")
         if not isinstance(values, dict) or not isinstance(values.get("steps"), list):
             raise UserError(f"{path}: no list of steps: compare with config/training/tabletop.yaml")
         steps = tuple(_step(step, f"{path.name} step {i}") for i, step in enumerate(values.pop("steps"), start=1))
