@@ -124,7 +124,7 @@ def test_one_question_is_answered_and_an_infeasible_one_named(folder, capsys):
     assert main(["budget", str(folder), "--fraction", "0.01"]) == 1
     assert "give 0.1667 to 1" in capsys.readouterr().err
     assert main(["calibrate", "/some/bag"]) == 1
-    assert "give 'table'" in capsys.readouterr().err
+    assert "no such recording: give a rosbag2 folder" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_budgets_measures_every_budget(folder, tmp_path):
@@ -136,7 +136,7 @@ def test_the_benchmark_of_budgets_measures_every_budget(folder, tmp_path):
     assert len(figures["rows"]) == 12 and figures["peak_violations"] == 0
     assert figures["seeds"]["held_out"] == "500000 to 500011"
     for row in figures["rows"]:
-        assert row["achieved"] == pytest.approx(row["requested"], rel=0.35), "600 steps, solved from 150"
+        assert row["achieved"] == pytest.approx(row["requested"], abs=0.15), "600 steps, solved from 150"
         assert sum(row["exit_shares"]) == pytest.approx(1.0)
     worst = max(abs(row["relative_error"]) for row in figures["rows"])
     assert figures["worst_relative_error"] == pytest.approx(worst)

@@ -51,7 +51,7 @@ def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
         "import os, time\n"
         "from deer_vla_ros.evaluation.workers import spread\n"
         "def setup():\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
         "    return lambda job, tell: time.sleep(0.1)\n"
         "if __name__ == '__main__':\n"
         "    list(spread(setup, (), list(range(10**6)), 2))\n"
