@@ -18,8 +18,8 @@ from rosbags.rosbag2 import CompressionMode, StoragePlugin
 from sensor_msgs.msg import CompressedImage
 
 from deer_vla_ros.__main__ import main
+from deer_vla_ros.bag import assert_replays, decisions
 from deer_vla_ros.bag.cdr import to_cdr
-from deer_vla_ros.bag.golden import assert_replays, decisions
 from deer_vla_ros.bag.inputs import Stamps, find_topics
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
