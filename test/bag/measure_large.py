@@ -36,7 +36,8 @@ def generate(folder: Path, gigabytes: float) -> None:
     bag.write("/instruction", to_cdr(String(data="lift the red block")), now)
     pose = PoseStamped()
     pose.header.frame_id = "base"
-    pose.pose.position.x, pose.pose.position.z, pose.pose.orientation.x = 0.4, 0.2, 1.0
+    pose.pose.position.x, pose.pose.position.z = 0.4, 0.2
+    pose.pose.orientation.x, pose.pose.orientation.w = 1.0, 0.0
     while written < gigabytes * 1e9:
         pose.header.stamp = stamp(now)
         bag.write("/ee_pose", to_cdr(pose), now)
