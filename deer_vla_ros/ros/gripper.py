@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import time
 from typing import Any, Protocol
 
 from rclpy.action import ActionClient
 from rclpy.node import Node
+from rclpy.task import Future
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 
@@ -15,6 +17,8 @@ from deer_vla_ros.errors import UserError
 ACTIONS = {"parallel_gripper_command": "ParallelGripperCommand", "gripper_command": "GripperCommand"}
 INTERFACES = ("topic", *ACTIONS)
 THROTTLE_S = 5.0
+ANSWER_S = 2.0
+"""How long a goal's answer may take. Longer than any server takes to accept; DDS can lose an answer while two processes still find each other."""
 
 
 class Gripper(Protocol):
@@ -34,7 +38,7 @@ class TopicGripper:
 
 
 class ActionGripper:
-    """A goal when the value changes; one that was refused, or that no server was there for, is sent again with the next tick.
+    """A goal when the value changes; one that was refused or not answered, or that no server was there for, is sent again.
 
     Goals are sent and forgotten: waiting for fingers must not delay a step, and a new goal preempts the one before.
     """
@@ -46,9 +50,11 @@ class ActionGripper:
         self._client = ActionClient(node, self._type, action)
         self._name = action
         self._sent: float | None = None
+        self._sent_at = 0.0
+        self._answer: Future | None = None
 
     def send(self, value: float) -> None:
-        if value == self._sent:
+        if value == self._sent and not self._is_lost():
             return
         if not self._client.server_is_ready():
             self._node.get_logger().warning(
@@ -56,8 +62,9 @@ class ActionGripper:
                 throttle_duration_sec=THROTTLE_S,
             )
             return
-        self._sent = value
-        self._client.send_goal_async(self._goal(value)).add_done_callback(self._on_answer)
+        self._sent, self._sent_at = value, time.monotonic()
+        self._answer = self._client.send_goal_async(self._goal(value))
+        self._answer.add_done_callback(self._on_answer)
 
     def close(self) -> None:
         self._client.destroy()
@@ -70,8 +77,16 @@ class ActionGripper:
             goal.command.position, goal.command.max_effort = float(value), float(self._max_effort)
         return goal
 
-    def _on_answer(self, answer: Any) -> None:
-        if not answer.result().accepted:
+    def _is_lost(self) -> bool:
+        """Whether the goal that was sent waits for its answer for too long; it is then given up."""
+        if self._answer is None or self._answer.done() or time.monotonic() - self._sent_at < ANSWER_S:
+            return False
+        self._node.get_logger().warning(f"gripper: {self._name} did not answer within {ANSWER_S:g} s: the goal is sent again")
+        self._answer.cancel()
+        return True
+
+    def _on_answer(self, answer: Future) -> None:
+        if not answer.cancelled() and not answer.result().accepted:
             self._sent = None
             self._node.get_logger().error(
                 f"gripper: {self._name} refused the goal: is the value one of its joint's?", throttle_duration_sec=THROTTLE_S

@@ -1,6 +1,10 @@
-"""A gripper controller as the policy node meets one: `python gripper_server.py TYPE ACTION`; refuses the first goal, prints all."""
+"""A gripper controller as the policy node meets one: `python gripper_server.py TYPE ACTION`.
+
+Prints every goal, refuses them for three seconds, and keeps the first that it accepts waiting for its answer.
+"""
 
 import sys
+import time
 
 import rclpy
 from control_msgs import action
@@ -11,16 +15,23 @@ def main(interface: str, name: str) -> None:
     goal_type = getattr(action, interface)
     rclpy.init()
     node = rclpy.create_node("gripper_controller")
-    seen: list = []
+    begun: list[float] = []
+    accepted: list = []
 
     def on_goal(goal) -> GoalResponse:
-        seen.append(goal)
+        begun.append(time.monotonic())
+        is_refused = begun[-1] - begun[0] < 3.0
         command = goal.command
         told = (
             [command.position, command.max_effort] if interface == "GripperCommand" else [list(command.name), *command.position]
         )
-        print("refused" if len(seen) == 1 else "accepted", told, flush=True)
-        return GoalResponse.REJECT if len(seen) == 1 else GoalResponse.ACCEPT
+        print("refused" if is_refused else "accepted", told, flush=True)
+        if is_refused:
+            return GoalResponse.REJECT
+        if not accepted:
+            time.sleep(4.0)
+        accepted.append(goal)
+        return GoalResponse.ACCEPT
 
     def on_accepted(handle):
         handle.succeed()
