@@ -7,8 +7,6 @@ action space, and whether the gripper was open by then. What a robot does not kn
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,8 +21,8 @@ from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.training.calvin_files import SHAPES, Annotation, CalvinStep, write_annotations, write_step
+from deer_vla_ros.whole_folder import whole_folder
 
-SOURCES = ("measured", "target")
 ABOUT = "recordings.json"
 LONGEST_GAP = 2.5
 """Control periods. Steps further apart than this are two episodes."""
@@ -32,13 +30,12 @@ LONGEST_GAP = 2.5
 
 @dataclass
 class Converted:
-    """What came of it. ends: last steps of episodes, which have no next one; clipped: steps that moved further than an action can say."""
+    """What came of it. clipped: steps that moved further than an action can say."""
 
     episodes: int = 0
     steps: int = 0
     short: int = 0
     clipped: int = 0
-    ends: int = 0
     texts: Counter[str] = field(default_factory=Counter)
 
 
@@ -67,38 +64,32 @@ def convert(
 ) -> Converted:
     """Writes `out`/training, whole or not at all. UserError where nothing can be learnt from the recordings, or there is no gripper command.
 
-    source: of SOURCES. shortest: steps of an episode that is worth keeping.
+    source: where a motion leads, "measured" pose or "target". shortest: steps of an episode that is worth keeping.
     """
     if out.exists():
         raise UserError(f"--out is {out}, which exists: give the dataset a new folder")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    folder, converted, annotations = partial / "training", Converted(), []
-    folder.mkdir(parents=True)
-    try:
+    converted, annotations = Converted(), []
+    with whole_folder(out) as made:
+        folder = made / "training"
+        folder.mkdir(parents=True)
         for path, seen in recordings:
             for episode in episodes(seen, rate_hz):
                 if len(episode) <= shortest:
                     converted.short += 1
                     continue
                 first = converted.steps + converted.episodes  # a gap between episodes: they were recorded with a break
-                for now, following in zip(episode, episode[1:]):
-                    write_step(
-                        folder, converted.steps + converted.episodes, _step(path, now, following, space, source, converted)
-                    )
-                    converted.steps += 1
+                for number, (now, following) in enumerate(zip(episode, episode[1:]), start=first):
+                    write_step(folder, number, _step(path, now, following, space, source, converted))
                 text = episode[0].instruction
                 annotations.append(Annotation(first, first + len(episode) - 1, text.replace(" ", "_"), text))
                 converted.episodes += 1
-                converted.ends += 1
+                converted.steps += len(episode) - 1
                 converted.texts[text] += 1
         if not annotations:
             raise UserError(f"convert-bag: no episode of more than {shortest} steps in these recordings: nothing is written")
         write_annotations(folder, annotations)
         about = {"action_space": vars(space), "actions": source, "rate_hz": rate_hz, "episodes": dict(converted.texts)}
-        (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (made / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
     return converted
 
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {count} x {text}")
     left_out = [
         *account.lines(),
-        f"{found.ends} last steps of episodes, which have no next pose",
+        f"{found.episodes} last steps of episodes, which have no next pose",
         *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
     ]
     print("left out:\n  " + "\n  ".join(left_out))

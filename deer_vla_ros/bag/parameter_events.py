@@ -12,6 +12,8 @@ from deer_vla_ros.ros import parameters
 VALUES = ("", "bool_value", "integer_value", "double_value", "string_value", "", "", "", "double_array_value")
 """Fields of a ParameterValue by its type's number, as far as parameters of the node have that type."""
 
+MS_BUDGETS = ("budget.average_ms", "budget.deadline_ms")
+
 
 class ParameterEvents:
     """Applies what was changed live; what a node reads only when it starts is noted where it differs."""
@@ -64,7 +66,7 @@ class ParameterEvents:
 
 def check_clock(given: dict[str, Any], has_clock: bool) -> None:
     """UserError for a budget in ms without a clock that runs alike on every machine."""
-    for name in ("budget.average_ms", "budget.deadline_ms"):
+    for name in MS_BUDGETS:
         if given[name] and not has_clock:
             raise UserError(
                 f"{name} is {given[name]:g}: a replay needs latencies that stay the same for that: give --latency-table FILE, which "

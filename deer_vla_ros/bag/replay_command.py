@@ -17,16 +17,16 @@ machine), timings.csv, holds.csv and bag/ (MCAP: the input's topics and target_p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.bag import arguments
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.whole_folder import whole_folder
 
 OWN = "own thresholds"
 MARK = "report.json"
@@ -75,25 +75,22 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     requests = requests_of(args)
+    if args.out and args.out.exists() and not (args.out / MARK).is_file():
+        raise UserError(f"--out is {args.out}, which is there and not a replay's: give another folder")
     rows: list[dict[str, Any]] = []
-    folder = _Folder(args.out) if args.out else None
-    try:
-        results = [
-            _run(request, label, folder and folder.partial / _slug(label), rows.append) for label, request in requests.items()
-        ]
+    on_row = rows.append if args.golden or args.check else _forget
+    with whole_folder(args.out) if args.out else contextlib.nullcontext() as folder:
+        results = [_run(request, label, folder and folder / _slug(label), on_row) for label, request in requests.items()]
         full = _full_depth(requests) if folder or args.json else None
-        reference = _run(full, report.FULL_DEPTH, None, lambda row: None) if full else None
+        reference = _run(full, report.FULL_DEPTH, None, _forget) if full else None
         figures = {"bag": str(args.bag), "runs": [report.summary(result, reference) for result in results]}
         for result, figure in zip(results, figures["runs"]):
             _tell(result, figure)
         if folder:
-            (folder.partial / "report.html").write_text(report.page(f"Replay of {args.bag.name}", results, reference))
-            (folder.partial / MARK).write_text(json.dumps(figures, indent=2) + "\n")
-            folder.finish()
-            print(f"{args.out / 'report.html'}")
-    finally:
-        if folder:
-            folder.drop()
+            (folder / "report.html").write_text(report.page(f"Replay of {args.bag.name}", results, figures["runs"], reference))
+            (folder / MARK).write_text(json.dumps(figures, indent=2) + "\n")
+    if args.out:
+        print(f"{args.out / 'report.html'}")
     if args.json:
         write_json(args.json, figures)
     if args.golden:
@@ -157,12 +154,8 @@ def _run(request, label: str, folder: Path | None, on_row: Callable[[dict], None
     """One run, with a progress bar."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from deer_vla_ros.bag.recording import Recording
     from deer_vla_ros.bag.run import run as replay
 
-    with Recording(request.bag) as recording:
-        seconds = (recording.end_ns - recording.start_ns) / 1e9
-    seconds = min(request.duration_s or math.inf, seconds - request.start_s)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -173,12 +166,12 @@ def _run(request, label: str, folder: Path | None, on_row: Callable[[dict], None
     with Progress(*columns) as bar:
         task = bar.add_task(label, total=1.0, speed="")
 
-        def on_progress(share: float) -> None:
+        def on_progress(seconds: float, of: float) -> None:
             elapsed = bar.tasks[task].elapsed or 0.0
-            bar.update(task, completed=share, speed=f"{share * seconds / elapsed:.1f} x real time" if elapsed else "")
+            bar.update(task, completed=seconds, total=of, speed=f"{seconds / elapsed:.1f} x real time" if elapsed else "")
 
         result = replay(request, label, folder, on_row, on_progress)
-        bar.update(task, completed=1.0)
+        bar.update(task, completed=result.seconds, total=result.seconds)
     return result
 
 
@@ -202,31 +195,9 @@ def _tell(result, figures: dict[str, Any]) -> None:
         )
 
 
+def _forget(row: dict[str, Any]) -> None:
+    """A row that nobody asked for."""
+
+
 def _slug(label: str) -> str:
     return "".join(character if character.isalnum() or character in "._=-" else "_" for character in label)
-
-
-class _Folder:
-    """A folder in the making under another name, put in place when it is whole."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        if path.exists() and not (path / MARK).is_file():
-            raise UserError(f"--out is {path}, which is there and not a replay's: give another folder")
-        for old in path.parent.glob(f".{path.name}.partial-*"):  # of a run that was killed
-            if not _is_running(int(old.name.rpartition("-")[2])):
-                shutil.rmtree(old, ignore_errors=True)
-        self.partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        self.partial.mkdir(parents=True)
-
-    def finish(self) -> None:
-        if self._path.exists():
-            shutil.rmtree(self._path)
-        self.partial.rename(self._path)
-
-    def drop(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()

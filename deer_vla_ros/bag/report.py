@@ -22,7 +22,7 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
     steps = result.steps
     exits = np.array([step.exit_layer for step in steps])
     wall = np.array([step.wall_ms for step in steps])
-    away = deviations(result, reference)
+    _, away = deviations(result, reference)
     metres, radians = from_recorded(result)
     return {
         "label": result.label,
@@ -47,13 +47,12 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
     }
 
 
-def deviations(result: Result, reference: Result | None) -> np.ndarray:
-    """(N,) root mean square distance of the six pose values from those at full depth, of the steps that both runs took."""
-    if reference is None:
-        return np.empty(0)
-    full = {step.stamp: step.action for step in reference.steps}
-    pairs = [(step.action, full[step.stamp]) for step in result.steps if step.stamp in full]
-    return np.array([np.sqrt(np.mean((one.astype(float) - other) ** 2)) for one, other in pairs])
+def deviations(result: Result, reference: Result | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of the steps that both runs took, when [s], and the root mean square distance of the six pose values from those at full depth."""
+    full = {step.stamp: step.action for step in reference.steps} if reference else {}
+    both = [step for step in result.steps if step.stamp in full]
+    away = [np.sqrt(np.mean((step.action.astype(float) - full[step.stamp]) ** 2)) for step in both]
+    return np.array([step.seconds for step in both]), np.array(away)
 
 
 def from_recorded(result: Result) -> tuple[np.ndarray, np.ndarray]:
@@ -79,9 +78,8 @@ def _figures(values: np.ndarray) -> dict[str, float] | None:
     }
 
 
-def page(title: str, results: Sequence[Result], reference: Result | None) -> str:
-    """The report as HTML."""
-    rows = [summary(result, reference) for result in results]
+def page(title: str, results: Sequence[Result], rows: list[dict[str, Any]], reference: Result | None) -> str:
+    """The report as HTML; rows: the `summary` of each result."""
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{results[0].seconds:.1f} s of recording. Cost counts the language part: decoder and cross-attention layers run.</p>",
@@ -174,13 +172,9 @@ def _picture(result: Result, reference: Result | None, colour: str) -> bytes:
     depth.set(ylabel="layers run", ylim=(0, result.exits[-1] + 2), yticks=[layer + 1 for layer in result.exits])
     for (begin, _), end in zip(result.holds, _ends(result.holds, result.steps, span)):
         depth.axvspan(begin, end, color="#fca5a5", alpha=0.5, linewidth=0)
-    full = {step.stamp: step.action for step in reference.steps} if reference else {}
-    both = [
-        (step.seconds, np.sqrt(np.mean((step.action - full[step.stamp]) ** 2))) for step in result.steps if step.stamp in full
-    ]
-    if both:
-        away.plot(*zip(*both), color=colour, linewidth=1)
-    away.set(ylabel="from full depth" if both else "from full depth\n(not measured)")
+    at_both, deviation = deviations(result, reference)
+    away.plot(at_both, deviation, color=colour, linewidth=1)
+    away.set(ylabel="from full depth" if len(at_both) else "from full depth\n(not measured)")
     wall.plot(at, [step.wall_ms for step in result.steps], color="#6b7280", linewidth=1)
     wall.set(ylabel="tick, ms", xlabel="s (red: the arm is held)")
     for axis in (depth, away, wall):

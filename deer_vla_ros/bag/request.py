@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deer_vla_ros.bag.parameter_events import MS_BUDGETS
 from deer_vla_ros.bag.run import Request
 from deer_vla_ros.budget.latency import TABLE, LatencyTable
-from deer_vla_ros.budget.types import AVERAGES, PEAKS
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.budget.types import AVERAGES, PEAKS, amounts_of
 from deer_vla_ros.model.checkpoint import folder_of
 from deer_vla_ros.ros import parameters
-
-MS_BUDGETS = ("budget.average_ms", "budget.deadline_ms")
 
 
 def request(
@@ -35,7 +32,9 @@ def request(
     one. The rest as Request; UserError for what the node would refuse."""
     given = parameters.from_file(params)
     if budget:
-        given = parameters.with_defaults({**given, **no_budget(), **_budget(budget)}, f"--budget {budget}")
+        parts = [part.removeprefix("budget.") for part in budget.split(",")]
+        asked = {f"budget.{name}": value for name, value in amounts_of(parts, (*AVERAGES, *PEAKS), "--budget").items()}
+        given = parameters.with_defaults({**given, **no_budget(), **asked}, f"--budget {budget}")
     stored = folder_of(given["model.path"]) / TABLE
     if latency_table is None and any(given[name] for name in MS_BUDGETS) and stored.is_file():
         latency_table = stored
@@ -57,18 +56,3 @@ def request(
 def no_budget() -> dict[str, Any]:
     """Parameters that ask for nothing."""
     return dict.fromkeys((f"budget.{name}" for name in (*AVERAGES, *PEAKS)), 0.0)
-
-
-def _budget(text: str) -> dict[str, float]:
-    known, found = no_budget(), {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        name = f"budget.{name.removeprefix('budget.')}"
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = math.nan
-        if name not in known or not (math.isfinite(found[name]) and found[name] > 0):
-            names = ", ".join(each.removeprefix("budget.") for each in known)
-            raise UserError(f"--budget is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {names}")
-    return found

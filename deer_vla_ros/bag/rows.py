@@ -22,7 +22,7 @@ TIMINGS = ("preprocess_ms", "vision_ms", "language_ms", "head_ms", "total_ms", "
 WALL = "wall_ms"
 """What a replayed tick really took."""
 STAMPS = ("static_stamp", "gripper_stamp", "pose_stamp")
-INPUTS = ("stamp", "frame_id", *STAMPS, "static_age_ms", "gripper_age_ms", "pose_age_ms", "skew_ms")
+AGES = ("static_age_ms", "gripper_age_ms", "pose_age_ms", "skew_ms")
 FIELDS = ("stamp", "frame_id", *(name for name, _ in types().fielddefs[STEP_TYPE][1] if name != "header"))
 DECIDED = tuple(name for name in FIELDS if name not in TIMINGS)
 

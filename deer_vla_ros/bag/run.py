@@ -29,7 +29,7 @@ from deer_vla_ros.bag.inputs import (
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
 from deer_vla_ros.bag.recording import Record, Recording
 from deer_vla_ros.bag.replay import Messages, Moment, along_steps, arrivals, lockstep
-from deer_vla_ros.bag.rows import DECIDED, INPUTS, STEP_TYPE, Difference, Row, difference, row_of
+from deer_vla_ros.bag.rows import AGES, DECIDED, STEP_TYPE, Difference, Row, difference, row_of
 from deer_vla_ros.bag.writing import RunFolder
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
@@ -40,7 +40,7 @@ from deer_vla_ros.ros.loading import warm_controller
 from deer_vla_ros.ros.stamped import nanoseconds
 
 THUMBNAILS = 8
-FOLLOWED = tuple(name for name in DECIDED if name not in (*INPUTS[5:], "step", "episode", "budget_id", "verdict", "reasons"))
+FOLLOWED = tuple(name for name in DECIDED if name not in (*AGES, "step", "episode", "budget_id", "verdict", "reasons"))
 """What a replay along recorded steps has to decide as the live node did: all but numbers that count from the node's start, ages, which
 the controller's clock rounds, and what the guard made of it, which rests on poses that came while the live node was thinking."""
 
@@ -113,11 +113,11 @@ def run(
     label: str,
     folder: Path | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
-    on_progress: Callable[[float], None] = lambda share: None,
+    on_progress: Callable[[float, float], None] = lambda seconds, of: None,
 ) -> Result:
     """Replays, and writes into `folder` (which must not be there yet), where one is given: steps.csv, timings.csv, holds.csv and bag/.
 
-    on_row: is given every decision. on_progress: the share of the recording that is done. UserError for a recording that cannot be
+    on_row: is given every decision. on_progress: seconds of the recording that are done, and of how many. UserError for a recording that cannot be
     replayed, or that leads to no step.
     """
     check_clock(request.given, request.latencies is not None)
@@ -174,7 +174,7 @@ class _Run:
         self._held: tuple[HoldReason, ...] = ()
         self._next_thumbnail = 0
 
-    def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float], None]) -> None:
+    def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float, float], None]) -> None:
         """From the first message to the last."""
         began, result = time.perf_counter(), self._result
         for moment in self._moments(on_progress):
@@ -187,7 +187,7 @@ class _Run:
         result.dropped, result.parameter_events = self._controller.dropped, self._events.applied
         result.notes += sorted(self._events.notes)
 
-    def _moments(self, on_progress: Callable[[float], None]) -> Iterator[Moment]:
+    def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[Moment]:
         request = self._request
         heard = self._heard(on_progress)
         if request.follow:
@@ -205,14 +205,14 @@ class _Run:
         before = [message.data for _, _, message in messages(self._recording, topics, Tally(), (None, self._window[0]))]
         return before[-1] if before else ""
 
-    def _heard(self, on_progress: Callable[[float], None]) -> Messages:
+    def _heard(self, on_progress: Callable[[float, float], None]) -> Messages:
         """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report needs."""
-        copy, span = self._files.copy if self._files else None, max(1, self._window[1] - self._window[0])
+        copy = self._files.copy if self._files else None
         for name, record, message in messages(self._recording, self._topics, self._result.tally, self._window, copy):
             if name == STATIC:
-                share = (record.time_ns - self._window[0]) / span
-                on_progress(share)
-                if share * THUMBNAILS >= self._next_thumbnail:
+                seconds = self._seconds(record.time_ns)
+                on_progress(seconds, self._result.seconds)
+                if seconds * THUMBNAILS >= self._next_thumbnail * self._result.seconds:
                     self._thumbnail(record, message)
             if name == TARGET:
                 pose = measured_pose(message)

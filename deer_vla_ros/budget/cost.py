@@ -103,6 +103,12 @@ def layer_macs(config: DecoderConfig, layer: int, tokens: int, visual_tokens: in
     return block + text_side + visual_side + attention_macs(tokens, visual_tokens, inner)
 
 
+def exit_fractions(config: ModelConfig, tokens: int) -> np.ndarray:
+    """(exits,) language part of a step that goes to each exit, share of full depth."""
+    layers = np.cumsum(cost_table(config, tokens).layers)
+    return layers[list(config.exits)] / layers[-1]
+
+
 def head_macs(config: HeadConfig, width: int) -> int:
     """One probe of the action head, one step."""
     widths = (width, *(config.hidden for _ in range(config.lstm_layers)))

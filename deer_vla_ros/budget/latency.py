@@ -31,9 +31,6 @@ class LatencyTable:
     parts: tuple[tuple[float, float, float], ...]
     about: str
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"about": self.about, "parts": self.parts}) + "\n")
-
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
         """UserError for a file that is none."""
@@ -61,7 +58,7 @@ class LatencyModel:
         self._depth = np.concatenate(([0.0], np.cumsum(layers) / np.mean(layers)))
         self._parts = np.zeros((WINDOW, 3))  # a ring: before the layers, per layer of mean cost, per probe [ms]
         self._count = 0
-        self._is_frozen = False
+        self.is_frozen = False
 
     @property
     def is_measured(self) -> bool:
@@ -69,7 +66,7 @@ class LatencyModel:
 
     def observe(self, step: PolicyStep) -> None:
         """One step's stage times; nothing where a table is in use."""
-        if self._is_frozen:
+        if self.is_frozen:
             return
         times = step.times
         self._parts[self._count % WINDOW] = (
@@ -86,7 +83,7 @@ class LatencyModel:
     def use(self, table: LatencyTable) -> None:
         """The table's figures from now on."""
         self._parts = np.array(table.parts)
-        self._count, self._is_frozen = len(self._parts), True
+        self._count, self.is_frozen = len(self._parts), True
 
     def times(self, step: PolicyStep) -> StageTimes:
         """What a step of this depth takes on average, by stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deer_vla_ros.errors import UserError
@@ -20,6 +21,20 @@ UNITS = {
     "memory_gib": "GiB",
     "deadline_ms": "ms",
 }
+
+
+def amounts_of(texts: Iterable[str], names: Sequence[str], where: str) -> dict[str, float]:
+    """Amounts by name of NAME=VALUE arguments; UserError, `where` first, for a name not among `names` or no positive number."""
+    amounts: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            amounts[name] = float(value)
+        except ValueError:
+            amounts[name] = math.nan
+        if name not in names or not (math.isfinite(amounts[name]) and amounts[name] > 0):
+            raise UserError(f"{where} is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {', '.join(names)}")
+    return amounts
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ class BudgetedPolicy:
         self._keeper.set_resident(self._layers.count)
         self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._keeper.rule)
         self._can_reload = checkpoint.folder is not None
-        self._has_table = latencies is not None
         if latencies is not None:
             self._keeper.latency.use(latencies)
         self.problem = ""
@@ -110,7 +109,7 @@ class BudgetedPolicy:
     def step(self, observation: Observation) -> BudgetedStep:
         """One decision, entered into the account; the next one's rule may be another. Raises what the inference raises."""
         step, budget_id = self._policy.step(observation), self._keeper.budget_id
-        if self._has_table:
+        if self._keeper.latency.is_frozen:
             step = dataclasses.replace(step, times=self._keeper.latency.times(step))
         cost = self._keeper.book(step)
         self._policy.rule = self._keeper.rule

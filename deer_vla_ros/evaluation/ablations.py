@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from deer_vla_ros.budget.calibration import Calibration
-from deer_vla_ros.budget.cost import cost_table
+from deer_vla_ros.budget.cost import exit_fractions
 from deer_vla_ros.budget.families import FAMILIES, thresholds_within
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.depth_curve import Point
@@ -101,8 +101,7 @@ def family_thresholds(calibration: Calibration, folder: Path, family: str, fract
 def _costs(folder: Path) -> np.ndarray:
     """(exits,) language part of each exit, share of full depth."""
     config = load_info(folder).model
-    layers = np.cumsum(cost_table(config, config.max_tokens // 2).layers)
-    return layers[list(config.exits)] / layers[-1]
+    return exit_fractions(config, config.max_tokens // 2)
 
 
 def _trained(setting: Setting, name: str, network: dict[str, Any], train: dict[str, Any]) -> Path:

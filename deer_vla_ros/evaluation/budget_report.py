@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from deer_vla_ros.budget.calibration import Calibration
-from deer_vla_ros.budget.cost import cost_table
+from deer_vla_ros.budget.cost import cost_table, exit_fractions
 from deer_vla_ros.budget.families import FAMILIES, exits_taken, thresholds_within
 from deer_vla_ros.budget.path import ThresholdPath
 from deer_vla_ros.model.config import ModelConfig
@@ -36,7 +36,7 @@ class Offer:
 def offers(model: ModelConfig, calibration: Calibration, fractions: np.ndarray, tokens: int) -> list[Offer]:
     """One offer per budget; fractions below the first exit's are its."""
     layers = np.cumsum(cost_table(model, tokens).layers)
-    costs = layers[list(model.exits)] / layers[-1]
+    costs = exit_fractions(model, tokens)
     path = calibration.path(len(model.exits))
     solved_on, judged_on = calibration.episodes % 2 == 0, calibration.episodes % 2 == 1
     deltas, deviations = calibration.deltas, calibration.deviations

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -132,21 +131,10 @@ def _thresholds(text: str) -> tuple[float, ...]:
 
 
 def _budget(texts: list[str]):
-    from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Budget
+    from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Budget, amounts_of
 
     names = [name for name in (*AVERAGES, *PEAKS) if UNITS[name] != "ms"]  # which would make a score depend on the machine's load
-    amounts: dict[str, float] = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            amounts[name] = float(value)
-        except ValueError:
-            amounts[name] = math.nan
-        if name not in names or not (math.isfinite(amounts[name]) and amounts[name] > 0):
-            raise UserError(
-                f"evaluate: --budget is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {', '.join(names)}"
-            )
-    return Budget(**amounts)
+    return Budget(**amounts_of(texts, names, "evaluate: --budget"))
 
 
 def arguments_of(args: argparse.Namespace, folder: Path, budget: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from deer_vla_ros.sim.expert import act
 from deer_vla_ros.sim.referee import task_called
 from deer_vla_ros.sim.table import Table
 from deer_vla_ros.sim.tasks import Task
+from deer_vla_ros.whole_folder import whole_folder
 
 FRAME = "base"
 TYPES = {
@@ -70,13 +69,8 @@ def record_expert(folder: Path, seed: int, instructions: list[str]) -> list[tupl
     tasks = [_task(text) for text in instructions]
     if folder.exists():
         raise UserError(f"{folder} exists: give the recording another name")
-    scratch = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    try:
-        told = _record(scratch / folder.name, seed, list(zip(instructions, tasks)))
-        (scratch / folder.name).rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return told
+    with whole_folder(folder) as made:
+        return _record(made, seed, list(zip(instructions, tasks)))
 
 
 def _record(folder: Path, seed: int, wanted: list[tuple[str, Task]]) -> list[tuple[str, bool, int]]:

@@ -1,6 +1,5 @@
 """Does a recording become the training data that it shows?"""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +10,6 @@ from deer_vla_ros.__main__ import main
 from deer_vla_ros.bag.recording import decode
 from deer_vla_ros.control.motion import motion_of, moved
 from deer_vla_ros.control.types import Pose
-from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.training.calvin import CalvinWindows
 from deer_vla_ros.training.calvin_files import read_annotations, read_step
@@ -78,8 +76,12 @@ def test_breaks_and_short_pieces_are_counted_and_nothing_is_bridged(tmp_path):
         each for each in found if each.topic == INSTRUCTION or not begin + 1.0 * SECOND < each.time_ns < begin + 1.62 * SECOND
     ]
     told = converted(write(tmp_path / "bag", hole), tmp_path / "set")
-    assert told["episodes"] == 3, "one instruction in two pieces, and the beginning of the next one"
-    assert any("STATIC_STALE" in line for line in told["left_out"]) or any("last steps" in line for line in told["left_out"])
+    assert told["episodes"] == 3, "before the hole, and the next two instructions"
+    assert "1 episodes of fewer than 3 steps" in told["left_out"], "what the first instruction had left after the hole"
+    frames = sum(each.topic == STATIC for each in hole)
+    assert frames - 3 - 3 <= told["steps"] < frames - 3, "every frame but the last of each piece, and the short piece"
+    pieces = read_annotations(tmp_path / "set" / "training")
+    assert all(one.end + 1 == other.first for one, other in zip(pieces, pieces[1:])), "a number is missing between episodes"
 
 
 def test_a_recording_without_gripper_commands_or_episodes_is_refused_and_nothing_is_left(tmp_path, capsys):
@@ -95,9 +97,9 @@ def test_a_recording_without_gripper_commands_or_episodes_is_refused_and_nothing
     assert "which exists" in capsys.readouterr().err
 
 
-def test_unpaired_frames_are_counted(tmp_path):
+def test_unpaired_frames_are_no_episode(tmp_path, capsys):
     found = records((*INPUTS, *COMMANDS), seconds=3)
     one_eyed = [each for each in found if each.topic != GRIPPER]
     kinds = {each.topic: each.type for each in found}
     assert main(["convert-bag", str(write(tmp_path / "bag", one_eyed, topics=kinds)), "--out", str(tmp_path / "set")]) == 1
-    assert dataclasses.is_dataclass(TABLETOP) and UserError is not None
+    assert "no episode of more than 2 steps" in capsys.readouterr().err

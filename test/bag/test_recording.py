@@ -4,7 +4,7 @@ import random
 import shutil
 
 import pytest
-from bags import INPUTS, STATIC, TABLE, records, said, write
+from bags import INPUTS, STATIC, records, said, write
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
 
 from deer_vla_ros.bag.recording import Recording, decode
@@ -149,4 +149,3 @@ def test_bytes_that_are_not_of_the_type_are_an_error_of_that_message_alone():
     for cut in range(len(whole.data)):
         with pytest.raises(UserError, match="are no std_msgs/msg/String"):
             decode(type(whole)(whole.topic, whole.type, 1, whole.data[:cut]))
-    assert TABLE.is_dir()

@@ -122,7 +122,7 @@ def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short
     killed = subprocess.Popen(command(again), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = None
     while killed.poll() is None and partial is None:
-        partial = next(tmp_path.glob(f".{again.name}.partial-*/*/steps.csv"), None)
+        partial = next(tmp_path.glob(f".{again.name}.partial-*/**/steps.csv"), None)
         time.sleep(0.01)
     time.sleep(0.1)
     killed.send_signal(signal.SIGKILL)
