@@ -19,6 +19,8 @@ from deer_vla_ros.errors import UserError
 
 TRAILING = 64
 """Bytes that may follow a message: what recorders written with rclpy's serialize_message leave there."""
+NUMPY = {"byte": "uint8", "octet": "uint8", "char": "uint8"}
+"""Number types whose names numpy does not share."""
 
 
 @cache
@@ -76,7 +78,3 @@ def _value(value: Any, node: Nodetype, detail: Any) -> Any:
     if inner == Nodetype.BASE and inner_detail[0] != "string":
         return np.asarray(value, NUMPY.get(inner_detail[0], inner_detail[0]))
     return [_value(each, inner, inner_detail) for each in value]
-
-
-NUMPY = {"byte": "uint8", "octet": "uint8", "char": "uint8"}
-"""Number types whose names numpy does not share."""
