@@ -16,7 +16,7 @@ from deer_vla_ros.evaluation import evaluate_command
 from deer_vla_ros.evaluation.chain_report import STATIC_LAYERS
 from deer_vla_ros.model.checkpoint import load_info
 
-FRACTIONS = (0.18, 0.22, 0.3, 0.5, 0.75)
+FRACTIONS = (0.2, 0.35, 0.6)
 """Of full depth: average budgets of the dynamic points."""
 KINDS = {"dynamic": "#0d9488", "fixed exit": "#7c3aed", "static network": "#d97706"}
 
