@@ -10,7 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ class Moment:
     row: dict[str, Any]
     static: np.ndarray
     gripper: np.ndarray
+
+
+@dataclass
+class Told:
+    """An instruction that was given: whether the table showed it to be done, and the steps until then, or until the next one."""
+
+    instruction: str
+    done: bool = False
+    steps: int = 0
 
 
 def row_of(message: Any) -> dict[str, Any]:
@@ -104,11 +113,14 @@ def counted_since(before: dict[str, str], after: dict[str, str], prefix: str) ->
     return {key.removeprefix(prefix): count for key, count in grown.items() if count}
 
 
-def summarise(rows: list[dict[str, Any]], before: dict[str, str], after: dict[str, str], **facts: Any) -> dict[str, Any]:
+def summarise(
+    rows: list[dict[str, Any]], before: dict[str, str], after: dict[str, str], told: list[Told], **facts: Any
+) -> dict[str, Any]:
     """`summary.json` of at least one step.
 
     before, after: the policy node's values of `/diagnostics` when the first instruction was given and after the last step, so that
-    the holds of the start-up (no instruction, no frame yet) do not count. facts: what the steps cannot tell, taken over as it is.
+    the holds of the start-up (no instruction, no frame yet) do not count. told: the instructions in their order. facts: what the steps
+    cannot tell, taken over as it is.
     """
     layers = rows[0]["exit_layers"]
     taken = Counter(depth_of(row) for row in rows)
@@ -134,7 +146,8 @@ def summarise(rows: list[dict[str, Any]], before: dict[str, str], after: dict[st
         "lost_steps": lost_steps(rows),
         "verdicts": {name: verdicts[value] for value, name in enumerate(VERDICTS)},
         "limits": dict(Counter(reason for row in rows for reason in row["reasons"]).most_common()),
-        "instructions": list(dict.fromkeys(row["instruction"] for row in rows)),
+        "done": sum(each.done for each in told),
+        "instructions": [asdict(each) for each in told],
         "episodes": len({row["episode"] for row in rows}),
         **facts,
     }

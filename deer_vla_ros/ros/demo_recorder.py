@@ -14,7 +14,7 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
-from deer_vla_ros.evaluation.demo_report import Moment, image_array, row_of, seconds_of
+from deer_vla_ros.evaluation.demo_report import Moment, Told, image_array, row_of, seconds_of
 from deer_vla_ros.msg import PolicyStep
 from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.stamped import SECOND, nanoseconds
@@ -42,11 +42,10 @@ class DemoRecorder(Node):
         self.figures: dict[str, str] = {}  # the policy node's own, newest
         self.figures_stamp_s = 0.0
         self.status = ""  # the policy node's state in its own words
+        self.told: list[Told] = []
         self._waits_for_instruction = False
         self._moment_interval_s = moment_interval_s
         self._images: dict[str, OrderedDict[int, Image]] = {camera: OrderedDict() for camera in CAMERAS}
-
-        self.succeeded: dict[str, int] = {}  # instruction -> steps it took
 
         self._instruction = self.create_publisher(String, "instruction", LATCHED)
         self.create_subscription(String, f"{TABLE_NODE}/succeeded", self._on_success, EVERY_STEP)
@@ -57,6 +56,7 @@ class DemoRecorder(Node):
             self.create_subscription(Image, topic, lambda image, camera=camera: self._on_image(camera, image), IMAGES)
 
     def say(self, instruction: str) -> None:
+        self.told.append(Told(instruction))
         self._instruction.publish(String(data=instruction))
 
     def ready(self) -> bool:
@@ -87,6 +87,9 @@ class DemoRecorder(Node):
         if self.first_step_at is None:
             self.first_step_at = time.monotonic()
         row = row_of(message)
+        told = self._pending(row["instruction"])
+        if told:
+            told.steps += 1
         self.rows.append(row)
         newest = self.moments[-1].row if self.moments else None
         if newest is None or _stamp_s(row) - _stamp_s(newest) >= self._moment_interval_s:
@@ -96,9 +99,14 @@ class DemoRecorder(Node):
                 self.moments.append(Moment(row, image_array(static), image_array(gripper)))
 
     def _on_success(self, message: String) -> None:
-        if self.recording:
-            steps = sum(row["instruction"] == message.data for row in self.rows)
-            self.succeeded.setdefault(message.data, steps)
+        told = self._pending(message.data)
+        if self.recording and told:
+            told.done = True
+
+    def _pending(self, instruction: str) -> Told | None:
+        """The instruction that was given last, where it is this one and not done yet."""
+        last = self.told[-1] if self.told else None
+        return last if last and last.instruction == instruction and not last.done else None
 
     def _on_diagnostics(self, array: DiagnosticArray) -> None:
         for status in array.status:

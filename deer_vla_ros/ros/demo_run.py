@@ -10,7 +10,7 @@ from typing import Any
 from rclpy.executors import SingleThreadedExecutor
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.demo_report import Moment
+from deer_vla_ros.evaluation.demo_report import Moment, Told
 from deer_vla_ros.ros.children import ChildProcess
 from deer_vla_ros.ros.demo_recorder import DemoRecorder
 from deer_vla_ros.ros.demo_view import DemoView
@@ -25,7 +25,7 @@ LAST_WORD_TIMEOUT_S = 5.0
 class Recorded:
     """What a demo heard. before, after: the node's `/diagnostics` when the first instruction was given and after the last step.
 
-    seconds: from the first step to the last; succeeded: by instruction that the table shows to have been done, the steps it took.
+    seconds: from the first step to the last; told: the instructions in their order.
     """
 
     rows: list[dict[str, Any]]
@@ -34,7 +34,7 @@ class Recorded:
     after: dict[str, str]
     first_step_s: float
     seconds: float
-    succeeded: dict[str, int]
+    told: list[Told]
     view: DemoView
 
 
@@ -105,7 +105,7 @@ def control(
             now = time.monotonic()
             end = now + (began + seconds - now) / (len(instructions) - index)  # what the earlier ones left is shared
             demo.until(
-                lambda instruction=instruction, end=end: instruction in recorder.succeeded or time.monotonic() >= end,
+                lambda end=end: recorder.told[-1].done or time.monotonic() >= end,
                 2 * seconds + START_TIMEOUT_S,
                 lambda: "the clock",
             )
@@ -114,4 +114,4 @@ def control(
         last_s = time.time()
         demo.until(lambda: recorder.figures_stamp_s > last_s, LAST_WORD_TIMEOUT_S, lambda: "/diagnostics")
         recorder.destroy_node()
-    return Recorded(recorder.rows, recorder.moments, before, recorder.figures, began - started, ran_s, recorder.succeeded, view)
+    return Recorded(recorder.rows, recorder.moments, before, recorder.figures, began - started, ran_s, recorder.told, view)

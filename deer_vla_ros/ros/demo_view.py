@@ -131,11 +131,13 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['steps']} at {summary['rate_hz']:.2f} steps/s, {summary['lost_steps']} lost, {summary['dropped']} frames dropped",
         ),
         ("first step", f"{summary['first_step_s']:.1f} s after the start"),
-        ("instructions", ", then ".join(summary["instructions"])),
         (
             "done",
-            f"{len(summary['succeeded'])} of {len(summary['instructions'])}: "
-            + (", ".join(f"{text} ({steps} steps)" for text, steps in summary["succeeded"].items()) or "none"),
+            f"{summary['done']} of {len(summary['instructions'])} instructions: "
+            + ", ".join(
+                f"{told['instruction']} ({'' if told['done'] else 'not done, '}{told['steps']} steps)"
+                for told in summary["instructions"]
+            ),
         ),
         ("exits", "  ".join(f"layer {layer}: {count}" for layer, count in summary["exits"].items())),
         ("language MACs", f"{summary['macs_fraction']:.0%} of full depth, {summary['mean_layers_run']:.1f} layers in the mean"),

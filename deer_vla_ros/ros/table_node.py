@@ -216,7 +216,8 @@ class TableNode(Node):
         if instruction is not None:
             self._record("instruction", String(data=instruction))
             self._judged = instruction
-            self._referee.begin(instruction, self._table.state())
+            if not_judged := self._referee.begin(instruction, self._table.state()):
+                self.get_logger().info(f"{not_judged}: whether it is done is not judged")
         if gripper is not None:
             self._command_gripper(gripper)
         if target is not None:

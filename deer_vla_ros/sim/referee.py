@@ -20,9 +20,17 @@ class Referee:
         self._task: Task | None = None
         self._before: TableState | None = None
 
-    def begin(self, instruction: str, state: TableState) -> None:
-        """The instruction is given in `state`; words that name no task are not judged."""
-        self._task, self._before = task_called(instruction), state
+    def begin(self, instruction: str, state: TableState) -> str:
+        """The instruction is given in `state`. Returns why it is not judged: it names no task, or none that makes sense in this state,
+        as opening an open drawer; empty where it is."""
+        task = task_called(instruction)
+        self._task, self._before = None, state
+        if task is None:
+            return f"'{instruction}' is no task of this table"
+        if not task.possible(state):
+            return f"'{instruction}' ({task.name}) makes no sense in the table's present state"
+        self._task = task
+        return ""
 
     def succeeded(self, state: TableState) -> bool:
         """Whether the task is done in `state`; True once for each instruction."""

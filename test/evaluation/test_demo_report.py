@@ -38,8 +38,8 @@ def rows(*messages):
     return [report.row_of(message) for message in messages]
 
 
-def summary_of(*messages, before=None, after=None):
-    return report.summarise(rows(*messages), before or {}, after or {})
+def summary_of(*messages, before=None, after=None, told=None):
+    return report.summarise(rows(*messages), before or {}, after or {}, told or [])
 
 
 def test_a_row_has_every_field_of_the_message_and_is_valid_json():

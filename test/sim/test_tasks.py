@@ -129,12 +129,22 @@ def test_the_referee_says_once_that_it_was_done():
     with Table() as table:
         table.reset(5)
         referee = Referee()
-        referee.begin("Turn off  the led", table.state())
+        assert referee.begin("Turn off  the led", table.state()) == ""
         assert not referee.succeeded(table.state())
         assert do(table, "turn_off_led")
         assert referee.succeeded(table.state())
         assert not referee.succeeded(table.state())
-        referee.begin("make me a sandwich", table.state())
+        assert "no task" in referee.begin("make me a sandwich", table.state())
+        assert not referee.succeeded(table.state())
+
+
+def test_what_was_so_before_is_not_counted_as_done():
+    with Table() as table:
+        table.reset(5)
+        referee = Referee()
+        assert "turn_on_led" in referee.begin("turn on the led", table.state())
+        assert not referee.succeeded(table.state())
+        assert do(table, "turn_off_led") and do(table, "turn_on_led")
         assert not referee.succeeded(table.state())
 
 
