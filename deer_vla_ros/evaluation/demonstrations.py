@@ -26,6 +26,9 @@ SESSION_TASKS = 8
 NOISE = 0.35
 """Standard deviation of a burst's mean, in units of the action."""
 
+BURSTS = 0.12
+"""Probability that one begins, per step."""
+
 _RARE = {"place_in_drawer": 5.0, "stack_block": 5.0, "take_out_of_drawer": 4.0, "unstack_block": 3.0}
 """How much more often than others a task is chosen where it is possible: it seldom is."""
 
@@ -102,7 +105,7 @@ def record_episode(
 ) -> Episode:
     """Does one task, from where the table is."""
     arm, before, moments = TableArm(table), table.state(), []
-    disturbance = _Disturbance(random, probability=0.12 if random.random() < 0.75 else 0.0)
+    disturbance = Disturbance(random, probability=BURSTS if random.random() < 0.75 else 0.0)
     driver, own_steps, gripper_open = None, 0, before.opening > RELEASED_M
     if new_driver:
         driver = new_driver(str(random.choice(task.phrasings)))
@@ -137,7 +140,7 @@ def _labels(table: Table, current: Task, state: TableState) -> Labels:
     return Labels(actions, valid, points, yaws, pixels)
 
 
-class _Disturbance:
+class Disturbance:
     """Bursts of noise on an action: a push in one direction for a few steps, and a tremble on it."""
 
     def __init__(self, random: np.random.Generator, probability: float):

@@ -47,15 +47,23 @@ def points(folder: Path, statics: Iterable[Path], fractions: Iterable[float] = F
 
 
 def measure(
-    found: Iterable[Point], chains: int, seed: int, jobs: int | None, out: Path, tell: Callable[[str], None]
+    found: Iterable[Point],
+    chains: int,
+    seed: int,
+    jobs: int | None,
+    out: Path,
+    tell: Callable[[str], None],
+    phrasings: str = "training",
 ) -> list[dict]:
-    """The figures of every point."""
+    """The figures of every point. phrasings: of PHRASINGS."""
     rows = []
     for point in found:
-        path = out / f"{point.name}-{chains}x{seed}.json"
+        wording = "" if phrasings == "training" else f"-{phrasings}"
+        path = out / f"{point.name}-{chains}x{seed}{wording}.json"
         if not _is_there(path, point.folder):
             tell(f"{point.kind} {point.label}")
             arguments = ["--checkpoint", str(point.folder), "--chains", str(chains), "--seed", str(seed), "--json", str(path)]
+            arguments += ["--phrasings", phrasings]
             arguments += [*point.arguments, *(["--jobs", str(jobs)] if jobs else [])]
             parser = argparse.ArgumentParser()
             evaluate_command.add_arguments(parser)

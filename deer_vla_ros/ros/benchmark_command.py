@@ -22,7 +22,7 @@ without the governor; and whether a peak is ever passed.
 latency: milliseconds of every stage of a step on this machine, as --json writes them the table that `replay --latency-table` goes by.
 
 curve: average length of `--chains` chains against the language part's MACs: the dynamic network under several budgets and at each fixed exit, and
-every `--static` network at its full depth. Each point is a run of `evaluate`, kept in `--out` and not repeated.
+every `--static` network at its full depth, in the wordings of training or in others. Each point is a run of `evaluate`, kept in `--out` and not repeated.
 
 ablations: trains the `--recipe` with all parts of the method and without each, calibrates, and scores `--chains` chains at one average
 budget; criteria and thresholds are compared on the network with all parts. It can be interrupted and goes on from there.
@@ -43,6 +43,7 @@ import time
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation.evaluate_command import PHRASINGS
 from deer_vla_ros.json_file import write_json
 from deer_vla_ros.ros.demo_command import HIGHEST_PORTABLE_DOMAIN, positive_seconds
 
@@ -82,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="DIR",
         help="curve: checkpoint of a network without exits; repeat",
+    )
+    parser.add_argument(
+        "--phrasings",
+        choices=PHRASINGS,
+        default="training",
+        help="curve: wordings of the instructions, both: half and half (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="latency: default %(default)s")
     parser.add_argument(
@@ -188,9 +195,16 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
     folder = folder_of(args.checkpoint)
     found = depth_curve.points(folder, args.static)
     rows = depth_curve.measure(
-        found, args.chains, args.seed, args.processes, args.out / "curve", lambda line: print(f"\n--- {line}", flush=True)
+        found,
+        args.chains,
+        args.seed,
+        args.processes,
+        args.out / "curve",
+        lambda line: print(f"\n--- {line}", flush=True),
+        args.phrasings,
     )
-    depth_curve.draw(rows, f"{args.chains} chains of five, {load_info(folder).weights[:60]}", args.plot)
+    wording = "" if args.phrasings == "training" else f", {args.phrasings} wordings"
+    depth_curve.draw(rows, f"{args.chains} chains of five{wording}, {load_info(folder).weights[:60]}", args.plot)
     print(f"\n{'':32}length   95%            MMAC per step")
     for row in rows:
         low, high = row["average_length_ci"]
