@@ -125,7 +125,9 @@ def _pick_nearest(state: TableState) -> Intent:
 
 
 def _take_out(state: TableState) -> Intent:
-    return _pick(state, held(state) or drawer_block(state) or COLOURS[0])
+    """One that stands badly in the drawer, because it was knocked aside, is better than one beside it."""
+    inside = [colour for colour in COLOURS if in_drawer(state, colour)]
+    return _pick(state, held(state) or drawer_block(state) or (inside or COLOURS)[0])
 
 
 def _unstack(state: TableState) -> Intent:
