@@ -25,4 +25,4 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text)
         scratch.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): give --json another place") from error
+        raise UserError(f"{path} cannot be written ({error}): give another place") from error

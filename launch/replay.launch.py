@@ -1,7 +1,7 @@
 """A recording played into the policy node in real time, and what it decides recorded: a whole installation's rehearsal.
 
     ros2 launch deer_vla_ros replay.launch.py bag:=/data/monday out:=/data/monday_replayed params_file:=my_cell.yaml
-    python -m deer_vla_ros replay /data/monday_replayed --follow --out out/replay
+    python -m deer_vla_ros replay /data/monday_replayed --params my_cell.yaml --follow --out out/replay
 
 Time is the recording's (`ros2 bag play --clock`); the node takes part in no motion unless an arm listens: leave the arm's driver off. Everything
 that was played and decided lies in `out`, so that `replay --follow` can do it once more, in lock step. When the player is through, all ends.
@@ -22,7 +22,15 @@ from launch_ros.substitutions import FindPackageShare
 
 from launch import LaunchDescription
 
-OUTPUTS = ("target_pose", "target_twist", "gripper_command", "deer_vla/step", "deer_vla/budget", "diagnostics")
+OUTPUTS = (
+    "target_pose",
+    "target_twist",
+    "gripper_command",
+    "deer_vla/step",
+    "deer_vla/budget",
+    "diagnostics",
+    "parameter_events",
+)
 """What the node publishes: recorded ones are played under other names."""
 
 
@@ -38,7 +46,19 @@ def generate_launch_description() -> LaunchDescription:
     )
     remaps = ["--remap", *(f"{topic}:=recorded/{topic}" for topic in OUTPUTS)]
     player = ExecuteProcess(
-        cmd=["ros2", "bag", "play", LaunchConfiguration("bag"), "--clock", "100", "--rate", LaunchConfiguration("rate"), *remaps],
+        cmd=[
+            "ros2",
+            "bag",
+            "play",
+            LaunchConfiguration("bag"),
+            "--clock",
+            "100",
+            "--delay",
+            "3",
+            "--rate",
+            LaunchConfiguration("rate"),
+            *remaps,
+        ],
         output="screen",
     )
     return LaunchDescription(

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,19 +40,19 @@ class Converted:
     texts: Counter[str] = field(default_factory=Counter)
 
 
-def episodes(seen: Iterable[Seen], rate_hz: float) -> Iterator[list[Seen]]:
-    """Moments without a break under one instruction."""
-    current: list[Seen] = []
+def episodes(seen: Iterable[Seen], rate_hz: float) -> Iterator[Iterator[Seen]]:
+    """Moments without a break under one instruction, each episode read to its end before the next one; one moment is held at a time."""
     gap_ns = LONGEST_GAP * 1e9 / rate_hz
-    for moment in seen:
-        if current and (
-            moment.instruction != current[-1].instruction or not 0 < moment.stamp_ns - current[-1].stamp_ns <= gap_ns
-        ):
-            yield current
-            current = []
-        current.append(moment)
-    if current:
-        yield current
+    episode, last = 0, None
+
+    def number(moment: Seen) -> int:
+        nonlocal episode, last
+        if last and (moment.instruction != last[0] or not 0 < moment.stamp_ns - last[1] <= gap_ns):
+            episode += 1
+        last = moment.instruction, moment.stamp_ns
+        return episode
+
+    return (moments for _, moments in groupby(seen, key=number))
 
 
 def convert(
@@ -74,16 +75,18 @@ def convert(
         folder.mkdir(parents=True)
         for path, seen in recordings:
             for episode in episodes(seen, rate_hz):
-                if len(episode) <= shortest:
+                beginning = list(islice(episode, shortest + 1))
+                if len(beginning) <= shortest:
                     converted.short += 1
                     continue
-                first = converted.steps + converted.episodes  # a gap between episodes: they were recorded with a break
-                for number, (now, following) in enumerate(zip(episode, episode[1:]), start=first):
+                first = number = converted.steps + converted.episodes  # a gap between episodes: they were recorded with a break
+                for now, following in pairwise(chain(beginning, episode)):
                     write_step(folder, number, _step(path, now, following, space, source, converted))
-                text = episode[0].instruction
-                annotations.append(Annotation(first, first + len(episode) - 1, text.replace(" ", "_"), text))
+                    number += 1
+                text = beginning[0].instruction
+                annotations.append(Annotation(first, number, text.replace(" ", "_"), text))
                 converted.episodes += 1
-                converted.steps += len(episode) - 1
+                converted.steps += number - first
                 converted.texts[text] += 1
         if not annotations:
             raise UserError(f"convert-bag: no episode of more than {shortest} steps in these recordings: nothing is written")

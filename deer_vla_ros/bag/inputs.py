@@ -33,6 +33,10 @@ CLOCKS = ("receive", "header")
 OTHER_CLOCK_NS = 10_000_000_000
 """A stamp that is further from the time of receipt than this was taken from another clock."""
 
+JUMP_NS = 1_000_000_000
+JUMP_MESSAGES = 5
+"""By so much a stamp is another clock's, and so many in a row make it the clock."""
+
 
 @dataclass
 class Tally:
@@ -49,16 +53,18 @@ class Tally:
         return [f"{topic}: {count} left out: {reason}" for (topic, reason), count in sorted(self.skipped.items())]
 
 
-def find_topics(recording: Recording, renames: Mapping[str, str], wanted: tuple[str, ...] = tuple(TYPES)) -> dict[str, str]:
+def find_topics(recording: Recording, renames: Mapping[str, str], read: tuple[str, ...], tally: Tally) -> dict[str, str]:
     """By the node's topic, the recorded one. Without a rename: the topic of that name, or the only one that ends with it.
 
-    UserError where one of NEEDED is missing, a rename names no topic, or a type is not what the node takes.
+    read: what is going to be read beside NEEDED. UserError where one of NEEDED is missing, a rename names no topic, several topics could
+    be one that is read, or its type is not what the node takes; another one that is of no use is counted and left out.
     """
+    read = (*NEEDED, *read)
     if unknown := sorted(set(renames) - set(TYPES)):
         raise UserError(f"--topic {unknown[0]}:=...: the policy has no such topic: use one of {', '.join(TYPES)}")
     found = {}
-    for name in wanted:
-        topic = renames.get(name) or _by_name(recording, name)
+    for name in TYPES:
+        topic = renames.get(name) or _by_name(recording, name, name in read)
         if topic is None and name in NEEDED:
             raise UserError(
                 f"{recording.path} has no topic {name}: name the one it has with --topic {name}:=TOPIC; {_listed(recording)}"
@@ -68,6 +74,9 @@ def find_topics(recording: Recording, renames: Mapping[str, str], wanted: tuple[
         if topic not in recording.topics:
             raise UserError(f"--topic {name}:={topic}: {recording.path} has no such topic; {_listed(recording)}")
         if recording.topics[topic] not in TYPES[name]:
+            if name not in read and name not in renames:
+                tally.skip(topic, f"of type {recording.topics[topic]}, {name} takes {' or '.join(TYPES[name])}")
+                continue
             raise UserError(
                 f"{recording.path}: {topic} is of type {recording.topics[topic]}, {name} takes {' or '.join(TYPES[name])}: "
                 f"name another one with --topic {name}:=TOPIC"
@@ -76,14 +85,14 @@ def find_topics(recording: Recording, renames: Mapping[str, str], wanted: tuple[
     return found
 
 
-def _by_name(recording: Recording, name: str) -> str | None:
+def _by_name(recording: Recording, name: str, is_read: bool) -> str | None:
     names = (name, f"{name}/compressed") if name in CAMERAS else (name,)
     for each in names:
         if f"/{each}" in recording.topics:
             return f"/{each}"
     for each in names:
         ending = [topic for topic in recording.topics if topic.endswith(f"/{each}")]
-        if len(ending) > 1 and name in NEEDED:
+        if len(ending) > 1 and is_read:
             raise UserError(
                 f"{recording.path}: {', '.join(sorted(ending))} could all be {name}: choose with --topic {name}:=TOPIC"
             )
@@ -97,13 +106,17 @@ def _listed(recording: Recording) -> str:
 
 
 class Stamps:
-    """When is it? By the time at which a message was received, or by the newest stamp that messages carried until then."""
+    """When is it? By the time at which a message was received, or by the newest stamp that messages carried until then.
+
+    One stamp far from the others (JUMP_NS) does not move the clock; JUMP_MESSAGES that agree do, forwards or back: the clock was set.
+    """
 
     def __init__(self, clock: str, path: object = ""):
         if clock not in CLOCKS:
             raise UserError(f"--clock is {clock!r}: use one of {', '.join(CLOCKS)}")
         self._clock, self._path, self._newest = clock, path, 0
         self._checked = False
+        self._odd, self._odd_count = 0, 0
 
     def time(self, received_ns: int, stamp_ns: int | None) -> int:
         """Nanoseconds, 0 while it is not known; stamp_ns: of the message's header, None where it has none, 0 where it was not set.
@@ -118,8 +131,18 @@ class Stamps:
                 )
             self._checked = self._checked or bool(stamp_ns)
             return received_ns
-        self._newest = max(self._newest, stamp_ns or 0)
+        if stamp_ns:
+            self._see(stamp_ns)
         return self._newest
+
+    def _see(self, stamp_ns: int) -> None:
+        if not self._newest or abs(stamp_ns - self._newest) <= JUMP_NS:
+            self._newest, self._odd_count = max(self._newest, stamp_ns), 0
+            return
+        agrees = self._odd_count > 0 and abs(stamp_ns - self._odd) <= JUMP_NS
+        self._odd, self._odd_count = stamp_ns, self._odd_count + 1 if agrees else 1
+        if self._odd_count == JUMP_MESSAGES:
+            self._newest, self._odd_count = stamp_ns, 0
 
 
 def stamp_of(message: Any) -> int | None:

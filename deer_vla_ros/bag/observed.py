@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deer_vla_ros.bag.inputs import GRIPPER_COMMAND, TARGET, Stamps, Tally, find_topics, messages
+from deer_vla_ros.bag.inputs import GRIPPER_COMMAND, INSTRUCTION, TARGET, Stamps, Tally, find_topics, messages
 from deer_vla_ros.bag.recording import Recording
 from deer_vla_ros.bag.replay import arrivals
 from deer_vla_ros.control.inputs import InputGate, InputLimits
@@ -60,10 +60,10 @@ def observed(
     topics: recorded topic by the node's, where its name is another. UserError for a recording that cannot be read or lacks an input.
     """
     with Recording(path) as recording:
-        found = find_topics(recording, topics)
+        found = find_topics(recording, topics, (INSTRUCTION,) if instruction is None else (), account.tally)
         gate, pace, stamps = InputGate(limits, frame), Pace(rate_hz), Stamps(clock, path)
         if instruction is not None:
-            found.pop("instruction", None)
+            found.pop(INSTRUCTION, None)
             gate.put_instruction(instruction)
         newest = _Newest()
         heard = newest.watch(messages(recording, found, account.tally))

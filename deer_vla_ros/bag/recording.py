@@ -5,6 +5,7 @@ Nothing is read that is not asked for, and no more than a chunk is held at a tim
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from rosbags.interfaces import Connection, MessageDefinitionFormat
 from rosbags.rosbag2 import Reader
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from deer_vla_ros.bag.cdr import from_cdr, types
 from deer_vla_ros.errors import UserError
@@ -123,9 +125,14 @@ def decode(record: Record) -> Any:
 
 def definition(connection: Connection) -> tuple[str, str] | None:
     """Message definition and RIHS01 hash of a topic, as recorded or as this installation knows the type; None where neither is."""
-    store = types()
-    if connection.msgdef.format is not MessageDefinitionFormat.NONE and connection.digest:
-        return connection.msgdef.data, connection.digest
+    store, recorded = types(), connection.msgdef
+    if recorded.format is not MessageDefinitionFormat.NONE and connection.digest:
+        return recorded.data, connection.digest
+    if recorded.format is MessageDefinitionFormat.MSG:  # older recorders, and MCAP files without their folder, leave the hash out
+        with contextlib.suppress(Exception):  # whatever a parser raises when it is fed with arbitrary text
+            own = get_typestore(Stores.EMPTY)
+            own.register(get_types_from_msg(recorded.data, connection.msgtype))
+            return recorded.data, own.hash_rihs01(connection.msgtype)
     if connection.msgtype not in store.fielddefs:
         return None
     return store.generate_msgdef(connection.msgtype, ros_version=2)[0], store.hash_rihs01(connection.msgtype)

@@ -7,6 +7,7 @@ controller is given just the inputs that a live node's `~/step` messages name, s
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +27,8 @@ Messages = Iterator[tuple[str, Record, Any]]
 """What `inputs.messages` gives."""
 SILENCE_NS = 15_000_000_000
 """After so much time without a message everything is stale, and a hold is all that could be repeated."""
-REMEMBERED = 200
-"""Messages of each input among which the one that a recorded step names is looked for."""
+REMEMBERED_NS = 3_000_000_000
+"""How long before a recorded step its inputs may have been received: longer than an inference takes."""
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,22 @@ def along_steps(controller: Controller, messages: Messages, tally: Tally, on_par
     """
     budget = _FollowedBudget(controller, on_parameters)
     recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {name: OrderedDict() for name in (STATIC, GRIPPER, POSE)}
-    is_known = False
+    is_known = heard_steps = False
     controller.start()
     for name, record, message in messages:
         if name in recent:
-            recent[name][stamp_of(message)] = record, message
-            if len(recent[name]) > REMEMBERED:
-                recent[name].popitem(last=False)
+            past = recent[name]
+            past[stamp_of(message)] = dataclasses.replace(record, data=b""), message  # decoded: its bytes are not needed again
+            while next(iter(past.values()))[0].time_ns < record.time_ns - REMEMBERED_NS:
+                past.popitem(last=False)
         elif name == PARAMETERS:
             budget.hear(message)
         elif name == STEPS:
             budget.before(message)
+            if not heard_steps and message.step:
+                tally.skip(record.topic, f"{message.step} steps before the recording: an average budget's governor remembers their cost, "
+                           "so thresholds may differ")  # fmt: skip
+            heard_steps = True
             is_known = is_known or message.episode_step == 0
             if not is_known:
                 tally.skip(record.topic, "the episode began before the recording, or lacks inputs: its memory is not known")

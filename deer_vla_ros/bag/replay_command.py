@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from deer_vla_ros.json_file import write_json
 
     _check(args)
+    if args.check:
+        next(golden.read_rows(args.check), None)  # now, not after a long replay
     requests = requests_of(args)
     if args.out and args.out.exists() and not (args.out / MARK).is_file():
         raise UserError(f"--out is {args.out}, which is there and not a replay's: give another folder")
@@ -111,6 +113,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"replay: {len(args.budget)} --budget, but decisions are kept or compared of one: give one, or none")
     if args.golden and args.check:
         raise UserError("replay: --golden writes what --check reads: give one of them")
+    for name in ("golden", "check"):
+        path = getattr(args, name)
+        if path and args.out and args.out.resolve() in path.resolve().parents:
+            raise UserError(f"replay: --{name} is {path}, in --out, which is replaced as a whole: give it another place")
     for name, low in (("start", 0.0), ("duration", 0.0), ("tolerance", 0.0)):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= low) or (name == "duration" and value == 0):

@@ -14,6 +14,8 @@ from deer_vla_ros.bag.run import Result, Step
 from deer_vla_ros.control.types import HoldReason
 
 FULL_DEPTH = "full depth"
+NEAR_NS = 50_000_000
+"""Half a period of 10 Hz. A recorded target carries the frame's stamp where a policy gave it, and its own where somebody else did."""
 COLOURS = ("#0d9488", "#d97706", "#7c3aed", "#dc2626", "#2563eb", "#65a30d")
 
 
@@ -24,6 +26,11 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
     wall = np.array([step.wall_ms for step in steps])
     _, away = deviations(result, reference)
     metres, radians = from_recorded(result)
+    notes = list(result.notes)
+    if result.recorded_targets and not len(metres):
+        notes.append(
+            f"none of the {len(result.recorded_targets)} recorded targets is within {NEAR_NS / 1e9:g} s of a step: not compared"
+        )
     return {
         "label": result.label,
         "steps": len(steps),
@@ -40,7 +47,7 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
         "frames_dropped": result.dropped,
         "parameter_events": result.parameter_events,
         "left_out": result.tally.lines(),
-        "notes": result.notes,
+        "notes": notes,
         "seconds": result.seconds,
         "wall_s": result.wall_s,
         "followed_differently": [str(difference) for difference in result.differences],
@@ -56,12 +63,14 @@ def deviations(result: Result, reference: Result | None) -> tuple[np.ndarray, np
 
 
 def from_recorded(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Distances [m] and angles [rad] of targets from those that the arm was given under the same stamp."""
-    pairs = [
-        (step.target, result.recorded_targets[step.stamp])
-        for step in result.steps
-        if step.target and step.stamp in result.recorded_targets
-    ]
+    """Distances [m] and angles [rad] of targets from those that the arm was given at that time: the one of the nearest stamp, within NEAR_NS."""
+    stamps = np.array(sorted(result.recorded_targets), np.int64)
+    pairs = []
+    for step in result.steps:
+        if step.target and len(stamps):
+            nearest = int(stamps[np.abs(stamps - step.stamp).argmin()])
+            if abs(nearest - step.stamp) <= NEAR_NS:
+                pairs.append((step.target, result.recorded_targets[nearest]))
     metres = np.array([np.linalg.norm(ours[0] - theirs[0]) for ours, theirs in pairs])
     radians = np.array([2 * np.arccos(min(1.0, abs(float(ours[1] @ theirs[1])))) for ours, theirs in pairs])
     return metres, radians

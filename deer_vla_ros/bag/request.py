@@ -23,7 +23,7 @@ def request(
     clock: str = "receive",
     start_s: float = 0.0,
     duration_s: float | None = None,
-    latency_table: Path | None = None,
+    latency_table: Path | str | None = None,
     follow: bool = False,
     with_inputs: bool = True,
 ) -> Request:
@@ -48,7 +48,7 @@ def request(
         instruction=instruction,
         follow=follow,
         keep=("budget.",) if budget else (),
-        latencies=LatencyTable.load(latency_table) if latency_table else None,
+        latencies=LatencyTable.load(Path(latency_table)) if latency_table else None,
         with_inputs=with_inputs,
     )
 

@@ -17,6 +17,7 @@ from deer_vla_ros.bag.cdr import from_cdr, to_cdr
 from deer_vla_ros.bag.inputs import (
     GRIPPER_COMMAND,
     INSTRUCTION,
+    PARAMETERS,
     STATIC,
     STEPS,
     TARGET,
@@ -123,7 +124,9 @@ def run(
     check_clock(request.given, request.latencies is not None)
     with contextlib.ExitStack() as stack:
         recording = stack.enter_context(Recording(request.bag))
-        topics = find_topics(recording, request.topics)
+        result = Result(label)
+        said = () if request.instruction is not None or request.follow else (INSTRUCTION,)
+        topics = find_topics(recording, request.topics, (*said, *([STEPS] if request.follow else [])), result.tally)
         if request.follow and STEPS not in topics:
             raise UserError(f"{request.bag} has no topic {STEPS} to follow: record ~/step too, or replay without --follow")
         if request.instruction is None and INSTRUCTION not in topics and not request.follow:
@@ -133,7 +136,7 @@ def run(
         window = _window(request, recording)
         controller = warm_controller(request.given, logging.getLogger(__name__), request.latencies)
         stack.callback(controller.close)
-        result = Result(label, seconds=(window[1] - window[0]) / 1e9)
+        result.seconds = (window[1] - window[0]) / 1e9
         files = stack.enter_context(RunFolder(folder, recording, result.tally, request.with_inputs)) if folder else None
         _Run(request, recording, topics, window, controller, files, result).finish(on_row, on_progress)
         return result
@@ -189,6 +192,7 @@ class _Run:
 
     def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[Moment]:
         request = self._request
+        self._obey_earlier_changes()
         heard = self._heard(on_progress)
         if request.follow:
             return along_steps(self._controller, heard, self._result.tally, self._events.apply)
@@ -204,6 +208,12 @@ class _Run:
         topics = {INSTRUCTION: self._topics[INSTRUCTION]}
         before = [message.data for _, _, message in messages(self._recording, topics, Tally(), (None, self._window[0]))]
         return before[-1] if before else ""
+
+    def _obey_earlier_changes(self) -> None:
+        """What was asked of the node before the part that is replayed."""
+        topics = {name: topic for name, topic in self._topics.items() if name == PARAMETERS}
+        for _, _, message in messages(self._recording, topics, Tally(), (None, self._window[0])):
+            self._events.apply(self._controller, message)
 
     def _heard(self, on_progress: Callable[[float, float], None]) -> Messages:
         """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report needs."""

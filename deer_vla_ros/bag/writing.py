@@ -69,7 +69,7 @@ class ReplayBag:
             if found is None:
                 tally.skip(each.topic, f"not copied: {each.msgtype} is not defined in the recording, nor installed here")
             elif each.topic not in self._names:
-                self._names[each.topic] = RECORDED + each.topic if each.topic in OUTPUTS else each.topic
+                self._names[each.topic] = _free(each.topic, recording) if each.topic in OUTPUTS else each.topic
                 self._file.declare(self._names[each.topic], each.msgtype, found, each.ext.offered_qos_profiles)
         for topic, kind in OUTPUTS.items():
             self._file.declare(topic, kind)
@@ -94,3 +94,10 @@ class ReplayBag:
     def abort(self) -> None:
         """Ends without an index."""
         self._file.abort()
+
+
+def _free(topic: str, recording: Recording) -> str:
+    """A name for a recorded output that nothing in the recording has: it may be a replay's, and hold RECORDED ones already."""
+    while topic in OUTPUTS or topic in recording.topics:
+        topic = RECORDED + topic
+    return topic

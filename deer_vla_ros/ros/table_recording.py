@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from geometry_msgs.msg import PoseStamped
+from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
@@ -40,13 +41,28 @@ STEP_LIMIT = 80
 MS = 1_000_000
 
 
+_FOREVER = QosTime(9223372036, 854775807)
+LATCHED_QOS = Qos(
+    QosHistory.KEEP_LAST,
+    1,
+    QosReliability.RELIABLE,
+    QosDurability.TRANSIENT_LOCAL,
+    _FOREVER,
+    _FOREVER,
+    QosLiveliness.AUTOMATIC,
+    _FOREVER,
+    False,
+)
+"""As ros.qos.LATCHED, for the player: a node that begins to listen after the instruction was played still hears it."""
+
+
 class TableRecorder:
     """Writes what the table publishes and hears."""
 
     def __init__(self, folder: Path):
         self._file = BagFile(folder)
         for topic, kind in TYPES.items():
-            self._file.declare(_absolute(topic), type_of(kind))
+            self._file.declare(_absolute(topic), type_of(kind), qos=[LATCHED_QOS] if topic == "instruction" else ())
 
     def write(self, topic: str, message: Any, time_ns: int) -> None:
         """A message of a topic of TYPES."""

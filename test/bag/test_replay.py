@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,16 +17,19 @@ from PIL import Image as Picture
 from rcl_interfaces.msg import Parameter, ParameterEvent, ParameterType, ParameterValue
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
 from sensor_msgs.msg import CompressedImage
+from std_msgs.msg import String
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.bag import assert_replays, decisions
 from deer_vla_ros.bag.cdr import to_cdr
-from deer_vla_ros.bag.inputs import Stamps, find_topics
+from deer_vla_ros.bag.inputs import Stamps, Tally, find_topics
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
 from deer_vla_ros.bag.run import run
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.whole_folder import whole_folder
 
 MS = 1_000_000
 SHORT = 3.0
@@ -77,8 +81,7 @@ def test_every_static_frame_is_stepped_on_and_told_with_every_field_of_policy_st
 
 
 def decoded_stamp(each: Record) -> int:
-    stamp = decode(each).header.stamp
-    return stamp.sec * SECOND + stamp.nanosec
+    return nanoseconds(decode(each).header.stamp)
 
 
 def test_the_recording_it_leaves_has_the_inputs_as_they_were_and_the_decisions_beside_them(whole):
@@ -138,6 +141,50 @@ def test_a_folder_that_is_not_a_replays_is_not_touched(short, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["replay", str(short), "--out", str(tmp_path)]) == 1
     assert "not a replay's" in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_golden_file_in_the_folder_that_is_replaced_is_refused_and_stays(short, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["replay", str(short), "--out", str(out)]) == 0
+    assert main(["replay", str(short), "--golden", str(tmp_path / "golden.csv")]) == 0
+    (tmp_path / "golden.csv").rename(out / "golden.csv")
+    for asked in ("--check", "--golden"):
+        assert main(["replay", str(short), "--out", str(out), asked, str(out / "golden.csv")]) == 1
+        assert "in --out, which is replaced as a whole" in capsys.readouterr().err and (out / "golden.csv").is_file()
+    assert main(["replay", str(short), "--check", str(tmp_path / "nothing.csv")]) == 1
+    printed = capsys.readouterr()
+    assert "nothing.csv cannot be read" in printed.err and "x real time" not in printed.out, "said before the replay"
+
+
+def test_a_place_that_cannot_be_written_is_named_in_one_line(short, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["replay", str(short), "--out", str(tmp_path / "file" / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "give another place" in error
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
+    """In a container the next process often has the number of the one that was killed."""
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    (left / "out").mkdir(parents=True)
+    (left / "out" / "half").write_text("half")
+    with whole_folder(tmp_path / "out") as folder:
+        folder.mkdir()
+        (folder / "all").write_text("all")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"] and [each.name for each in (tmp_path / "out").iterdir()] == [
+        "all"
+    ]
+
+
+def test_what_a_replay_left_can_be_replayed(whole, tmp_path):
+    bag = next(whole.glob("*/bag"))
+    first = tmp_path / "first"
+    run(request(bag, duration_s=1.0), "test", first)
+    with Recording(first / "bag") as recording:
+        assert {"/deer_vla/step", "/recorded/deer_vla/step", "/recorded/target_pose", "/recorded/recorded/target_pose"} <= set(
+            recording.topics
+        )
+    assert decided(first / "bag") == decided(TABLE, duration_s=1.0)
 
 
 # What it hears
@@ -212,6 +259,7 @@ def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(sh
     assert all(row["exit_index"] == 5 for row in changed[len(before) :]) and len(changed) > len(before)
     assert any(row["exit_index"] < 5 for row in plain[len(before) :])
     assert decided(path, budget="average_fraction=0.3") == decided(short, budget="average_fraction=0.3"), "asked for otherwise"
+    assert all(row["exit_index"] == 5 for row in decisions(path, start_s=2.0)), "asked for before the part that is replayed"
 
 
 def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short, tmp_path, capsys):
@@ -271,7 +319,33 @@ def test_a_topic_of_another_type_is_refused(short, tmp_path):
     with pytest.raises(UserError, match=f"{STATIC} is of type std_msgs/msg/String, camera/static/image_raw takes sensor_msgs"):
         decisions(path)
     with Recording(path) as recording, pytest.raises(UserError, match="the policy has no such topic"):
-        find_topics(recording, {"camera": STATIC})
+        find_topics(recording, {"camera": STATIC}, (), Tally())
+
+
+def test_a_topic_that_is_not_read_may_be_of_any_type(short, tmp_path):
+    found = records(INPUTS, short)
+    grip = [record("/gripper_command", String(data="shut"), found[0].time_ns)]
+    path = write(tmp_path / "bag", [*found, *grip])
+    result, rows = replayed(path)
+    assert len(rows) == len(decisions(short))
+    assert result.tally.lines() == [
+        "/gripper_command: 1 left out: of type std_msgs/msg/String, gripper_command takes std_msgs/msg/Float64MultiArray"
+    ]
+    with pytest.raises(UserError, match="/gripper_command is of type std_msgs/msg/String"):
+        decisions(path, topics={"gripper_command": "/gripper_command"})
+
+
+def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
+    found = [each for each in records(INPUTS, short) if each.topic != INSTRUCTION]
+    both = [
+        dataclasses.replace(said("lift the red block", found[0].time_ns), topic=f"/{arm}/instruction")
+        for arm in ("left", "right")
+    ]
+    path = write(tmp_path / "bag", [*both, *found])
+    with pytest.raises(UserError, match="/left/instruction, /right/instruction could all be instruction: choose with --topic"):
+        decisions(path)
+    assert len(decisions(path, topics={"instruction": "/left/instruction"})) == len(decisions(short))
+    assert len(decisions(path, instruction="lift the red block")) == len(decisions(short))
 
 
 def restamped(found: list[Record], shift) -> list[Record]:
@@ -311,8 +385,21 @@ def test_a_clock_that_jumps_back_is_a_hold_and_a_new_episode(short, tmp_path):
     path = write(tmp_path / "bag", [*found, *late])  # stamps begin again, times of receipt go on
     result, rows = replayed(path, clock="receive")
     assert result.hold_reasons["STATIC_STALE"] >= 1 and len(rows) == len(decisions(short))
+    again, _ = replayed(path, clock="header")
+    assert len(again.steps) >= 2 * len(rows) - 5, "the controller hears of the jump and goes on"
+
+
+def test_by_header_stamps_one_wild_stamp_is_left_alone_and_a_clock_that_was_set_is_followed(short, tmp_path):
     times = Stamps("header")
     assert [times.time(0, stamp) for stamp in (5, 3, None, 7)] == [5, 5, 5, 7]
+    hour = 3600 * SECOND
+    assert [times.time(0, stamp) for stamp in (8, hour, 9, hour, 10)] == [8, 8, 9, 9, 10]
+    assert [times.time(0, hour + n) for n in range(6)] == [10, 10, 10, 10, hour + 4, hour + 5]
+    assert [times.time(0, 20 + n) for n in range(5)][-1] == 24
+    found = records(INPUTS, short)
+    grippers = [index for index, each in enumerate(found) if each.topic == GRIPPER]
+    wild = write(tmp_path / "wild", restamped(found, lambda index, now: now + hour * (index == grippers[5])))
+    assert len(decisions(wild, clock="header")) >= len(decisions(short)) - 1
 
 
 def test_two_instructions_at_once_the_newest_wins(short, tmp_path):
@@ -361,6 +448,78 @@ def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short,
         "/odd: 1 left out: not copied: odd_msgs/msg/Odd is not defined in the recording, nor installed here"
     ]
     assert records(INPUTS, tmp_path / "out" / "bag") == records(INPUTS, short) and len(rows) == len(decisions(short))
+
+
+def test_a_type_that_only_the_recording_knows_is_copied_from_its_file_alone(short, tmp_path):
+    """Of an MCAP without its folder, and of older recorders, no hash of the type is known."""
+    from rosbags.rosbag2 import Writer
+    from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+
+    store = get_typestore(Stores.ROS2_JAZZY)
+    store.register(get_types_from_msg("float64 torque", "my_msgs/msg/Torque"))
+    with Writer(tmp_path / "bag", version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        kinds = {each.topic: each.type for each in records(INPUTS, short)} | {"/torque": "my_msgs/msg/Torque"}
+        topics = {topic: writer.add_connection(topic, kind, typestore=store) for topic, kind in kinds.items()}
+        for each in records(INPUTS, short):
+            writer.write(topics[each.topic], each.time_ns, each.data)
+        data = store.serialize_cdr(store.types["my_msgs/msg/Torque"](torque=2.5), "my_msgs/msg/Torque")
+        writer.write(topics["/torque"], each.time_ns, data)
+    (file,) = (tmp_path / "bag").glob("*.mcap")
+    result = run(request(file), "test", tmp_path / "out")
+    assert result.tally.lines() == []
+    assert [bytes(each.data) for each in records(["/torque"], tmp_path / "out" / "bag")] == [bytes(data)]
+
+
+# Along recorded steps
+
+
+@pytest.fixture(scope="module")
+def live(whole) -> Path:
+    """A recording with `~/step` messages: of the first budget."""
+    return next(whole.glob("*0.25*/bag"))
+
+
+def test_following_recorded_steps_decides_the_same(live):
+    result, rows = replayed(live, follow=True, budget="average_fraction=0.25")
+    assert len(rows) == len(records(["/deer_vla/step"], live)) and result.differences == [] and result.tally.lines() == []
+
+
+def test_a_recorded_step_that_is_decided_otherwise_is_named_and_fails(live, tmp_path, capsys):
+    arguments = ["replay", str(live), "--follow", "--json", str(tmp_path / "figures.json")]
+    assert main([*arguments, "--budget", "average_fraction=0.25"]) == 0
+    assert main([*arguments, "--budget", "average_fraction=0.9"]) == 1
+    assert "decided differently in " in capsys.readouterr().out
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    assert figures["followed_differently"][0].startswith("step 0 (stamp ")
+
+
+def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_an_episode_begins(live, tmp_path):
+    found = records([*INPUTS, "/deer_vla/step"], live)
+    steps = [decode(each) for each in found if each.topic == "/deer_vla/step"]
+    gone = 5
+    (frame,) = [
+        index
+        for index, each in enumerate(found)
+        if each.topic == STATIC and decoded_stamp(each) == nanoseconds(steps[gone].static_stamp)
+    ]
+    result, rows = replayed(
+        write(tmp_path / "bag", found[:frame] + found[frame + 1 :]), follow=True, budget="average_fraction=0.25"
+    )
+    begins = next(index for index, step in enumerate(steps) if index > gone and step.episode_step == 0)
+    assert [row["stamp"] for row in rows] == [
+        nanoseconds(step.header.stamp) for index, step in enumerate(steps) if index < gone or index >= begins
+    ]
+    told = "".join(result.tally.lines())
+    assert f"camera/static/image_raw of step {gone} is not in the recording" in told and "its memory is not known" in told
+
+
+def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_known(live):
+    steps = [decode(each) for each in records(["/deer_vla/step"], live)]
+    begins = next(step for step in steps[1:] if step.episode_step == 0)
+    start_s = (nanoseconds(begins.static_stamp) - nanoseconds(steps[0].static_stamp)) / SECOND - 0.01
+    result, rows = replayed(live, follow=True, budget="average_fraction=0.25", start_s=start_s)
+    assert rows and rows[0]["episode_step"] == 0
+    assert f"{begins.step} steps before the recording" in "".join(result.tally.lines())
 
 
 def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path, capsys):

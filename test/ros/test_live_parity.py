@@ -25,6 +25,7 @@ from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import row_of
 from deer_vla_ros.bag.run import FOLLOWED, run
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.stamped import SECOND, stamp
 
@@ -109,6 +110,6 @@ def test_what_was_decided_live_is_decided_again_in_lock_step(tmp_path):
     assert len(decisions(tmp_path / "live", follow=True, budget="average_fraction=0.3")) == len(live)
 
 
-def test_a_live_step_whose_frame_is_missing_ends_what_can_be_compared(tmp_path):
-    with pytest.raises(Exception, match="has no topic deer_vla/step to follow"):
+def test_a_recording_without_steps_cannot_be_followed():
+    with pytest.raises(UserError, match="has no topic deer_vla/step to follow"):
         decisions(TABLE, follow=True)
