@@ -152,19 +152,13 @@ def distances(new: Calibration, stored: Calibration | None) -> list[float] | Non
 
 
 def set_default(folder: Path, fraction: float) -> None:
-    """Writes the thresholds of an average budget into the checkpoint's config.json: what it does where no budget is asked for."""
-    import dataclasses
-    import json
-
+    """Makes the thresholds of an average budget the checkpoint's own."""
     from deer_vla_ros.budget.keeper import BudgetKeeper
     from deer_vla_ros.budget.types import Budget
-    from deer_vla_ros.json_file import write_text
-    from deer_vla_ros.model.checkpoint import CONFIG, load
+    from deer_vla_ros.model.checkpoint import load, set_thresholds
 
-    checkpoint, budget = load(folder), Budget(average_fraction=fraction, governor=False)
-    keeper = BudgetKeeper.of(checkpoint)
+    budget, keeper = Budget(average_fraction=fraction, governor=False), BudgetKeeper.of(load(folder))
     keeper.check(budget)
     keeper.set(budget)
-    info = dataclasses.replace(checkpoint.info, thresholds=keeper.rule.thresholds)
-    write_text(folder / CONFIG, json.dumps(info.to_dict(), indent=2) + "\n")
-    print(f"{folder / CONFIG}: thresholds {', '.join(f'{value:.4g}' for value in info.thresholds)}, {fraction:g} of full depth")
+    set_thresholds(folder, keeper.rule.thresholds)
+    print(f"{folder}: thresholds {', '.join(f'{value:.4g}' for value in keeper.rule.thresholds)}, {fraction:g} of full depth")

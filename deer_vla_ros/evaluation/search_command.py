@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--study", type=Path, metavar="FILE", help="remembers the search: the same command goes on from there")
+    parser.add_argument("--default", action="store_true", help="also make what was found the checkpoint's own thresholds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
 
 
@@ -41,13 +42,14 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from deer_vla_ros.budget.calibration import REMEDY, Calibration
-    from deer_vla_ros.budget.search import Outcome, search
+    from deer_vla_ros.budget.search import search
+    from deer_vla_ros.budget.search_task import Outcome
     from deer_vla_ros.budget.types import Budget
     from deer_vla_ros.evaluation.chain_report import summary
     from deer_vla_ros.evaluation.evaluate_command import LANES
     from deer_vla_ros.evaluation.evaluation_run import evaluate, groups_of
     from deer_vla_ros.evaluation.network_driver import ExitChoice
-    from deer_vla_ros.model.checkpoint import folder_of, load
+    from deer_vla_ros.model.checkpoint import folder_of, load, set_thresholds
 
     for name in ("chains", "trials", "steps"):
         if getattr(args, name) < 1:
@@ -81,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         f"calibration's thresholds: {start.score:.2f} at {start.cost:.3f}; found in trial {found.trial}: "
         f"{found.outcome.score:.2f} at {found.outcome.cost:.3f}: {', '.join(f'{value:.6g}' for value in found.thresholds)}"
     )
+    if args.default:
+        set_thresholds(folder, found.thresholds)
     if args.json:
         report = {
             "fraction": args.fraction,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.json_file import write_json
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.from_json import from_json
@@ -102,13 +103,18 @@ def load(
     )
 
 
+def set_thresholds(folder: Path, thresholds: tuple[float, ...]) -> None:
+    """Makes these, one per exit, the folder's own: what the checkpoint does where no budget is asked for. Interrupted, the old ones stay."""
+    write_json(folder / CONFIG, dataclasses.replace(load_info(folder), thresholds=thresholds).to_dict())
+
+
 def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype = torch.float32) -> None:
     """Writes a checkpoint folder; `readme` says where the weights come from and what they were measured to do."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in checkpoint.model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors writes it readable by its owner alone
-    (folder / CONFIG).write_text(json.dumps(checkpoint.info.to_dict(), indent=2) + "\n")
+    write_json(folder / CONFIG, checkpoint.info.to_dict())
     checkpoint.tokenizer.save(folder / TOKENIZER)
     (folder / README).write_text(readme)
 

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from deer_vla_ros.budget import search as searching
+from deer_vla_ros.budget import search_study
 from deer_vla_ros.budget.families import ALWAYS, NEVER
-from deer_vla_ros.budget.search import Found, Outcome, quantile_of, search, threshold_at
+from deer_vla_ros.budget.search import Found, search
+from deer_vla_ros.budget.search_task import Outcome, quantile_of, threshold_at
 from deer_vla_ros.errors import UserError
 
 EXITS = 4
@@ -178,7 +179,7 @@ def test_a_killed_search_is_taken_up_again_as_if_nothing_had_been(tmp_path, eval
     killed = started(score, journal, trials=9, seconds=0.3)
     wait_for(lambda: len(score.calls()) == evaluations)
     killed.kill()
-    wait_for(lambda: searching._started(killed.pid) is None)  # a zombie then, as nobody has asked for its status yet
+    wait_for(lambda: search_study._started(killed.pid) is None)  # a zombie then, as nobody has asked for its status yet
     seen = []
     found = search(score, START, BUDGET, CANDIDATES, 9, journal, on_trial=lambda number, _: seen.append(number))
     killed.communicate()
@@ -214,12 +215,12 @@ def test_two_processes_share_the_work(tmp_path):
 
 def test_a_trial_of_another_machine_is_waited_for_until_it_falls_silent(tmp_path, monkeypatch):
     score, journal = Recorded(tmp_path / "calls"), tmp_path / "journal"
-    monkeypatch.setattr(searching, "SILENT_SECONDS", 1.5)
+    monkeypatch.setattr(search_study, "SILENT_SECONDS", 1.5)
     killed = started(score, journal, trials=3, seconds=0.5)
     wait_for(lambda: len(score.calls()) == 2)
     killed.kill()
     killed.communicate()
-    monkeypatch.setattr(searching, "_machine", lambda: "another")
+    monkeypatch.setattr(search_study, "_machine", lambda: "another")
     begun = time.monotonic()
     assert search(score, START, BUDGET, CANDIDATES, 3, journal).trials == 3
     assert time.monotonic() - begun > 1.5
@@ -227,9 +228,9 @@ def test_a_trial_of_another_machine_is_waited_for_until_it_falls_silent(tmp_path
 
 
 def test_a_process_that_is_heard_is_not_robbed(tmp_path, monkeypatch):
-    monkeypatch.setattr(searching, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(searching, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(searching, "_machine", iter(["one", "other"]).__next__)
+    monkeypatch.setattr(search_study, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(search_study, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(search_study, "_machine", iter(["one", "other"]).__next__)
     score, journal = Recorded(tmp_path / "calls", seconds=2.5), tmp_path / "journal"
     with multiprocessing.pool.ThreadPool(1) as pool:
         first = pool.apply_async(search, (score, START, BUDGET, CANDIDATES, 1, journal))
@@ -258,7 +259,7 @@ def test_workers_end_with_a_killed_search(tmp_path):
     wait_for(lambda: len(score.calls()) == 2)
     killed.kill()
     killed.communicate()
-    wait_for(lambda: not any(searching._started(process) for process, _ in score.calls()))
+    wait_for(lambda: not any(search_study._started(process) for process, _ in score.calls()))
 
 
 def test_workers_end_with_an_interrupted_search(tmp_path):

@@ -150,3 +150,19 @@ def test_exits_taken_is_the_exit_rule():
     rule = ExitRule((1, 3, 5, 7), (0.2, -1e8, 0.4, 1e8))
     for row, taken in zip(deltas, exits_taken(deltas, rule.thresholds), strict=True):
         assert taken == next((i for i in range(3) if rule.agrees(i, float(row[i]))), 3)
+
+
+def test_a_search_goes_on_where_it_was_and_makes_what_it_found_the_checkpoints_own(folder, tmp_path, capsys):
+    folder = shutil.copytree(folder, tmp_path / "checkpoint")
+    command = ["search", "--checkpoint", str(folder), "--fraction", "1.0", "--chains", "1", "--steps", "6", "--jobs", "1"]
+    command += ["--study", str(tmp_path / "study"), "--json", str(tmp_path / "found.json"), "--trials"]
+    assert main([*command, "2"]) == 0
+    first, own = json.loads((tmp_path / "found.json").read_text()), load(folder).info.thresholds
+    assert sorted(first["trials"]) == ["0", "1"] and first["found"]["cost"] <= 1
+    assert tuple(first["thresholds"]) != own, "asked for nothing, the checkpoint stays as it was"
+    assert main([*command, "3", "--default"]) == 0
+    again = json.loads((tmp_path / "found.json").read_text())
+    assert sorted(again["trials"]) == ["0", "1", "2"]
+    assert {number: again["trials"][number] for number in first["trials"]} == first["trials"], "they were not run again"
+    assert load(folder).info.thresholds == tuple(again["thresholds"])
+    assert "found in trial" in capsys.readouterr().out
