@@ -82,8 +82,10 @@ def grounding_macs(config: ModelConfig) -> int:
     cells = (config.vision.image_size // STRIDE) ** 2
     stem = 4 * cells * 3 * 25 * (channels // 2) + cells * 9 * (channels // 2) * channels + cells * 9 * channels**2
     search = attention_macs(queries, cells, channels) + queries * cells * 2 + queries * (channels + 2) * width
-    relate = (CAMERAS * queries * (channels + 2) + POSE_VALUES + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + 8) * width
-    return CAMERAS * (stem + search) + config.decoder.width * queries * channels + relate
+    things = config.grounding.things
+    seen = CAMERAS * (queries // things) * (channels + 2) + POSE_VALUES
+    relate = (seen + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + 8) * width
+    return CAMERAS * (stem + search) + config.decoder.width * queries * channels + things * relate
 
 
 def proprioception_macs(config: ModelConfig) -> int:

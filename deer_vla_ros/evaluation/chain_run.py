@@ -44,7 +44,7 @@ class Attempt:
     """One instruction, followed or not.
 
     position: in its chain, from 0. feasible: whether the task was possible when it was asked for; if not, it failed at once.
-    approached: whether the block that the instruction names is the first that the arm came to; None where it names none, or where
+    approached: whether the block that the instruction is about is the first that the arm came to; None where it is about none, or where
     nothing was tried. exits: steps by the layer at which they exited. tokens: of the instruction.
     """
 
@@ -133,7 +133,7 @@ class _Run:
                 feasible=feasible,
                 succeeded=bool(succeeded),
                 steps=self.steps,
-                approached=self.approach.block == self.task.block if judged else None,
+                approached=self.approach.block == self.task.block(self.before) if judged else None,
                 tokens=self.tokens,
                 exits=dict(sorted(self.exits.items())),
             )

@@ -36,6 +36,7 @@ _WEIGHTS = {
     "take_out_of_drawer": 6.0,
     "unstack_block": 2.0,
     **{task.name: 1.6 for task in TASKS if task.name.startswith("push_")},
+    **{task.name: 0.7 for task in TASKS if task.name.startswith(("lift_nearest", "lift_farthest"))},
 }
 """How much more often than others a task is drawn where it is possible, so that all are asked for about equally often."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from deer_vla_ros.sim.expert import act
 from deer_vla_ros.sim.state import TableState, Views
 from deer_vla_ros.sim.table import Table
 from deer_vla_ros.sim.tasks import RELEASED_M, TASKS, Task
+from deer_vla_ros.training.frames import THINGS
 
 STEP_LIMIT = 80
 SESSION_TASKS = 8
@@ -128,15 +129,16 @@ def record_episode(
 
 def _labels(table: Table, current: Task, state: TableState) -> Labels:
     actions = np.zeros((len(TASKS), 7), np.float32)
-    points, pixels = np.zeros((len(TASKS), 3), np.float32), np.zeros((len(TASKS), 2, 2), np.float32)
-    valid, yaws = np.zeros(len(TASKS), bool), np.zeros(len(TASKS), np.float32)
+    valid, yaws = np.zeros(len(TASKS), bool), np.zeros((len(TASKS), THINGS), np.float32)
+    points, pixels = np.zeros((len(TASKS), THINGS, 3), np.float32), np.zeros((len(TASKS), THINGS, 2, 2), np.float32)
     for i, task in enumerate(TASKS):
         if task is not current and not task.possible(state):
             continue
         intent = act(task.name, state)
-        valid[i], points[i], yaws[i] = True, intent.point, intent.yaw
-        actions[i] = [*intent.pose, 1.0 if intent.open else -1.0]
-        pixels[i] = [table.pixel(camera, intent.point) for camera in ("static", "gripper")]
+        valid[i], actions[i] = True, [*intent.pose, 1.0 if intent.open else -1.0]
+        for j, thing in enumerate(islice(cycle(intent.things), THINGS)):
+            points[i, j], yaws[i, j] = thing.position, thing.yaw
+            pixels[i, j] = [table.pixel(camera, thing.position) for camera in ("static", "gripper")]
     return Labels(actions, valid, points, yaws, pixels)
 
 

@@ -77,10 +77,12 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """Words that look for what they name: `queries` per camera in a feature map of `channels` (grounding.py)."""
+    """Words that look for what they name: `queries` per camera in a feature map of `channels`, in equal shares for each of the
+    `things` that an instruction may be about (grounding.py)."""
 
     channels: int = 32
     queries: int = 4
+    things: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ class ModelConfig:
             )
         if self.grounding is not None:
             _check_sizes("grounding", self.grounding)
+            if self.grounding.queries % self.grounding.things:
+                raise UserError(
+                    f"model config: grounding.queries {self.grounding.queries} is not a multiple of grounding.things "
+                    f"{self.grounding.things}: change one of them"
+                )
             if self.vision.image_size % 4:
                 raise UserError(
                     f"model config: vision.image_size {self.vision.image_size} is not a multiple of 4, which grounding needs: change it"
@@ -156,7 +163,7 @@ class ModelConfig:
     @property
     def visual_tokens(self) -> int:
         """Tokens that the layers' cross-attention looks at."""
-        found = CAMERAS * self.grounding.queries + 1 if self.grounding else 0
+        found = CAMERAS * self.grounding.queries + self.grounding.things if self.grounding else 0
         return CAMERAS * self.resampler.latents + found + (1 if self.proprioception else 0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,7 +232,7 @@ def tabletop(layers: int = 12) -> ModelConfig:
             gate_init=0.5,
         ),
         head=HeadConfig(hidden=32, mlp_widths=(32,), lstm_layers=1, lstm_dropout=0.0, mlp_dropout=0.0),
-        grounding=GroundingConfig(),
+        grounding=GroundingConfig(queries=6, things=3),
         proprioception=ProprioceptionConfig(centre=(0.45, 0.0, 0.15), reach=0.2, turn=0.25),
     )
 

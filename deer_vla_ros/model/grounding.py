@@ -29,9 +29,9 @@ RELATE_WIDTH = 128
 @dataclass(frozen=True)
 class Found:
     """logits (B, cameras, queries, cells): how much each query looks at each cell, before the softmax, row by row;
-    point (B, 3): where the thing that the instruction is about is, from the TCP, in units of POINT_UNIT [m], axes of the action
-    frame; turn (B, 2): cosine and sine of four times its yaw in the action frame, as a cube looks the same after a quarter turn;
-    tokens (B, cameras * queries + 1, visual width), the last one says `point` and `turn`."""
+    point (B, things, 3): where the things that the instruction is about are, from the TCP, in units of POINT_UNIT [m], axes of the action
+    frame; turn (B, things, 2): cosine and sine of four times their yaw in the action frame, as a cube looks the same after a quarter turn;
+    tokens (B, cameras * queries + things, visual width), the last ones say `point` and `turn`."""
 
     logits: Tensor
     point: Tensor
@@ -40,11 +40,14 @@ class Found:
 
 
 class Grounding(nn.Module):
-    """`look` at the images once; `find` what any number of instructions name in them."""
+    """`look` at the images once; `find` what any number of instructions name in them.
+
+    Each thing is located from its own queries alone: what follows from several of them (which is nearest?) is left to the layers.
+    """
 
     def __init__(self, config: GroundingConfig, image_size: int, text_width: int, visual_width: int, cameras: int):
         super().__init__()
-        self.queries, self.channels = config.queries, config.channels
+        self.queries, self.channels, self.things = config.queries, config.channels, config.things
         side = image_size // STRIDE
         self.stems = nn.ModuleList(_stem(config.channels) for _ in range(cameras))
         self.positions = nn.Parameter(torch.zeros(cameras, config.channels, side * side))
@@ -54,7 +57,7 @@ class Grounding(nn.Module):
         self.norm_out = nn.LayerNorm(visual_width)
         self.cameras = nn.Parameter(torch.randn(cameras, config.queries, visual_width) * 0.02)
         self.relate = nn.Sequential(
-            nn.Linear(cameras * config.queries * (config.channels + 2) + POSE_VALUES, RELATE_WIDTH),
+            nn.Linear(cameras * (config.queries // config.things) * (config.channels + 2) + POSE_VALUES, RELATE_WIDTH),
             nn.GELU(),
             nn.Linear(RELATE_WIDTH, RELATE_WIDTH),
             nn.GELU(),
@@ -63,6 +66,7 @@ class Grounding(nn.Module):
         self.turn = nn.Linear(RELATE_WIDTH, 2)
         self.point_token = nn.Linear(RELATE_WIDTH + 8, visual_width)
         self.norm_point = nn.LayerNorm(visual_width)
+        self.which = nn.Parameter(torch.randn(config.things, visual_width) * 0.02)
         self.register_buffer("cells", cell_centres(self.positions), persistent=False)
 
     def look(self, images: Tensor) -> Tensor:
@@ -80,10 +84,12 @@ class Grounding(nn.Module):
         attended = torch.einsum("bvqn,bvcn->bvqc", weights, maps)
         logits, seen = (self._by_instruction(x) for x in (logits, torch.cat([attended, weights @ self.cells], -1)))
         tokens = (self.norm_out(self.out(seen)) + self.cameras).flatten(1, 2)
-        related = self.relate(torch.cat([seen.flatten(1), pose.repeat_interleave(words.shape[0] // maps.shape[0], 0)], -1))
+        own = seen.unflatten(2, (self.things, -1)).transpose(1, 2).flatten(2)  # (B * n, things, what its queries saw)
+        pose = pose.repeat_interleave(words.shape[0] // maps.shape[0], 0)[:, None].expand(-1, self.things, -1)
+        related = self.relate(torch.cat([own, pose], -1))
         point, turn = self.point(related), self.turn(related)
         near = torch.cat([related, point, torch.tanh(point * NEARBY), turn], -1)
-        return Found(logits, point, turn, torch.cat([tokens, self.norm_point(self.point_token(near))[:, None]], 1))
+        return Found(logits, point, turn, torch.cat([tokens, self.norm_point(self.point_token(near)) + self.which], 1))
 
     def _by_instruction(self, x: Tensor) -> Tensor:
         """(B, cameras, n * queries, ...) -> (B * n, cameras, queries, ...)."""

@@ -16,6 +16,7 @@ from deer_vla_ros.sim.kinematics import rotation_vector
 from deer_vla_ros.sim.scene import BLOCK_HALF, DRAWER_PLACE
 from deer_vla_ros.sim.state import COLOURS, TableState
 from deer_vla_ros.sim.tasks import (
+    RELATIONS,
     RELEASED_M,
     below,
     between_fingers,
@@ -25,6 +26,8 @@ from deer_vla_ros.sim.tasks import (
     in_drawer,
     is_covered,
     on_table,
+    others,
+    related,
     stacked,
 )
 
@@ -40,24 +43,33 @@ _GAIN = 0.9  # share of the distance that one step goes: the arm's own lag does 
 
 
 @dataclass(frozen=True, eq=False)
+class Thing:
+    """position: (3,) m, base frame, its middle. yaw: rad, about the base frame's z: how it is turned; 0 for what stands along the axes."""
+
+    position: np.ndarray
+    yaw: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class Intent:
     """What the expert wants in one state.
 
     pose: (6,) action in -1..1, units STEP_M and STEP_RAD, base frame. open: whether the gripper is to be open.
-    point: (3,) m, base frame, middle of the thing that the next motions are about: what a policy has to find in its images.
-    yaw: rad, about the base frame's z: how that thing is turned; 0 for what stands along the axes.
+    things: what a policy has to find in its images: the one that the next motions are about, or, where the instruction names a
+    relation, the block that it names and the two that it may mean.
     """
 
     pose: np.ndarray
     open: bool
-    point: np.ndarray
-    yaw: float = 0.0
+    things: tuple[Thing, ...]
 
 
 def act(task: str, state: TableState) -> Intent:
     """The next step of a task of tasks.TASKS; KeyError for another name."""
     if task.startswith(("lift_", "push_")):
         verb, colour, *side = task.split("_")
+        if colour in RELATIONS:
+            return _pick_related(state, colour, side[1])
         if verb == "lift":
             return _pick(state, colour)
         return _push_block(state, colour, 1.0 if side[1] == "left" else -1.0)
@@ -66,7 +78,14 @@ def act(task: str, state: TableState) -> Intent:
 
 def _pick(state: TableState, colour: str) -> Intent:
     """Takes the block and lifts it."""
-    return dataclasses.replace(_grip(state, colour), yaw=_yaw(state.block(colour).quaternion))
+    intent = _grip(state, colour)
+    return dataclasses.replace(intent, things=(Thing(intent.things[0].position, _yaw(state.block(colour).quaternion)),))
+
+
+def _pick_related(state: TableState, relation: str, named: str) -> Intent:
+    blocks = (state.block(colour) for colour in (named, *others(named)))
+    things = tuple(Thing(block.position.copy(), _yaw(block.quaternion)) for block in blocks)
+    return dataclasses.replace(_grip(state, related(state, relation, named)), things=things)
 
 
 def _grip(state: TableState, colour: str) -> Intent:
@@ -254,7 +273,7 @@ def _intent(state: TableState, goal, open_: bool, point, turn: float | None) -> 
         current = np.roll(state.tcp.quaternion, 1)
         rotation = _GAIN * rotation_vector(_turned(turn), current) / STEP_RAD
         rotation /= max(1.0, float(np.abs(rotation).max()))
-    return Intent(np.concatenate([motion, rotation]).astype(np.float32), open_, np.asarray(point, float).copy())
+    return Intent(np.concatenate([motion, rotation]).astype(np.float32), open_, (Thing(np.asarray(point, float).copy()),))
 
 
 def _turned(yaw: float) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from deer_vla_ros.sim.scene import BLOCK_HALF, DRAWER_CENTRE, DRAWER_HALF, DRAWER_PLACE, TABLE_AREA
 from deer_vla_ros.sim.state import COLOURS, TableState
 
+RELATIONS = ("nearest", "farthest")
 LIFTED_M = 0.05  # how much higher a lifted block is
 PUSHED_M = 0.05  # how far a pushed block has moved sideways
 PUSH_ROOM = (-0.10, 0.12)  # m, y: a block beyond is not pushed further out, nor reached from behind
@@ -23,6 +24,7 @@ DRAWER_OPEN_M, DRAWER_CLOSED_M = 0.10, 0.02
 SLIDER_LEFT_M, SLIDER_RIGHT_M = 0.16, 0.04
 GRIPPER_ROOM = 0.075  # m, y: distance of another block's centre at which an open finger fits beside a block
 RELEASED_M = 0.068  # opening of a gripper that has let go of a block, however it held it: a diagonal is 65 mm
+RELATION_MARGIN = 0.03  # m: by how much the nearest (or farthest) of two blocks has to be so, to be asked for
 GRIP_MARGIN = 0.002  # m: how much wider than the block between them closed fingers may stand
 
 
@@ -32,7 +34,7 @@ class Task:
 
     phrasings: how training says it; held_out: how only evaluation says it.
     possible: whether it makes sense to ask for it in this state. succeeded: of the states before and now.
-    block: the colour that the instruction names, None where it names none.
+    block: the colour of the block that the instruction is about, told from the state before; None where it is about none.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Task:
     held_out: tuple[str, ...]
     possible: Callable[[TableState], bool]
     succeeded: Callable[[TableState, TableState], bool]
-    block: str | None = None
+    block: Callable[[TableState], str] | None = None
 
 
 def in_drawer(state: TableState, colour: str) -> bool:
@@ -154,7 +156,55 @@ def _lift(colour: str) -> Task:
         held_out=(f"grab the {colour} cube", f"lift the {colour} block up", f"go and pick the {colour} block up"),
         possible=lambda state: graspable(state, colour) and held(state) != colour,
         succeeded=lambda before, now: _is_lifted(before, now, colour),
-        block=colour,
+        block=lambda before: colour,
+    )
+
+
+def others(colour: str) -> tuple[str, str]:
+    """The two blocks of other colours, in the order of COLOURS."""
+    first, second = (other for other in COLOURS if other != colour)
+    return first, second
+
+
+def related(state: TableState, relation: str, colour: str) -> str:
+    """Of the other two blocks, the one that is "nearest" to the block called `colour` or "farthest" from it, seen from above."""
+    choose = min if relation == "nearest" else max
+    return choose(others(colour), key=lambda other: _apart(state, other, colour))
+
+
+def _apart(state: TableState, one: str, other: str) -> float:
+    """Metres between two blocks, seen from above."""
+    return float(np.hypot(*(state.block(one).position - state.block(other).position)[:2]))
+
+
+def _lift_related(relation: str, colour: str) -> Task:
+    """A block that the instruction does not name: which one it is follows from where all three are."""
+
+    def possible(state: TableState) -> bool:
+        first, second = (_apart(state, other, colour) for other in others(colour))
+        clear = abs(first - second) > RELATION_MARGIN
+        return clear and all(on_table(state, c) for c in COLOURS) and graspable(state, related(state, relation, colour))
+
+    place = f"nearest to the {colour}" if relation == "nearest" else f"farthest from the {colour}"
+    other = f"closest to the {colour}" if relation == "nearest" else f"farthest away from the {colour}"
+    loose = f"near the {colour}" if relation == "nearest" else f"far from the {colour}"
+    return Task(
+        name=f"lift_{relation}_{'to' if relation == 'nearest' else 'from'}_{colour}",
+        phrasings=(
+            f"lift the block {place} block",
+            f"pick up the block {other} block",
+            f"grasp the block {loose} block",
+            f"take the block that is {place} block",
+            f"grab the block that is {other} block",
+        ),
+        held_out=(
+            f"grab the block {place} one",
+            f"pick up the block that is {loose} block",
+            f"lift the cube {other} block",
+        ),
+        possible=possible,
+        succeeded=lambda before, now: _is_lifted(before, now, related(before, relation, colour)),
+        block=lambda before: related(before, relation, colour),
     )
 
 
@@ -185,7 +235,7 @@ def _push(colour: str, side: str) -> Task:
         ),
         possible=possible,
         succeeded=succeeded,
-        block=colour,
+        block=lambda before: colour,
     )
 
 
@@ -237,6 +287,7 @@ def _switched(task: str, phrasings: tuple[str, ...], held_out: tuple[str, ...], 
 def _all_tasks() -> tuple[Task, ...]:
     return (
         *(_lift(colour) for colour in COLOURS),
+        *(_lift_related(relation, colour) for relation in RELATIONS for colour in COLOURS),
         *(_push(colour, side) for colour in COLOURS for side in ("left", "right")),
         Task(
             "open_drawer",

@@ -27,7 +27,7 @@ class Batch:
     """One process's share of a batch: N instruction-steps, N = B windows of T steps.
 
     images (F, cameras, 3, size, size) uint8 and tcp (F, 7) or None, of F moments; ids, mask (N, S): N / F instructions for each
-    moment, moment by moment; targets of (B, T); pixels (N, cameras, 2), points (N, 3) and yaws (N,) or None, as
+    moment, moment by moment; targets of (B, T); pixels (N, things, cameras, 2), points (N, things, 3) and yaws (N, things) or None, as
     losses.heatmap_loss, point_loss and turn_loss take them.
     features (exits, B, T, width): in place of images and texts, where they were computed before.
     """
@@ -71,17 +71,20 @@ def rng_of(seed: int, *numbers: int) -> np.random.Generator:
 
 class FrameBatches:
     """Single frames, each with several instructions that make sense in it, the expert's answer to each: the one that was asked for,
-    and others (counterfactual ones)."""
+    and others (counterfactual ones), what seldom makes sense first."""
 
     def __init__(self, frames: Frames, tokenizer: InstructionTokenizer, count: int, instructions: int, seed: int):
         self._frames, self._count, self._instructions, self._seed = frames, count, instructions, seed
         self._texts = _Texts(tokenizer, [frames.phrasings[task] for task in frames.tasks])
+        self._how_often = frames.valid.mean(0)
 
     def batch(self, step: int, micro: int, share: Share) -> Batch:
         random = rng_of(self._seed, step, micro)
         rows = random.integers(0, len(self._frames), self._count)
-        # Ranked by random numbers, what makes no sense last and what was asked for first: the leading columns are a draw.
-        order = random.random((self._count, len(self._frames.tasks))) + ~self._frames.valid[rows]
+        # Ranked by exponential random numbers, of smaller means for what is seldom sensible: the leading columns are a weighted draw without
+        # replacement (Efraimidis and Spirakis 2006). What makes no sense comes last, what was asked for first.
+        order = random.exponential(size=(self._count, len(self._frames.tasks))) * self._how_often
+        order[~self._frames.valid[rows]] = np.inf
         order[np.arange(self._count), self._frames.task[rows]] = -1.0
         tasks = np.argsort(order, axis=1)[:, : self._instructions]
         sensible = self._frames.valid[rows].sum(1, keepdims=True)

@@ -173,13 +173,15 @@ def features_of(
 
 
 def point_loss(found: Found, points: Tensor, tcp: Tensor, beta: float = 0.1) -> Tensor:
-    """Smooth L1 of where the thing is, seen from the TCP, in units of POINT_UNIT: points (N, 3) [m], tcp (F, 7), action frame."""
-    wanted = (points - tcp[:, :3].repeat_interleave(points.shape[0] // tcp.shape[0], 0)) / POINT_UNIT
+    """Smooth L1 of where the things are, seen from the TCP, in units of POINT_UNIT: points (N, things, 3) [m], tcp (F, 7), action frame."""
+    points = points[:, : found.point.shape[1]]
+    wanted = (points - tcp[:, :3].repeat_interleave(points.shape[0] // tcp.shape[0], 0)[:, None]) / POINT_UNIT
     return F.smooth_l1_loss(found.point, wanted, beta=beta)
 
 
 def turn_loss(found: Found, yaws: Tensor, beta: float = 0.1) -> Tensor:
-    """Smooth L1 of how the thing is turned: yaws (N,) [rad], action frame."""
+    """Smooth L1 of how the things are turned: yaws (N, things) [rad], action frame."""
+    yaws = yaws[:, : found.turn.shape[1]]
     return F.smooth_l1_loss(found.turn, torch.stack([torch.cos(4 * yaws), torch.sin(4 * yaws)], -1), beta=beta)
 
 
@@ -188,13 +190,15 @@ def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def heatmap_loss(found: Found, pixels: Tensor, spread: float = 0.7) -> Tensor:
-    """How far the first query of each camera looks away from the thing that the instruction is about: cross-entropy against a
-    Gaussian of `spread` cells around it, mean over the views that have it inside; 0 where none has.
+    """How far the first query of each thing and camera looks away from that thing: cross-entropy against a Gaussian of `spread` cells
+    around it, mean over the views that have it inside; 0 where none has.
 
-    pixels (N, cameras, 2): x and y, 0..1 inside the image, NaN behind the camera. The simulator knows them, a robot's recording
+    pixels (N, things, cameras, 2): x and y, 0..1 inside the image, NaN behind the camera. The simulator knows them, a robot's recording
     does not: a loss for the table only.
     """
-    logits = found.logits[:, :, 0]
+    things = found.point.shape[1]
+    logits = found.logits[:, :, :: found.logits.shape[2] // things]
+    pixels = pixels[:, :things].transpose(1, 2)
     side = round(logits.shape[-1] ** 0.5)
     centres = torch.arange(side, device=logits.device) + 0.5
     inside = ((pixels > 0) & (pixels < 1)).all(-1)
