@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from rclpy.executors import SingleThreadedExecutor
 
     from deer_vla_ros.ros.policy_node import PolicyNode
-    from deer_vla_ros.ros.process import ros_process
+    from deer_vla_ros.ros.process import END_WITHIN_S, ros_process
 
-    with ros_process(args.ros_args) as stop:
+    with ros_process(args.ros_args, END_WITHIN_S) as stop:
         node = PolicyNode()
         executor = SingleThreadedExecutor()
         executor.add_node(node)

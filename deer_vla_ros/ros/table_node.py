@@ -30,7 +30,7 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import Trigger
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.process import ros_process
+from deer_vla_ros.ros.process import END_WITHIN_S, ros_process
 from deer_vla_ros.ros.qos import NEWEST
 from deer_vla_ros.ros.stamped import image_message, nanoseconds, pose_message, stamp
 from deer_vla_ros.sim.referee import Referee
@@ -308,7 +308,7 @@ def main(args: list[str] | None = None, record: Path | None = None) -> int:
     A wrong parameter raises UserError.
     """
     with contextlib.ExitStack() as stack:
-        stop, recorder = stack.enter_context(ros_process(args)), None
+        stop, recorder = stack.enter_context(ros_process(args, END_WITHIN_S)), None
         if record is not None:
             from deer_vla_ros.ros.table_recording import TableRecorder  # only here: it brings the policy's action space along
 

@@ -33,7 +33,7 @@ def test_several_instructions_on_one_moment_are_what_each_is_alone(model):
     instructions = [INSTRUCTION, "lift the blue block", "lift the red block", "push the blue block"]
     together, found = model.visual_tokens(model.see(images, TCP), text_of(model, instructions))
     assert together.shape == (4, model.config.visual_tokens, model.config.vision.width)
-    assert found.point.shape == (4, 3) and found.logits.shape == (4, 2, 3, 16)
+    assert found.point.shape == (4, 1, 3) and found.logits.shape == (4, 2, 3, 16)
     for row, instruction in enumerate(instructions):
         moment = slice(row // 2, row // 2 + 1)
         alone, _ = model.visual_tokens(model.see(images[moment], TCP[moment]), text_of(model, [instruction]))

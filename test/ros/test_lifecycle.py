@@ -3,6 +3,8 @@
 import re
 import signal
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,15 +155,34 @@ def test_a_requested_hold_outlives_a_cleanup_and_may_stand_from_the_start(client
         rig.await_steps(3)
 
 
+def test_what_hangs_after_a_signal_says_where_and_ends():
+    hangs = """
+import time
+from deer_vla_ros.ros.process import ros_process
+with ros_process(None, end_within_s=0.5):
+    print("up", flush=True)
+    while True:
+        time.sleep(0.1)
+"""
+    with subprocess.Popen([sys.executable, "-c", hangs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+        assert "line 7 in <module>" in process.stderr.read()
+
+
 def test_a_node_killed_and_started_again_does_not_make_the_arm_jump(client):
     rig = Rig(client, "killed/")
     rig.follows = True
     with rig.running():
         rig.instruct("lift the red block")
         for _ in range(2):
-            with spawn("node", "--ros-args", "-r", "__ns:=/killed") as process:
+            # Held until the test hears the new node: a message that is lost before would count as a jump.
+            with spawn("node", "--ros-args", "-r", "__ns:=/killed", "-p", "control.start_held:=true") as process:
                 begin = len(rig.targets)
-                rig.await_steps(10, START_TIMEOUT)
+                wait_until(lambda begin=begin: len(rig.targets) > begin + 2, START_TIMEOUT, "the first targets")
+                assert client.call(SetBool, "killed/deer_vla/hold", SetBool.Request(data=False)).success
+                rig.await_steps(10)
                 process.send(signal.SIGKILL)
                 process.wait()
             positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[max(begin - 1, 0) :]]

@@ -19,7 +19,7 @@ from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.checkpoint import load
 from deer_vla_ros.training.batches import FrameBatches, Share, window_rows
-from deer_vla_ros.training.frames import Frames, ShardWriter
+from deer_vla_ros.training.frames import THINGS, Frames, ShardWriter
 from deer_vla_ros.training.recipe import Recipe
 from deer_vla_ros.training.tokenizer import train_tokenizer
 from deer_vla_ros.training.trainer import read_log
@@ -43,10 +43,10 @@ JOINT = {
 EXIT = {
     "stage": "exit",
     "data": ["demos"],
-    "steps": 10,
+    "steps": 24,
     "batch": 8,
     "window": 4,
-    "optimiser": {"learning_rate": 3e-3, "clip_norm": 8.0},
+    "optimiser": {"learning_rate": 1e-2, "clip_norm": 8.0},
     "warmup_steps": 2,
     "cache": True,
 }
@@ -76,9 +76,9 @@ def _frame(random, brightness):
         "task": random.integers(3),
         "actions": actions,
         "valid": np.array([True, True, random.random() < 0.5]),
-        "points": random.uniform(0.2, 0.5, (3, 3)),
-        "yaws": random.uniform(-0.7, 0.7, 3),
-        "pixels": random.uniform(-0.1, 1.1, (3, 2, 2)),
+        "points": random.uniform(0.2, 0.5, (3, THINGS, 3)),
+        "yaws": random.uniform(-0.7, 0.7, (3, THINGS)),
+        "pixels": random.uniform(-0.1, 1.1, (3, THINGS, 2, 2)),
     }
 
 
@@ -122,7 +122,8 @@ def test_both_stages_lower_their_loss_and_only_the_heads_move_in_the_second(undi
     log, weights = undisturbed
     for stage in ("stage-1-joint", "stage-2-exit"):
         losses = [line["loss"] for line in log if line["stage"] == stage]
-        assert losses[-1] < 0.9 * losses[0], stage
+        quarter = len(losses) // 4
+        assert np.mean(losses[-quarter:]) < 0.9 * np.mean(losses[:quarter]), losses
     _, after_joint = train(recipe_file(tmp_path, JOINT), tmp_path / "out", data)
     for name, value in after_joint.items():
         is_head = name.startswith(("shared_head.", "last_head.", "auxiliary_heads."))
