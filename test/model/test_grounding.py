@@ -40,6 +40,20 @@ def test_several_instructions_on_one_moment_are_what_each_is_alone(model):
         assert torch.allclose(together[row], alone[0], atol=1e-5)
 
 
+def test_each_thing_is_found_from_its_own_queries_alone():
+    config = dataclasses.replace(GROUNDED, grounding=GroundingConfig(channels=8, queries=4, things=2))
+    model = small_model(config)
+    images, text = torch.randn(1, 2, 3, 16, 16), text_of(model, [INSTRUCTION])
+    tokens, before = model.visual_tokens(model.see(images, TCP[:1]), text)
+    assert before.point.shape == (1, 2, 3) and before.turn.shape == (1, 2, 2)
+    assert tokens.shape[1] == config.visual_tokens == 2 * config.resampler.latents + 2 * 4 + 2 + 1
+    with torch.no_grad():
+        model.grounding.query.bias[-2 * 8 :] += 3.0  # of the second thing's two queries
+    _, after = model.visual_tokens(model.see(images, TCP[:1]), text)
+    assert torch.allclose(after.point[:, 0], before.point[:, 0], atol=1e-6)
+    assert not torch.allclose(after.point[:, 1], before.point[:, 1], atol=1e-4)
+
+
 def test_the_pose_matters_and_its_absence_is_told(model):
     images, text = torch.randn(1, 2, 3, 16, 16), text_of(model, [INSTRUCTION])
     here, there = (model.visual_tokens(model.see(images, tcp[None]), text)[0] for tcp in TCP)
@@ -62,3 +76,5 @@ def test_the_config_survives_json_and_refuses_nonsense():
         dataclasses.replace(SMALL, proprioception=ProprioceptionConfig((0.0, 0.0), 1.0, 1.0))
     with pytest.raises(UserError, match="grounding.queries is 0"):
         dataclasses.replace(SMALL, grounding=GroundingConfig(queries=0))
+    with pytest.raises(UserError, match="grounding.queries 4 is not a multiple of grounding.things 3"):
+        dataclasses.replace(SMALL, grounding=GroundingConfig(things=3))

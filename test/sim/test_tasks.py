@@ -100,6 +100,45 @@ def test_a_block_is_held_across_as_well(degrees):
     assert held(dataclasses.replace(state, opening=0.02)) is None, "no block fits in there"
 
 
+def standing(**centres) -> TableState:
+    """Three blocks on the table by their x and y, the arm far above them."""
+    down = Pose(np.array([0.4, 0.0, 0.3]), np.array([1.0, 0.0, 0.0, 0.0]))
+    blocks = {name: Pose(np.array([*xy, BLOCK_HALF]), np.array([0.0, 0.0, 0.0, 1.0])) for name, xy in centres.items()}
+    return TableState(**blocks, drawer=0.0, slider=0.0, led=False, lamp=False, switch=0.0, tcp=down, opening=0.08)
+
+
+def test_a_relation_is_about_the_block_that_it_does_not_name():
+    state = standing(red=(0.35, 0.0), blue=(0.45, 0.0), pink=(0.35, 0.16))
+    nearest, farthest = BY_NAME["lift_nearest_to_red"], BY_NAME["lift_farthest_from_red"]
+    assert nearest.possible(state) and nearest.block(state) == "blue"
+    assert farthest.possible(state) and farthest.block(state) == "pink"
+    assert BY_NAME["lift_nearest_to_pink"].block(state) == "red"
+
+    def lifted(colour):
+        up = Pose(np.array([0.4, 0.0, 0.2]), np.array([1.0, 0.0, 0.0, 0.0]))
+        block = Pose(up.position, np.array([0.0, 0.0, 0.0, 1.0]))
+        return dataclasses.replace(state, tcp=up, opening=2 * BLOCK_HALF, **{colour: block})
+
+    assert [nearest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [False, True, False]
+    assert [farthest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [False, False, True]
+    assert not nearest.possible(lifted("pink")), "not all stand on the table"
+
+
+def test_a_relation_that_is_not_clear_is_not_asked_for():
+    close = standing(red=(0.40, 0.0), blue=(0.50, 0.0), pink=(0.40, 0.12))
+    assert not BY_NAME["lift_nearest_to_red"].possible(close), "0.10 m and 0.12 m"
+    assert not BY_NAME["lift_farthest_from_red"].possible(close)
+    assert BY_NAME["lift_nearest_to_pink"].possible(close), "0.12 m and 0.16 m"
+
+
+@pytest.mark.parametrize("relation", ["nearest_to", "farthest_from"])
+def test_the_expert_shows_a_relation_s_three_blocks_the_named_one_first(relation):
+    state = standing(red=(0.35, 0.0), blue=(0.45, 0.0), pink=(0.35, 0.16))
+    shown = [thing.position for thing in act(f"lift_{relation}_blue", state).things]
+    assert np.array_equal(shown, [state.block(colour).position for colour in ("blue", "red", "pink")])
+    assert len(act("lift_blue_block", state).things) == 1
+
+
 def test_blocks_are_stacked_and_unstacked():
     with Table() as table:
         table.reset(5)

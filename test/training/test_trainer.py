@@ -180,6 +180,20 @@ def test_a_frame_is_shown_with_its_own_task_first_and_only_with_tasks_that_make_
         source.batch(0, 0, Share(0, 3))
 
 
+def test_what_seldom_makes_sense_is_asked_for_most_where_it_does(data):
+    frames = Frames([data / "demos"])
+    config = dataclasses.replace(SMALL, decoder=dataclasses.replace(SMALL.decoder, vocabulary=512))
+    tokenizer = train_tokenizer(frames.all_phrasings(), config)
+    frames.valid[:] = [True, True, True]
+    frames.valid[frames.episode > 0, 2] = False  # "wait" in the first episode only
+    frames.task[:] = 0
+    batches = [FrameBatches(frames, tokenizer, count=512, instructions=2, seed=0).batch(step, 0, Share()) for step in range(4)]
+    others = [tuple(ids.tolist()) for batch in batches for ids in batch.ids[1::2]]
+    waits = others.count(tuple(tokenizer.encode(frames.all_phrasings())[0][-1].tolist()))
+    share = (frames.episode == 0).mean()
+    assert waits / len(others) == pytest.approx(share / (1 + share), abs=0.04), "before a task that always makes sense, 1 to its share"
+
+
 def test_windows_end_where_their_episode_ends():
     episode = np.array([0, 0, 0, 1, 1])
     rows, valid = window_rows(episode, np.array([0, 1, 3, 4]), 3)
