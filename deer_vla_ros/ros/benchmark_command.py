@@ -215,7 +215,9 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
         print(f"at equal length the dynamic network uses {found_headline['saved']:.1f} times fewer MACs than the static one")
         if fixed := found_headline["fixed_exit"]:
             more = fixed["llm_gmac_mean"] / found_headline["dynamic"]["llm_gmac_mean"]
-            print(f"and the cheapest fixed exit of equal length, after {fixed['label']} layers, {more:.2f} times what the dynamic one uses")
+            print(
+                f"and the cheapest fixed exit of equal length, after {fixed['label']} layers, {more:.2f} times what the dynamic one uses"
+            )
     print(f"plot: {args.plot}")
     return {"rows": rows, "headline": found_headline}
 

@@ -17,7 +17,6 @@ from rclpy.signals import SignalHandlerOptions
 
 from deer_vla_ros.errors import UserError
 
-
 END_WITHIN_S = 10.0
 """How long a node may take from the signal to its end."""
 

@@ -191,7 +191,9 @@ def test_what_seldom_makes_sense_is_asked_for_most_where_it_does(data):
     others = [tuple(ids.tolist()) for batch in batches for ids in batch.ids[1::2]]
     waits = others.count(tuple(tokenizer.encode(frames.all_phrasings())[0][-1].tolist()))
     share = (frames.episode == 0).mean()
-    assert waits / len(others) == pytest.approx(share / (1 + share), abs=0.04), "before a task that always makes sense, 1 to its share"
+    assert waits / len(others) == pytest.approx(share / (1 + share), abs=0.04), (
+        "before a task that always makes sense, 1 to its share"
+    )
 
 
 def test_windows_end_where_their_episode_ends():
