@@ -24,7 +24,7 @@ FIRST_SEED = 1_000_000
 SEEDS_PER_RUN = 100_000
 SINGLES_FROM = 50_000
 """Of a run's seeds, those from here on are of single instructions."""
-MOST_TRIALS = 2_000
+MOST_TRIALS = 1_000
 """Of each task: so many seeds there are."""
 
 _ATTEMPTS = 64

@@ -17,6 +17,7 @@ from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.evaluation import evaluation_run
 from deer_vla_ros.evaluation.chain_report import mean_interval, summary, tell
 from deer_vla_ros.evaluation.chain_run import Attempt
 from deer_vla_ros.evaluation.evaluate_command import exit_choice
@@ -74,6 +75,13 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_very_same_report(report
     assert main([*SHORT, "--json", str(path)]) == 0
     assert path.read_bytes() == report.read_bytes()
     assert not partial.exists()
+
+
+def test_a_process_draws_its_chains_once_and_measures_the_same(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_run, "draw_chain", None)
+    monkeypatch.setattr(evaluation_run, "draw_single", None)
+    assert main([*SHORT, "--json", str(tmp_path / "report.json")]) == 0
+    assert (tmp_path / "report.json").read_bytes() == report.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import json
 import math
 import re
-import statistics
 import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray
 from sensor_msgs.msg import Image
@@ -118,15 +118,21 @@ def test_a_motion_that_the_guard_shortened_is_told_apart():
     assert share_of(drawn(decision=decision((0.1,), (0.2,), limits=tuple(Limit))), overlay.LIMITED) > 0.07
 
 
-def test_sixteen_exits_and_two_full_frames_take_less_than_ten_milliseconds():
+def test_sixteen_exits_and_two_full_frames_cost_as_little_as_shrinking_the_frames():
+    """As a ratio, for machines differ: measured 1.7 to 1.9 times what it takes to shrink both frames to the network's input."""
     frame = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
     deep = decision((0.1,) * 16, (0.05,) * 16, 15, StopReason.DEEPEST)
-    milliseconds = []
-    for _ in range(50):
-        began = time.perf_counter()
-        drawn(frame, frame, "lift the red block " * 9, deep)
-        milliseconds.append(1e3 * (time.perf_counter() - began))
-    assert statistics.quantiles(milliseconds)[0] < 10, "the faster quarter: others may share the machine"
+    drawing, shrinking = [], []
+    for _ in range(30):
+        drawing.append(seconds(lambda: drawn(frame, frame, "lift the red block " * 9, deep)))
+        shrinking.append(seconds(lambda: [PIL.Image.fromarray(frame).resize((224, 224), PIL.Image.BICUBIC) for _ in range(2)]))
+    assert min(drawing) < 4 * min(shrinking)
+
+
+def seconds(act):
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
 
 
 def test_the_message_carries_the_picture():
