@@ -46,7 +46,7 @@ def spread(
             process.start()
             theirs.close()
             process_of[ours] = process
-            ours.send(waiting.pop())
+            _send(ours, process, waiting.pop())
         while busy := [connection for connection in process_of if not connection.closed]:
             for connection in wait(busy):
                 message = _received(connection, process_of[connection])
@@ -54,7 +54,7 @@ def spread(
                     tell()
                     continue
                 if waiting:
-                    connection.send(waiting.pop())
+                    _send(connection, process_of[connection], waiting.pop())
                 else:
                     connection.close()
                 yield message
@@ -66,18 +66,27 @@ def spread(
             process.join()
 
 
+def _send(connection: Connection, process: Any, job: Any) -> None:
+    try:
+        connection.send(job)
+    except ConnectionError:
+        raise _gone(process) from None
+
+
 def _received(connection: Connection, process: Any) -> tuple[Any, Any] | None:
     """A job and its result; None for a part of one. Raises what the process raised."""
     try:
         kind, job, value = connection.recv()
-    except EOFError:
-        process.join()
-        raise UserError(
-            f"a worker process ended with exit code {process.exitcode}, as when memory runs out: use fewer --jobs"
-        ) from None
+    except (EOFError, ConnectionError):
+        raise _gone(process) from None
     if kind == "failed":
         raise value if isinstance(value, UserError) else RuntimeError(f"in a worker process:\n{value}")
     return (job, value) if kind == "done" else None
+
+
+def _gone(process: Any) -> UserError:
+    process.join()
+    return UserError(f"a worker process ended with exit code {process.exitcode}, as when memory runs out: use fewer --jobs")
 
 
 def _serve(connection: Connection, setup: Callable[..., Work], arguments: tuple[Any, ...]) -> None:

@@ -45,6 +45,16 @@ def test_what_goes_wrong_in_a_process_is_told_and_ends_the_others(job, says):
         list(spread(_squarer, (2,), [15, job], 2))
 
 
+def _killed_at_birth():
+    os._exit(4)
+
+
+@pytest.mark.parametrize("size", [1, 10_000_000])
+def test_a_process_that_dies_before_it_reads_its_job_is_told_as_well(size):
+    with pytest.raises(UserError, match="ended with exit code 4.* fewer --jobs"):
+        list(spread(_killed_at_birth, (), [b"x" * size, b"y"], 2))
+
+
 def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
     script = tmp_path / "spreader.py"
     script.write_text(
