@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deer_vla_ros.model.config import CAMERAS, DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
-from deer_vla_ros.model.grounding import POSE_VALUES, RELATE_WIDTH, STRIDE
+from deer_vla_ros.model.grounding import POSE_VALUES, QUERY_WIDTH, RELATE_WIDTH, STRIDE
 
 GIGA = 1e9
 GIB = 2**30
@@ -85,7 +85,8 @@ def grounding_macs(config: ModelConfig) -> int:
     things = config.grounding.things
     seen = CAMERAS * (queries // things) * (channels + 2) + POSE_VALUES
     relate = (seen + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + 8) * width
-    return CAMERAS * (stem + search) + config.decoder.width * queries * channels + things * relate
+    ask = (config.decoder.width + queries * channels) * QUERY_WIDTH
+    return CAMERAS * (stem + search) + ask + things * relate
 
 
 def proprioception_macs(config: ModelConfig) -> int:

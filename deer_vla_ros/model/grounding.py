@@ -23,6 +23,8 @@ NEARBY = 4.0
 """How much finer the point token tells what is near: centimetres decide whether a gripper closes."""
 
 POSE_VALUES = 6
+QUERY_WIDTH = 128
+"""Between words and queries: "the red block" asks for what is red and "nearest to the red block" for what is not, which no linear map does."""
 RELATE_WIDTH = 128
 
 
@@ -52,7 +54,9 @@ class Grounding(nn.Module):
         self.stems = nn.ModuleList(_stem(config.channels) for _ in range(cameras))
         self.positions = nn.Parameter(torch.zeros(cameras, config.channels, side * side))
         self.norm_text = nn.LayerNorm(text_width)
-        self.query = nn.Linear(text_width, config.queries * config.channels)
+        self.query = nn.Sequential(
+            nn.Linear(text_width, QUERY_WIDTH), nn.GELU(), nn.Linear(QUERY_WIDTH, config.queries * config.channels)
+        )
         self.out = nn.Linear(config.channels + 2, visual_width)
         self.norm_out = nn.LayerNorm(visual_width)
         self.cameras = nn.Parameter(torch.randn(cameras, config.queries, visual_width) * 0.02)

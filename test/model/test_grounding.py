@@ -9,7 +9,7 @@ from small_model import INSTRUCTION, SMALL, small_model, small_tokenizer
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import GroundingConfig, ModelConfig, ProprioceptionConfig
-from deer_vla_ros.model.grounding import turn_from_down
+from deer_vla_ros.model.grounding import POSE_VALUES, Grounding, turn_from_down
 
 GROUNDED = dataclasses.replace(
     SMALL, grounding=GroundingConfig(channels=8, queries=3), proprioception=ProprioceptionConfig((0.4, 0.0, 0.2), 0.3, 0.5)
@@ -48,10 +48,27 @@ def test_each_thing_is_found_from_its_own_queries_alone():
     assert before.point.shape == (1, 2, 3) and before.turn.shape == (1, 2, 2)
     assert tokens.shape[1] == config.visual_tokens == 2 * config.resampler.latents + 2 * 4 + 2 + 1
     with torch.no_grad():
-        model.grounding.query.bias[-2 * 8 :] += 3.0  # of the second thing's two queries
+        model.grounding.query[-1].bias[-2 * 8 :] += 3.0  # of the second thing's two queries
     _, after = model.visual_tokens(model.see(images, TCP[:1]), text)
     assert torch.allclose(after.point[:, 0], before.point[:, 0], atol=1e-6)
     assert not torch.allclose(after.point[:, 1], before.point[:, 1], atol=1e-4)
+
+
+def test_the_same_colour_word_can_ask_for_that_colour_and_for_another():
+    """`red` for what is red, `nearest to red` for what is blue, and the other way round: an exclusive or."""
+    torch.manual_seed(0)
+    grounding = Grounding(GroundingConfig(channels=8, queries=1), 16, text_width=16, visual_width=16, cameras=1)
+    red, blue, nearest = torch.randn(3, 16)
+    words = torch.stack([red, blue, (red + nearest) / 2, (blue + nearest) / 2])
+    wanted = torch.tensor([3, 7, 7, 3])  # cells
+    maps, pose = torch.randn(1, 1, 8, 16), torch.zeros(1, POSE_VALUES)
+    optimiser = torch.optim.Adam(grounding.query.parameters(), 1e-2)
+    for _ in range(200):
+        logits = grounding.find(maps, words, pose).logits[:, 0, 0]
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(logits, wanted).backward()
+        optimiser.step()
+    assert logits.argmax(-1).tolist() == wanted.tolist()
 
 
 def test_the_pose_matters_and_its_absence_is_told(model):
