@@ -48,7 +48,7 @@ def test_each_thing_is_found_from_its_own_queries_alone():
     assert before.point.shape == (1, 2, 3) and before.turn.shape == (1, 2, 2)
     assert tokens.shape[1] == config.visual_tokens == 2 * config.resampler.latents + 2 * 4 + 2 + 1
     with torch.no_grad():
-        model.grounding.query[-1].bias[-2 * 8 :] += 3.0  # of the second thing's two queries
+        model.grounding.query[-1].bias[-2 * 8 :] += 100.0  # of the second thing's two queries
     _, after = model.visual_tokens(model.see(images, TCP[:1]), text)
     assert torch.allclose(after.point[:, 0], before.point[:, 0], atol=1e-6)
     assert not torch.allclose(after.point[:, 1], before.point[:, 1], atol=1e-4)
