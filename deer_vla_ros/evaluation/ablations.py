@@ -10,8 +10,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.depth_curve import Point
 from deer_vla_ros.json_file import write_text
 from deer_vla_ros.model.checkpoint import CONFIG, load_info
+from deer_vla_ros.subcommand import run_python
 from deer_vla_ros.yaml_file import read_yaml
 
 ALL_PARTS = "all parts"
@@ -148,6 +147,4 @@ def _by_features(folder: Path, tell: Callable[[str], None]) -> Path:
 
 
 def _call(*arguments: object) -> None:
-    command = [sys.executable, *map(str, arguments)]
-    if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
-        raise UserError(f"ablations: failed: {' '.join(command[1:])}")
+    run_python([*arguments], {**os.environ, "OMP_NUM_THREADS": "1"}, "the ablations'")

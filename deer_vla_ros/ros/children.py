@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.subcommand import end_with_parent
 
 END_TIMEOUT_S = 15.0
 """How long a process may take from SIGTERM to its end before it is killed, which counts as a failure."""
 TAIL_LINES = 15
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class ChildProcess:
@@ -38,7 +36,7 @@ class ChildProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent(os.getpid()),
+                preexec_fn=end_with_parent(),
             )
 
     def check(self) -> None:
@@ -85,15 +83,3 @@ def kept(*processes: ChildProcess) -> Iterator[None]:
 
 def _told(status: int) -> str:
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-
-def _end_with_parent(parent: int):
-    """To run in the new process: the kernel sends it SIGTERM when its parent is gone, even where that was killed with -9."""
-
-    def set_death_signal() -> None:
-        if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-        if os.getppid() != parent:  # it was gone before the line above
-            os._exit(1)
-
-    return set_death_signal

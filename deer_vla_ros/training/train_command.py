@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
+from deer_vla_ros.subcommand import run_python
 from deer_vla_ros.training.batches import BatchSource, CachedWindows, FrameBatches, Share, WindowBatches, cached_features
 from deer_vla_ros.training.calvin import CalvinWindows
 from deer_vla_ros.training.dataset import FrameWindows, Windows
@@ -184,9 +182,7 @@ class _Run:
             for name, value in os.environ.items()
             if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         }
-        command = [sys.executable, "-m", "deer_vla_ros", *map(str, arguments)]
-        if subprocess.run(command, env=environment).returncode:
-            raise UserError(f"the recipe's command failed: {' '.join(command[1:])}")
+        run_python(["-m", "deer_vla_ros", *arguments], environment, "the recipe's")
 
 
 def _progress_bar(visible: bool) -> Progress:
