@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from deer_vla_ros.errors import UserError
 
@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def run_python(arguments: list, environment: Mapping[str, str], whose: str) -> None:
+def run_python(arguments: Iterable[object], environment: Mapping[str, str], whose: str) -> None:
     """`python ARGUMENTS...` to its end; UserError, in which `whose` command it is, where it fails."""
     command = [sys.executable, *map(str, arguments)]
     if subprocess.run(command, env=environment, preexec_fn=end_with_parent()).returncode:

@@ -147,4 +147,4 @@ def _by_features(folder: Path, tell: Callable[[str], None]) -> Path:
 
 
 def _call(*arguments: object) -> None:
-    run_python([*arguments], {**os.environ, "OMP_NUM_THREADS": "1"}, "the ablations'")
+    run_python(arguments, {**os.environ, "OMP_NUM_THREADS": "1"}, "the ablations'")

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import wait_until
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.cost import cost_table
@@ -63,7 +63,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_very_same_report(report
     command = [sys.executable, "-m", "deer_vla_ros", *SHORT, "--json", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        _wait_until(lambda: partial.is_file() and partial.read_text().count("\n") > 3, 240)
+        wait_until(lambda: partial.is_file() and partial.read_text().count("\n") > 3, 240, "a part done")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -212,10 +212,3 @@ def test_a_resume_file_of_other_arguments_says_which(tmp_path):
     assert ResumeFile(path, {"seed": 1, "budget": {"exit": 3}}).done == {"a": [1]}
     with pytest.raises(UserError, match=r"other arguments \(budget: \{'exit': 3\} there, \{'exit': 5\} now\)"):
         ResumeFile(path, {"seed": 1, "budget": {"exit": 5}})
-
-
-def _wait_until(holds, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)

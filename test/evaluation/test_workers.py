@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from processes import gone, wait_until
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.workers import spread
@@ -70,19 +70,4 @@ def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
     workers = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()
     process.wait()
-    _wait_until(lambda: not any(_is_alive(worker) for worker in workers), 10)
-
-
-def _is_alive(process: int) -> bool:
-    """Whether it is there and no zombie."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def _wait_until(holds, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
+    wait_until(lambda: all(gone(worker) for worker in workers), 10, "the workers' end")

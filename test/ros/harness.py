@@ -13,18 +13,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import rclpy
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
+from processes import wait_until
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from rclpy.task import Future
-
-Value = TypeVar("Value")
 
 START_TIMEOUT = 60.0
 """Seconds that a node may take to start on a busy machine; most of them are imports of torch."""
@@ -37,16 +35,6 @@ REACHES = {
     Transition.TRANSITION_CLEANUP: State.PRIMARY_STATE_UNCONFIGURED,
 }
 """The lifecycle state that a transition ends in."""
-
-
-def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str = "the condition") -> Value:
-    """Polls until `condition()` is true and returns its value; after `timeout` seconds fails naming `what`."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not come within {timeout:g} s")
-        time.sleep(0.005)
-    return value
 
 
 class Process:

@@ -3,40 +3,17 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from deer_vla_ros.msg import PolicyStep
 from harness import spawn, wait_until
 from PIL import Image
+from processes import children, command_of, gone
 
 START_S = 120.0
 """Generous: torch on a machine that is busy with other things."""
 CONTROLLING = "controlling"
 """What the policy node logs when its first step is out."""
-
-
-def state_and_parent(pid):
-    """One letter and an id from /proc; None where the process is gone or only waits to be reaped."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state == "Z" else (state, int(parent))
-
-
-def children(parent):
-    """Ids of the processes that `parent` started and that still run."""
-    running = {int(folder.name): state_and_parent(folder.name) for folder in Path("/proc").glob("[0-9]*")}
-    return [pid for pid, found in running.items() if found and found[1] == parent]
-
-
-def command_of(pid):
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-
-
-def gone(pid):
-    return state_and_parent(pid) is None
 
 
 def started_by_demo(out):

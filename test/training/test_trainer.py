@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import children, command_of, gone, wait_until
 from small_model import SMALL
 
 from deer_vla_ros.__main__ import main
@@ -148,34 +149,18 @@ def test_a_run_that_is_killed_continues_the_same_curve_to_the_same_weights(undis
 def test_a_recorder_ends_with_the_training_that_was_killed(tmp_path):
     config = recipe_file(tmp_path, JOINT)
     values = yaml.safe_load(config.read_text())
-    config.write_text(yaml.safe_dump({**values, "steps": [{"record": {"folder": "many", "demos": 6400, "seed": 1}}, *values["steps"]]}))
+    config.write_text(
+        yaml.safe_dump({**values, "steps": [{"record": {"folder": "many", "demos": 6400, "seed": 1}}, *values["steps"]]})
+    )
     running = subprocess.Popen(command(config, tmp_path / "out", tmp_path / "data"), stdout=subprocess.DEVNULL)
     try:
-        wait_until(lambda: recorders(tmp_path), "a recorder")
+        recorder = wait_until(
+            lambda: next((pid for pid in children(running.pid) if "record-demos" in command_of(pid)), None), 60, "a recorder"
+        )
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()
-    wait_until(lambda: not recorders(tmp_path), "its end")
-
-
-def recorders(data):
-    """Ids of the processes that record below a folder."""
-    found = []
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = line.read_bytes().decode().split("\0")
-        except OSError:  # it has ended meanwhile
-            continue
-        if "record-demos" in words and any(word.startswith(str(data)) for word in words):
-            found.append(line.parent.name)
-    return found
-
-
-def wait_until(happens, what):
-    deadline = time.monotonic() + 60
-    while not happens():
-        assert time.monotonic() < deadline, f"{what} did not come within 60 s"
-        time.sleep(0.05)
+    wait_until(lambda: gone(recorder), 60, "its end")
 
 
 def test_two_processes_compute_what_one_does(data, tmp_path):

@@ -1,0 +1,43 @@
+"""What do tests of any room ask of processes: wait for something, and see who runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str = "the condition") -> Value:
+    """Polls until `condition()` is true and returns its value; after `timeout` seconds fails naming `what`."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come within {timeout:g} s")
+        time.sleep(0.005)
+    return value
+
+
+def state_and_parent(pid):
+    """One letter and an id from /proc; None where the process is gone or only waits to be reaped."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else (state, int(parent))
+
+
+def children(parent):
+    """Ids of the processes that `parent` started and that still run."""
+    running = {int(folder.name): state_and_parent(folder.name) for folder in Path("/proc").glob("[0-9]*")}
+    return [pid for pid, found in running.items() if found and found[1] == parent]
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+
+
+def gone(pid):
+    return state_and_parent(pid) is None
