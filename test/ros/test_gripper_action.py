@@ -69,7 +69,9 @@ def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_o
         rig.instruct("lift the red block")
         wait_until(lambda: "no server of action hand: start the gripper controller" in node.output(), START_TIMEOUT, "a warning")
         with spawn_python(str(HERE / "gripper_server.py"), action, f"{interface}/hand", env=environment) as server:
-            wait_until(lambda: "hand did not answer within" in node.output(), START_TIMEOUT, "giving up a goal that is not answered")
+            wait_until(
+                lambda: "hand did not answer within" in node.output(), START_TIMEOUT, "giving up a goal that is not answered"
+            )
             wait_until(lambda: server.output().count("accepted") > 1, START_TIMEOUT, "the same goal again")
             rig.edit_image = noise
             rig.await_steps(20)
