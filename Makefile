@@ -47,8 +47,8 @@ demo: build
 
 test: build
 	@$(ACTIVATE); if [ -n "$(PYTEST_ARGS)" ]; then exec python -m pytest $(PYTEST_ARGS); fi; \
-	failed=0; python -m pytest -n 2 --dist loadfile test --ignore=test/ros || failed=1; \
-	python -m pytest test/ros || failed=1; exit $$failed  # alone: its processes watch the clock
+	failed=0; python -m pytest -n 2 --dist loadfile -m "not alone" || failed=1; \
+	python -m pytest -m alone || failed=1; exit $$failed
 
 env: .venv/.stamp-python
 build msgs: build/messages/.stamp

@@ -5,9 +5,10 @@ import random
 
 import pytest
 
-# One domain per test process, so that two runs on one machine never hear each other. Above 101 the ports of a domain
-# reach into the range that Linux hands out to other programs.
-os.environ["ROS_DOMAIN_ID"] = str(random.SystemRandom().randint(1, 101))
+# One domain per test process, so that two runs on one machine never hear each other: of ten for each worker of a run. Above 101 the
+# ports of a domain reach into the range that Linux hands out to other programs.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+os.environ["ROS_DOMAIN_ID"] = str(1 + 10 * (_worker % 10) + random.SystemRandom().randrange(10))
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 # Networks as small as the tests' are slower on two threads than on one, and ten times so where the cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -142,6 +142,7 @@ def test_one_exit_has_a_path_of_one_point():
     assert path.thresholds(path.position_within(COSTS[:1], 1.0)) == (ALWAYS,)
 
 
+@pytest.mark.alone
 def test_a_hundred_thousand_samples_are_solved_within_fifty_milliseconds():
     deltas, deviations = samples(100_000)
     taken = []

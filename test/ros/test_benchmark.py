@@ -16,6 +16,7 @@ FIGURES = ("relay_alone_ms", "relay_ms", "command_ms", "compute_ms", "overhead_m
 MILLISECOND = 1_000_000
 
 
+@pytest.mark.alone
 def test_a_short_run_measures_every_condition_and_leaves_no_process(tmp_path):
     report_file = tmp_path / "report.json"
     with spawn("benchmark", "node", "--seconds", "2", "--json", str(report_file), "--out", str(tmp_path / "logs")) as benchmark:

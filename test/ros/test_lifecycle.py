@@ -49,6 +49,7 @@ def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigur
         assert process.stop() == 0
 
 
+@pytest.mark.alone
 def test_the_first_step_takes_no_more_than_twice_the_median(client):
     rig = Rig(client, "warm/")
     with spawn("node", "--ros-args", "-r", "__ns:=/warm", "-p", "autostart:=false") as process, rig.running():

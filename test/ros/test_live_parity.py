@@ -73,6 +73,7 @@ class Player:
             time.sleep(CLOCK_S)
 
 
+@pytest.mark.alone
 def test_what_was_decided_live_is_decided_again_in_lock_step(tmp_path):
     with Recording(TABLE) as recording:
         played = list(recording.messages(set(PLAYED), None, recording.start_ns + round(SECONDS * SECOND)))
