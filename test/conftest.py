@@ -10,6 +10,8 @@ import pytest
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 os.environ["ROS_DOMAIN_ID"] = str(1 + 10 * (_worker % 10) + random.SystemRandom().randrange(10))
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+# Tests kill processes, and over Fast DDS's shared memory that can leave those that live waiting for good (eProsima/Fast-DDS#5469).
+os.environ["FASTDDS_BUILTIN_TRANSPORTS"] = "UDPv4"
 # Networks as small as the tests' are slower on two threads than on one, and ten times so where the cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -47,7 +47,7 @@ class ThresholdPath:
         stride = max(1, len(deltas) // SHAPE_SAMPLES)
         levels = _greedy_levels(deltas[::stride, :-1], deviations[::stride], costs)
         path = cls(columns, levels, np.zeros((len(levels), len(costs))))
-        counted = deltas[:: max(1, len(deltas) // SHARE_SAMPLES)]
+        counted = np.asfortranarray(deltas[:: max(1, len(deltas) // SHARE_SAMPLES)])  # read an exit at a time
         return cls(columns, levels, np.array([exit_shares(counted, path.thresholds(corner)) for corner in range(len(levels))]))
 
     @property
@@ -85,21 +85,26 @@ class ThresholdPath:
 def _greedy_levels(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> np.ndarray:
     """(corners, exits - 1) quantiles, from zeros to one for the first exit."""
     samples, exits = deltas.shape
-    ranks = np.argsort(np.argsort(deltas, axis=0, kind="stable"), axis=0, kind="stable")
-    bins = ranks * LEVELS // samples  # a sample stops at an exit whose level is above its bin
+    bounds = -(-np.arange(1, LEVELS) * samples // LEVELS)
+    order = np.argsort(deltas, axis=0, kind="stable")
+    groups = [np.split(order[:, exit], bounds) for exit in range(exits)]  # [exit][level]: who stops there when that level is left
     levels, taken = np.zeros(exits, dtype=np.int64), np.full(samples, exits)
     path = [levels.copy()]
     while exits and levels[0] < LEVELS:
-        saved = costs[taken][:, None] - costs[:-1]
-        added = deviations[:, :-1] - np.take_along_axis(deviations, taken[:, None], axis=1)
-        moving = (bins == levels) & (taken[:, None] > np.arange(exits))
-        gain, loss = (moving * saved).sum(0), (moving * added).sum(0)
-        useful = (gain > 0) & (levels < LEVELS)
-        if useful.any():
-            levels[np.where(useful, loss / np.where(useful, gain, 1.0), np.inf).argmin()] += 1
-        else:  # the level of each exit holds nobody who would go on: the next ones might
-            levels = np.minimum(levels + 1, LEVELS)
-        stops = bins < levels
-        taken = np.where(stops.any(1), stops.argmax(1), exits)
+        price = np.full(exits, np.inf)
+        rising = np.flatnonzero(levels < LEVELS)
+        for exit in rising:
+            stopping = groups[exit][levels[exit]]
+            stopping = stopping[taken[stopping] > exit]
+            if len(stopping):
+                were = taken[stopping]
+                added = deviations[stopping, exit] - deviations[stopping, were]
+                price[exit] = added.sum() / (costs[were] - costs[exit]).sum()
+        if np.isfinite(price).any():  # else the level of each exit holds nobody who would go on: the next ones might
+            rising = [price.argmin()]
+        for exit in rising:
+            group = groups[exit][levels[exit]]
+            taken[group] = np.minimum(taken[group], exit)
+            levels[exit] += 1
         path.append(levels.copy())
     return np.array(path) / LEVELS

@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     for name in RESULTS:  # what an earlier demo found must not stand for this one
         (args.out / name).unlink(missing_ok=True)
     os.environ.setdefault("ROS_DOMAIN_ID", str(random.SystemRandom().randint(1, HIGHEST_PORTABLE_DOMAIN)))
+    # Without shared memory: there a process that is killed can leave the others waiting for good (eProsima/Fast-DDS#5469).
+    os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
     from deer_vla_ros.ros.children import ChildProcess, kept
 

@@ -100,8 +100,12 @@ def test_nothing_goes_on_after_a_demo_that_was_killed(out):
         pid, started = started_by_demo(out)
         os.kill(pid, signal.SIGKILL)
         demo.wait()
-        for name, child in started.items():
-            wait_until(lambda child=child: gone(child), 30, f"the end of {name}")
+        try:
+            for name, child in started.items():
+                wait_until(lambda child=child: gone(child), 30, f"the end of {name}")
+        except AssertionError:
+            print(*(log.read_text() for log in sorted(out.glob("*.log"))), sep="---\n")
+            raise
 
 
 def test_a_checkpoint_that_is_not_there_is_named_before_anything_starts(tmp_path):
