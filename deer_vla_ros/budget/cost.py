@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deer_vla_ros.model.config import CAMERAS, DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
-from deer_vla_ros.model.grounding import POSE_VALUES, QUERY_WIDTH, RELATE_WIDTH, STRIDE
+from deer_vla_ros.model.grounding import NEAR_VALUES, POSE_VALUES, QUERY_WIDTH, RELATE_WIDTH, STRIDE
 
 GIGA = 1e9
 GIB = 2**30
@@ -84,7 +84,7 @@ def grounding_macs(config: ModelConfig) -> int:
     search = attention_macs(queries, cells, channels) + queries * cells * 2 + queries * (channels + 2) * width
     things = config.grounding.things
     seen = CAMERAS * (queries // things) * (channels + 2) + POSE_VALUES
-    relate = (seen + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + 8) * width
+    relate = (seen + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + NEAR_VALUES) * width
     ask = (config.decoder.width + queries * channels) * QUERY_WIDTH
     return CAMERAS * (stem + search) + ask + things * relate
 

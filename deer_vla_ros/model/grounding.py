@@ -26,14 +26,16 @@ POSE_VALUES = 6
 QUERY_WIDTH = 128
 """Between words and queries: "the red block" asks for what is red and "nearest to the red block" for what is not, which no linear map does."""
 RELATE_WIDTH = 128
+NEAR_VALUES = 14
+"""Of a point token, beside the hidden ones: the position coarse and fine, the turn, the TCP's rotation coarse and fine."""
 
 
 @dataclass(frozen=True)
 class Found:
     """logits (B, cameras, queries, cells): how much each query looks at each cell, before the softmax, row by row;
     point (B, things, 3): where the things that the instruction is about are, from the TCP, in units of POINT_UNIT [m], axes of the action
-    frame; turn (B, things, 2): cosine and sine of four times their yaw in the action frame, as a cube looks the same after a quarter turn;
-    tokens (B, cameras * queries + things, visual width), the last ones say `point` and `turn`."""
+    frame; turn (B, things, 2): cosine and sine of four times their yaw from the fingers', as a cube looks the same after a quarter turn;
+    tokens (B, cameras * queries + things, visual width), the last ones say `point`, `turn` and how the TCP itself is turned."""
 
     logits: Tensor
     point: Tensor
@@ -68,7 +70,7 @@ class Grounding(nn.Module):
         )
         self.point = nn.Linear(RELATE_WIDTH, 3)
         self.turn = nn.Linear(RELATE_WIDTH, 2)
-        self.point_token = nn.Linear(RELATE_WIDTH + 8, visual_width)
+        self.point_token = nn.Linear(RELATE_WIDTH + NEAR_VALUES, visual_width)
         self.norm_point = nn.LayerNorm(visual_width)
         self.which = nn.Parameter(torch.randn(config.things, visual_width) * 0.02)
         self.register_buffer("cells", cell_centres(self.positions), persistent=False)
@@ -92,7 +94,8 @@ class Grounding(nn.Module):
         pose = pose.repeat_interleave(words.shape[0] // maps.shape[0], 0)[:, None].expand(-1, self.things, -1)
         related = self.relate(torch.cat([own, pose], -1))
         point, turn = self.point(related), self.turn(related)
-        near = torch.cat([related, point, torch.tanh(point * NEARBY), turn], -1)
+        rotation = pose[..., 3:]
+        near = torch.cat([related, point, torch.tanh(point * NEARBY), turn, rotation, torch.tanh(rotation * NEARBY)], -1)
         return Found(logits, point, turn, torch.cat([tokens, self.norm_point(self.point_token(near)) + self.which], 1))
 
     def _by_instruction(self, x: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class Intent:
     """What the expert wants in one state.
 
     pose: (6,) action in -1..1, units STEP_M and STEP_RAD, base frame. open: whether the gripper is to be open.
-    things: what a policy has to find in its images: the one that the next motions are about, or, where the instruction names a
-    relation, the block that it names and the two that it may mean.
+    things: what a policy has to find in its images: where the instruction names a block, that one and then the other two, in the order
+    of COLOURS; else the one that the next motions are about.
     """
 
     pose: np.ndarray
@@ -69,23 +69,23 @@ def act(task: str, state: TableState) -> Intent:
     if task.startswith(("lift_", "push_")):
         verb, colour, *side = task.split("_")
         if colour in RELATIONS:
-            return _pick_related(state, colour, side[1])
+            return _about(state, side[1], _grip(state, related(state, colour, side[1])))
         if verb == "lift":
-            return _pick(state, colour)
-        return _push_block(state, colour, 1.0 if side[1] == "left" else -1.0)
+            return _about(state, colour, _grip(state, colour))
+        return _about(state, colour, _push_block(state, colour, 1.0 if side[1] == "left" else -1.0))
     return _SCRIPTS[task](state)
+
+
+def _about(state: TableState, named: str, intent: Intent) -> Intent:
+    """With the block that the instruction names and the other two as its things."""
+    blocks = (state.block(colour) for colour in (named, *others(named)))
+    return dataclasses.replace(intent, things=tuple(Thing(block.position.copy(), _yaw(block.quaternion)) for block in blocks))
 
 
 def _pick(state: TableState, colour: str) -> Intent:
     """Takes the block and lifts it."""
     intent = _grip(state, colour)
     return dataclasses.replace(intent, things=(Thing(intent.things[0].position, _yaw(state.block(colour).quaternion)),))
-
-
-def _pick_related(state: TableState, relation: str, named: str) -> Intent:
-    blocks = (state.block(colour) for colour in (named, *others(named)))
-    things = tuple(Thing(block.position.copy(), _yaw(block.quaternion)) for block in blocks)
-    return dataclasses.replace(_grip(state, related(state, relation, named)), things=things)
 
 
 def _grip(state: TableState, colour: str) -> Intent:

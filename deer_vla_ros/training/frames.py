@@ -18,7 +18,7 @@ import numpy as np
 
 from deer_vla_ros.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 THINGS = 3
 """How many things an instruction may be about; one that is about fewer has them again."""
 POSE, GRIPPER = slice(0, 6), 6

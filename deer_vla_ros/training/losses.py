@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.model.grounding import POINT_UNIT, Found
+from deer_vla_ros.model.grounding import POINT_UNIT, Found, turn_from_down
 from deer_vla_ros.model.head import ActionHead, HeadOutput, pool
 from deer_vla_ros.model.network import MultiExitVLA
 
@@ -179,10 +179,11 @@ def point_loss(found: Found, points: Tensor, tcp: Tensor, beta: float = 0.1) -> 
     return F.smooth_l1_loss(found.point, wanted, beta=beta)
 
 
-def turn_loss(found: Found, yaws: Tensor, beta: float = 0.1) -> Tensor:
-    """Smooth L1 of how the things are turned: yaws (N, things) [rad], action frame."""
-    yaws = yaws[:, : found.turn.shape[1]]
-    return F.smooth_l1_loss(found.turn, torch.stack([torch.cos(4 * yaws), torch.sin(4 * yaws)], -1), beta=beta)
+def turn_loss(found: Found, yaws: Tensor, tcp: Tensor, beta: float = 0.1) -> Tensor:
+    """Smooth L1 of how the things are turned, seen from the fingers: yaws (N, things) [rad], tcp (F, 7), action frame."""
+    own = turn_from_down(tcp[:, 3:])[:, 2].repeat_interleave(yaws.shape[0] // tcp.shape[0], 0)
+    angles = 4 * (yaws[:, : found.turn.shape[1]] - own[:, None])
+    return F.smooth_l1_loss(found.turn, torch.stack([angles.cos(), angles.sin()], -1), beta=beta)
 
 
 def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:
