@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.json_file import write_json
+from deer_vla_ros.json_file import write_json, write_text
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.from_json import from_json
@@ -109,14 +109,20 @@ def set_thresholds(folder: Path, thresholds: tuple[float, ...]) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a checkpoint folder; `readme` says where the weights come from and what they were measured to do."""
+    """Writes a checkpoint folder; `readme` says where the weights come from and what they were measured to do.
+
+    The readme is the last to be there: a folder with it is whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / README).unlink(missing_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in checkpoint.model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors writes it readable by its owner alone
+    partial = folder / f".{WEIGHTS}.new"
+    save_file(tensors, partial)
+    partial.chmod(0o644)  # safetensors writes it readable by its owner alone
+    partial.replace(folder / WEIGHTS)
     write_json(folder / CONFIG, checkpoint.info.to_dict())
     checkpoint.tokenizer.save(folder / TOKENIZER)
-    (folder / README).write_text(readme)
+    write_text(folder / README, readme)
 
 
 def _read_weights(

@@ -192,7 +192,7 @@ def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:
 
 def heatmap_loss(found: Found, pixels: Tensor, spread: float = 0.7) -> Tensor:
     """How far the first query of each thing and camera looks away from that thing: cross-entropy against a Gaussian of `spread` cells
-    around it, mean over the views that have it inside; 0 where none has.
+    around it; mean over all views, of which one that does not have it inside counts 0.
 
     pixels (N, things, cameras, 2): x and y, 0..1 inside the image, NaN behind the camera. The simulator knows them, a robot's recording
     does not: a loss for the table only.
@@ -208,7 +208,7 @@ def heatmap_loss(found: Found, pixels: Tensor, spread: float = 0.7) -> Tensor:
     wanted = (rows[..., :, None] * columns[..., None, :]).flatten(-2)
     wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-9)
     errors = -(wanted * logits.log_softmax(-1)).sum(-1)
-    return torch.where(inside, errors, 0).sum() / inside.sum().clamp(min=1)
+    return torch.where(inside, errors, 0).mean()
 
 
 def multi_exit_loss(

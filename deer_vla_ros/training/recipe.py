@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,12 @@ class Train:
             )
         if self.cache and (self.stage is not Stage.EXIT or self.shift):
             raise UserError("recipe: cache needs the exit stage and no shift: features must not change")
+        self.schedule_of()
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a grounding's guides have any weight in the loss."""
+        return any((self.heatmap, self.point, self.turn))
 
     def schedule_of(self) -> Schedule:
         return Schedule(self.schedule, self.warmup_steps, self.steps)
@@ -134,6 +141,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16"):
             raise UserError(f"recipe: dtype is {self.dtype!r}: use float32 or float16")
+        for name, least in (("log_every", 1), ("save_every", 1), ("evaluate_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}: give {least} or more")
+        untrained = itertools.takewhile(lambda step: isinstance(step, Record), self.steps)
+        if any(step.with_policy for step in untrained):
+            raise UserError(
+                "recipe: with_policy before anything is trained: there is no policy yet; put a `train:` step before it"
+            )
 
     @classmethod
     def read(cls, path: Path) -> Recipe:

@@ -9,14 +9,16 @@ Writes OUT/NAME: log.jsonl and tensorboard/ (the loss curve), one folder per sta
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP
-from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
+from deer_vla_ros.model.checkpoint import README, Checkpoint, CheckpointInfo, load, save
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
 from deer_vla_ros.subcommand import run_python
@@ -27,7 +29,7 @@ from deer_vla_ros.training.frames import Frames
 from deer_vla_ros.training.prefetch import Prefetched
 from deer_vla_ros.training.recipe import Recipe, Record, Train
 from deer_vla_ros.training.tokenizer import train_tokenizer
-from deer_vla_ros.training.trainer import Log, Trainer, network_of, processes, read_state
+from deer_vla_ros.training.trainer import Log, StageState, Trainer, network_of, processes
 
 CHECKPOINT = "checkpoint"
 
@@ -63,26 +65,35 @@ class _Run:
         torch.manual_seed(recipe.seed)
         self._tokenizer: InstructionTokenizer | None = None
         self._model: MultiExitVLA | None = None
+        self._trained = False
 
     def finish(self) -> None:
         """Does every step that is not done yet, and writes the checkpoint."""
-        number = 0
-        for step in self._recipe.steps:
+        number, identity = 0, {"seed": self._recipe.seed, **_flat("network", self._recipe.network)}
+        for index, step in enumerate(self._recipe.steps, start=1):
+            identity |= _flat(f"step {index}", step)
             if isinstance(step, Record):
                 self._record(step)
             else:
                 number += 1
-                self._train(number, step)
+                self._train(number, step, identity)
         if self._share.rank == 0:
-            self._save(self._folder / CHECKPOINT)
-            print(f"{self._folder / CHECKPOINT}: calibrate it next: python -m deer_vla_ros calibrate table --checkpoint ...")
+            self._finish_checkpoint(self._folder / CHECKPOINT)
+
+    def _finish_checkpoint(self, checkpoint: Path) -> None:
+        """Written unless this recipe's is there: it may be calibrated by now."""
+        if (checkpoint / README).is_file() and not self._trained:
+            print(f"{checkpoint}: is there, and nothing was left to train")
+            return
+        self._save(checkpoint)
+        print(f"{checkpoint}: calibrate it next: python -m deer_vla_ros calibrate table --checkpoint {checkpoint}")
 
     def _record(self, step: Record) -> None:
         """As a process of its own: training itself needs no simulator."""
         command = ["record-demos", "--demos", step.demos, "--seed", step.seed, "--out", self._data / step.folder]
         if step.with_policy and self._share.rank == 0:
             policy = self._folder / f"policy_for_{step.folder}"
-            if not (policy / "README.md").is_file():
+            if not (policy / README).is_file():
                 self._save(policy)
             command += ["--policy", policy]
         if self._share.rank == 0:
@@ -90,17 +101,19 @@ class _Run:
         if self._share.world > 1:
             torch.distributed.barrier()
 
-    def _train(self, number: int, step: Train) -> None:
+    def _train(self, number: int, step: Train, identity: dict[str, Any]) -> None:
         folder = self._folder / f"stage-{number}-{step.stage.value}"
         self._prepare_network(step)
-        tensors, steps_done = read_state(folder)
+        state = StageState(folder, identity)
+        tensors, steps_done = state.read()
         if tensors:
             self._model.load_state_dict(network_of(tensors))
         if steps_done >= step.steps:
             return
+        self._trained = True
         source = self._source(step)
         trainer = Trainer(
-            self._model, step, source, self._tokenizer.image_token, self._recipe.seed + number, folder, self._share,
+            self._model, step, source, self._tokenizer.image_token, self._recipe.seed + number, state, self._share,
             self._recipe.compile and not step.cache,
         )  # fmt: skip
         log = Log(self._folder, folder.name, trainer.steps_done) if self._share.rank == 0 else None
@@ -183,6 +196,11 @@ class _Run:
             if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         }
         run_python(["-m", "deer_vla_ros", *arguments], environment, "the recipe's")
+
+
+def _flat(name: str, settings: Any) -> dict[str, Any]:
+    """Of a dataclass: `NAME FIELD` -> value."""
+    return {f"{name} {field}": value for field, value in dataclasses.asdict(settings).items()}
 
 
 def _progress_bar(visible: bool) -> Progress:

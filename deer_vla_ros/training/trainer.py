@@ -22,15 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.preprocess import normalised
+from deer_vla_ros.json_file import write_text
 from deer_vla_ros.model.grounding import Found
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.training.batches import Batch, BatchSource, Share, rng_of
 from deer_vla_ros.training.losses import ExitDraws, draw_exits, features_of, heatmap_loss, multi_exit_loss, point_loss, turn_loss
 from deer_vla_ros.training.optimisation import Optimiser, Stage
 from deer_vla_ros.training.recipe import Train
-
-STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,45 @@ class Progress:
     gradient_norm: float
     learning_rate: float
     samples_per_second: float
+
+
+class StageState:
+    """A stage's tensors and steps in one file of its folder, which says by what recipe they came to be."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]):
+        """recipe: all that the stage's result depends on; what lies there by another one is refused, not continued."""
+        self._path, self._recipe = folder / "state.safetensors", json.loads(json.dumps(recipe))
+
+    @property
+    def is_there(self) -> bool:
+        return self._path.is_file()
+
+    def read(self) -> tuple[dict[str, Tensor], int]:
+        """The tensors and how many steps were done; nothing and 0 where nothing was saved. UserError for another recipe's."""
+        if not self.is_there:
+            return {}, 0
+        with safe_open(self._path, framework="pt") as file:
+            saved = file.metadata()
+            self._compare(json.loads(saved.get("recipe", "{}")))
+            return {name: file.get_tensor(name) for name in file.keys()}, int(saved["steps"])
+
+    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """In place of what was there, at once and on the disk."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(f".{os.getpid()}")
+        save_file(tensors, partial, {"steps": str(steps), "recipe": json.dumps(self._recipe)})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self._path)
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        names = [name for name in self._recipe.keys() | saved.keys() if self._recipe.get(name) != saved.get(name)]
+        if names:
+            name = min(names)
+            raise UserError(
+                f"{self._path.parent} was trained with {name} {saved.get(name)}, the recipe now says {self._recipe.get(name)}: "
+                "give another --out, or remove the folder to train anew"
+            )
 
 
 class StageLoss(nn.Module):
@@ -60,7 +99,7 @@ class StageLoss(nn.Module):
             with torch.set_grad_enabled(train.stage is Stage.JOINT):
                 features, found = self._look(batch)
         loss = self._of_features(features, batch, draws)
-        if train.heatmap and found is not None and batch.pixels is not None:
+        if train.is_guided and found is not None and batch.pixels is not None:
             loss["heatmap"] = heatmap_loss(found, batch.pixels)
             loss["point"] = point_loss(found, batch.points, batch.tcp)
             loss["turn"] = turn_loss(found, batch.yaws, batch.tcp)
@@ -100,18 +139,18 @@ class Trainer:
         source: BatchSource,
         image_token: int,
         seed: int,
-        folder: Path,
+        state: StageState,
         share: Share = Share(),
         compiled: bool = False,
     ):
-        """folder: where the state of this stage is kept; a state that lies there is taken up."""
+        """state: where this stage is kept; what lies there is taken up."""
         self._model, self._train, self._source, self._seed, self._share = model.train(), train, source, seed, share
         self._optimiser = Optimiser(model, train.stage, train.optimiser, train.schedule_of())
         self._loss: nn.Module = StageLoss(model, train, image_token, compiled)
         if share.world > 1:
             self._loss = DistributedDataParallel(self._loss, find_unused_parameters=not train.auxiliary_heads)
-        self._state = folder / STATE
-        if self._state.is_file():
+        self._state = state
+        if state.is_there:
             self._load()
 
     @property
@@ -152,15 +191,10 @@ class Trainer:
         optimiser = self._optimiser.state_dict()
         for index, state in optimiser["adamw"]["state"].items():
             tensors |= {f"adamw.{index}.{name}": value.contiguous() for name, value in state.items()}
-        self._state.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._state.with_suffix(f".{os.getpid()}")
-        save_file(tensors, partial, {"steps": str(optimiser["steps"])})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, self._state)
+        self._state.write(tensors, optimiser["steps"])
 
     def _load(self) -> None:
-        tensors, steps = read_state(self._state.parent)
+        tensors, steps = self._state.read()
         self._model.load_state_dict(network_of(tensors))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -200,17 +234,8 @@ class Trainer:
         return dict(zip(parts, values.tolist()))
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors that a stage has saved in its folder, and the steps it had done; nothing and 0 where it has saved nothing."""
-    path = folder / STATE
-    if not path.is_file():
-        return {}, 0
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["steps"])
-
-
 def network_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's state dict among the tensors of `read_state`."""
+    """The network's state dict among the tensors of a stage."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
 
 
@@ -226,7 +251,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= resumed_at]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file, self._stage = path.open("a"), stage
         self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_at + 1)
 

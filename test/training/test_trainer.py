@@ -1,5 +1,6 @@
 """Does a run of training go on as if it had not been killed, and do two processes compute what one does?"""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -18,12 +19,16 @@ from small_model import SMALL
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.model.checkpoint import load
+from deer_vla_ros.model.checkpoint import load, set_thresholds
+from deer_vla_ros.model.config import PRESETS
+from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.training import train_command
 from deer_vla_ros.training.batches import FrameBatches, Share, window_rows
 from deer_vla_ros.training.frames import THINGS, Frames, ShardWriter
-from deer_vla_ros.training.recipe import Recipe
+from deer_vla_ros.training.optimisation import Stage
+from deer_vla_ros.training.recipe import Recipe, Train
 from deer_vla_ros.training.tokenizer import train_tokenizer
-from deer_vla_ros.training.trainer import read_log
+from deer_vla_ros.training.trainer import StageState, Trainer, read_log
 
 PHRASINGS = {"lift": ["lift it", "pick it up now"], "push": ["push it away"], "wait": ["wait"]}
 JOINT = {
@@ -99,6 +104,12 @@ def command(config, out, data, processes=1):
     return [*start, "deer_vla_ros", "train", "--config", str(config), "--out", str(out), "--data", str(data), "--threads", "1"]
 
 
+def arguments(config, out, data):
+    parser = argparse.ArgumentParser()
+    train_command.add_arguments(parser)
+    return parser.parse_args(command(config, out, data)[4:])
+
+
 def train(config, out, data, processes=1):
     """The log and the weights of a finished run; one process of it is this one."""
     if processes == 1:
@@ -164,22 +175,69 @@ def test_a_recorder_ends_with_the_training_that_was_killed(tmp_path):
 
 
 def test_two_processes_compute_what_one_does(data, tmp_path):
-    # Without the heatmap: its mean is over the views that show the thing, of which either process has another number.
-    stages = {**JOINT, "heatmap": 0.0}, EXIT
     (one, weights), (two, others) = (
-        train(recipe_file(tmp_path, *stages), tmp_path / f"of-{count}", data, count) for count in (1, 2)
+        train(recipe_file(tmp_path, JOINT, EXIT), tmp_path / f"of-{count}", data, count) for count in (1, 2)
     )
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     for name, value in weights.items():
         assert torch.allclose(value, others[name], atol=2e-4), name
 
 
+@pytest.mark.parametrize("guide", ["heatmap", "point", "turn"])
+def test_each_guide_teaches_without_the_others(guide, data, tmp_path):
+    stage = {**JOINT, "steps": 2, "heatmap": 0.0, "point": 0.0, "turn": 0.0}
+    (without, _), (with_it, weights) = (
+        train(recipe_file(tmp_path, {**stage, guide: weight}), tmp_path / f"{weight}", data) for weight in (0.0, 0.5)
+    )
+    assert guide not in without[0]["parts"]
+    added = 0.5 * with_it[0]["parts"][guide]
+    assert with_it[0]["loss"] == pytest.approx(without[0]["loss"] + added, rel=1e-5) and added > 0
+
+
 def test_micro_batches_add_up_to_the_whole_batch(data, tmp_path):
-    whole = {**EXIT, "steps": 4}
-    parts = {**whole, "accumulate": 2}
-    first, second = (train(recipe_file(tmp_path, s), tmp_path / name, data)[0] for name, s in (("a", whole), ("b", parts)))
-    assert np.isfinite([line["loss"] for line in first + second]).all()
-    assert {line["stage"] for line in second} == {"stage-1-exit"}
+    frames = Frames([data / "demos"])
+    config = PRESETS["tabletop"](4)
+    tokenizer = train_tokenizer(frames.all_phrasings(), config)
+    source = FrameBatches(frames, tokenizer, count=8, instructions=2, seed=0)
+
+    class Halves:
+        def batch(self, step, micro, share):
+            return source.batch(step, 0, Share(micro, 2))
+
+    outcomes = []
+    for micro_batches, batches in ((1, source), (2, Halves())):
+        torch.manual_seed(0)
+        model = MultiExitVLA(config)
+        # Every micro-batch draws exits of its own: here all read the last.
+        train = Train(Stage.JOINT, ("demos",), 3, 8, instructions=2, window=1, warmup_steps=0, random_exits=False,
+                      accumulate=micro_batches, heatmap=0.2, pool_padding=False)  # fmt: skip
+        trainer = Trainer(model, train, batches, tokenizer.image_token, 0, StageState(tmp_path / f"{micro_batches}", {}))
+        outcomes.append(([trainer.step() for _ in range(3)], model.state_dict()))
+    (whole, weights), (parts, others) = outcomes
+    assert [step.loss for step in parts] == pytest.approx([step.loss for step in whole], rel=1e-5)
+    assert [step.gradient_norm for step in parts] == pytest.approx([step.gradient_norm for step in whole], rel=1e-4)
+    for name, value in weights.items():
+        assert torch.allclose(value, others[name], atol=1e-4), name
+
+
+def test_a_stage_of_another_recipe_is_refused_and_left_as_it_was(data, tmp_path):
+    train(recipe_file(tmp_path, {**JOINT, "steps": 2}), tmp_path / "out", data)
+    state = tmp_path / "out" / "small" / "stage-1-joint" / "state.safetensors"
+    before = state.read_bytes()
+    with pytest.raises(
+        UserError, match=r"stage-1-joint was trained with step 1 turn 0.2, the recipe now says 0.3: give another --out"
+    ):
+        train_command.run(arguments(recipe_file(tmp_path, {**JOINT, "steps": 2, "turn": 0.3}), tmp_path / "out", data))
+    assert state.read_bytes() == before
+
+
+def test_a_finished_run_repeated_keeps_the_thresholds_that_its_checkpoint_got(data, tmp_path):
+    config, checkpoint = recipe_file(tmp_path, {**JOINT, "steps": 2}), tmp_path / "out" / "small" / "checkpoint"
+    log, _ = train(config, tmp_path / "out", data)
+    thresholds = tuple(0.1 for _ in load(checkpoint).info.thresholds)
+    set_thresholds(checkpoint, thresholds)
+    again, _ = train(config, tmp_path / "out", data)
+    assert load(checkpoint).info.thresholds == thresholds and curve(again) == curve(log)
 
 
 def test_a_frame_is_shown_with_its_own_task_first_and_only_with_tasks_that_make_sense(data):
@@ -232,6 +290,11 @@ def test_windows_end_where_their_episode_ends():
         ({"steps": [{"train": {**JOINT, "stage": "third"}}]}, "use one of joint, exit"),
         ({"steps": [{"cook": {}}]}, "give one of `record:` and `train:`"),
         ({"steps": 3}, "no list of steps"),
+        ({"steps": [{"record": {"folder": "d", "demos": 1, "seed": 1, "with_policy": True}}]}, "there is no policy yet"),
+        ({"log_every": 0}, "log_every is 0: give 1 or more"),
+        ({"save_every": 0}, "save_every is 0"),
+        ({"evaluate_every": -1}, "evaluate_every is -1: give 0 or more"),
+        ({"steps": [{"train": {**JOINT, "schedule": "cosine", "steps": 2}}]}, "give more steps in total"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_by_name(change, message, tmp_path):
@@ -240,8 +303,6 @@ def test_a_recipe_that_makes_no_sense_is_refused_by_name(change, message, tmp_pa
 
 
 def test_the_recipes_that_ship_can_be_read():
-    from pathlib import Path
-
     folder = Path(__file__).parents[2] / "config" / "training"
     recipes = [Recipe.read(path) for path in sorted(folder.glob("*.yaml"))]
     assert len(recipes) >= 4
@@ -252,10 +313,7 @@ def test_the_recipes_that_ship_can_be_read():
 
 def test_an_early_evaluation_asks_for_the_network_as_it_is(data, tmp_path, monkeypatch):
     """By the command that a person would give, whose arguments are checked here; what it measures is evaluate's own test."""
-    import argparse
-
     from deer_vla_ros.evaluation import evaluate_command
-    from deer_vla_ros.model.checkpoint import load
     from deer_vla_ros.training.train_command import _Run
 
     asked = []
