@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from deer_vla_ros.budget.calibration import Calibration
@@ -26,6 +27,7 @@ from deer_vla_ros.evaluation.depth_curve import Point
 from deer_vla_ros.json_file import write_text
 from deer_vla_ros.model.checkpoint import CONFIG, load_info
 from deer_vla_ros.subcommand import run_python
+from deer_vla_ros.training.recipe import Recipe
 from deer_vla_ros.yaml_file import read_yaml
 
 ALL_PARTS = "all parts"
@@ -41,7 +43,7 @@ FEATURES, TIME = "criterion: feature similarity", "criterion: time step"
 
 @dataclass(frozen=True)
 class Setting:
-    """recipe: the YAML file that all networks share; data: its data folder; processes: of a training and of an evaluation; fraction: the average
+    """recipe: the YAML file that all networks share; data: its data folder; processes: of an evaluation, and the most of a training; fraction: the average
     budget of every row, share of full depth."""
 
     recipe: Path
@@ -111,8 +113,9 @@ def _trained(setting: Setting, name: str, network: dict[str, Any], train: dict[s
     recipe = setting.out / "recipes" / f"{slug}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     write_text(recipe, yaml.safe_dump(values, sort_keys=False))
+    most = torch.cuda.device_count() or setting.processes
     _call(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", setting.processes, "-m", "deer_vla_ros", "train",
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", Recipe.read(recipe).processes_within(most), "-m", "deer_vla_ros", "train",
         "--config", recipe, "--out", setting.out, "--data", setting.data, "--threads", 1,
     )  # fmt: skip
     return setting.out / slug / "checkpoint"

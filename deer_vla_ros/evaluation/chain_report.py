@@ -24,8 +24,8 @@ Chains = Sequence[Sequence[Attempt]]
 
 
 def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, Any]:
-    """The figures of an evaluation; null where nothing was measured. steps_by_time: how many instructions were followed for longer than 0, 1,
-    ... steps.
+    """The figures of an evaluation; null where nothing was measured. lengths: of every chain. steps_by_time: how many instructions
+    were followed for longer than 0, 1, ... steps.
 
     Costs are means over the steps of the chains; where there are none, over those of the single instructions. GMAC are of the
     language part (layers run), at each instruction's own token count.
@@ -37,6 +37,7 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, A
         "chains": len(chains),
         "average_length": float(np.mean(lengths)) if lengths else None,
         "average_length_ci": list(mean_interval(lengths)) if lengths else None,
+        "lengths": lengths,
         "success_by_position": [float(np.mean([length > k for length in lengths])) for k in range(CHAIN_LENGTH)]
         if lengths
         else None,
@@ -54,11 +55,11 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, A
     }
 
 
-def mean_interval(lengths: Sequence[int], level: float = 0.95) -> tuple[float, float]:
-    """The mean's percentile bootstrap interval over chains, of lengths in 0..CHAIN_LENGTH; always the same for the same lengths."""
-    counts = np.bincount(lengths, minlength=CHAIN_LENGTH + 1)
+def mean_interval(values: Sequence[int], level: float = 0.95) -> tuple[float, float]:
+    """The mean's percentile bootstrap interval over chains, of their lengths or differences of these; always the same for the same values."""
+    levels, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
-    means = drawn @ np.arange(len(counts)) / counts.sum()
+    means = drawn @ levels / counts.sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

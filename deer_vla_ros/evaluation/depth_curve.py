@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deer_vla_ros.evaluation import evaluate_command
-from deer_vla_ros.evaluation.chain_report import STATIC_LAYERS
+from deer_vla_ros.evaluation.chain_report import STATIC_LAYERS, mean_interval
 from deer_vla_ros.model.checkpoint import load_info
 
 FRACTIONS = (0.2, 0.3, 0.5)
@@ -62,18 +62,20 @@ def measure(
     for point in found:
         wording = "" if phrasings == "training" else f"-{phrasings}"
         path = out / f"{point.name}-{chains}x{seed}{wording}.json"
-        if not _is_there(path, point.folder):
+        arguments = ["--checkpoint", str(point.folder), "--chains", str(chains), "--seed", str(seed), "--json", str(path)]
+        arguments += ["--phrasings", phrasings]
+        arguments += [*point.arguments, *(["--jobs", str(jobs)] if jobs else [])]
+        parser = argparse.ArgumentParser()
+        evaluate_command.add_arguments(parser)
+        asked = parser.parse_args(arguments)
+        if not _is_there(path, evaluate_command.arguments_of(asked, point.folder)):
             tell(f"{point.kind} {point.label}")
-            arguments = ["--checkpoint", str(point.folder), "--chains", str(chains), "--seed", str(seed), "--json", str(path)]
-            arguments += ["--phrasings", phrasings]
-            arguments += [*point.arguments, *(["--jobs", str(jobs)] if jobs else [])]
-            parser = argparse.ArgumentParser()
-            evaluate_command.add_arguments(parser)
-            evaluate_command.run(parser.parse_args(arguments))
+            evaluate_command.run(asked)
         report = json.loads(path.read_text())
         kept = (
             "average_length",
             "average_length_ci",
+            "lengths",
             "success_by_position",
             "llm_gmac_mean",
             "llm_gmac_static",
@@ -89,12 +91,14 @@ def measure(
 def headline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The cheapest dynamic point and the cheapest fixed exit that are as long as the static network, and what the first saves.
 
-    As long: shorter by no more than the 95% interval of the difference. None without a static network of STATIC_LAYERS layers.
+    As long: the 95% interval of the mean difference, chain by chain (all points run the same chains), does not lie below zero. Each gets its
+    `difference` from the static network and that interval. None without a static network of STATIC_LAYERS layers.
     """
     static = next((r for r in rows if r["kind"] == "static network" and r["label"] == str(STATIC_LAYERS)), None)
     if static is None:
         return None
-    equal = [r for r in rows if static["average_length"] - r["average_length"] <= np.hypot(_half_width(static), _half_width(r))]
+    compared = [{**row, **_difference(row, static)} for row in rows]
+    equal = [row for row in compared if row["difference_ci"][1] >= 0]
     dynamic = min((r for r in equal if r["kind"] == "dynamic"), key=lambda r: r["llm_gmac_mean"], default=None)
     fixed = min((r for r in equal if r["kind"] == "fixed exit"), key=lambda r: r["llm_gmac_mean"], default=None)
     return {
@@ -105,10 +109,10 @@ def headline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _half_width(row: dict[str, Any]) -> float:
-    """Of the 95% interval of a row's average length."""
-    low, high = row["average_length_ci"]
-    return (high - low) / 2
+def _difference(row: dict[str, Any], static: dict[str, Any]) -> dict[str, Any]:
+    """How much longer a row's chains are than the static network's."""
+    found = np.subtract(row["lengths"], static["lengths"])
+    return {"difference": float(found.mean()), "difference_ci": list(mean_interval(found))}
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -149,9 +153,9 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _is_there(path: Path, folder: Path) -> bool:
-    """Whether the point was measured with this checkpoint."""
+def _is_there(path: Path, about: dict[str, Any]) -> bool:
+    """Whether the point was measured so. about: all that its figures depend on."""
     if not path.is_file():
         return False
     report = json.loads(path.read_text())
-    return all(report[name] == value for name, value in evaluate_command.files_of(folder).items())
+    return all(report.get(name) == value for name, value in json.loads(json.dumps(about)).items())

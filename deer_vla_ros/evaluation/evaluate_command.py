@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     folder, choice = folder_of(args.checkpoint), exit_choice(args)
     checkpoint = load(folder)
     choice.rule_of(checkpoint)  # says now what the workers would
-    about = arguments_of(args, folder, choice.to_json())
+    about = arguments_of(args, folder)
     resume = ResumeFile(args.json.with_name(f"{args.json.name}.partial.jsonl"), about) if args.json else None
     if resume and resume.done:
         print(f"{args.json}: going on from an interrupted run")
@@ -137,11 +138,12 @@ def _budget(texts: list[str]):
     return Budget(**amounts_of(texts, names, "evaluate: --budget"))
 
 
-def arguments_of(args: argparse.Namespace, folder: Path, budget: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All that the figures depend on."""
     return {
-        "budget": budget,
+        "budget": exit_choice(args).to_json(),
         **files_of(folder),
+        "tasks_sha256": tasks_sha256(),
         "seed": args.seed,
         "chains_asked_for": args.chains,
         "trials_per_task": args.trials,
@@ -159,6 +161,14 @@ def files_of(folder: Path) -> dict[str, Any]:
         "checkpoint_sha256": _sha256(folder / WEIGHTS),
         "other_files_sha256": {name: _sha256(folder / name) for name in (CONFIG, TOKENIZER, CALIBRATION)},
     }
+
+
+def tasks_sha256() -> str:
+    """What tells one set of tasks and their wordings from another."""
+    from deer_vla_ros.sim.tasks import TASKS
+
+    wordings = [[task.name, task.phrasings, task.held_out] for task in TASKS]
+    return hashlib.sha256(json.dumps(wordings).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str | None:

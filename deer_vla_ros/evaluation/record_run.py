@@ -16,6 +16,7 @@ from deer_vla_ros.evaluation.demonstrations import Episode, demonstrations
 from deer_vla_ros.evaluation.record_store import CALVIN_SHARDS, CalvinStore, FrameStore, Settings, Store
 from deer_vla_ros.evaluation.workers import Work, spread
 from deer_vla_ros.sim.tasks import TASKS
+from deer_vla_ros.training.frames import FORMAT
 
 DEMOS_PER_SHARD = 100
 SEEDS_PER_RUN = 1_000
@@ -58,6 +59,7 @@ class Recording:
     def settings(self) -> Settings:
         """What every shard depends on, besides its own seed."""
         return {
+            "format": None if self.image_size is None else FORMAT,
             "image_size": self.image_size,
             "policy": None if self.policy is None else _policy_driver().fingerprint(self.policy),
             "tasks": [task.name for task in TASKS],

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from deer_vla_ros.budget.search_task import Outcome
     from deer_vla_ros.budget.types import Budget
     from deer_vla_ros.evaluation.chain_report import summary
-    from deer_vla_ros.evaluation.evaluate_command import LANES
+    from deer_vla_ros.evaluation.evaluate_command import LANES, files_of, tasks_sha256
     from deer_vla_ros.evaluation.evaluation_run import evaluate, groups_of
     from deer_vla_ros.evaluation.network_driver import ExitChoice
     from deer_vla_ros.model.checkpoint import folder_of, load, set_thresholds
@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{folder} has no calibration, which the search starts from: {REMEDY}")
     config = checkpoint.info.model
     rule = ExitChoice(budget=Budget(average_fraction=args.fraction)).rule_of(checkpoint)(config.max_tokens // 2, 0)
+    study = (
+        f"fraction {args.fraction:g} of {files_of(folder)['checkpoint_sha256'][:12]}, {args.chains} chains of "
+        f"{args.steps} steps each, tasks {tasks_sha256()[:12]}, seed {args.seed}"
+    )
     groups, jobs = groups_of(args.chains, 0, LANES), args.jobs or len(os.sched_getaffinity(0))
 
     def score(thresholds: tuple[float, ...]) -> Outcome:
@@ -75,12 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
     outcomes: dict[int, Outcome] = {}
     candidates = [np.sort(calibration.deltas[:, index]) for index in range(len(config.exits) - 1)]
-    found = search(
-        score, rule.thresholds, args.fraction, candidates, args.trials, args.study, f"fraction {args.fraction:g}", args.seed, tell
-    )
-    start = outcomes[0]
+    found = search(score, rule.thresholds, args.fraction, candidates, args.trials, args.study, study, args.seed, tell)
+    start = outcomes.get(0)
+    before = f"{start.score:.2f} at {start.cost:.3f}" if start else "their evaluation failed"
     print(
-        f"calibration's thresholds: {start.score:.2f} at {start.cost:.3f}; found in trial {found.trial}: "
+        f"calibration's thresholds: {before}; found in trial {found.trial}: "
         f"{found.outcome.score:.2f} at {found.outcome.cost:.3f}: {', '.join(f'{value:.6g}' for value in found.thresholds)}"
     )
     if args.default:
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             "chains": args.chains,
             "thresholds": list(found.thresholds),
             "found": vars(found.outcome),
-            "start": vars(start),
+            "start": vars(start) if start else None,
             "start_thresholds": list(rule.thresholds),
             "trials": {str(number): vars(outcome) for number, outcome in sorted(outcomes.items())},
         }

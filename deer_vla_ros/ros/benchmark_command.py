@@ -212,7 +212,11 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
         print(f"{name:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['llm_gmac_mean'] * 1e3:.2f}")
     found_headline = depth_curve.headline(rows)
     if found_headline and found_headline["dynamic"]:
+        low, high = found_headline["dynamic"]["difference_ci"]
         print(f"at equal length the dynamic network uses {found_headline['saved']:.1f} times fewer MACs than the static one")
+        print(
+            f"its chains are longer by {found_headline['dynamic']['difference']:+.3f} (95%, chain by chain: {low:+.3f} to {high:+.3f})"
+        )
         if fixed := found_headline["fixed_exit"]:
             more = fixed["llm_gmac_mean"] / found_headline["dynamic"]["llm_gmac_mean"]
             print(

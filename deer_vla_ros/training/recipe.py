@@ -150,6 +150,11 @@ class Recipe:
                 "recipe: with_policy before anything is trained: there is no policy yet; put a `train:` step before it"
             )
 
+    def processes_within(self, most: int) -> int:
+        """How many processes, up to `most`, every step's batch divides among."""
+        sizes = [step.batch // step.accumulate for step in self.steps if isinstance(step, Train)]
+        return max(count for count in range(1, most + 1) if not any(size % count for size in sizes))
+
     @classmethod
     def read(cls, path: Path) -> Recipe:
         """From YAML; whatever is not understood raises UserError by name."""

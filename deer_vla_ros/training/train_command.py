@@ -50,17 +50,16 @@ def run(args: argparse.Namespace) -> int:
     recipe = Recipe.read(args.config)
     if args.threads:
         torch.set_num_threads(args.threads)
-    with processes() as share:
-        _Run(recipe, args.out / recipe.name, args.data or args.out / "data", args.device, share).finish()
+    with processes(args.device) as (share, device):
+        _Run(recipe, args.out / recipe.name, args.data or args.out / "data", device, share).finish()
     return 0
 
 
 class _Run:
     """One recipe in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, data: Path, device: str, share: Share):
-        self._recipe, self._folder, self._data, self._share = recipe, folder, data, share
-        self._device = torch.device(device, share.rank if device == "cuda" else None)
+    def __init__(self, recipe: Recipe, folder: Path, data: Path, device: torch.device, share: Share):
+        self._recipe, self._folder, self._data, self._device, self._share = recipe, folder, data, device, share
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         self._tokenizer: InstructionTokenizer | None = None

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -290,13 +291,18 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Share]:
-    """The share of this process under torchrun, its process group open meanwhile; one of one elsewhere."""
+def processes(device: str) -> Iterator[tuple[Share, torch.device]]:
+    """The share of this process under torchrun and its device, the process group open meanwhile; one of one elsewhere.
+
+    device: `cpu`, or `cuda`: then this machine's processes take a GPU each.
+    """
     if "RANK" not in os.environ:
-        yield Share()
+        yield Share(), torch.device(device)
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    # While the first process records demonstrations, the others wait for hours.
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=7))
     try:
-        yield Share(dist.get_rank(), dist.get_world_size())
+        yield Share(dist.get_rank(), dist.get_world_size()), own
     finally:
         dist.destroy_process_group()

@@ -52,6 +52,15 @@ def test_every_network_is_trained_by_the_recipe_but_for_its_switch(tmp_path, mon
     assert recipes["no LSTM"].network.config().head.lstm_layers == 0
 
 
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (6, 4), (12, 8), (48, 32)])
+def test_a_training_takes_as_many_processes_as_share_its_batches_evenly(cores, processes, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ablations, "_call", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(ablations, "_calibrate", lambda folder, tell: None)
+    ablations.networks(ablations.Setting(RECIPE, tmp_path, tmp_path / "out", cores, 0.3), lambda line: None)
+    assert {call[call.index("--nproc-per-node") + 1] for call in calls} == {processes}
+
+
 def test_the_criteria_and_thresholds_are_compared_at_one_cost():
     calibration = Calibration.load(EMBEDDED)
     shares = ablations.shares_within(calibration, EMBEDDED, 0.5)

@@ -165,4 +165,25 @@ def test_a_search_goes_on_where_it_was_and_makes_what_it_found_the_checkpoints_o
     assert sorted(again["trials"]) == ["0", "1", "2"]
     assert {number: again["trials"][number] for number in first["trials"]} == first["trials"], "they were not run again"
     assert load(folder).info.thresholds == tuple(again["thresholds"])
+    assert main([*command, "2", "--steps", "5"]) == 0
+    other = json.loads((tmp_path / "found.json").read_text())
+    assert sorted(other["trials"]) == ["0", "1"], "shorter instructions are another search, in the same file"
     assert "found in trial" in capsys.readouterr().out
+
+
+def test_a_search_whose_first_evaluation_failed_says_so_and_goes_on(folder, tmp_path, capsys, monkeypatch):
+    from deer_vla_ros.evaluation import evaluation_run
+
+    real, calls = evaluation_run.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("the renderer died")
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluation_run, "evaluate", evaluate)
+    command = ["search", "--checkpoint", str(folder), "--fraction", "1.0", "--chains", "1", "--steps", "6", "--jobs", "1"]
+    assert main([*command, "--trials", "1", "--json", str(tmp_path / "found.json")]) == 0
+    assert "calibration's thresholds: their evaluation failed; found in trial 1" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["start"] is None

@@ -15,7 +15,7 @@ from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.record_run import Recording, record
 from deer_vla_ros.model.checkpoint import EMBEDDED
-from deer_vla_ros.training.frames import Frames
+from deer_vla_ros.training.frames import FORMAT, Frames
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,14 @@ def test_more_demonstrations_are_added_to_those_that_are_there(copy):
 def test_what_was_recorded_with_other_settings_is_refused(recording, change, complaint):
     with pytest.raises(UserError, match=complaint):
         record(replace(recording, **change), jobs=1)
+
+
+def test_what_an_older_version_recorded_is_refused_before_anything_is_added(copy):
+    meta = copy.folder / "shard-0000/meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": FORMAT - 1}))
+    with pytest.raises(UserError, match=f"another format: {FORMAT - 1}, and now {FORMAT}"):
+        record(replace(copy, demos=6), jobs=1)
+    assert not (copy.folder / "shard-0002").exists()
 
 
 def test_a_shard_whose_description_is_damaged_is_named(copy):
