@@ -33,6 +33,10 @@ BURSTS = 0.12
 _RARE = {"place_in_drawer": 5.0, "stack_block": 5.0, "take_out_of_drawer": 4.0, "unstack_block": 3.0}
 """How much more often than others a task is chosen where it is possible: it seldom is."""
 
+_RARE_OF_A_POLICY = {**_RARE, **{task.name: 4.0 for task in TASKS if task.name.startswith(("lift_nearest", "lift_farthest"))}}
+"""Where a policy acts first. Whatever the expert does, its frames are labelled for every task; a policy's mistakes come only with what it
+was asked for."""
+
 Driver = Callable[[Observation], Action]
 """A policy that has been told the instruction."""
 
@@ -93,7 +97,8 @@ def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Epi
                 possible = [task for task in TASKS if task.possible(state)]
                 if not possible:
                     break
-                weights = np.array([_RARE.get(task.name, 1.0) for task in possible])
+                rare = _RARE_OF_A_POLICY if driver else _RARE
+                weights = np.array([rare.get(task.name, 1.0) for task in possible])
                 task = possible[random.choice(len(possible), p=weights / weights.sum())]
                 episode = record_episode(table, task, random, driver)
                 yield episode
