@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from deer_vla_ros.sim.expert import act
 from deer_vla_ros.sim.state import TableState, Views
 from deer_vla_ros.sim.table import Table
 from deer_vla_ros.sim.tasks import RELEASED_M, TASKS, Task
-from deer_vla_ros.training.frames import THINGS
+from deer_vla_ros.sim.things import things
 
 STEP_LIMIT = 80
 SESSION_TASKS = 8
@@ -43,7 +43,8 @@ Driver = Callable[[Observation], Action]
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What the expert would do in one state for every task, in the order of TASKS; the arrays are training.frames.ARRAYS' rows."""
+    """What the expert would do in one state for every task, in the order of TASKS, and where everything is; the arrays are
+    training.frames.ARRAYS' rows."""
 
     actions: np.ndarray
     valid: np.ndarray
@@ -134,17 +135,15 @@ def record_episode(
 
 def _labels(table: Table, current: Task, state: TableState) -> Labels:
     actions = np.zeros((len(TASKS), 7), np.float32)
-    valid, yaws = np.zeros(len(TASKS), bool), np.zeros((len(TASKS), THINGS), np.float32)
-    points, pixels = np.zeros((len(TASKS), THINGS, 3), np.float32), np.zeros((len(TASKS), THINGS, 2, 2), np.float32)
+    valid = np.zeros(len(TASKS), bool)
     for i, task in enumerate(TASKS):
         if task is not current and not task.possible(state):
             continue
         intent = act(task.name, state)
         valid[i], actions[i] = True, [*intent.pose, 1.0 if intent.open else -1.0]
-        for j, thing in enumerate(islice(cycle(intent.things), THINGS)):
-            points[i, j], yaws[i, j] = thing.position, thing.yaw
-            pixels[i, j] = [table.pixel(camera, thing.position) for camera in ("static", "gripper")]
-    return Labels(actions, valid, points, yaws, pixels)
+    there = things(state)
+    pixels = [[table.pixel(camera, position) for camera in ("static", "gripper")] for position in there.positions]
+    return Labels(actions, valid, there.positions.astype(np.float32), there.yaws.astype(np.float32), np.array(pixels, np.float32))
 
 
 class Disturbance:
