@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deer_vla_ros.model.config import CAMERAS, DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
-from deer_vla_ros.model.grounding import POSE_VALUES, QUERY_WIDTH, RELATE_WIDTH, STRIDE
+from deer_vla_ros.model.grounding import NEAR_VALUES, POSE_VALUES, RELATE_WIDTH, STRIDE
 
 GIGA = 1e9
 GIB = 2**30
@@ -75,18 +75,17 @@ def resampler_macs(config: ResamplerConfig, vision: VisionConfig) -> int:
 
 
 def grounding_macs(config: ModelConfig) -> int:
-    """Both images through the grounding's convolutions and past one instruction's queries; 0 where the network has none."""
+    """Both images through the grounding's convolutions and past its queries; 0 where the network has none."""
     if config.grounding is None:
         return 0
     channels, queries, width = config.grounding.channels, config.grounding.queries, config.vision.width
     cells = (config.vision.image_size // STRIDE) ** 2
     stem = 4 * cells * 3 * 25 * (channels // 2) + cells * 9 * (channels // 2) * channels + cells * 9 * channels**2
-    search = attention_macs(queries, cells, channels) + queries * cells * 2 + queries * (channels + 2) * width
+    search = attention_macs(queries, cells, channels) + queries * cells * 2
     things = config.grounding.things
     seen = CAMERAS * (queries // things) * (channels + 2) + POSE_VALUES
-    relate = (seen + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + 8) * width
-    ask = (config.decoder.width + queries * channels) * QUERY_WIDTH
-    return CAMERAS * (stem + search) + ask + things * relate
+    relate = (seen + RELATE_WIDTH + 5) * RELATE_WIDTH + (RELATE_WIDTH + NEAR_VALUES) * width
+    return CAMERAS * (stem + search) + things * relate
 
 
 def proprioception_macs(config: ModelConfig) -> int:

@@ -1,7 +1,8 @@
 """Which instructions is a policy asked to follow, and from which state? Drawn from seeds, shown to be feasible by the expert.
 
 Chains of five instructions (CALVIN's LH-MTLC protocol, Mees et al. 2022, arXiv 2112.03227), and single ones after a few tasks that
-the expert does. Each task is drawn among those that are possible in the state which physics and the expert left behind.
+the expert does. Each task is drawn among those that are possible in the state which physics and the expert left behind (CALVIN's own
+sequences take their tasks from five different categories).
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _TABLE_SEEDS = 2**32
 """Arrangements of the table from here on: recordings draw theirs below."""
 _WEIGHTS = {
     "place_in_drawer": 7.0,
-    "stack_block": 4.0,
+    "stack_block": 2.7,
     "take_out_of_drawer": 6.0,
-    "unstack_block": 2.0,
+    "unstack_block": 1.3,
     **{task.name: 1.6 for task in TASKS if task.name.startswith("push_")},
-    **{task.name: 0.7 for task in TASKS if task.name.startswith(("lift_nearest", "lift_farthest"))},
+    **{task.name: 12.0 for task in TASKS if task.name.startswith(("lift_nearest", "lift_farthest"))},
 }
 """How much more often than others a task is drawn where it is possible, so that all are asked for about equally often."""
 

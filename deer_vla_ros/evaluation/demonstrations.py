@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from deer_vla_ros.sim.expert import act
 from deer_vla_ros.sim.state import TableState, Views
 from deer_vla_ros.sim.table import Table
 from deer_vla_ros.sim.tasks import RELEASED_M, TASKS, Task
-from deer_vla_ros.training.frames import THINGS
+from deer_vla_ros.sim.things import things
 
 STEP_LIMIT = 80
 SESSION_TASKS = 8
@@ -33,13 +33,18 @@ BURSTS = 0.12
 _RARE = {"place_in_drawer": 5.0, "stack_block": 5.0, "take_out_of_drawer": 4.0, "unstack_block": 3.0}
 """How much more often than others a task is chosen where it is possible: it seldom is."""
 
+_RARE_OF_A_POLICY = {**_RARE, **{task.name: 4.0 for task in TASKS if task.name.startswith(("lift_nearest", "lift_farthest"))}}
+"""Where a policy acts first. Whatever the expert does, its frames are labelled for every task; a policy's mistakes come only with what it
+was asked for."""
+
 Driver = Callable[[Observation], Action]
 """A policy that has been told the instruction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What the expert would do in one state for every task, in the order of TASKS; the arrays are training.frames.ARRAYS' rows."""
+    """What the expert would do in one state for every task, in the order of TASKS, and where everything is; the arrays are
+    training.frames.ARRAYS' rows."""
 
     actions: np.ndarray
     valid: np.ndarray
@@ -93,7 +98,8 @@ def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Epi
                 possible = [task for task in TASKS if task.possible(state)]
                 if not possible:
                     break
-                weights = np.array([_RARE.get(task.name, 1.0) for task in possible])
+                rare = _RARE_OF_A_POLICY if driver else _RARE
+                weights = np.array([rare.get(task.name, 1.0) for task in possible])
                 task = possible[random.choice(len(possible), p=weights / weights.sum())]
                 episode = record_episode(table, task, random, driver)
                 yield episode
@@ -129,17 +135,15 @@ def record_episode(
 
 def _labels(table: Table, current: Task, state: TableState) -> Labels:
     actions = np.zeros((len(TASKS), 7), np.float32)
-    valid, yaws = np.zeros(len(TASKS), bool), np.zeros((len(TASKS), THINGS), np.float32)
-    points, pixels = np.zeros((len(TASKS), THINGS, 3), np.float32), np.zeros((len(TASKS), THINGS, 2, 2), np.float32)
+    valid = np.zeros(len(TASKS), bool)
     for i, task in enumerate(TASKS):
         if task is not current and not task.possible(state):
             continue
         intent = act(task.name, state)
         valid[i], actions[i] = True, [*intent.pose, 1.0 if intent.open else -1.0]
-        for j, thing in enumerate(islice(cycle(intent.things), THINGS)):
-            points[i, j], yaws[i, j] = thing.position, thing.yaw
-            pixels[i, j] = [table.pixel(camera, thing.position) for camera in ("static", "gripper")]
-    return Labels(actions, valid, points, yaws, pixels)
+    there = things(state)
+    pixels = [[table.pixel(camera, position) for camera in ("static", "gripper")] for position in there.positions]
+    return Labels(actions, valid, there.positions.astype(np.float32), there.yaws.astype(np.float32), np.array(pixels, np.float32))
 
 
 class Disturbance:

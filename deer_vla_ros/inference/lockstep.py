@@ -96,8 +96,7 @@ class LockstepPolicy:
         images = self._preprocess([image for each in observations for image in (each.static, each.gripper)])
         watch.lap("preprocess")
         text, padding = self._texts(tuple(lane.instruction or "" for lane in lanes))
-        sight = self._model.see(images.unflatten(1, (len(lanes), -1))[0], self._tcp(observations))
-        visual, _ = self._model.visual_tokens(sight, text)
+        visual = self._model.see(images.unflatten(1, (len(lanes), -1))[0], self._tcp(observations)).visual
         watch.lap("vision")
         return visual, text, padding
 

@@ -85,7 +85,7 @@ class DeerPolicy:
             raise UserError("policy: no instruction yet: call reset(instruction) before step(observation)")
         images = self._preprocess((observation.static, observation.gripper))
         watch.lap("preprocess")
-        visual, _ = self._model.visual_tokens(self._model.see(images, self._tcp(observation)), self._text)
+        visual = self._model.see(images, self._tcp(observation)).visual
         watch.lap("vision")
         return self._model.hidden_states(visual, self._text)
 

@@ -77,8 +77,8 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """Words that look for what they name: `queries` per camera in a feature map of `channels`, in equal shares for each of the
-    `things` that an instruction may be about (grounding.py)."""
+    """Looks for `things`, always the same ones: `queries` per camera in a feature map of `channels`, in equal shares for each thing
+    (grounding.py)."""
 
     channels: int = 32
     queries: int = 4
@@ -163,7 +163,7 @@ class ModelConfig:
     @property
     def visual_tokens(self) -> int:
         """Tokens that the layers' cross-attention looks at."""
-        found = CAMERAS * self.grounding.queries + self.grounding.things if self.grounding else 0
+        found = self.grounding.things if self.grounding else 0
         return CAMERAS * self.resampler.latents + found + (1 if self.proprioception else 0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def tabletop(layers: int = 12) -> ModelConfig:
             gate_init=0.5,
         ),
         head=HeadConfig(hidden=32, mlp_widths=(32,), lstm_layers=1, lstm_dropout=0.0, mlp_dropout=0.0),
-        grounding=GroundingConfig(queries=6, things=3),
+        grounding=GroundingConfig(queries=14, things=7),
         proprioception=ProprioceptionConfig(centre=(0.45, 0.0, 0.15), reach=0.2, turn=0.25),
     )
 

@@ -18,12 +18,11 @@ from deer_vla_ros.model.resampler import FeedForward, merge_heads, split_heads
 class TextContext:
     """What the network needs of an instruction; computed once per episode.
 
-    embedding (B, S, width); words (B, width), its mean over the real tokens; attention_bias (B, heads, S, S), added to the attention scores; sees_image (B, S, 1), 0 before
-    `<image>`, 1 from there on.
+    embedding (B, S, width); attention_bias (B, heads, S, S), added to the attention scores; sees_image (B, S, 1), 0 before `<image>`, 1
+    from there on.
     """
 
     embedding: Tensor
-    words: Tensor
     attention_bias: Tensor
     sees_image: Tensor
 

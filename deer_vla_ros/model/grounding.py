@@ -1,8 +1,9 @@
-"""Where in the images is what the instruction names, and where is the arm? Two inputs that only small networks switch on.
+"""Where are the things on the table, seen from the gripper? And where is the arm? Two inputs that only small networks switch on.
 
-A network of this size trained from nothing does not find out by itself that a colour word means a colour in the image. Here the
-words ask each camera's feature map directly (a spatial soft-argmax, Finn et al. 2016, arXiv 1509.06113, with language as the
-query), and what they find is handed to the layers as further visual tokens. The released networks do without.
+A network of this size trained from nothing does not find out by itself where in an image a block is. Here learnt queries, one set per thing,
+ask each camera's feature map (a spatial soft-argmax, Finn et al. 2016, arXiv 1509.06113), and what they find is handed to the layers
+as further visual tokens. Always the same things, whatever the instruction: which of them is meant, the layers have to work out. The
+released networks do without.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ NEARBY = 4.0
 """How much finer the point token tells what is near: centimetres decide whether a gripper closes."""
 
 POSE_VALUES = 6
-QUERY_WIDTH = 128
-"""Between words and queries: "the red block" asks for what is red and "nearest to the red block" for what is not, which no linear map does."""
 RELATE_WIDTH = 128
+NEAR_VALUES = 14
+"""Of a token, beside the hidden ones: the position coarse and fine, the turn, the TCP's rotation coarse and fine."""
+WHICH_SCALE = 0.5
+"""Of what tells a thing's token from another's, beside values of a standard deviation of 1: enough for words to ask for one by the first step."""
 
 
 @dataclass(frozen=True)
 class Found:
     """logits (B, cameras, queries, cells): how much each query looks at each cell, before the softmax, row by row;
-    point (B, things, 3): where the things that the instruction is about are, from the TCP, in units of POINT_UNIT [m], axes of the action
-    frame; turn (B, things, 2): cosine and sine of four times their yaw in the action frame, as a cube looks the same after a quarter turn;
-    tokens (B, cameras * queries + things, visual width), the last ones say `point` and `turn`."""
+    point (B, things, 3): where the things are, from the TCP, in units of POINT_UNIT [m], axes of the action frame;
+    turn (B, things, 2): cosine and sine of four times their yaw from the fingers', as a cube looks the same after a quarter turn;
+    tokens (B, things, visual width): they say `point`, `turn` and how the TCP itself is turned."""
 
     logits: Tensor
     point: Tensor
@@ -42,62 +45,39 @@ class Found:
 
 
 class Grounding(nn.Module):
-    """`look` at the images once; `find` what any number of instructions name in them.
+    """Locates each thing from its own queries alone: what follows from several of them (which is nearest?) is left to the layers."""
 
-    Each thing is located from its own queries alone: what follows from several of them (which is nearest?) is left to the layers.
-    """
-
-    def __init__(self, config: GroundingConfig, image_size: int, text_width: int, visual_width: int, cameras: int):
+    def __init__(self, config: GroundingConfig, image_size: int, visual_width: int, cameras: int):
         super().__init__()
-        self.queries, self.channels, self.things = config.queries, config.channels, config.things
+        self.things, each = config.things, config.queries // config.things
         side = image_size // STRIDE
         self.stems = nn.ModuleList(_stem(config.channels) for _ in range(cameras))
         self.positions = nn.Parameter(torch.zeros(cameras, config.channels, side * side))
-        self.norm_text = nn.LayerNorm(text_width)
-        self.query = nn.Sequential(
-            nn.Linear(text_width, QUERY_WIDTH), nn.GELU(), nn.Linear(QUERY_WIDTH, config.queries * config.channels)
-        )
-        self.out = nn.Linear(config.channels + 2, visual_width)
-        self.norm_out = nn.LayerNorm(visual_width)
-        self.cameras = nn.Parameter(torch.randn(cameras, config.queries, visual_width) * 0.02)
-        self.relate = nn.Sequential(
-            nn.Linear(cameras * (config.queries // config.things) * (config.channels + 2) + POSE_VALUES, RELATE_WIDTH),
-            nn.GELU(),
-            nn.Linear(RELATE_WIDTH, RELATE_WIDTH),
-            nn.GELU(),
-        )
+        self.queries = nn.Parameter(torch.randn(config.queries, config.channels))
+        self.seen = nn.Linear(cameras * each * (config.channels + 2) + POSE_VALUES, RELATE_WIDTH)
+        self.which_seen = nn.Parameter(torch.zeros(config.things, RELATE_WIDTH))
+        self.relate = nn.Sequential(nn.GELU(), nn.Linear(RELATE_WIDTH, RELATE_WIDTH), nn.GELU())
         self.point = nn.Linear(RELATE_WIDTH, 3)
         self.turn = nn.Linear(RELATE_WIDTH, 2)
-        self.point_token = nn.Linear(RELATE_WIDTH + 8, visual_width)
+        self.point_token = nn.Linear(RELATE_WIDTH + NEAR_VALUES, visual_width)
         self.norm_point = nn.LayerNorm(visual_width)
-        self.which = nn.Parameter(torch.randn(config.things, visual_width) * 0.02)
+        self.which = nn.Parameter(torch.randn(config.things, visual_width) * WHICH_SCALE)
         self.register_buffer("cells", cell_centres(self.positions), persistent=False)
 
-    def look(self, images: Tensor) -> Tensor:
-        """(B, cameras, 3, size, size) -> (B, cameras, channels, cells)."""
-        maps = [stem(images[:, camera]).flatten(2) for camera, stem in enumerate(self.stems)]
-        return torch.stack(maps, 1) + self.positions
-
-    def find(self, maps: Tensor, words: Tensor, pose: Tensor) -> Found:
-        """maps (B, cameras, channels, cells) as `look` gives them; pose (B, POSE_VALUES), the TCP's as Proprioception.values gives it, zeros where it is
-        not known; words (B * n, text width), the mean of an instruction's tokens: n instructions for each image, image by image.
-        What is found has B * n rows."""
-        queries = self.query(self.norm_text(words)).view(maps.shape[0], -1, self.channels)  # n * queries for each image
-        logits = torch.einsum("bqc,bvcn->bvqn", queries, maps) * self.channels**-0.5
+    def forward(self, images: Tensor, pose: Tensor) -> Found:
+        """images (B, cameras, 3, size, size), normalised; pose (B, POSE_VALUES), the TCP's as Proprioception.values gives it, zeros where it is not
+        known."""
+        maps = torch.stack([stem(images[:, camera]).flatten(2) for camera, stem in enumerate(self.stems)], 1) + self.positions
+        logits = torch.einsum("qc,bvcn->bvqn", self.queries, maps) * self.queries.shape[1] ** -0.5
         weights = logits.softmax(-1)
         attended = torch.einsum("bvqn,bvcn->bvqc", weights, maps)
-        logits, seen = (self._by_instruction(x) for x in (logits, torch.cat([attended, weights @ self.cells], -1)))
-        tokens = (self.norm_out(self.out(seen)) + self.cameras).flatten(1, 2)
-        own = seen.unflatten(2, (self.things, -1)).transpose(1, 2).flatten(2)  # (B * n, things, what its queries saw)
-        pose = pose.repeat_interleave(words.shape[0] // maps.shape[0], 0)[:, None].expand(-1, self.things, -1)
-        related = self.relate(torch.cat([own, pose], -1))
-        point, turn = self.point(related), self.turn(related)
-        near = torch.cat([related, point, torch.tanh(point * NEARBY), turn], -1)
-        return Found(logits, point, turn, torch.cat([tokens, self.norm_point(self.point_token(near)) + self.which], 1))
-
-    def _by_instruction(self, x: Tensor) -> Tensor:
-        """(B, cameras, n * queries, ...) -> (B * n, cameras, queries, ...)."""
-        return x.unflatten(2, (-1, self.queries)).transpose(1, 2).flatten(0, 1)
+        seen = torch.cat([attended, weights @ self.cells], -1)
+        own = seen.unflatten(2, (self.things, -1)).transpose(1, 2).flatten(2)  # (B, things, what its queries saw)
+        pose = pose[:, None].expand(-1, self.things, -1)
+        related = self.relate(self.seen(torch.cat([own, pose], -1)) + self.which_seen)
+        point, turn, rotation = self.point(related), self.turn(related), pose[..., 3:]
+        near = torch.cat([related, point, torch.tanh(point * NEARBY), turn, rotation, torch.tanh(rotation * NEARBY)], -1)
+        return Found(logits, point, turn, self.norm_point(self.point_token(near)) + self.which)
 
 
 def cell_centres(positions: Tensor) -> Tensor:

@@ -20,12 +20,11 @@ from deer_vla_ros.model.vision import VisionTower
 
 @dataclass(frozen=True)
 class Sight:
-    """What is seen at one moment, before any instruction: visual (B, tokens, vision width); pose (B, POSE_VALUES) of the TCP, zeros
-    where the network does not take it; maps: what grounding searches."""
+    """What is seen at one moment, whatever the instruction: visual (B, config.visual_tokens, vision width), what the layers look at; found: what
+    the grounding found, where there is one."""
 
     visual: Tensor
-    pose: Tensor
-    maps: Tensor | None
+    found: Found | None
 
 
 class MultiExitVLA(nn.Module):
@@ -43,9 +42,7 @@ class MultiExitVLA(nn.Module):
         self.resampler = PerceiverResampler(visual_width, config.resampler)
         self.proprioception = Proprioception(config.proprioception, visual_width) if config.proprioception else None
         self.grounding = (
-            Grounding(config.grounding, config.vision.image_size, decoder.width, visual_width, CAMERAS)
-            if config.grounding
-            else None
+            Grounding(config.grounding, config.vision.image_size, visual_width, CAMERAS) if config.grounding else None
         )
         self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
         self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
@@ -74,7 +71,7 @@ class MultiExitVLA(nn.Module):
         return visual.unflatten(0, (batch, cameras)).flatten(1, 2)
 
     def see(self, images: Tensor, tcp: Tensor | None = None) -> Sight:
-        """What both cameras and the arm's pose give whatever the instruction: images as in `encode_images`, tcp (B, 7).
+        """What both cameras and the arm's pose give: images as in `encode_images`, tcp (B, 7).
 
         UserError where the network needs a measured pose and gets none.
         """
@@ -87,26 +84,15 @@ class MultiExitVLA(nn.Module):
                 )
             pose = self.proprioception.values(tcp.float()).to(self.dtype)
             visual = torch.cat([visual, self.proprioception(pose)], 1)
-        return Sight(visual, pose, self.grounding.look(images) if self.grounding is not None else None)
-
-    def visual_tokens(self, sight: Sight, text: TextContext) -> tuple[Tensor, Found | None]:
-        """(B * n, config.visual_tokens, vision width): what the layers look at; and what the grounding found, where there is one.
-
-        sight of B moments; text of B * n instructions, n for each moment, moment by moment.
-        """
-        each = text.embedding.shape[0] // sight.visual.shape[0]
-        visual = sight.visual.repeat_interleave(each, 0) if each > 1 else sight.visual
         if self.grounding is None:
-            return visual, None
-        found = self.grounding.find(sight.maps, text.words, sight.pose)
-        return torch.cat([visual, found.tokens], 1), found
+            return Sight(visual, None)
+        found = self.grounding(images, pose)
+        return Sight(torch.cat([visual, found.tokens], 1), found)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, image_token: int) -> TextContext:
         """(B, S) token ids and mask (1 = real token) -> what the layers need of them; depends on nothing else."""
-        embedding, mask = self.token_embedding(input_ids), attention_mask[..., None].to(self.dtype)
         return TextContext(
-            embedding=embedding,
-            words=(embedding * mask).sum(1) / mask.sum(1),
+            embedding=self.token_embedding(input_ids),
             attention_bias=attention_bias(attention_mask, self.config.decoder).to(self.dtype),
             sees_image=((input_ids == image_token).cumsum(1) > 0)[..., None].to(self.dtype),
         )

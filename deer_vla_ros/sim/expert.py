@@ -6,7 +6,6 @@ labels of two visits to one state agree (a demonstrator with hidden phases teach
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import mujoco
@@ -30,6 +29,7 @@ from deer_vla_ros.sim.tasks import (
     related,
     stacked,
 )
+from deer_vla_ros.sim.things import drawer_handle, lamp_switch, led_button, slider_knob, yaw_of
 
 STEP_M = 0.03  # translation of a pose value of 1
 STEP_RAD = 0.15  # rotation of a pose value of 1
@@ -43,25 +43,14 @@ _GAIN = 0.9  # share of the distance that one step goes: the arm's own lag does 
 
 
 @dataclass(frozen=True, eq=False)
-class Thing:
-    """position: (3,) m, base frame, its middle. yaw: rad, about the base frame's z: how it is turned; 0 for what stands along the axes."""
-
-    position: np.ndarray
-    yaw: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
 class Intent:
     """What the expert wants in one state.
 
     pose: (6,) action in -1..1, units STEP_M and STEP_RAD, base frame. open: whether the gripper is to be open.
-    things: what a policy has to find in its images: the one that the next motions are about, or, where the instruction names a
-    relation, the block that it names and the two that it may mean.
     """
 
     pose: np.ndarray
     open: bool
-    things: tuple[Thing, ...]
 
 
 def act(task: str, state: TableState) -> Intent:
@@ -69,71 +58,59 @@ def act(task: str, state: TableState) -> Intent:
     if task.startswith(("lift_", "push_")):
         verb, colour, *side = task.split("_")
         if colour in RELATIONS:
-            return _pick_related(state, colour, side[1])
+            return _pick(state, related(state, colour, side[1]))
         if verb == "lift":
             return _pick(state, colour)
-        return _push_block(state, colour, 1.0 if side[1] == "left" else -1.0)
+        return _push(state, state.block(colour).position, np.array([0.0, 1.0 if side[1] == "left" else -1.0]), 0.024)
     return _SCRIPTS[task](state)
 
 
 def _pick(state: TableState, colour: str) -> Intent:
     """Takes the block and lifts it."""
-    intent = _grip(state, colour)
-    return dataclasses.replace(intent, things=(Thing(intent.things[0].position, _yaw(state.block(colour).quaternion)),))
-
-
-def _pick_related(state: TableState, relation: str, named: str) -> Intent:
-    blocks = (state.block(colour) for colour in (named, *others(named)))
-    things = tuple(Thing(block.position.copy(), _yaw(block.quaternion)) for block in blocks)
-    return dataclasses.replace(_grip(state, related(state, relation, named)), things=things)
-
-
-def _grip(state: TableState, colour: str) -> Intent:
     block, tcp = state.block(colour), state.tcp.position
     if held(state) == colour:
-        return _intent(state, [*tcp[:2], min(tcp[2] + 0.05, HIGHEST)], open_=False, point=block.position, turn=None)
+        return _intent(state, [*tcp[:2], min(tcp[2] + 0.05, HIGHEST)], open_=False, turn=None)
     if (blocked := _let_go(state, but=colour)) is not None:
         return blocked
     goal = np.array([*block.position[:2], max(block.position[2] - 0.002, 0.018)])
-    yaw = _yaw(block.quaternion) if np.hypot(*(goal - tcp)[:2]) < 0.10 else 0.0
+    yaw = yaw_of(block.quaternion) if np.hypot(*(goal - tcp)[:2]) < 0.10 else 0.0
     if _is_near(tcp, goal, 0.013, 0.014):
-        return _intent(state, goal, open_=False, point=block.position, turn=None)
-    return _approach(state, goal, open_=True, point=block.position, yaw=yaw)
+        return _intent(state, goal, open_=False, turn=None)
+    return _approach(state, goal, open_=True, yaw=yaw)
 
 
-def _put(state: TableState, goal: np.ndarray, release_z: float, xy: float, point: np.ndarray) -> Intent:
+def _put(state: TableState, goal: np.ndarray, release_z: float, xy: float) -> Intent:
     """With a held block: over the goal, down, let go."""
     tcp = state.tcp.position
     if _is_near(tcp, goal, xy, release_z):
-        return _intent(state, goal, open_=True, point=point, turn=None)
-    return _approach(state, goal, open_=False, point=point, yaw=None, transit=TRANSIT + 0.02, funnel=0.012)
+        return _intent(state, goal, open_=True, turn=None)
+    return _approach(state, goal, open_=False, yaw=None, transit=TRANSIT + 0.02, funnel=0.012)
 
 
 def _place_in_drawer(state: TableState) -> Intent:
     place = np.array([*(DRAWER_PLACE - [state.drawer, 0.0]), 0.050])
     if held(state) is None:
         around = between_fingers(state)
-        return _release(state, place) if around and in_drawer(state, around) else _pick_nearest(state)
-    return _put(state, place, 0.012, 0.012, place)
+        return _release(state) if around and in_drawer(state, around) else _pick_nearest(state)
+    return _put(state, place, 0.012, 0.012)
 
 
 def _stack(state: TableState) -> Intent:
     colour = held(state)
     if colour is None:
         around = between_fingers(state)
-        base = below(state, around) if around else None
-        return _release(state, state.block(base).position) if base else _pick_nearest(state)
+        return _release(state) if around and below(state, around) else _pick_nearest(state)
     block, tcp = state.block(colour), state.tcp.position
-    others = free_blocks(state) or [c for c in COLOURS if c != colour]
-    base = min((state.block(c).position for c in others), key=lambda p: np.hypot(*(p - tcp)[:2]))
+    free = free_blocks(state) or others(colour)
+    base = min((state.block(c).position for c in free), key=lambda p: np.hypot(*(p - tcp)[:2]))
     # The block may sit off the fingers' middle: it is the block that has to come to rest over the other one.
     goal = base + [0.0, 0.0, 2 * BLOCK_HALF + 0.004] - (block.position - tcp)
-    return _put(state, goal, 0.007, 0.009, base)
+    return _put(state, goal, 0.007, 0.009)
 
 
-def _release(state: TableState, point: np.ndarray) -> Intent:
+def _release(state: TableState) -> Intent:
     """The block stands where it should: the fingers open."""
-    return _intent(state, state.tcp.position, open_=True, point=point, turn=None)
+    return _intent(state, state.tcp.position, open_=True, turn=None)
 
 
 def _pick_nearest(state: TableState) -> Intent:
@@ -154,10 +131,6 @@ def _unstack(state: TableState) -> Intent:
     return _pick(state, held(state) or (pair[0] if pair else COLOURS[0]))
 
 
-def _push_block(state: TableState, colour: str, sign: float) -> Intent:
-    return _push(state, state.block(colour).position, np.array([0.0, sign]), 0.024)
-
-
 def _push(state: TableState, thing: np.ndarray, direction: np.ndarray, z: float) -> Intent:
     """Comes down behind the thing with closed fingers and pushes it along `direction` (2,), a unit vector along x or y."""
     if (blocked := _let_go(state)) is not None:
@@ -168,38 +141,37 @@ def _push(state: TableState, thing: np.ndarray, direction: np.ndarray, z: float)
     aside = offset - along * direction
     if -_BESIDE - 0.03 < along < -0.020 and np.hypot(*aside) < 0.016 and abs(tcp[2] - z) < 0.020:
         ahead = np.array([*(thing[:2] + 0.06 * direction), z])
-        return _intent(state, ahead, open_=False, point=thing, turn=0.0)
+        return _intent(state, ahead, open_=False, turn=0.0)
     goal = np.array([*(thing[:2] - _BESIDE * direction), z])
-    return _approach(state, goal, open_=False, point=thing, yaw=0.0)
+    return _approach(state, goal, open_=False, yaw=0.0)
 
 
 def _open_drawer(state: TableState) -> Intent:
     """Closes on the handle and pulls."""
-    handle = np.array([0.472 - state.drawer, -0.28, 0.084])
-    tcp = state.tcp.position
+    handle, tcp = drawer_handle(state), state.tcp.position
     if _is_near(tcp, handle, 0.014, 0.012):
         if state.opening < 0.032:
-            return _intent(state, handle - [0.06, 0.0, 0.0], open_=False, point=handle, turn=0.0)
-        return _intent(state, handle, open_=False, point=handle, turn=0.0)
+            return _intent(state, handle - [0.06, 0.0, 0.0], open_=False, turn=0.0)
+        return _intent(state, handle, open_=False, turn=0.0)
     if (blocked := _let_go(state)) is not None:
         return blocked
-    return _approach(state, handle, open_=True, point=handle, yaw=0.0)
+    return _approach(state, handle, open_=True, yaw=0.0)
 
 
 def _close_drawer(state: TableState) -> Intent:
-    return _push(state, np.array([0.477 - state.drawer, -0.28, 0.072]), np.array([1.0, 0.0]), 0.070)
+    return _push(state, drawer_handle(state) + [0.005, 0.0, -0.012], np.array([1.0, 0.0]), 0.070)
 
 
 def _move_slider(sign: float):
     def script(state: TableState) -> Intent:
-        return _push(state, np.array([0.64, -0.10 + state.slider, 0.075]), np.array([0.0, sign]), 0.060)
+        return _push(state, slider_knob(state), np.array([0.0, sign]), 0.060)
 
     return script
 
 
 def _turn_lamp(sign: float):
     def script(state: TableState) -> Intent:
-        return _push(state, np.array([0.62, 0.22 + state.switch, 0.045]), np.array([0.0, sign]), 0.042)
+        return _push(state, lamp_switch(state), np.array([0.0, sign]), 0.042)
 
     return script
 
@@ -209,13 +181,13 @@ def _turn_led(on: bool):
         """Presses the button; where that has been done to no avail (the light had been pressed before), lets it up first."""
         if (blocked := _let_go(state)) is not None:
             return blocked
-        button, tcp = np.array([0.38, 0.26, 0.042]), state.tcp.position
+        button, tcp = led_button(), state.tcp.position
         over = np.hypot(*(tcp - button)[:2]) < 0.016
         if state.led == on or (over and tcp[2] < 0.040):
-            return _intent(state, [*button[:2], 0.10], open_=False, point=button, turn=0.0)
+            return _intent(state, [*button[:2], 0.10], open_=False, turn=0.0)
         if over and tcp[2] < 0.075:
-            return _intent(state, [*button[:2], 0.020], open_=False, point=button, turn=0.0)
-        return _approach(state, [*button[:2], 0.055], open_=False, point=button, yaw=0.0)
+            return _intent(state, [*button[:2], 0.020], open_=False, turn=0.0)
+        return _approach(state, [*button[:2], 0.055], open_=False, yaw=0.0)
 
     return script
 
@@ -245,13 +217,11 @@ def _let_go(state: TableState, but: str = "") -> Intent | None:
         near = [c for c in COLOURS if c != but and (np.abs(state.block(c).position - tcp) < _CLEAR).all()]
         if not near or state.opening < 0.03:
             return None
-        return _intent(state, [*tcp[:2], tcp[2] + 0.05], open_=True, point=state.block(near[0]).position, turn=None)
-    return _intent(state, tcp, open_=True, point=state.block(colour).position, turn=None)
+        return _intent(state, [*tcp[:2], tcp[2] + 0.05], open_=True, turn=None)
+    return _intent(state, tcp, open_=True, turn=None)
 
 
-def _approach(
-    state: TableState, goal, open_: bool, point, yaw: float | None, transit: float = TRANSIT, funnel: float = 0.015
-) -> Intent:
+def _approach(state: TableState, goal, open_: bool, yaw: float | None, transit: float = TRANSIT, funnel: float = 0.015) -> Intent:
     """Over the goal at transit height, then down a funnel onto it; first up, where the arm is lower than the funnel."""
     goal, tcp = np.asarray(goal, float), state.tcp.position
     distance = float(np.hypot(*(goal - tcp)[:2]))
@@ -261,10 +231,10 @@ def _approach(
         height = max(height, goal[2] + 0.07)
     below = height - tcp[2]
     share = float(np.clip(1.0 - (below - 0.02) / 0.03, 0.0, 1.0))  # how much of the way sideways is free
-    return _intent(state, [*(tcp[:2] + share * (goal - tcp)[:2]), height], open_, point, yaw)
+    return _intent(state, [*(tcp[:2] + share * (goal - tcp)[:2]), height], open_, yaw)
 
 
-def _intent(state: TableState, goal, open_: bool, point, turn: float | None) -> Intent:
+def _intent(state: TableState, goal, open_: bool, turn: float | None) -> Intent:
     """One step towards a TCP position. turn: yaw to turn to [rad], None keeps the orientation."""
     motion = _GAIN * (np.asarray(goal, float) - state.tcp.position) / STEP_M
     motion /= max(1.0, float(np.abs(motion).max()))
@@ -273,7 +243,7 @@ def _intent(state: TableState, goal, open_: bool, point, turn: float | None) -> 
         current = np.roll(state.tcp.quaternion, 1)
         rotation = _GAIN * rotation_vector(_turned(turn), current) / STEP_RAD
         rotation /= max(1.0, float(np.abs(rotation).max()))
-    return Intent(np.concatenate([motion, rotation]).astype(np.float32), open_, (Thing(np.asarray(point, float).copy()),))
+    return Intent(np.concatenate([motion, rotation]).astype(np.float32), open_)
 
 
 def _turned(yaw: float) -> np.ndarray:
@@ -281,13 +251,6 @@ def _turned(yaw: float) -> np.ndarray:
     result = np.empty(4)
     mujoco.mju_mulQuat(result, np.array([np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)]), _DOWN)
     return result
-
-
-def _yaw(quaternion: np.ndarray) -> float:
-    """Yaw [rad] of a cube, of four equal ones the one nearest to 0."""
-    x, y, z, w = quaternion
-    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-    return float((yaw + np.pi / 4) % (np.pi / 2) - np.pi / 4)
 
 
 def _is_near(tcp: np.ndarray, goal: np.ndarray, xy: float, z: float) -> bool:

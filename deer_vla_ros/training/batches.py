@@ -27,7 +27,7 @@ class Batch:
     """One process's share of a batch: N instruction-steps, N = B windows of T steps.
 
     images (F, cameras, 3, size, size) uint8 and tcp (F, 7) or None, of F moments; ids, mask (N, S): N / F instructions for each
-    moment, moment by moment; targets of (B, T); pixels (N, things, cameras, 2), points (N, things, 3) and yaws (N, things) or None, as
+    moment, moment by moment; targets of (B, T); pixels (F, things, cameras, 2), points (F, things, 3) and yaws (F, things) or None, as
     losses.heatmap_loss, point_loss and turn_loss take them.
     features (exits, B, T, width): in place of images and texts, where they were computed before.
     """
@@ -92,21 +92,14 @@ class FrameBatches:
         phrases = self._texts.draw(tasks, random)
         rows, tasks, phrases = (share.of(part) for part in (rows, tasks, phrases))
         ids, mask = self._texts.encoded(phrases.ravel())
-
-        def labels(name: str) -> Tensor:
-            return torch.from_numpy(np.take_along_axis(
-                array := self._frames.gather(name, rows), tasks.reshape(*tasks.shape, *[1] * (array.ndim - 2)), 1
-            )).flatten(0, 1)  # fmt: skip
-
+        actions = np.take_along_axis(self._frames.gather("actions", rows), tasks[..., None], 1)
+        there = {name: torch.from_numpy(self._frames.gather(name, rows)) for name in ("tcp", "pixels", "points", "yaws")}
         return Batch(
             images=_channels_first(self._frames.gather("images", rows)),
-            tcp=torch.from_numpy(self._frames.gather("tcp", rows)),
             ids=ids,
             mask=mask,
-            targets=ActionTargets.from_actions(labels("actions")[:, None]),
-            pixels=labels("pixels"),
-            points=labels("points"),
-            yaws=labels("yaws"),
+            targets=ActionTargets.from_actions(torch.from_numpy(actions).flatten(0, 1)[:, None]),
+            **there,
         )
 
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from deer_vla_ros.errors import UserError
 
-FORMAT = 3
-THINGS = 3
-"""How many things an instruction may be about; one that is about fewer has them again."""
+FORMAT = 5
+THINGS = 7
+"""How many things of the table are told of, in the order of sim.things.NAMES."""
 POSE, GRIPPER = slice(0, 6), 6
 
 ARRAYS = {
@@ -30,9 +30,9 @@ ARRAYS = {
     "episode": np.int32,  # (N,): number of the episode within the shard, ascending
     "actions": np.float32,  # (N, tasks, 7): pose in -1..1 and gripper, 1 open, -1 closed
     "valid": np.bool_,  # (N, tasks): whether that task makes sense in this frame
-    "points": np.float32,  # (N, tasks, THINGS, 3): middles of the things that the task is about now [m], base frame
-    "yaws": np.float32,  # (N, tasks, THINGS): how they are turned about z [rad], a quarter turn makes no difference
-    "pixels": np.float32,  # (N, tasks, THINGS, 2, 2): where each camera sees them, x and y, 0..1 inside the image
+    "points": np.float32,  # (N, THINGS, 3): where things are [m], base frame; NaN where it cannot be seen
+    "yaws": np.float32,  # (N, THINGS): how they are turned about z [rad], a quarter turn makes no difference
+    "pixels": np.float32,  # (N, THINGS, 2, 2): where each camera sees them, x and y, 0..1 inside the image, else or NaN not in it
 }
 
 

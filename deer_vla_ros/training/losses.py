@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.model.grounding import POINT_UNIT, Found
+from deer_vla_ros.model.grounding import POINT_UNIT, Found, turn_from_down
 from deer_vla_ros.model.head import ActionHead, HeadOutput, pool
 from deer_vla_ros.model.network import MultiExitVLA
 
@@ -161,7 +161,8 @@ def features_of(
     Gradients reach the parameters that require them; where none below the heads does, the features carry no graph.
     """
     text = model.encode_text(input_ids, attention_mask, image_token)
-    visual, found = model.visual_tokens(model.see(images, tcp), text)
+    sight = model.see(images, tcp)
+    visual = sight.visual.repeat_interleave(input_ids.shape[0] // images.shape[0], 0)
     features = []
     padding = None if pool_padding else (attention_mask == 0)[..., None]
     for layer, hidden in enumerate(model.hidden_states(visual, text)):
@@ -169,20 +170,21 @@ def features_of(
             features.append(_pooled(hidden, padding))
     if model.final_norm is not None:
         features.append(_pooled(model.final_norm(hidden), padding))
-    return torch.stack(features), found
+    return torch.stack(features), sight.found
 
 
 def point_loss(found: Found, points: Tensor, tcp: Tensor, beta: float = 0.1) -> Tensor:
-    """Smooth L1 of where the things are, seen from the TCP, in units of POINT_UNIT: points (N, things, 3) [m], tcp (F, 7), action frame."""
-    points = points[:, : found.point.shape[1]]
-    wanted = (points - tcp[:, :3].repeat_interleave(points.shape[0] // tcp.shape[0], 0)[:, None]) / POINT_UNIT
-    return F.smooth_l1_loss(found.point, wanted, beta=beta)
+    """Smooth L1 of where the things are, seen from the TCP, in units of POINT_UNIT: points (F, things, 3) [m], NaN where that cannot be seen,
+    which counts 0; tcp (F, 7); action frame."""
+    wanted = (points - tcp[:, None, :3]) / POINT_UNIT
+    return F.smooth_l1_loss(found.point, torch.where(wanted.isnan(), found.point.detach(), wanted), beta=beta)
 
 
-def turn_loss(found: Found, yaws: Tensor, beta: float = 0.1) -> Tensor:
-    """Smooth L1 of how the things are turned: yaws (N, things) [rad], action frame."""
-    yaws = yaws[:, : found.turn.shape[1]]
-    return F.smooth_l1_loss(found.turn, torch.stack([torch.cos(4 * yaws), torch.sin(4 * yaws)], -1), beta=beta)
+def turn_loss(found: Found, yaws: Tensor, points: Tensor, tcp: Tensor, beta: float = 0.1) -> Tensor:
+    """Smooth L1 of how the things are turned, seen from the fingers: yaws (F, things) [rad]; points and tcp as `point_loss` takes them."""
+    angles = 4 * (yaws - turn_from_down(tcp[:, 3:])[:, None, 2])
+    wanted = torch.stack([angles.cos(), angles.sin()], -1)
+    return F.smooth_l1_loss(found.turn, torch.where(points[..., :1].isnan(), found.turn.detach(), wanted), beta=beta)
 
 
 def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:
@@ -193,12 +195,11 @@ def heatmap_loss(found: Found, pixels: Tensor, spread: float = 0.7) -> Tensor:
     """How far the first query of each thing and camera looks away from that thing: cross-entropy against a Gaussian of `spread` cells
     around it; mean over all views, of which one that does not have it inside counts 0.
 
-    pixels (N, things, cameras, 2): x and y, 0..1 inside the image, NaN behind the camera. The simulator knows them, a robot's recording
+    pixels (F, things, cameras, 2): x and y, 0..1 inside the image, NaN where it cannot be seen. The simulator knows them, a robot's recording
     does not: a loss for the table only.
     """
-    things = found.point.shape[1]
-    logits = found.logits[:, :, :: found.logits.shape[2] // things]
-    pixels = pixels[:, :things].transpose(1, 2)
+    logits = found.logits[:, :, :: found.logits.shape[2] // found.point.shape[1]]
+    pixels = pixels.transpose(1, 2)
     side = round(logits.shape[-1] ** 0.5)
     centres = torch.arange(side, device=logits.device) + 0.5
     inside = ((pixels > 0) & (pixels < 1)).all(-1)

@@ -103,7 +103,7 @@ class StageLoss(nn.Module):
         if train.is_guided and found is not None and batch.pixels is not None:
             loss["heatmap"] = heatmap_loss(found, batch.pixels)
             loss["point"] = point_loss(found, batch.points, batch.tcp)
-            loss["turn"] = turn_loss(found, batch.yaws)
+            loss["turn"] = turn_loss(found, batch.yaws, batch.points, batch.tcp)
             guides = train.heatmap * loss["heatmap"] + train.point * loss["point"] + train.turn * loss["turn"]
             loss["total"] = loss["total"] + guides
         return loss

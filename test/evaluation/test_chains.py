@@ -98,6 +98,12 @@ def test_other_words_make_the_same_chain_and_no_task_comes_twice_in_a_row(chains
             assert instruction in (BY_NAME[task].held_out if held_out else BY_NAME[task].phrasings)
 
 
+def test_relations_are_asked_for_as_often_as_other_tasks_though_they_seldom_make_sense(tables):
+    tasks = [task for index in range(20) for task in draw_chain(tables[0], chain_seed(1, index), "training").tasks]
+    relations = sum(task.startswith(("lift_nearest", "lift_farthest")) for task in tasks)
+    assert 0.11 < relations / len(tasks) < 0.33, "6 of 27 tasks, give or take two standard deviations of 100"
+
+
 @pytest.mark.parametrize("task", ["place_in_drawer", "stack_block", "take_out_of_drawer", "push_red_block_left"])
 def test_a_single_instruction_can_be_followed_after_what_led_to_it(task, tables):
     single = draw_single(tables[0], task, single_seed(0, task, 0), "held-out")

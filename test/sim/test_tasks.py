@@ -131,14 +131,6 @@ def test_a_relation_that_is_not_clear_is_not_asked_for():
     assert BY_NAME["lift_nearest_to_pink"].possible(close), "0.12 m and 0.16 m"
 
 
-@pytest.mark.parametrize("relation", ["nearest_to", "farthest_from"])
-def test_the_expert_shows_a_relation_s_three_blocks_the_named_one_first(relation):
-    state = standing(red=(0.35, 0.0), blue=(0.45, 0.0), pink=(0.35, 0.16))
-    shown = [thing.position for thing in act(f"lift_{relation}_blue", state).things]
-    assert np.array_equal(shown, [state.block(colour).position for colour in ("blue", "red", "pink")])
-    assert len(act("lift_blue_block", state).things) == 1
-
-
 def test_blocks_are_stacked_and_unstacked():
     with Table() as table:
         table.reset(5)

@@ -1,11 +1,16 @@
 """Can the gripper do with the things on the table what the tasks ask for?"""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from deer_vla_ros.sim.scene import DRAWER_PLACE
 from deer_vla_ros.sim.state import COLOURS
 from deer_vla_ros.sim.table import Table
+from deer_vla_ros.sim.things import NAMES, things
+from deer_vla_ros.training.frames import THINGS
 
 DOWN = Rotation.from_quat([1.0, 0.0, 0.0, 0.0])
 OPEN, CLOSED = 0.08, 0.0
@@ -157,3 +162,33 @@ def test_what_nobody_touches_stays_where_it_is():
 def test_an_unknown_colour_is_refused_by_name():
     with pytest.raises(ValueError, match="'green'.*red, blue, pink"):
         Table().state().block("green")
+
+
+def test_things_are_where_tasks_act_upon_them():
+    with Table() as table:
+        table.reset(3)
+        state = table.state()
+        there = things(state)
+        assert there.positions.shape == (len(NAMES), 3) and there.yaws.shape == (len(NAMES),) and len(NAMES) == THINGS
+        for colour, position, yaw in zip(COLOURS, there.positions, there.yaws):
+            assert np.array_equal(position, state.block(colour).position)
+            quarter = (yaw - yaw_of(state.block(colour).quaternion)) % (np.pi / 2)
+            assert min(quarter, np.pi / 2 - quarter) < 1e-6
+        grip(table, CLOSED)
+        go(table, *there.positions[NAMES.index("button")][:2], 0.12)
+        go(table, *there.positions[NAMES.index("button")][:2], 0.02)
+        assert table.state().led != state.led, "that is where the button is"
+
+
+def test_what_no_camera_can_see_is_nowhere():
+    with Table() as table:
+        table.reset(3)
+        state = table.state()
+
+    def with_red(position, drawer):
+        block = dataclasses.replace(state.block("red"), position=np.array(position))
+        return things(dataclasses.replace(state, red=block, drawer=drawer)).positions[0]
+
+    assert np.isnan(with_red([*DRAWER_PLACE, 0.04], 0.0)).all(), "in the shut drawer"
+    assert np.isfinite(with_red([*(DRAWER_PLACE - [0.12, 0.0]), 0.04], 0.12)).all(), "in the open one"
+    assert np.isnan(with_red([0.4, 1.5, -0.8], 0.0)).all(), "beside the table"

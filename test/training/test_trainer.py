@@ -82,9 +82,9 @@ def _frame(random, brightness):
         "task": random.integers(3),
         "actions": actions,
         "valid": np.array([True, True, random.random() < 0.5]),
-        "points": random.uniform(0.2, 0.5, (3, THINGS, 3)),
-        "yaws": random.uniform(-0.7, 0.7, (3, THINGS)),
-        "pixels": random.uniform(-0.1, 1.1, (3, THINGS, 2, 2)),
+        "points": random.uniform(0.2, 0.5, (THINGS, 3)),
+        "yaws": random.uniform(-0.7, 0.7, THINGS),
+        "pixels": random.uniform(-0.1, 1.1, (THINGS, 2, 2)),
     }
 
 
@@ -251,7 +251,7 @@ def test_a_frame_is_shown_with_its_own_task_first_and_only_with_tasks_that_make_
     assert torch.equal(whole.ids, again.ids) and torch.equal(whole.images, again.images)
     assert torch.equal(whole.ids, torch.cat([half.ids for half in halves]))
     assert torch.equal(whole.targets.pose, torch.cat([half.targets.pose for half in halves]))
-    assert whole.images.shape == (16, 2, 3, 64, 64) and whole.ids.shape[0] == whole.points.shape[0] == 48
+    assert whole.images.shape == (16, 2, 3, 64, 64) and whole.ids.shape[0] == 48 and whole.points.shape[0] == 16
     with pytest.raises(UserError, match="does not divide among 3"):
         source.batch(0, 0, Share(0, 3))
 
