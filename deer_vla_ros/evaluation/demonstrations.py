@@ -137,7 +137,7 @@ def _labels(table: Table, current: Task, state: TableState) -> Labels:
     actions = np.zeros((len(TASKS), 7), np.float32)
     valid = np.zeros(len(TASKS), bool)
     for i, task in enumerate(TASKS):
-        if task is not current and not task.possible(state):
+        if not (task is current or task.possible(state) or task.goes_on(state)):
             continue
         intent = act(task.name, state)
         valid[i], actions[i] = True, [*intent.pose, 1.0 if intent.open else -1.0]

@@ -6,7 +6,7 @@ As CALVIN's task oracle: a task compares the state before the instruction with t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import mujoco
@@ -35,6 +35,7 @@ class Task:
     phrasings: how training says it; held_out: how only evaluation says it.
     possible: whether it makes sense to ask for it in this state. succeeded: of the states before and now.
     block: the colour of the block that the instruction is about, told from the state before; None where it is about none.
+    goes_on: whether it makes sense in this state, though nobody would ask for it now, because a block is in the hand already.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     possible: Callable[[TableState], bool]
     succeeded: Callable[[TableState, TableState], bool]
     block: Callable[[TableState], str] | None = None
+    goes_on: Callable[[TableState], bool] = lambda state: False
 
 
 def in_drawer(state: TableState, colour: str) -> bool:
@@ -157,6 +159,7 @@ def _lift(colour: str) -> Task:
         possible=lambda state: graspable(state, colour) and held(state) != colour,
         succeeded=lambda before, now: _is_lifted(before, now, colour),
         block=lambda before: colour,
+        goes_on=lambda state: held(state) == colour,
     )
 
 
@@ -180,10 +183,17 @@ def _apart(state: TableState, one: str, other: str) -> float:
 def _lift_related(relation: str, colour: str) -> Task:
     """A block that the instruction does not name: which one it is follows from where all three are."""
 
-    def possible(state: TableState) -> bool:
+    def is_clear(state: TableState, standing: Iterable[str]) -> bool:
         first, second = (_apart(state, other, colour) for other in others(colour))
-        clear = abs(first - second) > RELATION_MARGIN
-        return clear and all(on_table(state, c) for c in COLOURS) and graspable(state, related(state, relation, colour))
+        return abs(first - second) > RELATION_MARGIN and all(on_table(state, c) for c in standing)
+
+    def possible(state: TableState) -> bool:
+        return is_clear(state, COLOURS) and graspable(state, related(state, relation, colour))
+
+    def goes_on(state: TableState) -> bool:
+        """The right block is in the hand, or a wrong one has to be put back."""
+        hand, meant = held(state), related(state, relation, colour)
+        return hand is not None and is_clear(state, set(COLOURS) - {hand}) and (hand == meant or graspable(state, meant))
 
     place = f"nearest to the {colour}" if relation == "nearest" else f"farthest from the {colour}"
     other = f"closest to the {colour}" if relation == "nearest" else f"farthest away from the {colour}"
@@ -205,6 +215,7 @@ def _lift_related(relation: str, colour: str) -> Task:
         possible=possible,
         succeeded=lambda before, now: _is_lifted(before, now, related(before, relation, colour)),
         block=lambda before: related(before, relation, colour),
+        goes_on=goes_on,
     )
 
 

@@ -11,7 +11,7 @@ from deer_vla_ros.evaluation.table_arm import TableArm
 from deer_vla_ros.sim.expert import act
 from deer_vla_ros.sim.referee import Referee, task_called
 from deer_vla_ros.sim.scene import BLOCK_HALF
-from deer_vla_ros.sim.state import Pose, TableState
+from deer_vla_ros.sim.state import COLOURS, Pose, TableState
 from deer_vla_ros.sim.table import Table
 from deer_vla_ros.sim.tasks import BY_NAME, TASKS, held, stacked
 
@@ -122,6 +122,18 @@ def test_a_relation_is_about_the_block_that_it_does_not_name():
     assert [nearest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [False, True, False]
     assert [farthest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [False, False, True]
     assert not nearest.possible(lifted("pink")), "not all stand on the table"
+
+
+@pytest.mark.parametrize(("hand", "is_right"), [("blue", True), ("pink", False), ("red", False)])
+def test_demonstrations_go_on_with_a_block_in_the_hand(hand, is_right):
+    state = standing(red=(0.40, 0.0), blue=(0.50, 0.0), pink=(0.40, 0.18))
+    up = Pose(state.block(hand).position + [0.0, 0.0, 0.1], np.array([1.0, 0.0, 0.0, 0.0]))
+    block = Pose(up.position, np.array([0.0, 0.0, 0.0, 1.0]))
+    inside = dataclasses.replace(state, tcp=up, opening=2 * BLOCK_HALF, **{hand: block})
+    nearest = BY_NAME["lift_nearest_to_red"]
+    assert not nearest.goes_on(state) and not nearest.possible(inside) and nearest.goes_on(inside)
+    assert act(nearest.name, inside).open is not is_right, "the right block is kept, a wrong one put back"
+    assert [BY_NAME[f"lift_{colour}_block"].goes_on(inside) for colour in COLOURS] == [colour == hand for colour in COLOURS]
 
 
 def test_a_relation_that_is_not_clear_is_not_asked_for():
