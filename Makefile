@@ -47,7 +47,7 @@ demo: build
 
 test: build
 	@$(ACTIVATE); if [ -n "$(PYTEST_ARGS)" ]; then exec python -m pytest $(PYTEST_ARGS); fi; \
-	failed=0; python -m pytest -n 2 --dist loadfile -m "not alone" || failed=1; \
+	failed=0; python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone" || failed=1; \
 	python -m pytest -m alone || failed=1; exit $$failed
 
 env: .venv/.stamp-python

@@ -28,7 +28,6 @@ from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.json_file import write_json
 from deer_vla_ros.model.checkpoint import Checkpoint, load
 
-BUDGETS = 12
 MARGIN = 0.03
 """Share of the feasible range that the outermost budgets keep from its ends, where there is nothing to miss."""
 SETTLING = 200
@@ -72,26 +71,33 @@ def shifted(observation: Observation) -> Observation:
 
 
 def measure(
-    folder: Path, seeds: range, steps: int, shifted_seeds: range, scratch: Path, processes: int, tell: Callable[[str], None]
+    folder: Path,
+    seeds: range,
+    steps: int,
+    shifted_seeds: range,
+    budgets: int,
+    scratch: Path,
+    processes: int,
+    tell: Callable[[str], None],
 ) -> tuple[list[Row], int]:
-    """Rows of all budgets, and how often a peak was passed. seeds: `steps` steps of demonstrations each; scratch: for features."""
+    """Rows of that many budgets, and how often a peak was passed. seeds: `steps` steps of demonstrations each; scratch: for features."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         tell(f"{len(seeds)} episodes of {steps} steps, every layer of each")
         usual = _features(pool, folder, seeds, steps, False, scratch / "usual", processes)
         other = _features(pool, folder, shifted_seeds, steps, True, scratch / "shifted", processes)
         checkpoint = load(folder)
         rows = []
-        for row in pool.map(_row, [(usual, other, fraction) for fraction in budget_fractions(checkpoint)]):
+        for row in pool.map(_row, [(usual, other, fraction) for fraction in budget_fractions(checkpoint, budgets)]):
             tell(f"asked for {row.requested:.3f} of full depth, got {row.achieved:.3f} ({row.relative_error:+.1%})")
             rows.append(row)
         violations = sum(pool.map(_peak_violations, [(usual, index) for index in range(len(checkpoint.info.model.exits))]))
     return rows, violations
 
 
-def budget_fractions(checkpoint: Checkpoint) -> np.ndarray:
-    """Budgets across the feasible range, as shares of full depth."""
+def budget_fractions(checkpoint: Checkpoint, count: int) -> np.ndarray:
+    """`count` budgets across the feasible range, as shares of full depth."""
     low, high = _keeper(checkpoint).status().feasible["average_fraction"]
-    return low + np.linspace(MARGIN, 1 - MARGIN, BUDGETS) * (high - low)
+    return low + np.linspace(MARGIN, 1 - MARGIN, count) * (high - low)
 
 
 def _one_thread() -> None:

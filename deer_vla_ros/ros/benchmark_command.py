@@ -15,7 +15,7 @@ Two 640x480 rgb8 cameras at 30 Hz, real processes over real DDS. Overhead is the
 compute; the ratio is overhead to the relay's stamp-to-pose. Measured idle and with every core loaded, with model.cpu_threads 1
 and 0 (torch's choice); p50_ratio and p99_ratio of the JSON are those of idle with 1. Logs of all processes are in `--out`.
 
-budgets: 12 average budgets across the feasible range, governor off, requested against achieved mean over `--episodes` of 50 steps of
+budgets: `--budgets` averages across the feasible range, governor off, requested against achieved mean over `--episodes` of 50 steps of
 the simulated table that the calibration never saw; the same in a world that differs from it, the worst window of 200 steps with and
 without the governor; and whether a peak is ever passed.
 
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", default="", metavar="DIR", help="budgets, latency, curve: checkpoint folder (default: the embedded one)"
     )
     parser.add_argument("--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)")
+    parser.add_argument("--budgets", type=int, default=12, help="budgets: how many (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="budgets, curve: workers (default: all cores)")
     parser.add_argument("--chains", type=int, default=500, help="curve, ablations: chains of every point (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="curve, ablations: which set of chains (default: %(default)s)")
@@ -148,13 +149,22 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
     from deer_vla_ros.evaluation import budget_benchmark
     from deer_vla_ros.model.checkpoint import folder_of
 
+    if args.budgets < 2:
+        raise UserError(f"benchmark: --budgets is {args.budgets}: give 2 or more, for both ends of the range")
     if args.episodes < SHIFTED_EPISODES:
         raise UserError(f"benchmark: --episodes is {args.episodes}: give {SHIFTED_EPISODES} or more, for a window of 200 steps")
     seeds = range(FIRST_SEED, FIRST_SEED + args.episodes)
     others = range(seeds.stop, seeds.stop + max(SHIFTED_EPISODES, args.episodes // 8))
     with tempfile.TemporaryDirectory() as scratch:
         rows, violations = budget_benchmark.measure(
-            folder_of(args.checkpoint), seeds, STEPS, others, Path(scratch), args.processes, lambda line: print(line, flush=True)
+            folder_of(args.checkpoint),
+            seeds,
+            STEPS,
+            others,
+            args.budgets,
+            Path(scratch),
+            args.processes,
+            lambda line: print(line, flush=True),
         )
     named = {"held_out": f"{seeds.start} to {seeds.stop - 1}", "shifted": f"{others.start} to {others.stop - 1}"}
     report = budget_benchmark.report(rows, violations, named)

@@ -127,13 +127,13 @@ def test_one_question_is_answered_and_an_infeasible_one_named(folder, capsys):
     assert "no such recording: give a rosbag2 folder" in capsys.readouterr().err
 
 
-def test_the_benchmark_of_budgets_measures_every_budget(folder, tmp_path):
+def test_the_benchmark_of_budgets_measures_as_many_as_it_was_asked_for(folder, tmp_path):
     report = tmp_path / "report.json"
-    command = ("benchmark", "budgets", "--checkpoint", str(folder), "--episodes", "12", "--json", str(report))
+    command = ("benchmark", "budgets", "--checkpoint", str(folder), "--episodes", "12", "--budgets", "3", "--json", str(report))
     done = subprocess.run([sys.executable, "-m", "deer_vla_ros", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(report.read_text())
-    assert len(figures["rows"]) == 12 and figures["peak_violations"] == 0
+    assert len(figures["rows"]) == 3 and figures["peak_violations"] == 0
     assert figures["seeds"]["held_out"] == "500000 to 500011"
     for row in figures["rows"]:
         assert row["achieved"] == pytest.approx(row["requested"], abs=0.15), "600 steps, solved from 150"

@@ -19,6 +19,7 @@ import rclpy
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from processes import wait_until
+from rclpy._rclpy_pybind11 import InvalidHandle
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
@@ -120,7 +121,10 @@ class Client:
         # Not executor.spin(): ending that from another thread destroys what it waits on.
         try:
             while not self._stop.is_set():
-                self._executor.spin_once(timeout_sec=0.1)
+                with contextlib.suppress(
+                    InvalidHandle
+                ):  # a test took an entity away while the executor gathered what to wait for
+                    self._executor.spin_once(timeout_sec=0.1)
         except BaseException as error:
             self._failure = error
 

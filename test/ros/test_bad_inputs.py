@@ -124,6 +124,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_cause_and_holds(rig, nod
     begin = len(node.output())
     time.sleep(5.0)  # the same line of log is told once in five seconds
     rig.edit_image = edit
+    wait_until(lambda: "camera/static/image_raw: " in node.output()[begin:], what="the line that names the static camera")
     rig.await_hold()
     told = [line for line in node.output()[begin:].splitlines() if "camera/static/image_raw: " in line]
     assert len(told) == 1 and cause in told[0].partition("image_raw: ")[2], node.output()[begin:]

@@ -15,7 +15,7 @@ from deer_vla_ros.sim.state import COLOURS, Pose, TableState
 from deer_vla_ros.sim.table import Table
 from deer_vla_ros.sim.tasks import BY_NAME, TASKS, held, stacked
 
-SESSIONS = range(24)
+SESSIONS = range(40)
 
 
 def do(table, name, steps=80):
