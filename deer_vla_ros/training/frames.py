@@ -18,7 +18,7 @@ import numpy as np
 
 from deer_vla_ros.errors import UserError
 
-FORMAT = 5
+FORMAT = 6
 THINGS = 7
 """How many things of the table are told of, in the order of sim.things.NAMES."""
 POSE, GRIPPER = slice(0, 6), 6
