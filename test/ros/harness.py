@@ -121,9 +121,8 @@ class Client:
         # Not executor.spin(): ending that from another thread destroys what it waits on.
         try:
             while not self._stop.is_set():
-                with contextlib.suppress(
-                    InvalidHandle
-                ):  # a test took an entity away while the executor gathered what to wait for
+                # A test may take an entity away while the executor gathers what to wait for.
+                with contextlib.suppress(InvalidHandle):
                     self._executor.spin_once(timeout_sec=0.1)
         except BaseException as error:
             self._failure = error
