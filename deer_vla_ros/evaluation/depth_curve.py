@@ -18,8 +18,8 @@ from deer_vla_ros.evaluation import evaluate_command
 from deer_vla_ros.evaluation.chain_report import STATIC_LAYERS, mean_interval
 from deer_vla_ros.model.checkpoint import load_info
 
-FRACTIONS = (0.2, 0.3, 0.5)
-"""Of full depth: average budgets of the dynamic points."""
+FRACTIONS = (0.2, 0.25, 0.35, 0.5)
+"""Of full depth: average budgets of the dynamic points, around the checkpoint's own thresholds."""
 KINDS = {"dynamic": "#0d9488", "fixed exit": "#7c3aed", "static network": "#d97706"}
 
 
@@ -119,7 +119,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     for kind, colour in KINDS.items():
@@ -145,6 +145,9 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axes.annotate(row["label"], (x, y), textcoords="offset points", xytext=(4, 6), fontsize=7, color=colour)
     lowest = min((row["average_length_ci"][0] for row in rows), default=0.0)
     axes.set(xscale="log", xlabel="language part, MMAC per step (mean)", ylabel="average length of 5", title=title)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_ylim(max(0.0, lowest - 0.5), 5.0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
