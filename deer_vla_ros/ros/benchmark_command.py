@@ -225,7 +225,7 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
         low, high = found_headline["dynamic"]["difference_ci"]
         print(f"at equal length the dynamic network uses {found_headline['saved']:.1f} times fewer MACs than the static one")
         print(
-            f"its chains are longer by {found_headline['dynamic']['difference']:+.3f} (95%, chain by chain: {low:+.3f} to {high:+.3f})"
+            f"its chains differ from the static ones by {found_headline['dynamic']['difference']:+.3f} (95%, chain by chain: {low:+.3f} to {high:+.3f})"
         )
         if fixed := found_headline["fixed_exit"]:
             more = fixed["llm_gmac_mean"] / found_headline["dynamic"]["llm_gmac_mean"]
