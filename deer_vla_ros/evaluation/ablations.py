@@ -43,8 +43,8 @@ FEATURES, TIME = "criterion: feature similarity", "criterion: time step"
 
 @dataclass(frozen=True)
 class Setting:
-    """recipe: the YAML file that all networks share; data: its data folder; processes: of an evaluation, and the most of a training; fraction: the average
-    budget of every row, share of full depth."""
+    """recipe: the YAML file that all networks share; data: its data folder; processes: of an evaluation, and the most of a training;
+    fraction: the average budget of every row, share of full depth."""
 
     recipe: Path
     data: Path

@@ -37,10 +37,16 @@ class Point:
         return f"{self.kind}-{self.label}".translate(str.maketrans(" .:", "-__"))
 
 
-def points(folder: Path, statics: Iterable[Path], fractions: Iterable[float] = FRACTIONS) -> list[Point]:
-    """The dynamic network under budgets and at each of its exits, and networks that were trained to run to their end."""
+def points(
+    folder: Path, statics: Iterable[Path], searched: str | None = None, fractions: Iterable[float] = FRACTIONS
+) -> list[Point]:
+    """The dynamic network under budgets and at each of its exits, and networks that were trained to run to their end.
+
+    searched: thresholds that `search` found, as `evaluate` takes them: the paper's "online" row.
+    """
     exits = load_info(folder).model.exits
     return [
+        *([Point("dynamic", "search", folder, (f"--thresholds={searched}",))] if searched else []),
         Point("dynamic", "own thresholds", folder, ()),
         *(Point("dynamic", f"{share:g}", folder, ("--budget", f"average_fraction={share:g}")) for share in fractions),
         *(Point("fixed exit", str(layer + 1), folder, ("--exit", str(layer))) for layer in exits),

@@ -28,7 +28,8 @@ IMAGES = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 class DemoRecorder(Node):
-    """Hears both cameras, `~/step`, `/diagnostics` and what the table says was done; says `instruction`. All of it from one thread, the one that spins.
+    """Hears both cameras, `~/step`, `/diagnostics` and what the table says was done; says `instruction`. All of it from one thread,
+    the one that spins.
 
     moment_interval_s: distance of the moments whose images are kept [s].
     """

@@ -157,7 +157,8 @@ def features_of(
     """Pooled features of every exit, (exits, N, width); a model with a final norm adds one row: the last exit's, normed.
 
     images (F, cameras, 3, size, size), normalised, and tcp (F, 7); input_ids and attention_mask (N, S): N / F instructions for
-    each moment, moment by moment. pool_padding: whether padding takes part in the pooled maximum, as in the reference. Second: what the grounding found, None where the network has none.
+    each moment, moment by moment. pool_padding: whether padding takes part in the pooled maximum, as in the reference.
+    Second: what the grounding found, None where the network has none.
     Gradients reach the parameters that require them; where none below the heads does, the features carry no graph.
     """
     text = model.encode_text(input_ids, attention_mask, image_token)

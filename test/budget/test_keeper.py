@@ -307,7 +307,7 @@ def test_several_budgets_hold_together_and_no_peak_is_ever_passed(shares, tokens
     prices = {name: keeper._prices()[name] for name in asked}
     status = keeper.status()
     assert not status.clamped
-    for index, cost in enumerate(run(keeper, np.array(deltas, np.float32))):
+    for cost in run(keeper, np.array(deltas, np.float32)):
         assert cost.language_gmac <= asked.get("peak_gmac", math.inf)
     for name in set(asked) & {"peak_gmac", "memory_gib", "deadline_ms"}:
         assert prices[name][len(status.rule.exits) - 1] <= asked[name]

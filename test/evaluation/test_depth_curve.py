@@ -1,5 +1,6 @@
 """Which points of the curve are as long as the static network, and what does the plot show of them?"""
 
+import argparse
 import json
 
 import numpy as np
@@ -8,8 +9,8 @@ from PIL import Image
 
 from deer_vla_ros.evaluation import evaluate_command
 from deer_vla_ros.evaluation.chain_report import mean_interval
-from deer_vla_ros.evaluation.depth_curve import Point, draw, headline, measure
-from deer_vla_ros.model.checkpoint import folder_of
+from deer_vla_ros.evaluation.depth_curve import Point, draw, headline, measure, points
+from deer_vla_ros.model.checkpoint import EMBEDDED, folder_of, load
 
 
 def row(kind, label, lengths, mmac):
@@ -62,6 +63,15 @@ def test_the_cheapest_points_of_equal_length_are_compared():
     assert found["dynamic"]["difference"] == -0.004 and low < -0.004 < high
     assert found["dynamic"]["label"] == "0.3" and found["fixed_exit"]["label"] == "4"
     assert found["saved"] == pytest.approx(7.5)
+
+
+def test_what_search_found_is_a_point_where_it_is_given():
+    parser = argparse.ArgumentParser()
+    evaluate_command.add_arguments(parser)
+    found = points(EMBEDDED, [], "-1e8,0.1,0.2,0.3,0.4,1e8")
+    assert [p for p in found if p.label != "search"] == points(EMBEDDED, [])
+    choice = evaluate_command.exit_choice(parser.parse_args([*found[0].arguments]))
+    assert choice.rule_of(load(EMBEDDED))(10, 0).thresholds == (-1e8, 0.1, 0.2, 0.3, 0.4, 1e8)
 
 
 def test_the_plot_is_written_where_it_was_asked_for(tmp_path):

@@ -66,7 +66,7 @@ def connect(process: Process, client: Client) -> Robot:
         gripper=client.publisher(Float64MultiArray, "gripper_command"),
     )
     for messages in (robot.static, robot.gripper_views, robot.poses, robot.joints):
-        wait_until(lambda: messages, 20.0, "the first messages of every topic")
+        wait_until(lambda messages=messages: messages, 20.0, "the first messages of every topic")
     return robot
 
 
