@@ -36,7 +36,10 @@ from deer_vla_ros.training.recipe import Train
 
 @dataclass(frozen=True)
 class Progress:
-    """One optimiser step: its number from 1, the loss before its update, every part by name, and what it took."""
+    """One optimiser step: its number from 1, the loss before its update, every part by name, and what it took.
+
+    waited: share of the step's time in which this process had no batch to learn from.
+    """
 
     step: int
     loss: float
@@ -44,6 +47,7 @@ class Progress:
     gradient_norm: float
     learning_rate: float
     samples_per_second: float
+    waited: float
 
 
 class StageState:
@@ -168,9 +172,12 @@ class Trainer:
     def step(self) -> Progress:
         """One optimiser step over all its micro-batches."""
         began, number, parts = time.perf_counter(), self.steps_done, {}
-        micro_batches, samples = self._train.accumulate, 0
+        micro_batches, samples, waited = self._train.accumulate, 0, 0.0
         for micro in range(micro_batches):
-            batch = _on_device(self._source.batch(number, micro, self._share), self._model.device)
+            asked = time.perf_counter()
+            batch = self._source.batch(number, micro, self._share)
+            waited += time.perf_counter() - asked
+            batch = _on_device(batch, self._model.device)
             samples += batch.targets.gripper.numel() * self._share.world
             self._seed_dropout(number, micro)
             with self._without_exchange(micro + 1 < micro_batches), self._autocast():
@@ -182,7 +189,7 @@ class Trainer:
         norm = self._optimiser.step()
         scalars = self._over_all(parts)
         seconds = time.perf_counter() - began
-        return Progress(self.steps_done, scalars.pop("total"), scalars, norm, rate, samples / seconds)
+        return Progress(self.steps_done, scalars.pop("total"), scalars, norm, rate, samples / seconds, waited / seconds)
 
     def save(self) -> None:
         """Everything a resumed run needs, in one file that replaces the last one at once."""
@@ -263,6 +270,7 @@ class Log:
         self._board.add_scalar("loss", progress.loss, progress.step)
         self._board.add_scalar("learning_rate", progress.learning_rate, progress.step)
         self._board.add_scalar("gradient_norm", progress.gradient_norm, progress.step)
+        self._board.add_scalar("waited", progress.waited, progress.step)
         for name, value in progress.parts.items():
             self._board.add_scalar(name, value, progress.step)
 

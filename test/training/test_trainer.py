@@ -183,6 +183,27 @@ def test_two_processes_compute_what_one_does(data, tmp_path):
         assert torch.allclose(value, others[name], atol=2e-4), name
 
 
+def test_a_step_tells_which_share_of_it_went_by_without_a_batch(data, tmp_path, monkeypatch):
+    frames, config, now = Frames([data / "demos"]), PRESETS["tabletop"](4), [0.0]
+    tokenizer = train_tokenizer(frames.all_phrasings(), config)
+    source = FrameBatches(frames, tokenizer, count=8, instructions=2, seed=0)
+
+    def passes(seconds):
+        now[0] += seconds
+
+    class FromASlowDisk:
+        def batch(self, step, micro, share):
+            passes(3)
+            return source.batch(step, micro, share)
+
+    monkeypatch.setattr("deer_vla_ros.training.trainer.time.perf_counter", lambda: now[0])
+    model = MultiExitVLA(config)
+    model.vision.register_forward_hook(lambda *_: passes(1))
+    train = Train(Stage.JOINT, ("demos",), 1, 8, instructions=2, window=1, accumulate=2, pool_padding=False)
+    trainer = Trainer(model, train, FromASlowDisk(), tokenizer.image_token, 0, StageState(tmp_path, {}))
+    assert trainer.step().waited == 0.75
+
+
 @pytest.mark.parametrize("guide", ["heatmap", "point", "turn"])
 def test_each_guide_teaches_without_the_others(guide, data, tmp_path):
     stage = {**JOINT, "steps": 2, "heatmap": 0.0, "point": 0.0, "turn": 0.0}
