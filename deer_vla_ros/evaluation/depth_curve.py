@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from deer_vla_ros.evaluation import evaluate_command
 from deer_vla_ros.evaluation.chain_report import STATIC_LAYERS, mean_interval
 from deer_vla_ros.model.checkpoint import load_info
 
-FRACTIONS = (0.2, 0.25, 0.35, 0.5)
-"""Of full depth: average budgets of the dynamic points, around the checkpoint's own thresholds."""
+FRACTIONS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+"""Of full depth: average budgets of the dynamic points, beside the checkpoint's own thresholds."""
+EQUAL_WITHIN = 0.2
+"""Instructions: what an average length may lack, at the lower end of its 95% interval, and still be called equal."""
 KINDS = {"dynamic": "#0d9488", "fixed exit": "#7c3aed", "static network": "#d97706"}
 
 
@@ -37,16 +40,10 @@ class Point:
         return f"{self.kind}-{self.label}".translate(str.maketrans(" .:", "-__"))
 
 
-def points(
-    folder: Path, statics: Iterable[Path], searched: str | None = None, fractions: Iterable[float] = FRACTIONS
-) -> list[Point]:
-    """The dynamic network under budgets and at each of its exits, and networks that were trained to run to their end.
-
-    searched: thresholds that `search` found, as `evaluate` takes them: the paper's "online" row.
-    """
+def points(folder: Path, statics: Iterable[Path], fractions: Iterable[float] = FRACTIONS) -> list[Point]:
+    """The dynamic network under budgets and at each of its exits, and networks that were trained to run to their end."""
     exits = load_info(folder).model.exits
     return [
-        *([Point("dynamic", "search", folder, (f"--thresholds={searched}",))] if searched else []),
         Point("dynamic", "own thresholds", folder, ()),
         *(Point("dynamic", f"{share:g}", folder, ("--budget", f"average_fraction={share:g}")) for share in fractions),
         *(Point("fixed exit", str(layer + 1), folder, ("--exit", str(layer))) for layer in exits),
@@ -94,31 +91,57 @@ def measure(
     return rows
 
 
-def headline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The cheapest dynamic point and the cheapest fixed exit that are as long as the static network, and what the first saves.
+@dataclass(frozen=True)
+class Comparison:
+    """The cheapest dynamic point that is as long as `other`, None where none is; saved: how many times fewer MACs it takes.
 
-    As long: the 95% interval of the mean difference, chain by chain (all points run the same chains), does not lie below zero. Each gets its
-    `difference` from the static network and that interval. None without a static network of STATIC_LAYERS layers.
+    difference, difference_ci: by how much its chains are longer, mean and 95% interval, chain by chain.
+    """
+
+    other: dict[str, Any]
+    dynamic: dict[str, Any] | None = None
+    difference: float = math.nan
+    difference_ci: tuple[float, float] = (math.nan, math.nan)
+    saved: float = math.nan
+
+    @property
+    def name(self) -> str:
+        return f"{self.other['kind']} {self.other['label']}"
+
+
+def headline(rows: list[dict[str, Any]]) -> list[Comparison]:
+    """The dynamic network against the static one of STATIC_LAYERS layers, and against the best fixed exit: the cheapest that is as long as the
+    static network. Empty without such a network, one entry where no fixed exit is as long.
+
+    As long: the 95% interval of the mean difference, chain by chain (all points run the same chains), reaches zero and stays above
+    -EQUAL_WITHIN.
     """
     static = next((r for r in rows if r["kind"] == "static network" and r["label"] == str(STATIC_LAYERS)), None)
     if static is None:
-        return None
-    compared = [{**row, **_difference(row, static)} for row in rows]
-    equal = [row for row in compared if row["difference_ci"][1] >= 0]
-    dynamic = min((r for r in equal if r["kind"] == "dynamic"), key=lambda r: r["llm_gmac_mean"], default=None)
-    fixed = min((r for r in equal if r["kind"] == "fixed exit"), key=lambda r: r["llm_gmac_mean"], default=None)
-    return {
-        "static": static,
-        "dynamic": dynamic,
-        "fixed_exit": fixed,
-        "saved": static["llm_gmac_mean"] / dynamic["llm_gmac_mean"] if dynamic else None,
-    }
+        return []
+    fixed = _cheapest("fixed exit", rows, static)
+    return [_compare(rows, other) for other in (static, fixed) if other is not None]
 
 
-def _difference(row: dict[str, Any], static: dict[str, Any]) -> dict[str, Any]:
-    """How much longer a row's chains are than the static network's."""
-    found = np.subtract(row["lengths"], static["lengths"])
-    return {"difference": float(found.mean()), "difference_ci": list(mean_interval(found))}
+def _compare(rows: list[dict[str, Any]], other: dict[str, Any]) -> Comparison:
+    dynamic = _cheapest("dynamic", rows, other)
+    if dynamic is None:
+        return Comparison(other)
+    found = np.subtract(dynamic["lengths"], other["lengths"])
+    return Comparison(
+        other, dynamic, float(found.mean()), mean_interval(found), other["llm_gmac_mean"] / dynamic["llm_gmac_mean"]
+    )
+
+
+def _cheapest(kind: str, rows: list[dict[str, Any]], other: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of this kind that takes the fewest MACs of those that are as long as `other`."""
+    equal = (row for row in rows if row["kind"] == kind and _is_as_long(row, other))
+    return min(equal, key=lambda row: row["llm_gmac_mean"], default=None)
+
+
+def _is_as_long(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    low, high = mean_interval(np.subtract(row["lengths"], other["lengths"]))
+    return low > -EQUAL_WITHIN and high >= 0
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -21,9 +21,9 @@ without the governor; and whether a peak is ever passed.
 
 latency: milliseconds of every stage of a step on this machine, as --json writes them the table that `replay --latency-table` goes by.
 
-curve: average length of `--chains` chains against the language part's MACs: the dynamic network under several budgets, under the `--thresholds` that
-`search` found, and at each fixed exit, and every `--static` network at its full depth, in the wordings of training or in others. Each point is a run
-of `evaluate`, kept in `--out` and not repeated.
+curve: average length of `--chains` chains against the language part's MACs: the dynamic network under its own thresholds, under
+several budgets and at each fixed exit, and every `--static` network at its full depth, in the wordings of training or in others. Each point is a
+run of `evaluate`, kept in `--out` and not repeated.
 
 ablations: trains the `--recipe` with all parts of the method and without each, calibrates, and scores `--chains` chains at one average
 budget; criteria and thresholds are compared on the network with all parts. It can be interrupted and goes on from there.
@@ -86,7 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="curve: checkpoint of a network without exits; repeat",
     )
-    parser.add_argument("--thresholds", metavar="A,B,...", help="curve: also under these, as `search` finds them, one per exit")
     parser.add_argument(
         "--phrasings",
         choices=PHRASINGS,
@@ -205,7 +204,7 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
     from deer_vla_ros.model.checkpoint import folder_of, load_info
 
     folder = folder_of(args.checkpoint)
-    found = depth_curve.points(folder, args.static, args.thresholds)
+    found = depth_curve.points(folder, args.static)
     rows = depth_curve.measure(
         found,
         args.chains,
@@ -222,20 +221,18 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
         low, high = row["average_length_ci"]
         name = f"{row['kind']} {row['label']}"
         print(f"{name:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['llm_gmac_mean'] * 1e3:.2f}")
-    found_headline = depth_curve.headline(rows)
-    if found_headline and (dynamic := found_headline["dynamic"]):
-        low, high = dynamic["difference_ci"]
-        print(f"at equal length the dynamic network uses {found_headline['saved']:.1f} times fewer MACs than the static one")
+    comparisons = depth_curve.headline(rows)
+    for each in comparisons:
+        if each.dynamic is None:
+            print(f"no dynamic point is as long as {each.name}")
+            continue
+        low, high = each.difference_ci
         print(
-            f"its chains differ from the static ones by {dynamic['difference']:+.3f} (95%, chain by chain: {low:+.3f} to {high:+.3f})"
+            f"against {each.name}: dynamic, {each.dynamic['label']}, takes {each.saved:.2f} times fewer MACs; its chains are "
+            f"longer by {each.difference:+.3f} (95%, chain by chain: {low:+.3f} to {high:+.3f})"
         )
-        if fixed := found_headline["fixed_exit"]:
-            more = fixed["llm_gmac_mean"] / dynamic["llm_gmac_mean"]
-            print(
-                f"and the cheapest fixed exit of equal length, after {fixed['label']} layers, {more:.2f} times what the dynamic one uses"
-            )
     print(f"plot: {args.plot}")
-    return {"rows": rows, "headline": found_headline}
+    return {"rows": rows, "headline": [dataclasses.asdict(each) for each in comparisons if each.dynamic]}
 
 
 def _ablations(args: argparse.Namespace) -> dict[str, object]:

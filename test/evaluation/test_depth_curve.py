@@ -1,7 +1,7 @@
 """Which points of the curve are as long as the static network, and what does the plot show of them?"""
 
-import argparse
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from PIL import Image
 
 from deer_vla_ros.evaluation import evaluate_command
 from deer_vla_ros.evaluation.chain_report import mean_interval
-from deer_vla_ros.evaluation.depth_curve import Point, draw, headline, measure, points
-from deer_vla_ros.model.checkpoint import EMBEDDED, folder_of, load
+from deer_vla_ros.evaluation.depth_curve import EQUAL_WITHIN, Point, draw, headline, measure
+from deer_vla_ros.model.checkpoint import folder_of
 
 
 def row(kind, label, lengths, mmac):
@@ -34,7 +34,7 @@ STATIC = row("static network", "24", LENGTHS, 9.0)
 
 
 def test_without_the_static_network_there_is_no_headline():
-    assert headline([row("dynamic", "own thresholds", LENGTHS, 1.0), row("static network", "12", LENGTHS, 4.5)]) is None
+    assert not headline([row("dynamic", "own thresholds", LENGTHS, 1.0), row("static network", "12", LENGTHS, 4.5)])
 
 
 @pytest.mark.parametrize(
@@ -43,35 +43,35 @@ def test_without_the_static_network_there_is_no_headline():
 )
 def test_as_long_is_told_chain_by_chain(lengths, is_as_long):
     """Six of 500 chains that all lose one task are no accident, however much the lengths of either network vary."""
-    found = headline([STATIC, row("dynamic", "own thresholds", lengths, 1.0)])
-    assert (found["dynamic"] is not None) == is_as_long
-    assert found["saved"] == (pytest.approx(9.0) if is_as_long else None)
+    (found,) = headline([STATIC, row("dynamic", "own thresholds", lengths, 1.0)])
+    assert (found.dynamic is not None) == is_as_long
+    assert found.saved == (pytest.approx(9.0) if is_as_long else pytest.approx(math.nan, nan_ok=True))
 
 
-def test_the_cheapest_points_of_equal_length_are_compared():
+def test_too_few_chains_to_tell_do_not_make_two_networks_equal():
+    lengths = np.random.default_rng(0).permutation(LENGTHS)[:40]
+    few, others = row("static network", "24", lengths, 9.0), row("dynamic", "0.3", np.roll(lengths, 1), 1.0)
+    low, high = mean_interval(np.subtract(others["lengths"], few["lengths"]))
+    assert low < -EQUAL_WITHIN < 0 < high
+    assert headline([few, others])[0].dynamic is None
+
+
+def test_each_is_compared_with_the_cheapest_dynamic_point_of_its_own_length():
+    """The best fixed exit is longer than the static network here: what equals the one does not equal the other."""
     rows = [
         STATIC,
         row("dynamic", "0.2", longer(100, -1), 0.8),
         row("dynamic", "0.3", longer(2, -1), 1.2),
         row("dynamic", "0.5", longer(50, 1), 2.0),
         row("fixed exit", "2", longer(80, -1), 0.9),
-        row("fixed exit", "6", longer(9, 1), 2.3),
-        row("fixed exit", "4", LENGTHS, 1.6),
+        row("fixed exit", "6", longer(60, 1), 2.3),
+        row("fixed exit", "4", longer(40, 1), 1.6),
     ]
-    found = headline(rows)
-    low, high = found["dynamic"]["difference_ci"]
-    assert found["dynamic"]["difference"] == -0.004 and low < -0.004 < high
-    assert found["dynamic"]["label"] == "0.3" and found["fixed_exit"]["label"] == "4"
-    assert found["saved"] == pytest.approx(7.5)
-
-
-def test_what_search_found_is_a_point_where_it_is_given():
-    parser = argparse.ArgumentParser()
-    evaluate_command.add_arguments(parser)
-    found = points(EMBEDDED, [], "-1e8,0.1,0.2,0.3,0.4,1e8")
-    assert [p for p in found if p.label != "search"] == points(EMBEDDED, [])
-    choice = evaluate_command.exit_choice(parser.parse_args([*found[0].arguments]))
-    assert choice.rule_of(load(EMBEDDED))(10, 0).thresholds == (-1e8, 0.1, 0.2, 0.3, 0.4, 1e8)
+    static, fixed = headline(rows)
+    low, high = static.difference_ci
+    assert static.difference == -0.004 and low < -0.004 < high
+    assert (static.name, static.dynamic["label"], static.saved) == ("static network 24", "0.3", pytest.approx(7.5))
+    assert (fixed.name, fixed.dynamic["label"], fixed.saved) == ("fixed exit 4", "0.5", pytest.approx(0.8))
 
 
 def test_the_plot_is_written_where_it_was_asked_for(tmp_path):
