@@ -33,7 +33,7 @@ COMMANDS = {
     "node": Command("deer_vla_ros.ros.node_command", "the policy node", takes_ros_args=True),
     "sim": Command("deer_vla_ros.ros.table_command", "the simulated table as a ROS 2 node", takes_ros_args=True),
     "demo": Command("deer_vla_ros.ros.demo_command", "table and policy in closed loop: prints and plots what happened"),
-    "benchmark": Command("deer_vla_ros.ros.benchmark_command", "times the node, and checks that budgets are kept"),
+    "benchmark": Command("deer_vla_ros.ros.benchmark_command", "times the node, checks budgets, shows what depth buys"),
     "replay": Command("deer_vla_ros.bag.replay_command", "runs the policy over a recording in lock step"),
     "budget": Command("deer_vla_ros.evaluation.budget_command", "cost against deviation: what a budget buys"),
     "calibrate": Command(

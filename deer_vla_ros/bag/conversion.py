@@ -6,7 +6,6 @@ action space, and whether the gripper was open by then. What a robot does not kn
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,10 +20,9 @@ from deer_vla_ros.control.motion import euler_of, motion_between
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import ActionSpace
-from deer_vla_ros.training.calvin_files import SHAPES, Annotation, CalvinStep, write_annotations, write_step
+from deer_vla_ros.training.calvin_files import SHAPES, Annotation, CalvinStep, write_action_space, write_annotations, write_step
 from deer_vla_ros.whole_folder import whole_folder
 
-ABOUT = "recordings.json"
 LONGEST_GAP = 2.5
 """Control periods. Steps further apart than this are two episodes."""
 
@@ -91,8 +89,7 @@ def convert(
         if not annotations:
             raise UserError(f"convert-bag: no episode of more than {shortest} steps in these recordings: nothing is written")
         write_annotations(folder, annotations)
-        about = {"action_space": vars(space), "actions": source, "rate_hz": rate_hz, "episodes": dict(converted.texts)}
-        (made / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        write_action_space(folder, space, actions=source, rate_hz=rate_hz, episodes=dict(converted.texts))
     return converted
 
 

@@ -1,6 +1,6 @@
 """Turns recordings into a training dataset in CALVIN's format, an episode per instruction.
 
-Example: what was recorded while the arm was led, then a training on it:
+Example: what was recorded while the arm was led, then the released network on it (once its weights are a checkpoint folder):
 
     python -m deer_vla_ros convert-bag test/data/table --out out/dataset
     python -m deer_vla_ros train --config config/training/deer_3b_d.yaml --data out/dataset

@@ -38,6 +38,7 @@ TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no LSTM": ({"memory": False}, {}),
 }
 """What is changed in the recipe's network, and in each of its training steps."""
+SHARED_PASSES = 2
 FEATURES, TIME = "criterion: feature similarity", "criterion: time step"
 
 
@@ -109,7 +110,8 @@ def _trained(setting: Setting, name: str, network: dict[str, Any], train: dict[s
     values = read_yaml(setting.recipe, "config/training/ablation.yaml")
     slug = name.replace(" ", "_")
     values["name"], values["network"] = slug, {**values["network"], **network}
-    values["steps"] = [{"train": {**step["train"], **train}} if "train" in step else step for step in values["steps"]]
+    exits = len(Recipe.read(setting.recipe).network.config().exits)
+    values["steps"] = [{"train": _switched(step["train"], train, exits)} if "train" in step else step for step in values["steps"]]
     recipe = setting.out / "recipes" / f"{slug}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     write_text(recipe, yaml.safe_dump(values, sort_keys=False))
@@ -119,6 +121,12 @@ def _trained(setting: Setting, name: str, network: dict[str, Any], train: dict[s
         "--config", recipe, "--out", setting.out, "--data", setting.data, "--threads", 1,
     )  # fmt: skip
     return setting.out / slug / "checkpoint"
+
+
+def _switched(step: dict[str, Any], train: dict[str, Any], exits: int) -> dict[str, Any]:
+    """A training step with its switch thrown. The loss sums over heads: with fewer of them its guides weigh as much less, as before beside each."""
+    kept = 1.0 if train.get("auxiliary_heads", True) else SHARED_PASSES / (SHARED_PASSES + exits)
+    return {**step, **train, **{name: kept * step[name] for name in ("heatmap", "point", "turn") if name in step}}
 
 
 def _calibrate(folder: Path, tell: Callable[[str], None]) -> None:

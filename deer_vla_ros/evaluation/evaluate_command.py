@@ -164,7 +164,7 @@ def files_of(folder: Path) -> dict[str, Any]:
 
 
 def tasks_sha256() -> str:
-    """What tells one set of tasks and their wordings from another."""
+    """What tells one set of tasks and their wordings from another; how the table moves and what counts as done is not in it."""
     from deer_vla_ros.sim.tasks import TASKS
 
     wordings = [[task.name, task.phrasings, task.held_out] for task in TASKS]

@@ -3,7 +3,7 @@
 Example: what the embedded checkpoint is trained on, and a second helping in which a policy acts first (DAgger):
 
     python -m deer_vla_ros record-demos --demos 6400 --out out/data/demos --seed 1
-    python -m deer_vla_ros record-demos --demos 1500 --out out/data/dagger --seed 2 --policy out/train/tabletop/checkpoint
+    python -m deer_vla_ros record-demos --demos 1600 --out out/data/dagger --seed 2 --policy out/train/tabletop/checkpoint
     python -m deer_vla_ros record-demos --demos 1000 --out out/data/calvin/training --format calvin
 
 The same arguments give the same bytes, whatever --jobs is. Interrupted, the same command goes on with what is missing. Seeds
@@ -24,7 +24,7 @@ IMAGE_SIZE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--demos", type=int, required=True, metavar="N", help="demonstrations, of about 18 steps each")
+    parser.add_argument("--demos", type=int, required=True, metavar="N", help="demonstrations, of about 19 steps each")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to record into")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="which set of demonstrations, 0 to 999 (default: %(default)s)"

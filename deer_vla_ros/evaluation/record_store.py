@@ -19,7 +19,14 @@ from deer_vla_ros.inference.preprocess import resize_and_crop
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.sim.state import COLOURS, TableState
 from deer_vla_ros.sim.tasks import TASKS
-from deer_vla_ros.training.calvin_files import LARGEST_NUMBER, Annotation, CalvinStep, write_annotations, write_step
+from deer_vla_ros.training.calvin_files import (
+    LARGEST_NUMBER,
+    Annotation,
+    CalvinStep,
+    write_action_space,
+    write_annotations,
+    write_step,
+)
 from deer_vla_ros.training.frames import ShardWriter
 
 Settings = dict[str, Any]
@@ -107,6 +114,7 @@ class CalvinStore:
     def finish(self) -> None:
         shards = (settings for _, settings in sorted(self.found().items()))
         write_annotations(self.folder, (Annotation(*each) for settings in shards for each in settings["annotations"]))
+        write_action_space(self.folder, TABLETOP)
 
 
 def calvin_step(episode: Episode, moment: Moment) -> CalvinStep:

@@ -3,10 +3,10 @@
 Example: at 30% of full depth, then what was found against what calibration gives, on chains that the search never saw:
 
     python -m deer_vla_ros search --fraction 0.3 --json out/search.json
-    python -m deer_vla_ros evaluate --chains 500 --thresholds $(jq -r '.thresholds | map(tostring) | join(",")' out/search.json)
+    python -m deer_vla_ros evaluate --chains 500 --thresholds=$(jq -r '.thresholds | map(tostring) | join(",")' out/search.json)
     python -m deer_vla_ros evaluate --chains 500 --budget average_fraction=0.3
 
-Starts from the calibration's thresholds and proposes about 20 more. Every proposal runs the same chains, of seeds from 900,000 on, below
+Starts from the calibration's thresholds and proposes others, 20 in all. Every proposal runs the same chains, of seeds from 900,000 on, below
 those of evaluation. With --study FILE the search can be interrupted, and several machines that share the file work on one search.
 """
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("MUJOCO_GL", "egl")
     import numpy as np
 
-    from deer_vla_ros.budget.calibration import REMEDY, Calibration
+    from deer_vla_ros.budget.calibration import CALIBRATION, REMEDY, Calibration
     from deer_vla_ros.budget.search import search
     from deer_vla_ros.budget.search_task import Outcome
     from deer_vla_ros.budget.types import Budget
@@ -60,9 +60,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{folder} has no calibration, which the search starts from: {REMEDY}")
     config = checkpoint.info.model
     rule = ExitChoice(budget=Budget(average_fraction=args.fraction)).rule_of(checkpoint)(config.max_tokens // 2, 0)
+    files = files_of(folder)
     study = (
-        f"fraction {args.fraction:g} of {files_of(folder)['checkpoint_sha256'][:12]}, {args.chains} chains of "
-        f"{args.steps} steps each, tasks {tasks_sha256()[:12]}, seed {args.seed}"
+        f"fraction {args.fraction:g} of {files['checkpoint_sha256'][:12]}, calibration {files['other_files_sha256'][CALIBRATION][:12]}, "
+        f"{args.chains} chains of {args.steps} steps each, tasks {tasks_sha256()[:12]}, seed {args.seed}"
     )
     groups, jobs = groups_of(args.chains, 0, LANES), args.jobs or len(os.sched_getaffinity(0))
 

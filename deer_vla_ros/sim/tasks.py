@@ -434,4 +434,4 @@ def _drawer_is_used(state: TableState) -> bool:
 TASKS: tuple[Task, ...] = _all_tasks()
 BY_NAME: dict[str, Task] = {task.name: task for task in TASKS}
 NEEDS_HELD_BLOCK = ("place_in_drawer", "stack_block")
-"""Tasks that go on with the block that the gripper holds; at every other one the expert lets go of it first."""
+"""Tasks that only make sense with a block in the gripper, and say nothing of which."""

@@ -8,6 +8,8 @@ Source: https://github.com/mees/calvin, dataset/README.md and calvin_models/calv
 
 `end` is not part of the interval: CALVIN's annotator writes (first, first + length), and its loader never reads further.
 
+Folders that this package writes have one file more, recordings.json, which says what an action means (`action_space`).
+
 What the simulated table writes (evaluation/record_store.py) is the same but for this:
 - the world frame is the arm's base frame; a rel_action of 1 is 0.03 m or 0.15 rad (model.action_space.TABLETOP), CALVIN's 0.02 m or
   0.05 rad; steps are 0.1 s apart, CALVIN's 1/30 s;
@@ -20,6 +22,7 @@ What the simulated table writes (evaluation/record_store.py) is the same but for
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Iterable
@@ -30,10 +33,13 @@ from typing import Any
 import numpy as np
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.json_file import write_json
+from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.training.pickled_array import read_pickled, write_pickled
 
 ANNOTATIONS = Path("lang_annotations", "auto_lang_ann.npy")
 EPISODES = "ep_start_end_ids.npy"
+RECORDINGS = "recordings.json"
 LARGEST_NUMBER = 9_999_999
 
 SHAPES = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
@@ -123,6 +129,22 @@ def read_annotations(folder: Path) -> list[Annotation]:
     if not annotations:
         raise UserError(f"{path}: annotates nothing: there is nothing to learn from in this folder")
     return annotations
+
+
+def write_action_space(folder: Path, space: ActionSpace, **about: Any) -> None:
+    """Beside the steps: what their actions mean, and whatever else is worth knowing of how they came to be."""
+    write_json(folder / RECORDINGS, {"action_space": vars(space), **about})
+
+
+def read_action_space(folder: Path) -> ActionSpace | None:
+    """What the actions of a folder mean; None where it does not say, as CALVIN's own do not. UserError for a damaged file."""
+    path = folder / RECORDINGS
+    if not path.is_file():
+        return None
+    try:
+        return ActionSpace.from_dict(json.loads(path.read_text())["action_space"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: says no action space ({error!r}): convert the recordings again") from error
 
 
 def _annotation(bounds: Any, task: Any, text: Any) -> Annotation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ FORMATS = ("frames", "calvin")
 class Network:
     """preset: one of model.config.PRESETS; layers: of its decoder. exits: False makes a network that always runs to the end.
 
-    from_checkpoint: folder of weights to start from, empty for random ones. dropout: of the heads, in place of the preset's.
+    from_checkpoint: folder of weights to start from, of just this shape, empty for random ones. dropout: of the heads, in place of the preset's
+    (or of the one that from_checkpoint has).
     memory: False makes heads without LSTM, which decide from the present step alone.
     """
 
@@ -44,6 +46,19 @@ class Network:
         if not self.memory:
             head = dataclasses.replace(head, lstm_layers=0)
         return dataclasses.replace(config, head=head, exit_interval=config.exit_interval if self.exits else self.layers)
+
+    def check(self, found: ModelConfig) -> None:
+        """Raises UserError, with the first field that differs, unless weights of this shape are what the recipe starts from."""
+        wanted = self.config()
+        if self.dropout < 0:
+            own = {name: getattr(found.head, name) for name in ("lstm_dropout", "mlp_dropout")}
+            wanted = dataclasses.replace(wanted, head=dataclasses.replace(wanted.head, **own))
+        of_found = dict(_leaves(dataclasses.asdict(found)))
+        for name, value in _leaves(dataclasses.asdict(wanted)):
+            if of_found.get(name) != value:
+                raise UserError(
+                    f"recipe: network has {name} {value}, {self.from_checkpoint} has {of_found.get(name)}: give the network that the folder holds"
+                )
 
 
 @dataclass(frozen=True)
@@ -163,6 +178,15 @@ class Recipe:
             raise UserError(f"{path}: no list of steps: compare with config/training/tabletop.yaml")
         steps = tuple(_step(step, f"{path.name} step {i}") for i, step in enumerate(values.pop("steps"), start=1))
         return dataclasses.replace(from_json(cls, {**values, "steps": []}, path.name), steps=steps)
+
+
+def _leaves(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dicts under its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{before}{name}.")
+        else:
+            yield before + name, value
 
 
 def _step(values: Any, where: str) -> Record | Train:

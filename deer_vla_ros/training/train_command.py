@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deer_vla_ros.model.action_space import CALVIN, TABLETOP
-from deer_vla_ros.model.checkpoint import README, Checkpoint, CheckpointInfo, load, save
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.action_space import CALVIN, TABLETOP, ActionSpace
+from deer_vla_ros.model.checkpoint import README, Checkpoint, CheckpointInfo, folder_of, load, load_info, save
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
 from deer_vla_ros.subcommand import run_python
 from deer_vla_ros.training.batches import BatchSource, CachedWindows, FrameBatches, Share, WindowBatches, cached_features
 from deer_vla_ros.training.calvin import CalvinWindows
+from deer_vla_ros.training.calvin_files import read_action_space
 from deer_vla_ros.training.dataset import FrameWindows, Windows
 from deer_vla_ros.training.frames import Frames
 from deer_vla_ros.training.prefetch import Prefetched
@@ -64,6 +66,7 @@ class _Run:
         torch.manual_seed(recipe.seed)
         self._tokenizer: InstructionTokenizer | None = None
         self._model: MultiExitVLA | None = None
+        self._action_space = self._declared_action_space()
         self._trained = False
 
     def finish(self) -> None:
@@ -92,7 +95,7 @@ class _Run:
         command = ["record-demos", "--demos", step.demos, "--seed", step.seed, "--out", self._data / step.folder]
         if step.with_policy and self._share.rank == 0:
             policy = self._folder / f"policy_for_{step.folder}"
-            if not (policy / README).is_file():
+            if self._trained or not (policy / README).is_file():
                 self._save(policy)
             command += ["--policy", policy]
         if self._share.rank == 0:
@@ -105,6 +108,10 @@ class _Run:
         self._prepare_network(step)
         state = StageState(folder, identity)
         tensors, steps_done = state.read()
+        if steps_done and self._trained:
+            raise UserError(
+                f"{folder} came of an older training of the stage before it: remove it and what follows it in {self._folder} to train anew"
+            )
         if tensors:
             self._model.load_state_dict(network_of(tensors))
         if steps_done >= step.steps:
@@ -138,12 +145,28 @@ class _Run:
             return
         network = self._recipe.network
         if network.from_checkpoint:
-            checkpoint = load(Path(network.from_checkpoint).expanduser(), self._device)
+            network.check(load_info(folder_of(network.from_checkpoint)).model)
+            checkpoint = load(folder_of(network.from_checkpoint), self._device)
             self._model, self._tokenizer = checkpoint.model, checkpoint.tokenizer
             return
         config = network.config()
         self._tokenizer = train_tokenizer(self._windows(step).texts, config)
         self._model = MultiExitVLA(config).to(self._device)
+
+    def _declared_action_space(self) -> ActionSpace:
+        """What the data say that their actions mean; else what the weights to start from say, else what the preset's are trained on."""
+        network = self._recipe.network
+        folders = {self._data / name for step in self._recipe.steps if isinstance(step, Train) for name in step.data}
+        declared = {folder: space for folder in sorted(folders) if (space := read_action_space(folder))}
+        if len(set(declared.values())) > 1:
+            raise UserError(
+                f"{' and '.join(map(str, declared))} say different things of what an action means: convert them with one --params"
+            )
+        if declared:
+            return next(iter(declared.values()))
+        if network.from_checkpoint:
+            return load_info(folder_of(network.from_checkpoint)).action_space
+        return TABLETOP if network.preset == "tabletop" else CALVIN
 
     def _source(self, step: Train) -> BatchSource:
         seed, micro = self._recipe.seed, step.batch // step.accumulate
@@ -178,7 +201,7 @@ class _Run:
         recipe, exits = self._recipe, self._model.config.exits
         info = CheckpointInfo(
             model=self._model.config,
-            action_space=TABLETOP if recipe.network.preset == "tabletop" else CALVIN,
+            action_space=self._action_space,
             weights=f"trained by the recipe {recipe.name}, seed {recipe.seed}",
             trained=True,
             delta="l2",

@@ -85,7 +85,7 @@ class StageState:
             name = min(names)
             raise UserError(
                 f"{self._path.parent} was trained with {name} {saved.get(name)}, the recipe now says {self._recipe.get(name)}: "
-                "give another --out, or remove the folder to train anew"
+                f"give another --out, or remove {self._path.parents[1]} to train anew"
             )
 
 

@@ -12,7 +12,7 @@ from deer_vla_ros.control.motion import motion_of, moved
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.training.calvin import CalvinWindows
-from deer_vla_ros.training.calvin_files import read_annotations, read_step
+from deer_vla_ros.training.calvin_files import read_action_space, read_annotations, read_step
 
 COMMANDS = ("/target_pose", "/gripper_command")
 
@@ -36,6 +36,7 @@ def test_every_instruction_becomes_an_episode_of_what_the_cameras_saw(tmp_path):
     assert f"{len(words)} last steps of episodes, which have no next pose" in told["left_out"]
     windows = CalvinWindows([tmp_path / "set" / "training"])
     assert set(windows.texts) == set(words), "training reads it"
+    assert read_action_space(tmp_path / "set" / "training") == TABLETOP
 
 
 def test_an_action_leads_from_one_measured_pose_to_the_next(tmp_path):

@@ -49,6 +49,10 @@ def test_every_network_is_trained_by_the_recipe_but_for_its_switch(tmp_path, mon
             if isinstance(step, Train):
                 assert all(getattr(step, field) == value for field, value in train.items())
         assert [getattr(step, "steps", None) for step in recipe.steps] == [getattr(step, "steps", None) for step in whole.steps]
+    (beside_eight, _), (beside_two, _) = (
+        (step for step in r.steps if isinstance(step, Train)) for r in (whole, recipes["no auxiliary heads"])
+    )
+    assert [getattr(beside_two, g) / getattr(beside_eight, g) for g in ("heatmap", "point", "turn")] == [2 / 8] * 3
     assert recipes["no LSTM"].network.config().head.lstm_layers == 0
 
 

@@ -12,9 +12,11 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation.demonstrations import demonstrations
 from deer_vla_ros.evaluation.record_run import Recording
 from deer_vla_ros.evaluation.record_store import CalvinStore, FrameStore
+from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.sim.tasks import BY_NAME
 from deer_vla_ros.training.batches import Share
 from deer_vla_ros.training.calvin import CalvinWindows
+from deer_vla_ros.training.calvin_files import read_action_space
 from deer_vla_ros.training.dataset import FrameWindows
 from deer_vla_ros.training.frames import Frames
 from deer_vla_ros.training.prefetch import Prefetched
@@ -49,9 +51,9 @@ def draw(windows, indices, window=6, seed=0):
     return windows.batch(np.asarray(indices), window, SIZE, np.random.default_rng(seed))
 
 
-def test_the_table_s_demonstrations_are_the_same_through_calvin_s_format_as_through_ours(both):
+def test_the_table_s_demonstrations_are_the_same_through_calvin_s_format_as_through_ours(folder, both):
     ours, calvins = both
-    assert len(ours) == len(calvins) > 10
+    assert len(ours) == len(calvins) > 10 and read_action_space(folder) == TABLETOP
     every = np.arange(len(ours))
     a, b = draw(ours, every), draw(calvins, every)
     assert np.array_equal(a.images, b.images)
