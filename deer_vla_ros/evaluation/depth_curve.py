@@ -171,7 +171,17 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             linestyle="-" if kind != "static network" else ":",
         )
         for x, y, row in zip(cost, length, own):
-            axes.annotate(row["label"], (x, y), textcoords="offset points", xytext=(4, 6), fontsize=7, color=colour)
+            below = kind == "fixed exit"
+            axes.annotate(
+                row["label"].replace("own thresholds", "own"),
+                (x, y),
+                textcoords="offset points",
+                xytext=(4, -6) if below else (-4, 5),
+                ha="left" if below else "right",
+                va="top" if below else "bottom",
+                fontsize=7,
+                color=colour,
+            )
     lowest = min((row["average_length_ci"][0] for row in rows), default=0.0)
     axes.set(xscale="log", xlabel="language part, MMAC per step (mean)", ylabel="average length of 5", title=title)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
