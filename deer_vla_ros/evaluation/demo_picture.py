@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
@@ -34,6 +35,7 @@ def draw(rows: list[dict[str, Any]], moments: list[Moment], weights: dict[str, A
         for index, text in enumerate(dict.fromkeys(row["instruction"] for row in rows))
     }
     began_s = seconds_of(rows[0]["header"]["stamp"])
+    moments = whole_bands(moments)
     bands = -(-len(moments) // COLUMNS)
     heights = [BAND_HEIGHT] * bands + [1.5]
     figure = Figure(figsize=(11.6, sum(heights) + 0.75), dpi=DPI, facecolor="white")
@@ -52,6 +54,12 @@ def draw(rows: list[dict[str, Any]], moments: list[Moment], weights: dict[str, A
         top = bottom
     _draw_depth(figure.add_axes((0.055, 0.45 / total, 0.93, 0.95 / total)), rows, moments, began_s, colours)
     write_whole(path, lambda part: figure.savefig(part, dpi=DPI))
+
+
+def whole_bands(moments: list[Moment]) -> list[Moment]:
+    """As many moments as fill their bands, the first and the last among them; all of them where they do not fill one."""
+    kept = len(moments) // COLUMNS * COLUMNS or len(moments)
+    return [moments[round(place)] for place in np.linspace(0, len(moments) - 1, kept)]
 
 
 def _title(rows: list[dict[str, Any]]) -> str:

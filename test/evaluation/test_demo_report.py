@@ -11,7 +11,7 @@ from PIL import Image
 from sensor_msgs.msg import Image as ImageMessage
 
 from deer_vla_ros.evaluation import demo_report as report
-from deer_vla_ros.evaluation.demo_picture import draw
+from deer_vla_ros.evaluation.demo_picture import draw, whole_bands
 
 EXITS = [1, 3, 5]
 PERIOD_NS = 100_000_000
@@ -145,3 +145,10 @@ def test_the_picture_is_drawn_for_any_number_of_moments(count, tmp_path):
 
 def fail():
     raise RuntimeError("the disk is full")
+
+
+@pytest.mark.parametrize(("moments", "shown"), [(0, 0), (1, 1), (5, 5), (6, 6), (7, 6), (11, 6), (12, 12), (13, 12)])
+def test_no_band_of_the_picture_is_left_half_empty(moments, shown):
+    found = whole_bands(list(range(moments)))
+    assert len(set(found)) == shown and found == sorted(found)
+    assert not found or (found[0], found[-1]) == (0, moments - 1)
