@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from deer_vla_ros.budget.calibration import Calibration
+from deer_vla_ros.budget.calibration import REMEDY, Calibration
 from deer_vla_ros.budget.cost import exit_fractions
 from deer_vla_ros.budget.families import FAMILIES, thresholds_within
 from deer_vla_ros.errors import UserError
@@ -71,7 +71,7 @@ def points(
     whole = folders[ALL_PARTS]
     calibration, budget = _calibration(whole), ("--budget", f"average_fraction={setting.fraction:g}")
     rows = [Point("ablation", name, folder, budget) for name, folder in folders.items()]
-    rows.append(Point("ablation", FEATURES, _by_features(whole, tell), budget))
+    rows.append(Point("ablation", FEATURES, _by_features(whole, setting.out, tell), budget))
     shares = shares_within(calibration, whole, setting.fraction)
     schedule = ",".join(f"{layer}:{until}" for layer, until in by_time(shares, score(rows[:1])[0]["steps_by_time"]))
     rows.append(Point("ablation", TIME, whole, ("--exit-by-time", schedule)))
@@ -143,13 +143,14 @@ def _calibrate(folder: Path, tell: Callable[[str], None]) -> None:
 
 def _calibration(folder: Path) -> Calibration:
     found = Calibration.load(folder)
-    assert found is not None, f"{folder} was calibrated a moment ago"
+    if found is None:
+        raise UserError(f"{folder} has no calibration, which thresholds are solved from: {REMEDY}")
     return found
 
 
-def _by_features(folder: Path, tell: Callable[[str], None]) -> Path:
+def _by_features(folder: Path, out: Path, tell: Callable[[str], None]) -> Path:
     """The same network with exits that compare what their heads read, calibrated for that."""
-    other = folder.with_name(f"{folder.name}_by_features")
+    other = out / f"{folder.name}_by_features"
     shutil.copytree(folder, other, dirs_exist_ok=True, ignore=shutil.ignore_patterns("calibration*"))
     info = dataclasses.replace(load_info(folder), delta="feature")
     write_text(other / CONFIG, json.dumps(info.to_dict(), indent=2) + "\n")

@@ -26,7 +26,8 @@ several budgets and at each fixed exit, and every `--static` network at its full
 run of `evaluate`, kept in `--out` and not repeated.
 
 ablations: trains the `--recipe` with all parts of the method and without each, calibrates, and scores `--chains` chains at one average
-budget; criteria and thresholds are compared on the network with all parts. It can be interrupted and goes on from there.
+budget; criteria and thresholds are compared on the network with all parts, or on that of `--checkpoint` alone, and then nothing is trained. It can
+be interrupted and goes on from there.
 
 `camera`, `relay`, `listener` and `load` are the processes that `node` starts. Without ROS_DOMAIN_ID it takes a random one, and
 without FASTRTPS_DEFAULT_PROFILES_FILE a shared memory segment that holds such images: Fast DDS's own loses most of them.
@@ -71,7 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=positive_seconds, default=15.0, help="node: time of each condition (default: %(default)s)"
     )
     parser.add_argument(
-        "--checkpoint", default="", metavar="DIR", help="budgets, latency, curve: checkpoint folder (default: the embedded one)"
+        "--checkpoint",
+        default="",
+        metavar="DIR",
+        help="budgets, latency, curve: checkpoint folder (default: the embedded one); ablations: see above",
     )
     parser.add_argument("--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)")
     parser.add_argument("--budgets", type=int, default=12, help="budgets: how many (default: %(default)s)")
@@ -247,7 +251,7 @@ def _ablations(args: argparse.Namespace) -> dict[str, object]:
         return depth_curve.measure(found, args.chains, args.seed, args.processes, args.out / "ablations", tell)
 
     setting = ablations.Setting(args.recipe, args.data, args.out / "ablations", args.processes, args.fraction)
-    folders = ablations.networks(setting, tell)
+    folders = {ablations.ALL_PARTS: Path(args.checkpoint)} if args.checkpoint else ablations.networks(setting, tell)
     rows = score(ablations.points(setting, folders, score, tell))
     print(f"\n{'':32}length   95%            share of the language part's full depth")
     for row in rows:

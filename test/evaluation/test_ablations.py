@@ -1,5 +1,6 @@
 """Do the ablations change what they say, and nothing else?"""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deer_vla_ros.budget.calibration import Calibration
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.evaluation import ablations
-from deer_vla_ros.model.checkpoint import EMBEDDED
+from deer_vla_ros.model.checkpoint import EMBEDDED, load_info
 from deer_vla_ros.training.recipe import Recipe, Train
 
 RECIPE = Path(__file__).parents[2] / "config" / "training" / "ablation.yaml"
@@ -72,3 +74,29 @@ def test_the_criteria_and_thresholds_are_compared_at_one_cost():
     deeper = ablations.family_thresholds(calibration, EMBEDDED, "exp", 0.8)
     assert len(deeper) == len(calibration.exits)
     assert deeper != ablations.family_thresholds(calibration, EMBEDDED, "exp", 0.4)
+
+
+def test_a_network_without_calibration_is_refused_with_the_command_that_makes_one(tmp_path, monkeypatch):
+    bare = tmp_path / "bare"
+    shutil.copytree(EMBEDDED, bare, ignore=shutil.ignore_patterns("calibration*"))
+    setting = ablations.Setting(RECIPE, tmp_path, tmp_path / "out", processes=1, fraction=0.3)
+    with pytest.raises(UserError, match="bare has no calibration.*calibrate"):
+        ablations.points(setting, {ablations.ALL_PARTS: bare}, lambda points: [], lambda line: None)
+
+
+def test_a_trained_network_is_compared_as_it_is_and_left_as_it_was(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ablations, "_call", lambda *arguments: calls.append(arguments))
+    before = {path: path.read_bytes() for path in EMBEDDED.iterdir() if path.is_file()}
+    setting = ablations.Setting(RECIPE, tmp_path, tmp_path / "out", processes=1, fraction=0.3)
+    found = ablations.points(
+        setting,
+        {ablations.ALL_PARTS: EMBEDDED},
+        lambda points: [{"steps_by_time": [4, 3, 2, 1]} for _ in points],
+        lambda line: None,
+    )
+    (by_features,) = (point.folder for point in found if point.label == ablations.FEATURES)
+    assert by_features.is_relative_to(tmp_path) and load_info(by_features).delta == "feature"
+    assert {point.folder for point in found} == {EMBEDDED, by_features} and len(found) == 7
+    assert [call[1:4] for call in calls] == [("deer_vla_ros", "calibrate", "table")]
+    assert before == {path: path.read_bytes() for path in EMBEDDED.iterdir() if path.is_file()}
