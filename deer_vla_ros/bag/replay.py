@@ -1,4 +1,4 @@
-"""What would the policy have done on this recording? The node's controller, driven by recorded messages and bag time alone.
+"""The node's controller, driven by recorded messages and bag time alone: what the policy would have done on a recording.
 
 Two ways. In lock step: every message is heard when it was received, and the controller is ticked as the node ticks it, at every
 new pair of frames and at the control rate; an inference takes no time, or as long as a latency table says. Along recorded steps: the
@@ -20,8 +20,7 @@ from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Command
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import StageTimes
-from deer_vla_ros.ros.conversions import measured_pose
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.stamped import measured_pose, nanoseconds
 
 Messages = Iterator[tuple[str, Record, Any]]
 """What `inputs.messages` gives."""
@@ -123,6 +122,7 @@ def lockstep(controller: Controller, coming: Iterator[Arrival], inference_takes_
             clock.take(controller)
         while clock.woken:
             clock.woken = False
+            controller.clear()  # nobody is there to look at a serious hold; without this, one would end the replay
             began = time.perf_counter()
             command = controller.tick(clock.now_ns, finished)
             if command is not None:
@@ -156,12 +156,13 @@ class _Clock:
 def along_steps(controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange) -> Iterator[Moment]:
     """The recorded steps once more, each on the inputs that it names.
 
-    A step whose inputs are not in the recording is counted and left out, and so are those after it until an episode begins: they rest on
-    a memory that is not known. A parameter event is heard before the node obeys it: it is obeyed at the step whose budget id says so.
+    A step whose inputs are not in the recording, or that is missing there itself, is counted and left out, and so are those after it until
+    an episode begins: they rest on a memory that is not known. A parameter event is heard before the node obeys it: it is obeyed at the step whose budget id says so.
     """
     budget = _FollowedBudget(controller, on_parameters)
     recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {name: OrderedDict() for name in (STATIC, GRIPPER, POSE)}
-    is_known = heard_steps = False
+    is_known = False
+    newest_step: int | None = None
     controller.start()
     for name, record, message in messages:
         if name in recent:
@@ -173,10 +174,16 @@ def along_steps(controller: Controller, messages: Messages, tally: Tally, on_par
             budget.hear(message)
         elif name == STEPS:
             budget.before(message)
-            if not heard_steps and message.step:
+            if newest_step is None and message.step:
                 tally.skip(record.topic, f"{message.step} steps before the recording: an average budget's governor remembers their cost, "
                            "so thresholds may differ")  # fmt: skip
-            heard_steps = True
+            if newest_step is not None and message.step > newest_step + 1:
+                tally.skip(
+                    record.topic,
+                    f"steps {newest_step + 1} to {message.step - 1} are missing in the recording: the memory after them is not known",
+                )
+                is_known = False
+            newest_step = message.step
             is_known = is_known or message.episode_step == 0
             if not is_known:
                 tally.skip(record.topic, "the episode began before the recording, or lacks inputs: its memory is not known")
@@ -244,6 +251,7 @@ def _again(
         return published_ns
 
     now_ns = nanoseconds(step.static_stamp) + round(step.static_age_ms * 1e6)
+    controller.clear()  # the live node went on, so somebody had cleared what it held for
     began = time.perf_counter()
     command = controller.tick(now_ns, finished)
     wall_ms = (time.perf_counter() - began) * 1e3

@@ -36,14 +36,18 @@ from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.conversions import measured_pose, step_message
+from deer_vla_ros.ros.conversions import step_message
 from deer_vla_ros.ros.loading import warm_controller
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.stamped import measured_pose, nanoseconds
 
 THUMBNAILS = 8
 FOLLOWED = tuple(name for name in DECIDED if name not in (*AGES, "step", "episode", "budget_id", "verdict", "reasons"))
 """What a replay along recorded steps has to decide as the live node did: all but numbers that count from the node's start, ages, which
 the controller's clock rounds, and what the guard made of it, which rests on poses that came while the live node was thinking."""
+
+NO_FEEDBACK = {"guard.follow_timeout_s": 0.0, "guard.ramp_in_steps": 0}
+"""A recorded arm does not follow what the replay decides: it seems to stand still or to be moved away, again and again, and ramps after
+holds that no live arm would see say nothing. Along recorded steps it is the arm that followed, and only its holds are not known."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ def run(
                 f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, or say what to do with --instruction"
             )
         window = _window(request, recording)
-        controller = warm_controller(request.given, logging.getLogger(__name__), request.latencies)
+        feedback = {"guard.follow_timeout_s": 0.0} if request.follow else NO_FEEDBACK
+        controller = warm_controller(request.given | feedback, logging.getLogger(__name__), request.latencies)
         stack.callback(controller.close)
         result.seconds = (window[1] - window[0]) / 1e9
         files = stack.enter_context(RunFolder(folder, recording, result.tally, request.with_inputs)) if folder else None

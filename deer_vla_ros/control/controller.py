@@ -1,4 +1,4 @@
-"""What does the arm get told at this tick? Frames and poses in, guarded command out; time is an argument.
+"""The controller: newest frames, poses and words in, one guarded command out at every tick; time is an argument.
 
 The node and the bag replay both drive this class, which is why they cannot disagree.
 """
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus
 from deer_vla_ros.control.budgeted_policy import BudgetedPolicy, BudgetedStep
+from deer_vla_ros.control.following import Following
 from deer_vla_ros.control.gripper import GripperSwitch
-from deer_vla_ros.control.guard import GuardLimits, guard, is_beyond_workspace
+from deer_vla_ros.control.guard import GuardLimits, StepTiming, guard, is_beyond_workspace, is_near
 from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
 from deer_vla_ros.control.pace import Pace
-from deer_vla_ros.control.types import Camera, Command, Decision, Frame, HoldReason, MeasuredPose, Pose, Twist
+from deer_vla_ros.control.types import SERIOUS, Camera, Command, Decision, Frame, HoldReason, MeasuredPose, Pose, Twist
 from deer_vla_ros.inference.types import Observation, StageTimes
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.checkpoint import Checkpoint
@@ -28,22 +29,43 @@ from deer_vla_ros.model.checkpoint import Checkpoint
 class ControllerSettings:
     """rate_hz: at most so many steps, and while holding as many repeats, per second.
 
-    gripper_hysteresis: how far from one half the gripper's probability must be to change it.
+    gripper_hysteresis: how far from one half the gripper's probability must be to change it; gripper_dwell_ns: the least time between
+    two changes. follow_timeout_ns: for how long the arm may stand still although its target is ahead of it; 0: for ever.
     """
 
     rate_hz: float
     inputs: InputLimits
     guard: GuardLimits
     gripper_hysteresis: float = 0.0
+    gripper_dwell_ns: int = 0
+    follow_timeout_ns: int = 0
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A hold in progress: where the arm was when it began, for which reasons, and when it was last repeated."""
+    """A hold in progress: the pose that is held, for which reasons, and when it was last repeated, by the steady clock."""
 
     pose: Pose | None
     reasons: tuple[HoldReason, ...]
     repeated_ns: int
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """The newest motion: its target, how fast the target moved, the stamp of its frames, and how many came since the last hold."""
+
+    target: Pose
+    velocity: Twist
+    stamp_ns: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Time:
+    """now_ns: ROS time, by which inputs are judged. steady_ns: of a clock that never stops or jumps."""
+
+    now_ns: int
+    steady_ns: int
 
 
 class Controller:
@@ -71,12 +93,16 @@ class Controller:
         self._episode = -1
         self._episode_step = 0
         self._pace = Pace(settings.rate_hz)
-        self._last_tick_ns: int | None = None
-        self._last_target: Pose | None = None
-        self._gripper = GripperSwitch(settings.gripper_hysteresis)
+        self._last_tick: _Time | None = None
+        self._clock_moved_ns = 0  # when ROS time last went on, by the steady clock
+        self._moved: _Moved | None = None
+        self._following = Following()
+        self._gripper = GripperSwitch(settings.gripper_hysteresis, settings.gripper_dwell_ns)
         self._last_gripper: float | None = None
         self._held: _Held | None = None
         self._holds: Counter[HoldReason] = Counter()
+        self._serious: tuple[HoldReason, ...] = ()
+        self._clearances = self._holds_obeyed = 0
 
     # --- inputs, from any thread
 
@@ -92,8 +118,16 @@ class Controller:
         self._gate.put_instruction(text)
 
     def request_hold(self, hold: bool) -> None:
-        """Holds, or lets go of a hold requested before."""
+        """Holds, or lets go: of a hold requested before, and of serious reasons, which a person has looked at then."""
         self._gate.request_hold(hold)
+
+    def demand_hold(self, reason: HoldReason, stands: bool) -> None:
+        """Holds for a reason that only the caller sees, as long as it stands."""
+        self._gate.demand_hold(reason, stands)
+
+    def clear(self) -> None:
+        """Serious reasons do not hold any longer: a person has looked at them."""
+        self._gate.clear()
 
     def request_reset(self) -> None:
         """Clears the temporal state: the next step starts a new episode."""
@@ -107,9 +141,11 @@ class Controller:
 
     @settings.setter
     def settings(self, settings: ControllerSettings) -> None:
+        if settings.guard.loosened_from(self._settings.guard):
+            self._moved = None  # what was a small motion by the old limits starts again from the measured pose
         self._settings = settings
         self._gate.limits = settings.inputs
-        self._gripper.hysteresis = settings.gripper_hysteresis
+        self._gripper.hysteresis, self._gripper.dwell_ns = settings.gripper_hysteresis, settings.gripper_dwell_ns
 
     def check_budget(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
         """Raises UserError where one of `names`, what is asked for now, cannot be kept; changes nothing."""
@@ -173,45 +209,86 @@ class Controller:
         """Why the arm holds now; empty when it does not."""
         return self._held.reasons if self._held else ()
 
+    @property
+    def serious(self) -> tuple[HoldReason, ...]:
+        """Those of `holding` that a person has to clear."""
+        return self._serious
+
     # --- the tick
 
     def start(self) -> None:
         """Control begins, or begins again: nothing of an earlier time is remembered, held or repeated."""
-        self.forget_motion()
-        self._last_gripper = self._last_tick_ns = None
-        self._gripper = GripperSwitch(self._settings.gripper_hysteresis)
+        self._held = self._moved = self._last_gripper = self._last_tick = None
+        self._serious = ()
+        self._following.begin()
+        self._gripper = GripperSwitch(self._settings.gripper_hysteresis, self._settings.gripper_dwell_ns)
         self._pace.forget()
         self._gate.request_reset()
         self._policy.begin()
 
-    def forget_motion(self) -> None:
-        """The last command was not given to the arm: the next one starts from the measured pose."""
-        self._held = self._last_target = None
-
-    def tick(self, now_ns: int, finished: Callable[[StageTimes], int] | None = None) -> Command | None:
+    def tick(
+        self, now_ns: int, finished: Callable[[StageTimes], int] | None = None, steady_ns: int | None = None
+    ) -> Command | None:
         """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None: nothing to say.
 
-        finished: tells the time when the inference, which took so long, is over, for then the inputs are judged once more; without it an
-        inference takes no time.
+        finished: tells the time when the inference, which took so long, is over, for then the inputs are judged once more; without it
+        an inference takes no time. steady_ns: time of a clock that never stops, by which a `now_ns` that stands still is seen; without
+        it `now_ns` is such a clock.
         """
         self._policy.absorb()
-        if self._clock_jumped(now_ns):
-            return self._start_over(now_ns)
-        inputs = self._gate.snapshot()
-        reasons = self._judge(inputs, now_ns)
+        time = _Time(now_ns, now_ns if steady_ns is None else steady_ns)
+        inputs, before = self._gate.snapshot(), self._last_tick
+        self._last_tick = time
+        if before is not None and now_ns < before.now_ns - self._settings.inputs.max_skew_ns:
+            return self._start_over(inputs, time)
+        late = self._judge_time(before, time) if steady_ns is not None else ()
+        reasons = tuple(dict.fromkeys((*late, *self._judge(inputs, now_ns))))
         if reasons:
             self._gate.mark_seen(inputs.pair)
-            return None if self._is_repeated(reasons, now_ns) else self._hold(inputs, reasons, now_ns)
+            return None if self._is_repeated(reasons, time) else self._hold(inputs, reasons, time)
         if self._pace.admits(inputs.pair[0].stamp_ns):
-            return self._act(inputs, now_ns, finished or (lambda times: now_ns))
+            return self._act(inputs, time, finished or (lambda times: now_ns))
         reasons = self.holding  # a hold whose reason is gone lasts until the next step
-        return None if not reasons or self._is_repeated(reasons, now_ns) else self._hold(inputs, reasons, now_ns)
+        return None if not reasons or self._is_repeated(reasons, time) else self._hold(inputs, reasons, time)
+
+    def confirm(self, command: Command, now_ns: int, steady_ns: int) -> Command:
+        """The last look before a motion leaves; a hold in its place where anything speaks against it by now.
+
+        The caller lets nobody else tell the arm anything until it has left. steady_ns: as `tick` takes it.
+        """
+        decision = command.decision
+        self._last_tick = time = _Time(now_ns, steady_ns)
+        if command.holds or decision is None:
+            return command
+        inputs, limits = self._gate.snapshot(), self._settings.inputs
+        reasons = self._judge(inputs, now_ns)
+        if now_ns < decision.tick_ns - limits.max_skew_ns:
+            reasons = (*reasons, HoldReason.CLOCK_JUMPED)
+        age_ns = now_ns - min(decision.static_stamp_ns, decision.gripper_stamp_ns)
+        if not reasons and (age_ns > limits.max_age_ns or steady_ns - decision.steady_ns > limits.max_age_ns):
+            reasons = (HoldReason.TOO_SLOW,)
+        return self._refuse(inputs, reasons, time, decision) if reasons else command
 
     def _judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
         """Why the arm must not be moved on these inputs; empty when it may."""
-        reasons = self._gate.judge(inputs, now_ns)
+        if inputs.clearances != self._clearances:
+            self._clearances, self._serious = inputs.clearances, ()
+        reasons = [*self._serious, *self._gate.judge(inputs, now_ns)]
+        if inputs.holds_requested != self._holds_obeyed:  # one that was lifted before any tick is a hold, too
+            reasons.append(HoldReason.REQUESTED)
         if not reasons and is_beyond_workspace(self._settings.guard, inputs.pose.pose):
-            reasons = (HoldReason.BEYOND_WORKSPACE,)
+            reasons.append(HoldReason.BEYOND_WORKSPACE)
+        return tuple(dict.fromkeys(reasons))
+
+    def _judge_time(self, before: _Time | None, time: _Time) -> list[HoldReason]:
+        """A clock that stands still while the steady one goes on, or control that stood still itself."""
+        limit_ns, reasons = self._settings.inputs.max_age_ns, []
+        if before is None or time.now_ns != before.now_ns:
+            self._clock_moved_ns = time.steady_ns
+        elif time.steady_ns - self._clock_moved_ns > limit_ns:
+            reasons.append(HoldReason.CLOCK_STOPPED)
+        if before is not None and time.steady_ns - before.steady_ns > limit_ns:
+            reasons.append(HoldReason.STALLED)
         return reasons
 
     def hold_now(self, now_ns: int, reason: HoldReason) -> Command:
@@ -225,21 +302,15 @@ class Controller:
         self._policy.warm_up(image_shape)
         self._instruction = ""
 
-    def _clock_jumped(self, now_ns: int) -> bool:
-        """Whether time went back since the last tick, by more than the clocks of two inputs may differ anyway."""
-        last_ns, self._last_tick_ns = self._last_tick_ns, now_ns
-        return last_ns is not None and now_ns < last_ns - self._settings.inputs.max_skew_ns
-
-    def _start_over(self, now_ns: int) -> Command:
+    def _start_over(self, inputs: Inputs, time: _Time) -> Command:
         """Holds; nothing from before the jump is acted upon, the measured pose neither, and a new episode follows."""
-        inputs = self._gate.snapshot()
         self._gate.forget()
         self._gate.request_reset()
         self._pace.forget()
         self._held = None
-        return self._hold(inputs, (HoldReason.CLOCK_JUMPED,), now_ns)
+        return self._hold(inputs, (HoldReason.CLOCK_JUMPED,), time)
 
-    def _act(self, inputs: Inputs, now_ns: int, finished: Callable[[StageTimes], int]) -> Command:
+    def _act(self, inputs: Inputs, time: _Time, finished: Callable[[StageTimes], int]) -> Command:
         static, gripper = inputs.pair
         self._gate.mark_seen(inputs.pair)
         self._pace.take(static.stamp_ns)
@@ -247,43 +318,58 @@ class Controller:
             if inputs.instruction != self._instruction or inputs.resets != self._resets:
                 self._begin_episode(inputs)
             step = self._policy.step(Observation(static.image, gripper.image, inputs.pose.pose.as_array()))
-        except Exception as error:  # whatever the device or the network throws: the arm holds, and the reason is told
-            return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), now_ns, error=f"{type(error).__name__}: {error}")
-        decision = self._decide(inputs, step, now_ns)
-        after_ns = finished(step.policy.times)
-        after = self._gate.snapshot()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # Rust code that panics is no Exception; whatever it is, the arm holds, and the reason is told
+            return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), time, error=f"{type(error).__name__}: {error}")
+        decision = self._decide(inputs, step, time)
+        after = _Time(finished(step.policy.times), time.steady_ns)
+        newest = self._gate.snapshot()
         if not step.policy.action.is_finite:
-            return self._refuse(after, (HoldReason.NOT_FINITE,), after_ns, decision)
+            return self._refuse(newest, (HoldReason.NOT_FINITE,), after, decision)
         # Much may have happened during the inference: what it decided is given only to an arm that may still be moved.
-        if reasons := self._judge(after, after_ns):
-            return self._refuse(after, reasons, after_ns, decision)
-        if self._gate.is_outdated(inputs.pair, after_ns):
-            return self._refuse(after, (HoldReason.TOO_SLOW,), after_ns, decision)
-        return self._move(after, after_ns, decision)
+        if reasons := self._judge(newest, after.now_ns):
+            return self._refuse(newest, reasons, after, decision)
+        if self._gate.is_outdated(inputs.pair, after.now_ns):
+            return self._refuse(newest, (HoldReason.TOO_SLOW,), after, decision)
+        return self._move(newest, after, decision)
 
-    def _move(self, inputs: Inputs, now_ns: int, decision: Decision) -> Command:
+    def _move(self, inputs: Inputs, time: _Time, decision: Decision) -> Command:
         """The decision as a command, within the guard's limits around the newest measured pose."""
-        action, measured = decision.policy.action, inputs.pose.pose
-        last_target = self._last_target or measured
-        guarded = guard(self._settings.guard, last_target, measured, *motion_of(action.pose, self.action_space))
+        action, measured, settings = decision.policy.action, inputs.pose.pose, self._settings
+        period_s = 1 / settings.rate_hz
+        before = self._moved or _Moved(measured, Twist.zero(), decision.static_stamp_ns - self._pace.period_ns, 0)
+        seconds = min(max(decision.static_stamp_ns - before.stamp_ns, 1) / 1e9, period_s)
+        timing = StepTiming(seconds, before.velocity, in_ramp=before.count < settings.guard.ramp_in_steps)
+        guarded = guard(settings.guard, before.target, measured, *motion_of(action.pose, self.action_space), timing)
         if guarded.arm_moved:
-            self._held = None
-            return self._refuse(inputs, (HoldReason.ARM_MOVED,), now_ns, decision)
+            return self._refuse(inputs, (HoldReason.ARM_MOVED,), time, decision)
+        if self._stands_still(guarded.target, measured, decision):
+            return self._refuse(inputs, (HoldReason.ARM_NOT_FOLLOWING,), time, decision)
+        velocity = twist_of(before.target, guarded.target, seconds)
         self._held = None
-        self._last_target = guarded.target
-        space = self.action_space
-        self._last_gripper = space.gripper_open if self._gripper.decide(action) else space.gripper_closed
+        self._moved = _Moved(guarded.target, velocity, decision.static_stamp_ns, before.count + 1)
+        space, is_open = self.action_space, self._gripper.decide(action, decision.static_stamp_ns)
+        self._last_gripper = space.gripper_open if is_open else space.gripper_closed
         return Command(
             stamp_ns=decision.stamp_ns,
             target=guarded.target,
-            twist=twist_of(last_target, guarded.target, 1 / self._settings.rate_hz),
+            twist=twist_of(before.target, guarded.target, period_s),
             gripper=self._last_gripper,
             decision=dataclasses.replace(decision, limits=guarded.limits),
         )
 
-    def _refuse(self, inputs: Inputs, reasons: tuple[HoldReason, ...], now_ns: int, decision: Decision) -> Command:
+    def _stands_still(self, target: Pose, measured: Pose, decision: Decision) -> bool:
+        """Whether the arm has stood still for longer than it may although its target is ahead of it."""
+        limits, timeout_ns = self._settings.guard, self._settings.follow_timeout_ns
+        still_ns = self._following.stands_still_ns(
+            decision.static_stamp_ns, target, measured, limits.max_translation_m, limits.max_rotation_rad
+        )
+        return 0 < timeout_ns < still_ns
+
+    def _refuse(self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time, decision: Decision) -> Command:
         """A hold in place of what was decided."""
-        return dataclasses.replace(self._hold(inputs, reasons, now_ns), decision=dataclasses.replace(decision, held=reasons))
+        return dataclasses.replace(self._hold(inputs, reasons, time), decision=dataclasses.replace(decision, held=reasons))
 
     def _begin_episode(self, inputs: Inputs) -> None:
         """Clears the temporal state and makes the exit rule for the instruction's length."""
@@ -292,7 +378,7 @@ class Controller:
         self._episode += 1
         self._episode_step = 0
 
-    def _decide(self, inputs: Inputs, step: BudgetedStep, now_ns: int) -> Decision:
+    def _decide(self, inputs: Inputs, step: BudgetedStep, time: _Time) -> Decision:
         static, gripper = inputs.pair
         decision = Decision(
             step=self._step,
@@ -305,7 +391,8 @@ class Controller:
             static_stamp_ns=static.stamp_ns,
             gripper_stamp_ns=gripper.stamp_ns,
             pose_stamp_ns=inputs.pose.stamp_ns,
-            tick_ns=now_ns,
+            tick_ns=time.now_ns,
+            steady_ns=time.steady_ns,
             limits=(),
             held=(),
         )
@@ -313,21 +400,32 @@ class Controller:
         self._episode_step += 1
         return decision
 
-    def _is_repeated(self, reasons: tuple[HoldReason, ...], now_ns: int) -> bool:
+    def _is_repeated(self, reasons: tuple[HoldReason, ...], time: _Time) -> bool:
         """Whether this very hold was told less than a control period ago."""
         held = self._held
         interval_ns = self._pace.period_ns - self._pace.slack_ns
-        return held is not None and reasons == held.reasons and 0 <= now_ns - held.repeated_ns < interval_ns
+        return held is not None and reasons == held.reasons and 0 <= time.steady_ns - held.repeated_ns < interval_ns
 
-    def _hold(self, inputs: Inputs, reasons: tuple[HoldReason, ...], now_ns: int, error: str = "") -> Command:
-        """Begins or goes on with a hold. The pose held is the one measured when it began, or the first usable one since."""
+    def _hold(self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time, error: str = "") -> Command:
+        """Begins or goes on with a hold."""
         if HoldReason.NO_INSTRUCTION in reasons:
             self._instruction = ""  # the same text given again starts a new episode
-        pose = self._held.pose if self._held else None
-        if self._held is None:
-            self._last_target = None  # whatever comes next starts from the measured pose
-        if pose is None and not self._gate.judge_pose(inputs, now_ns):
-            pose = inputs.pose.pose
+        was_moving = self._moved is not None
+        self._moved = None  # whatever comes next starts from the measured pose
+        self._following.begin()
+        self._holds_obeyed = inputs.holds_requested
+        lasting = [reason for reason in reasons if reason in SERIOUS and (was_moving or reason is not HoldReason.COMMANDS_UNHEARD)]
+        self._serious = tuple(dict.fromkeys((*self._serious, *lasting)))
         self._holds.update(set(reasons) - set(self.holding))
-        self._held = _Held(pose, reasons, now_ns)
-        return Command(now_ns, pose, Twist.zero(), self._last_gripper, holds=reasons, error=error)
+        pose = self._pose_to_hold(inputs, time.now_ns)
+        self._held = _Held(pose, reasons, time.steady_ns)
+        return Command(time.now_ns, pose, Twist.zero(), self._last_gripper, holds=reasons, error=error)
+
+    def _pose_to_hold(self, inputs: Inputs, now_ns: int) -> Pose | None:
+        """The pose that was held before, as long as the arm is within a step of it; else where the arm is measured to be; None where
+        that is not known. A controller that joins finds nothing to jump to, and an arm that sags a little is not let down bit by bit.
+        """
+        if self._gate.judge_pose(inputs, now_ns):
+            return None
+        held, measured = self._held.pose if self._held else None, inputs.pose.pose
+        return held if held is not None and is_near(self._settings.guard, held, measured) else measured

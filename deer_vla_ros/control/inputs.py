@@ -1,22 +1,25 @@
-"""Which inputs may a step act on? The newest of everything, and only if it is fresh and belongs together."""
+"""The input gate: it keeps the newest of every input and says why a step must not act on them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 
-from deer_vla_ros.control.types import Camera, Frame, HoldReason, MeasuredPose
+from deer_vla_ros.control.types import Camera, Frame, HoldReason, MeasuredPose, Pose
 
 UNIT_QUATERNION_TOLERANCE = 1e-2
 """How far a quaternion's length may be from 1: covers float32 publishers, not a forgotten field."""
 
-MAX_ARM_SPEED = 3.0
-"""m/s: faster than any arm of this kind moves; a measured pose that moves faster is wrong, or of another arm."""
-POSE_NOISE_M = 0.02
+MAX_ARM_SPEED, MAX_ARM_TURN = 3.0, 10.0
+"""m/s and rad/s: faster than any arm of this kind moves. A measured pose that moves faster is wrong, or of another arm."""
+POSE_NOISE_M, POSE_NOISE_RAD = 0.02, 0.1
 """How far two measured poses may be apart at no distance in time."""
+MAX_COORDINATE_M = 100.0
+"""How far from its frame's origin an arm can be, mobile robots in a hall included."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,23 @@ class InputLimits:
 class Inputs:
     """The newest of everything at one moment.
 
-    pose_jump_ns: stamp of the last pose that was too far from the one before to be believed.
-    pair: the newest static and gripper frame that belong together. dropped: static frames of pairs that were
-    replaced before a tick saw them.
+    pair: the newest static and gripper frame that belong together. good_pose: the newest pose that made sense by itself.
+    pose_jump_ns: stamp of the last pose that was too far from the good one before to be believed.
+    demands: holds that are demanded from outside for as long as they stand. holds_requested: how many were requested so far, those
+    that were let go at once included. clearances: how often a person deliberately let the arm go on, by lifting the requested hold or
+    by another instruction. dropped: static frames of pairs that were replaced before a tick saw them.
     """
 
     static: Frame | None = None
     gripper: Frame | None = None
     pair: tuple[Frame, Frame] | None = None
     pose: MeasuredPose | None = None
-    instruction: str = ""
-    hold_requested: bool = False
+    good_pose: MeasuredPose | None = None
     pose_jump_ns: int | None = None
+    instruction: str = ""
+    demands: tuple[HoldReason, ...] = ()
+    holds_requested: int = 0
+    clearances: int = 0
     resets: int = 0
     dropped: int = 0
 
@@ -61,6 +69,7 @@ class InputGate:
         self._lock = threading.Lock()
         self._inputs = Inputs()
         self._seen: Frame | None = None
+        self._instruction_is_old = False
 
     def snapshot(self) -> Inputs:
         """Everything as it is now; frozen, so that a tick sees one moment."""
@@ -83,15 +92,40 @@ class InputGate:
 
     def put_pose(self, pose: MeasuredPose) -> None:
         with self._lock:
-            jumped = _is_jump(self._inputs.pose, pose)
-            jump_ns = pose.stamp_ns if jumped else self._inputs.pose_jump_ns
-            self._inputs = dataclasses.replace(self._inputs, pose=pose, pose_jump_ns=jump_ns)
+            good, jump_ns = self._inputs.good_pose, self._inputs.pose_jump_ns
+            if pose.frame == self._action_frame and is_sane(pose.pose):
+                jump_ns = pose.stamp_ns if good is not None and _is_jump(good, pose) else jump_ns
+                good = pose
+            self._inputs = dataclasses.replace(self._inputs, pose=pose, good_pose=good, pose_jump_ns=jump_ns)
 
     def put_instruction(self, text: str) -> None:
-        self._replace(instruction=text.strip())
+        """Another text than the newest is a clearance; after a clock that jumped the same one is, too. An empty one never is."""
+        text = text.strip()
+        with self._lock:
+            is_new = text != self._inputs.instruction or self._instruction_is_old
+            clearances = self._inputs.clearances + int(is_new and bool(text))
+            self._instruction_is_old = False
+            self._inputs = dataclasses.replace(self._inputs, instruction=text, clearances=clearances)
 
     def request_hold(self, hold: bool) -> None:
-        self._replace(hold_requested=hold)
+        """Every requested hold counts, however soon it is lifted; lifting is a clearance, also where none was requested."""
+        with self._lock:
+            demands = self._demands(HoldReason.REQUESTED, hold)
+            requested, clearances = self._inputs.holds_requested + int(hold), self._inputs.clearances + int(not hold)
+            self._inputs = dataclasses.replace(
+                self._inputs, demands=demands, holds_requested=requested, clearances=clearances
+            )
+
+    def demand_hold(self, reason: HoldReason, stands: bool) -> None:
+        """A hold for a reason that only the caller sees: as long as it stands, and no clearance when it ends."""
+        if (reason in self._inputs.demands) != stands:
+            with self._lock:
+                self._inputs = dataclasses.replace(self._inputs, demands=self._demands(reason, stands))
+
+    def clear(self) -> None:
+        """A clearance, without any other change."""
+        with self._lock:
+            self._inputs = dataclasses.replace(self._inputs, clearances=self._inputs.clearances + 1)
 
     def request_reset(self) -> None:
         with self._lock:
@@ -103,14 +137,16 @@ class InputGate:
             self._seen = pair[0] if pair else None
 
     def forget(self) -> None:
-        """Drops frames and pose, which belong to another time; instruction and requests stay."""
-        self._replace(static=None, gripper=None, pair=None, pose=None, pose_jump_ns=None)
+        """Drops frames and pose, which belong to another time. Demands stay, and so does the instruction until it is given again."""
+        with self._lock:
+            self._instruction_is_old = True
+            self._inputs = dataclasses.replace(
+                self._inputs, static=None, gripper=None, pair=None, pose=None, good_pose=None, pose_jump_ns=None
+            )
 
     def judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
         """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the first."""
-        reasons = []
-        if inputs.hold_requested:
-            reasons.append(HoldReason.REQUESTED)
+        reasons = list(inputs.demands)
         if not inputs.instruction:
             reasons.append(HoldReason.NO_INSTRUCTION)
         reasons += self._judge_cameras(inputs, now_ns)
@@ -125,8 +161,7 @@ class InputGate:
         reasons = []
         if pose.frame != self._action_frame:
             reasons.append(HoldReason.POSE_FRAME)
-        length = np.linalg.norm(pose.pose.quaternion)
-        if not (np.isfinite(pose.pose.position).all() and abs(length - 1) <= UNIT_QUATERNION_TOLERANCE):
+        if not is_sane(pose.pose):
             reasons.append(HoldReason.POSE_INVALID)
         age = now_ns - pose.stamp_ns
         if age > self.limits.max_pose_age_ns:
@@ -164,14 +199,23 @@ class InputGate:
         """Whether one of the pair is older than a frame may be."""
         return now_ns - min(frame.stamp_ns for frame in pair) > self.limits.max_age_ns
 
-    def _replace(self, **changes: object) -> None:
-        with self._lock:
-            self._inputs = dataclasses.replace(self._inputs, **changes)
+    def _demands(self, reason: HoldReason, stands: bool) -> tuple[HoldReason, ...]:
+        """What is demanded, with or without `reason`."""
+        others = tuple(each for each in self._inputs.demands if each is not reason)
+        return (*others, reason) if stands else others
 
 
-def _is_jump(before: MeasuredPose | None, now: MeasuredPose) -> bool:
-    """Whether no arm could have moved from one measured pose to the other in the time between them."""
-    if before is None or before.frame != now.frame:
-        return False
+def is_sane(pose: Pose) -> bool:
+    """Whether a pose can be an arm's at all: finite, of unit length, within any reach, and not the zeros of a driver that has not
+    measured yet."""
+    position, length = pose.position, np.linalg.norm(pose.quaternion)
+    is_position = np.isfinite(position).all() and np.abs(position).max() <= MAX_COORDINATE_M and position.any()
+    return bool(is_position and abs(length - 1) <= UNIT_QUATERNION_TOLERANCE)
+
+
+def _is_jump(before: MeasuredPose, now: MeasuredPose) -> bool:
+    """Whether no arm could have moved from one measured pose to the other in the time between them. Both are sane."""
+    seconds = abs(now.stamp_ns - before.stamp_ns) / 1e9
     distance = float(np.linalg.norm(now.pose.position - before.pose.position))
-    return distance > POSE_NOISE_M + MAX_ARM_SPEED * abs(now.stamp_ns - before.stamp_ns) / 1e9
+    angle = 2 * math.acos(min(1.0, abs(float(now.pose.quaternion @ before.pose.quaternion))))
+    return distance > POSE_NOISE_M + MAX_ARM_SPEED * seconds or angle > POSE_NOISE_RAD + MAX_ARM_TURN * seconds

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deer_vla_ros.budget.types import StepCost
-from deer_vla_ros.inference.types import PolicyStep
+if TYPE_CHECKING:  # the watchdog process reads poses with this room's rules, and has no use for torch
+    from deer_vla_ros.budget.types import StepCost
+    from deer_vla_ros.inference.types import PolicyStep
 
 
 class Camera(enum.Enum):
@@ -21,7 +23,16 @@ class HoldReason(enum.Enum):
 
     STOPPING = "control is ending"
     REQUESTED = "hold was requested through the service"
+    NOT_ENABLED = "the topic `enable` does not say true, or was not refreshed within control.enable_timeout_s"
     CLOCK_JUMPED = "the clock jumped backwards: everything received before it is forgotten"
+    CLOCK_STOPPED = "the clock stands still: /clock is paused, has ended or has not begun"
+    STALLED = "control stood still for longer than inputs.max_age_s: the watchdog held the arm meanwhile"
+    WATCHDOG_LOST = "the watchdog process does not answer: it starts, has ended or is stopped"
+    CONTROL_FAILED = "control has failed: the process ends and has to be started again"
+    CALLBACK_FAILED = "a callback of the node raised an error: see its log"
+    COMMANDS_UNHEARD = "nobody listens to the arm's commands: start the arm's controller (control.require_subscriber)"
+    OTHER_PUBLISHER = "another node has publishers of the arm's commands: it has a moment to show whether it commands"
+    OTHER_COMMANDER = "another node commands the arm too: stop one of the two (control.allow_other_commanders)"
     NO_INSTRUCTION = "no instruction, or an empty one"
     NO_STATIC_FRAME = "no frame of the static camera yet"
     NO_GRIPPER_FRAME = "no frame of the gripper camera yet"
@@ -36,20 +47,49 @@ class HoldReason(enum.Enum):
     POSE_STALE = "the measured TCP pose is older than inputs.max_pose_age_s"
     POSE_IN_FUTURE = "the measured TCP pose's stamp lies in the future: its publisher uses another clock"
     POSE_FRAME = "the measured TCP pose is in another frame than the action"
-    POSE_INVALID = "the measured TCP pose is not finite or its quaternion is not of unit length"
-    POSE_JUMPED = "the measured TCP pose jumped further than an arm moves: wait until it is steady"
-    ARM_MOVED = "the arm was moved away from its target: control starts again from where it is"
+    POSE_INVALID = (
+        "the measured TCP pose is not finite or its quaternion is not of unit length, or its position is exactly zero or "
+        "beyond any reach"
+    )
+    POSE_JUMPED = "the measured TCP pose jumped further than an arm moves"
+    ARM_MOVED = "the arm was moved away from its target"
+    ARM_NOT_FOLLOWING = (
+        "the arm does not follow its targets, or its measured pose is frozen: protective stop, brakes, or controller off? "
+        "(guard.follow_timeout_s)"
+    )
     BEYOND_WORKSPACE = "the arm is further outside the guard's workspace than the leash reaches: move it back in"
     NOT_FINITE = "the network's action is not finite"
     TOO_SLOW = "the inference took so long that its frames are older than inputs.max_age_s"
     INFERENCE_FAILED = "inference raised an error"
 
 
+SERIOUS = frozenset(
+    {
+        HoldReason.CLOCK_JUMPED,
+        HoldReason.CALLBACK_FAILED,
+        HoldReason.COMMANDS_UNHEARD,
+        HoldReason.OTHER_COMMANDER,
+        HoldReason.POSE_JUMPED,
+        HoldReason.ARM_MOVED,
+        HoldReason.ARM_NOT_FOLLOWING,
+        HoldReason.NOT_FINITE,
+        HoldReason.INFERENCE_FAILED,
+    }
+)
+"""Reasons that do not end by themselves: a person looks first, and then lets go through `~/hold` or gives another instruction.
+
+COMMANDS_UNHEARD is one only where it interrupted a motion: an arm's controller that has not started yet is waited for.
+"""
+
+
 class Limit(enum.Enum):
-    """Which limit of the guard shortened a motion."""
+    """Which limit of the guard changed a motion."""
 
     TRANSLATION = "guard.max_translation_m"
     ROTATION = "guard.max_rotation_rad"
+    SPEED = "guard.max_linear_speed_m_s / max_angular_speed_rad_s"
+    ACCELERATION = "guard.max_linear_acceleration_m_s2 / max_angular_acceleration_rad_s2"
+    RAMP_IN = "guard.ramp_in_steps"
     WORKSPACE = "guard.workspace_min / workspace_max"
     LEASH = "guard.leash_m / leash_rad"
 
@@ -99,8 +139,8 @@ class Twist:
 class Decision:
     """One inference: what it saw, decided and cost.
 
-    step, episode and episode_step count from 0. limits: what the guard shortened; held: why it refused.
-    tick_ns: when the step began.
+    step, episode and episode_step count from 0. limits: which limits changed the motion; held: why it was refused.
+    tick_ns: when the step began; steady_ns: the same by a clock that never stops.
     """
 
     step: int
@@ -114,6 +154,7 @@ class Decision:
     gripper_stamp_ns: int
     pose_stamp_ns: int
     tick_ns: int
+    steady_ns: int
     limits: tuple[Limit, ...]
     held: tuple[HoldReason, ...]
 

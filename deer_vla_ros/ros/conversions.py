@@ -1,39 +1,20 @@
-"""What do messages mean? Between ROS messages and the plain data of the other rooms, both ways, and nothing else."""
+"""The node's own messages, made of the plain data of the other rooms."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-from geometry_msgs.msg import PoseStamped, TwistStamped
-
 from deer_vla_ros import msg
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, BudgetStatus
-from deer_vla_ros.control.types import Decision, MeasuredPose, Pose, Twist
+from deer_vla_ros.control.types import Decision
 from deer_vla_ros.inference.types import StopReason
-from deer_vla_ros.ros.stamped import nanoseconds, stamp
+from deer_vla_ros.ros.stamped import stamp
 
 STOP_REASONS = {
     StopReason.AGREED: msg.PolicyStep.STOP_AGREED,
     StopReason.DEEPEST: msg.PolicyStep.STOP_DEEPEST,
     StopReason.STAGE: msg.PolicyStep.STOP_STAGE,
 }
-
-
-def measured_pose(message: PoseStamped) -> MeasuredPose:
-    position, orientation = message.pose.position, message.pose.orientation
-    pose = Pose(
-        np.array([position.x, position.y, position.z]), np.array([orientation.x, orientation.y, orientation.z, orientation.w])
-    )
-    return MeasuredPose(pose, message.header.frame_id, nanoseconds(message.header.stamp))
-
-
-def twist_message(twist: Twist, frame_id: str, stamp_ns: int) -> TwistStamped:
-    message = TwistStamped()
-    message.header.frame_id, message.header.stamp = frame_id, stamp(stamp_ns)
-    for vector, values in ((message.twist.linear, twist.linear), (message.twist.angular, twist.angular)):
-        vector.x, vector.y, vector.z = map(float, values)
-    return message
 
 
 def step_message(decision: Decision, frame_id: str, published_ns: int) -> msg.PolicyStep:

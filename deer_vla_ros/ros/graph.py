@@ -1,15 +1,27 @@
-"""Who else is on our topics? Publishers that cannot reach us, and others that command our arm."""
+"""Who else is on our topics: publishers that cannot reach us, and others that command our arm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSCompatibility, qos_check_compatible
 from rclpy.subscription import Subscription
 from rclpy.topic_endpoint_info import TopicEndpointInfo
+
+from deer_vla_ros.control.types import HoldReason
+from deer_vla_ros.ros.stamped import nanoseconds
+
+FOUND_WITHIN_S = 3.0
+"""How long DDS may take to find a publisher, and how long one may be silent before it counts as nobody: DDS keeps those of a killed
+node on its list for 20 s, and a node that is not active has publishers, too."""
+
+UNKNOWN = "_NODE_NAME_UNKNOWN_"
+"""What rmw calls a publisher's node for the moment in which it knows the one and not yet the other."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,78 @@ def neighbours(node: Node, subscriptions: Iterable[Subscription], commands: Iter
         counts[topic] = len(theirs)
         problems += [problem for publisher in theirs if (problem := _mismatch(topic, publisher, ours))]
     for publisher in commands:
-        names = [_name(other) for other in node.get_publishers_info_by_topic(publisher.topic_name)]
+        names = commanders(node, publisher.topic_name)
         if len(names) > 1:
             problems.append(
                 f"{publisher.topic_name} is commanded by {len(names)} publishers ({', '.join(sorted(names))}): stop all but one"
             )
     return Neighbours(counts, tuple(problems))
+
+
+def watchdog_name(node: Node) -> str:
+    """The name of the node's watchdog, which is in the same namespace."""
+    return f"{node.get_name()}_watchdog"
+
+
+def commanders(node: Node, topic: str) -> list[str]:
+    """Full names of the nodes that publish on `topic`; our own is among them, our watchdog is not. One name may stand there twice."""
+    watchdog = f"{node.get_namespace().rstrip('/')}/{watchdog_name(node)}"
+    names = [_name(publisher) for publisher in node.get_publishers_info_by_topic(topic)]
+    return [name for name in names if name != watchdog and UNKNOWN not in name]
+
+
+class OtherCommanders:
+    """Whether another node commands the arm at the time when we begin to.
+
+    One that is only listed is given FOUND_WITHIN_S to say something; one that is heard commands.
+    """
+
+    def __init__(self, node: Node, commands: Iterable[Publisher], our_stamps: Collection[int]):
+        """commands: our publishers of stamped commands. our_stamps: of our newest commands, by which others' are told apart."""
+        self._node, self._commands, self._our_stamps = node, list(commands), our_stamps
+        self._subscriptions: list[Subscription] = []
+        self._began = 0.0
+        self._heard = False
+
+    @property
+    def listens(self) -> bool:
+        """Whether we hear our own commands, too, as one of their subscribers."""
+        return bool(self._subscriptions)
+
+    def listen(self) -> None:
+        """From now on, before anything is commanded."""
+        self._heard = False
+        if not self._subscriptions:
+            self._subscriptions = [
+                self._node.create_subscription(publisher.msg_type, publisher.topic_name, self._on_command, 10)
+                for publisher in self._commands
+            ]
+
+    def begin(self) -> None:
+        """We begin to command."""
+        self.listen()
+        self._began = time.monotonic()
+
+    def close(self) -> None:
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+        self._subscriptions = []
+
+    def found(self) -> HoldReason | None:
+        """What speaks against moving the arm; from the executor's thread."""
+        if not self._subscriptions:
+            return None
+        is_early = time.monotonic() - self._began < FOUND_WITHIN_S
+        listed = any(len(commanders(self._node, publisher.topic_name)) > 1 for publisher in self._commands)
+        if listed and self._heard:
+            return HoldReason.OTHER_COMMANDER
+        if not is_early:
+            self.close()
+            return None
+        return HoldReason.OTHER_PUBLISHER if listed else None
+
+    def _on_command(self, message: Any) -> None:
+        self._heard = self._heard or nanoseconds(message.header.stamp) not in self._our_stamps
 
 
 def _mismatch(topic: str, publisher: TopicEndpointInfo, ours: list[Subscription]) -> str:

@@ -1,4 +1,4 @@
-"""Which topics and services does the node have? What `docs/reference` says; a test compares it with the running node."""
+"""The node's topics and services, as `docs/reference` tells them; a test compares them with the running node."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from sensor_msgs.msg import CompressedImage, Image
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
 from deer_vla_ros.msg import BudgetStatus, PolicyStep
@@ -47,6 +47,13 @@ INPUTS = (
         "A new text starts a new episode, the same text does not, an empty text (or only spaces) means hold.",
     ),
     Topic("ee_pose", PoseStamped, SENSOR, "Measured TCP pose in the action frame; without a fresh one the arm holds."),
+    Topic(
+        "enable",
+        Bool,
+        RELIABLE,
+        "A deadman switch: the arm holds unless it says true and is refreshed.",
+        "control.enable_timeout_s above 0",
+    ),
 )
 OUTPUTS = (
     Topic(
@@ -54,7 +61,7 @@ OUTPUTS = (
         PoseStamped,
         RELIABLE,
         "Absolute TCP target in the action frame, stamped like the newest camera frame used. While holding: the pose measured when "
-        "the hold began, or nothing where none was.",
+        "the hold began, taken anew when the arm is moved by more than a step; nothing while no usable pose is measured.",
         "action.mode: pose or both",
     ),
     Topic(
@@ -89,5 +96,9 @@ OUTPUTS = (
 )
 SERVICES = (
     Service("~/reset", Trigger, "Clears the temporal state: the next step starts a new episode."),
-    Service("~/hold", SetBool, "true holds, false lets go of a hold that was requested here."),
+    Service(
+        "~/hold",
+        SetBool,
+        "true holds; false lets go of a hold that was requested here, and of one whose reason a person has to clear.",
+    ),
 )

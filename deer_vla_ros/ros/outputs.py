@@ -1,37 +1,48 @@
-"""How is the arm told? One command becomes the messages that `action.mode` and `action.gripper_interface` ask for."""
+"""The arm's and the gripper's commands as messages, as `action.mode` and `action.gripper_interface` ask for."""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from geometry_msgs.msg import PoseStamped, TwistStamped
+from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode
 from rclpy.publisher import Publisher
 from std_msgs.msg import Float64MultiArray
 
+from deer_vla_ros.control.continuity import Continuity
 from deer_vla_ros.control.types import Command
-from deer_vla_ros.ros.conversions import twist_message
 from deer_vla_ros.ros.gripper import ActionGripper, Gripper, TopicGripper
-from deer_vla_ros.ros.stamped import pose_message
+from deer_vla_ros.ros.stamped import pose_message, twist_message
+
+REMEMBERED = 256
+"""Stamps of own commands by which those of others are told apart."""
 
 
 class Outputs:
-    """The arm's and the gripper's commands. Publishers exist from the start; the gripper's action from `open` to `close`."""
+    """Publishers exist from the start; the gripper's action from `open` to `close`."""
 
     def __init__(self, node: LifecycleNode, mode: str, gripper_interface: str):
         def publisher(kind: type, topic: str, wanted: bool) -> Publisher | None:
             return node.create_lifecycle_publisher(kind, topic, 10) if wanted else None
 
         self._node = node
-        self._target = publisher(PoseStamped, "target_pose", mode != "twist")
-        self._twist = publisher(TwistStamped, "target_twist", mode != "pose")
+        self.target = publisher(PoseStamped, "target_pose", mode != "twist")
+        self.twist = publisher(TwistStamped, "target_twist", mode != "pose")
         self._gripper_topic = publisher(Float64MultiArray, "gripper_command", gripper_interface == "topic")
         self._gripper: Gripper | None = None
+        self._continuity = Continuity()
+        self.stamps: deque[int] = deque(maxlen=REMEMBERED)
 
     @property
     def publishers(self) -> list[Publisher]:
         """What no other node should publish on."""
-        return [publisher for publisher in (self._target, self._twist, self._gripper_topic) if publisher]
+        return [publisher for publisher in (self.target, self.twist, self._gripper_topic) if publisher]
+
+    def listeners(self) -> int:
+        """How many subscriptions the arm's commands have, on the topic that has most."""
+        return max(publisher.get_subscription_count() for publisher in (self.target, self.twist) if publisher)
 
     def open(self, given: dict[str, Any]) -> None:
         """Makes the gripper's side ready; raises UserError where control_msgs is needed and missing."""
@@ -47,10 +58,17 @@ class Outputs:
         self._gripper = None
 
     def publish(self, command: Command, frame_id: str) -> None:
-        """One command, in `frame_id`."""
+        """One command, in `frame_id`. The caller lets nobody else publish meanwhile."""
+        command = self._continuity.passed(command)
+        self.stamps.append(command.stamp_ns)
         if command.gripper is not None:
             self._gripper.send(command.gripper)
-        if self._twist:
-            self._twist.publish(twist_message(command.twist, frame_id, command.stamp_ns))
-        if self._target and command.target is not None:  # last: a simulator in lock step goes on when it has this one
-            self._target.publish(pose_message(command.target, frame_id, command.stamp_ns))
+        if self.twist:
+            self.twist.publish(twist_message(command.twist, frame_id, command.stamp_ns))
+        if self.target and command.target is not None:  # last: a simulator in lock step goes on when it has this one
+            self.target.publish(pose_message(command.target, frame_id, command.stamp_ns))
+
+    def wait_until_heard(self, seconds: float) -> None:
+        """Until every reliable subscription has the newest commands, at most so long altogether."""
+        for publisher in self.publishers:
+            publisher.wait_for_all_acked(Duration(seconds=seconds / len(self.publishers)))

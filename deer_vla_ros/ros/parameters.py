@@ -1,4 +1,4 @@
-"""Which parameters does the node have? Declared once, here: type, range, unit, description.
+"""The node's parameters, declared once, here: type, range, unit, description.
 
 `python -m deer_vla_ros.ros.reference` writes config/deer_vla.yaml and docs/reference from them.
 """
@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 
 from deer_vla_ros.budget.types import UNITS, Budget
 from deer_vla_ros.control.controller import Controller, ControllerSettings
@@ -26,6 +28,8 @@ from deer_vla_ros.ros.stamped import SECOND
 from deer_vla_ros.yaml_file import read_yaml
 
 NODE_NAME = "deer_vla"
+RCLPYS_OWN = ("use_sim_time", "start_type_description_service", "qos_overrides.")
+"""Parameters, or beginnings of their names, that rclpy declares itself: `ros2 param dump` writes them into its file too."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,21 @@ class Declaration:
 
     def checked(self, value: Any, where: str) -> Any:
         """The value in the parameter's type; UserError where the node would refuse it."""
-        kind = type(self.default)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if kind is list and isinstance(value, (list, tuple)):
-            value = [float(each) if isinstance(each, (int, float)) else each for each in value]
+        kind, value = type(self.default), self.typed(value)
         if type(value) is not kind:
             raise UserError(f"{where}: {self.name} is {value!r}: give a {kind.__name__}")
         if self.choices and value not in self.choices:
             raise UserError(f"{where}: {self.name} is {value!r}: use one of {', '.join(self.choices)}")
         if self.low is not None and not self.low <= value <= self.high:
             raise UserError(f"{where}: {self.name} is {value!r}: give {self.low:g} to {self.high:g}")
+        return value
+
+    def typed(self, value: Any) -> Any:
+        """A whole number where the parameter is a double is that double; alike in arrays. Anything else stays as it is."""
+        if isinstance(self.default, float) and type(value) is int:
+            return float(value)
+        if isinstance(self.default, list) and not isinstance(value, (str, bytes)) and hasattr(value, "__iter__"):
+            return [float(each) if type(each) in (int, float) else each for each in value] or value
         return value
 
     def descriptor(self) -> ParameterDescriptor:
@@ -101,6 +109,24 @@ DECLARATIONS = (
     ),
     Declaration(
         "control.start_held", False, "Hold from the start, until ~/hold is called with false: no motion after a restart."
+    ),
+    Declaration(
+        "control.enable_timeout_s",
+        0.0,
+        "Hold unless the topic `enable` says true and was refreshed within this time (a deadman switch). 0: no such topic.",
+        "s",
+        0.0,
+        10.0,
+    ),
+    Declaration(
+        "control.require_subscriber",
+        True,
+        "Hold while nobody listens to the arm's commands; false to watch what the policy would do, without an arm.",
+    ),
+    Declaration(
+        "control.allow_other_commanders",
+        False,
+        "Move the arm even if another node is found to command it when this one is activated.",
     ),
     Declaration(
         "inputs.image_transport",
@@ -219,6 +245,9 @@ DECLARATIONS = (
         high=0.5,
         live=True,
     ),
+    Declaration(
+        "action.gripper_dwell_s", 0.0, "The least time between two changes of the gripper command.", "s", 0.0, 10.0, live=True
+    ),
     Declaration("guard.max_translation_m", 0.06, "The most that the target moves in one step.", "m", 1e-4, 1.0, live=True),
     Declaration("guard.max_rotation_rad", 0.3, "The most that the target turns in one step.", "rad", 1e-4, 3.14, live=True),
     Declaration("guard.leash_m", 0.15, "The furthest that the target may be from the measured TCP.", "m", 1e-3, 1.0, live=True),
@@ -239,21 +268,86 @@ DECLARATIONS = (
         "m",
         live=True,
     ),
+    Declaration(
+        "guard.max_linear_speed_m_s", 0.6, "The fastest that the target moves. 0: no limit.", "m/s", 0.0, 10.0, live=True
+    ),
+    Declaration(
+        "guard.max_angular_speed_rad_s", 3.0, "The fastest that the target turns. 0: no limit.", "rad/s", 0.0, 31.4, live=True
+    ),
+    Declaration(
+        "guard.max_linear_acceleration_m_s2",
+        0.0,
+        "The most that the target's velocity changes; a hold stops it at once. 0: no limit.",
+        "m/s2",
+        0.0,
+        100.0,
+        live=True,
+    ),
+    Declaration(
+        "guard.max_angular_acceleration_rad_s2",
+        0.0,
+        "The most that the target's angular velocity changes; a hold stops it at once. 0: no limit.",
+        "rad/s2",
+        0.0,
+        1000.0,
+        live=True,
+    ),
+    Declaration(
+        "guard.ramp_in_steps",
+        3,
+        "So many steps after a hold move by at most a third of the limits per step and of speed.",
+        low=0,
+        high=100,
+        live=True,
+    ),
+    Declaration(
+        "guard.follow_timeout_s",
+        3.0,
+        "Hold when the arm has stood still for so long, or its measured pose has been frozen, while its target was more than half a "
+        "step's limit ahead of it. 0: never.",
+        "s",
+        0.0,
+        60.0,
+        live=True,
+    ),
 )
 
 
 def declare(node: Node) -> None:
-    """Declares all of them; rclpy refuses an override outside its range."""
+    """Declares all of them; rclpy refuses an override outside its range. Whole numbers are numbers, now and when they are set."""
     for declaration in DECLARATIONS:
-        node.declare_parameter(declaration.name, declaration.default, declaration.descriptor())
+        try:
+            node.declare_parameter(declaration.name, declaration.default, declaration.descriptor())
+        except InvalidParameterTypeException:
+            _declare_typed(node, declaration)
+    node.add_pre_set_parameters_callback(_typed)
+
+
+def _declare_typed(node: Node, declaration: Declaration) -> None:
+    """Declares one that was given in another type: it is read first, and then given in its own type where it has that value there."""
+    anything = ParameterDescriptor(dynamic_typing=True)
+    given = node.declare_parameter(declaration.name, declaration.default, anything).value
+    node.undeclare_parameter(declaration.name)
+    value = declaration.checked(given, "given at start")
+    node.declare_parameter(declaration.name, value, declaration.descriptor(), ignore_override=True)
+
+
+def _typed(given: list[Parameter]) -> list[Parameter]:
+    """Parameters that are about to be set, in their own types as far as possible."""
+    declared = {declaration.name: declaration for declaration in DECLARATIONS}
+
+    def typed(parameter: Parameter) -> Parameter:
+        if parameter.name not in declared or parameter.value is None:
+            return parameter
+        value = declared[parameter.name].typed(parameter.value)
+        return Parameter(parameter.name, value=value) if value is not parameter.value else parameter
+
+    return [typed(parameter) for parameter in given]
 
 
 def unknown(node: Node) -> list[str]:
-    """Overrides given at start that no parameter has: a typing error, or a file meant for another node."""
-    ours = {declaration.name for declaration in DECLARATIONS}
-    return sorted(
-        name for name in node._parameter_overrides if name not in ours and not name.startswith(("use_sim_time", "qos_overrides"))
-    )
+    """Overrides given at start that neither we nor rclpy has a parameter for: a typing error, or a file meant for another node."""
+    return sorted(name for name in node._parameter_overrides if not (node.has_parameter(name) or name.startswith(RCLPYS_OWN)))
 
 
 def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -274,16 +368,17 @@ def controller_settings(given: dict[str, Any]) -> ControllerSettings:
             max_pose_age_ns=int(given["inputs.max_pose_age_s"] * SECOND),
             max_skew_ns=int(given["inputs.max_skew_s"] * SECOND),
         ),
-        guard=GuardLimits(
-            max_translation_m=given["guard.max_translation_m"],
-            max_rotation_rad=given["guard.max_rotation_rad"],
-            leash_m=given["guard.leash_m"],
-            leash_rad=given["guard.leash_rad"],
-            workspace_min=tuple(given["guard.workspace_min"]),
-            workspace_max=tuple(given["guard.workspace_max"]),
-        ),
+        guard=guard_limits(given),
         gripper_hysteresis=given["action.gripper_hysteresis"],
+        gripper_dwell_ns=int(given["action.gripper_dwell_s"] * SECOND),
+        follow_timeout_ns=int(given["guard.follow_timeout_s"] * SECOND),
     )
+
+
+def guard_limits(given: dict[str, Any]) -> GuardLimits:
+    """The guard's limits from parameter values; raises UserError."""
+    values = {field.name: given[f"guard.{field.name}"] for field in dataclasses.fields(GuardLimits)}
+    return GuardLimits(**values | {name: tuple(values[name]) for name in ("workspace_min", "workspace_max")})
 
 
 def action_space(given: dict[str, Any], checkpoint: ActionSpace) -> ActionSpace:
@@ -349,7 +444,7 @@ def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
     found = {declaration.name: declaration.default for declaration in DECLARATIONS}
     declared = {declaration.name: declaration for declaration in DECLARATIONS}
     for name, value in values.items():
-        if name == "use_sim_time" or name.startswith("qos_overrides"):
+        if name.startswith(RCLPYS_OWN):
             continue
         if name not in declared:
             raise UserError(f"{where}: no parameter {name}: see config/deer_vla.yaml")

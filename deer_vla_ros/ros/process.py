@@ -1,4 +1,4 @@
-"""How does a node process live and end? It spins until SIGINT or SIGTERM, then ends in order, exit status 0.
+"""The life of a node's process: it spins until SIGINT or SIGTERM, then ends in order and soon, with exit status 0.
 
 rclpy's own signal handler would invalidate the context before a last hold could be published: the signal is ours.
 """
@@ -6,19 +6,22 @@ rclpy's own signal handler would invalidate the context before a last hold could
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import rclpy
 from rclpy.exceptions import ParameterException
+from rclpy.executors import Executor
 from rclpy.signals import SignalHandlerOptions
 
 from deer_vla_ros.errors import UserError
 
 END_WITHIN_S = 10.0
-"""How long a node may take from the signal to its end."""
+"""How long a node that commands no arm may take from the signal to its end."""
 
 
 @contextmanager
@@ -47,3 +50,19 @@ def ros_process(args: list[str] | None, end_within_s: float | None = None) -> It
         raise UserError(f"parameter refused: {error}") from error
     finally:
         rclpy.try_shutdown()
+
+
+def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Exception], None]) -> None:
+    """Runs callbacks until `is_over()`. One that raises is told to `on_error` and ends nothing: those after it run."""
+    while not is_over():
+        try:
+            executor.spin_once(timeout_sec=0.1)
+        except Exception as error:
+            on_error(error)
+
+
+def end_now(status: int) -> None:
+    """Ends the process at once, with this exit status: what Python and torch would tear down, the kernel takes back anyway."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

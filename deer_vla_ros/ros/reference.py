@@ -12,6 +12,7 @@ from deer_vla_ros.__main__ import COMMANDS, PROGRAM
 from deer_vla_ros.ros.graph import type_name
 from deer_vla_ros.ros.interface import INPUTS, OUTPUTS, SERVICES, Topic
 from deer_vla_ros.ros.parameters import DECLARATIONS, render_yaml
+from deer_vla_ros.ros.security import render_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTE = "<!-- Written by `python -m deer_vla_ros.ros.reference`; a test keeps it current. -->"
@@ -23,6 +24,7 @@ def render() -> dict[Path, str]:
     folder = Path("docs/reference")
     return {
         Path("config/deer_vla.yaml"): render_yaml(),
+        Path("config/sros2/deer_vla.policy.xml"): render_policy(),
         folder / "topics.md": _page("Topics", "All names are relative; `~` is the node's own name.", _topics()),
         folder / "services.md": _page(
             "Services", "Besides those of every managed node (`ros2 lifecycle`) and of its parameters.", _services()

@@ -1,6 +1,8 @@
-"""What does the node say about itself? One message per step, the budget, diagnostics, the overlay, and lines in the log."""
+"""What the node says about itself: one message per step, the budget, diagnostics, the overlay, and lines in the log."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
@@ -17,7 +19,7 @@ from deer_vla_ros.ros.graph import neighbours
 from deer_vla_ros.ros.outputs import Outputs
 from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.stamped import image_message
-from deer_vla_ros.ros.telemetry import Telemetry
+from deer_vla_ros.ros.telemetry import Telemetry, told_hold
 
 THROTTLE_S = 5.0
 STATUS_PERIOD_S = 1.0
@@ -61,17 +63,30 @@ class Reports:
         if self._controller.budget_id != self._told_id:
             self.budget()  # before any step that ran under it
         if command.decision is not None:
-            self._newest, published_ns = command.decision, self._now_ns()
-            self._telemetry.note_step(command.decision.stamp_ns, published_ns)
-            self._steps.publish(conversions.step_message(command.decision, frame_id, published_ns))
+            self._step(command.decision, frame_id)
         if command.error:
             self._node.get_logger().error(f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S)
         if command.holds != self._was_holding:
             self._was_holding = command.holds
             if command.holds:
-                self._node.get_logger().warning("holding: " + "; ".join(reason.value for reason in command.holds))
+                self._node.get_logger().warning(told_hold(command.holds, self._controller.serious))
             else:
                 self._node.get_logger().info("controlling")
+
+    def thrown_away(self, command: Command, frame_id: str) -> None:
+        """A command that came after control had ended: it goes nowhere, but every inference is told."""
+        if command.decision is not None and self._controller is not None:
+            self._step(dataclasses.replace(command.decision, limits=(), held=(HoldReason.STOPPING,)), frame_id)
+
+    def fault(self, reason: str) -> None:
+        """Control has failed: said at once, for the process ends."""
+        self._telemetry.fault = reason
+        self._publish_diagnostics()
+
+    def _step(self, decision: Decision, frame_id: str) -> None:
+        self._newest, published_ns = decision, self._now_ns()
+        self._telemetry.note_step(decision.stamp_ns, published_ns)
+        self._steps.publish(conversions.step_message(decision, frame_id, published_ns))
 
     def budget(self) -> None:
         """The budget as it stands."""
@@ -90,6 +105,9 @@ class Reports:
     def _publish_status(self) -> None:
         if self._active:
             self.budget()
+        self._publish_diagnostics()
+
+    def _publish_diagnostics(self) -> None:
         around = neighbours(self._node, self._node.subscriptions, self._outputs.publishers)
         for problem in set(around.problems) - self._told_problems:
             self._node.get_logger().warning(problem)

@@ -1,4 +1,4 @@
-"""How is the node doing? Rolling rate and latency, holds and drops, as `/diagnostics` tells them."""
+"""How the node is doing: rolling rate and latency, holds and drops, as `/diagnostics` tells them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, BudgetStatus
 from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.ros.conversions import milliseconds
 from deer_vla_ros.ros.graph import Neighbours
 from deer_vla_ros.ros.stamped import SECOND, stamp
@@ -31,6 +32,7 @@ class Telemetry:
     def __init__(self) -> None:
         self._published_ns: deque[int] = deque(maxlen=MAX_STEPS)
         self._latency_ms: deque[float] = deque(maxlen=LATENCY_STEPS)
+        self.fault = ""
 
     def note_step(self, stamp_ns: int, published_ns: int) -> None:
         """One step's newest camera stamp, and when its command went out [ns]."""
@@ -46,12 +48,16 @@ class Telemetry:
     def diagnostics(
         self, name: str, controller: Controller | None, active: bool, around: Neighbours, now_ns: int
     ) -> DiagnosticArray:
-        """The node's status: OK while it moves the arm, WARN while it holds or the graph has a problem, STALE while not active."""
+        """The node's status: OK while it moves the arm, WARN while it holds or the graph has a problem, ERROR while it holds for a
+        reason that a person has to clear, or when control has failed, STALE while not active."""
         level, message = DiagnosticStatus.OK, "controlling"
-        if controller is None or not active:
+        if self.fault:
+            level, message = DiagnosticStatus.ERROR, f"fault: {self.fault}"
+        elif controller is None or not active:
             level, message = DiagnosticStatus.STALE, "not active"
         elif controller.holding:
-            level, message = DiagnosticStatus.WARN, "holding: " + "; ".join(reason.value for reason in controller.holding)
+            level = DiagnosticStatus.ERROR if controller.serious else DiagnosticStatus.WARN
+            message = told_hold(controller.holding, controller.serious)
         elif problems := [*budget_problems(controller), *around.problems]:
             level, message = DiagnosticStatus.WARN, "; ".join(problems)
         figures = {f"publishers.{topic}": str(count) for topic, count in around.publishers.items()}
@@ -76,6 +82,12 @@ class Telemetry:
         if torch.cuda.is_available():
             figures["device_memory_mib"] = f"{torch.cuda.memory_allocated() / 2**20:.0f}"
         return figures
+
+
+def told_hold(holding: tuple[HoldReason, ...], serious: tuple[HoldReason, ...]) -> str:
+    """Why the arm holds, and what ends a hold that does not end by itself."""
+    needs = "; look at the arm, then call ~/hold with false or give another instruction" if serious else ""
+    return "holding: " + "; ".join(reason.value for reason in holding) + needs
 
 
 def budget_problems(controller: Controller) -> list[str]:

@@ -14,7 +14,7 @@ LIMITS = InputLimits(max_age_ns=300 * MS, max_pose_age_ns=300 * MS, max_skew_ns=
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
-def pose(stamp_ns: int = NOW, frame: str = "base", position=(0, 0, 0), quaternion=(1, 0, 0, 0)) -> MeasuredPose:
+def pose(stamp_ns: int = NOW, frame: str = "base", position=(0.4, 0, 0.3), quaternion=(1, 0, 0, 0)) -> MeasuredPose:
     return MeasuredPose(Pose(np.array(position, float), np.array(quaternion, float)), frame, stamp_ns)
 
 
@@ -98,6 +98,9 @@ def test_stamps_of_another_clock_hold():
         (pose(quaternion=(1, 0, 0, float("nan"))), HoldReason.POSE_INVALID),
         (pose(quaternion=(0, 0, 0, 0)), HoldReason.POSE_INVALID),
         (pose(quaternion=(1, 1, 0, 0)), HoldReason.POSE_INVALID),
+        (pose(position=(0, 0, 0)), HoldReason.POSE_INVALID),
+        (pose(position=(0.4, 1e300, 0.3)), HoldReason.POSE_INVALID),
+        (pose(position=(0.4, 0, -101)), HoldReason.POSE_INVALID),
     ],
 )
 def test_a_pose_that_cannot_be_built_upon_holds(measured, reason):
@@ -117,3 +120,56 @@ def test_pairs_replaced_before_a_tick_saw_them_are_counted_as_dropped():
         for which in Camera:
             camera.put_frame(which, Frame(IMAGE, NOW + i * 100 * MS))
     assert camera.snapshot().dropped == 2
+
+
+def put_poses(*poses: MeasuredPose) -> InputGate:
+    result = gate()
+    for each in poses:
+        result.put_pose(each)
+    return result
+
+
+@pytest.mark.parametrize(
+    "between",
+    [(), (pose(NOW + 20 * MS, position=(float("nan"), 0, 0)),), (pose(NOW + 20 * MS, frame="camera"),)],
+    ids=["at once", "with no number between", "with another frame between"],
+)
+def test_a_pose_that_no_arm_can_have_reached_is_a_jump_whatever_comes_between(between):
+    far, turned = pose(NOW + 40 * MS, position=(0.4, 0.5, 0.3)), pose(NOW + 40 * MS, quaternion=(0, 1, 0, 0))
+    for jumped in (far, turned):
+        assert reasons(put_poses(*between, jumped), NOW + 40 * MS) == {HoldReason.POSE_JUMPED}
+    assert reasons(put_poses(*between, pose(NOW + 40 * MS, position=(0.45, 0, 0.3))), NOW + 40 * MS) == set()
+
+
+def test_the_other_sign_of_a_quaternion_is_no_jump():
+    assert reasons(put_poses(pose(NOW + 10 * MS, quaternion=(-1, 0, 0, 0))), NOW + 10 * MS) == set()
+
+
+def test_what_is_demanded_holds_for_as_long_as_it_stands():
+    held = gate()
+    held.demand_hold(HoldReason.NOT_ENABLED, True)
+    held.demand_hold(HoldReason.WATCHDOG_LOST, True)
+    held.request_hold(True)
+    assert reasons(held) == {HoldReason.NOT_ENABLED, HoldReason.WATCHDOG_LOST, HoldReason.REQUESTED}
+    held.demand_hold(HoldReason.WATCHDOG_LOST, False)
+    held.request_hold(False)
+    assert reasons(held) == {HoldReason.NOT_ENABLED}
+
+
+def test_lifting_a_hold_or_another_instruction_is_a_clearance_and_nothing_else_is():
+    kept = gate()
+
+    def clears(action) -> bool:
+        before = kept.snapshot().clearances
+        action()
+        return kept.snapshot().clearances > before
+
+    assert clears(lambda: kept.request_hold(False))
+    assert not clears(lambda: kept.request_hold(True))
+    assert not clears(lambda: kept.put_instruction(" lift the red block "))
+    assert clears(lambda: kept.put_instruction("open the drawer"))
+    assert not clears(lambda: kept.put_instruction(""))
+    assert clears(lambda: kept.put_instruction("open the drawer"))
+    assert not clears(kept.forget)
+    assert clears(lambda: kept.put_instruction("open the drawer")), "the clock jumped: it was given again"
+    assert not clears(lambda: kept.put_instruction("open the drawer"))

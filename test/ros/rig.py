@@ -26,7 +26,8 @@ PERIOD_S = 0.1
 class Rig:
     """Publishes at 10 Hz while `running()`; change the attributes to make it misbehave. Keeps everything the node says.
 
-    edit_image (camera name, message) and edit_pose (message) change a message before it goes out.
+    edit_image (camera name, message) and edit_pose (message) change a message before it goes out. The arm goes where it is told while it
+    is told to move, unless `follows` is off; while it holds it stays wherever `position` is put, as an arm led by hand does.
 
     namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG.
     """
@@ -41,7 +42,7 @@ class Rig:
         self.position = np.array([0.4, 0.0, 0.3])
         self.edit_image = lambda name, image: None
         self.edit_pose = lambda pose: None
-        self.follows = False
+        self.follows = True
         # Small: every node that ends with an image in flight leaves it in the 512 KiB of shared memory of this process for good, and
         # one that finds no place there is lost.
         self.sizes = {"static": 64, "gripper": 48}
@@ -105,7 +106,7 @@ class Rig:
     def _run(self) -> None:
         while not self._stop.wait(PERIOD_S):
             now = self.now()
-            if self.follows and self.targets:
+            if self.follows and self.targets and self.twists and moves(self.twists[-1]):
                 target = self.targets[-1].pose.position
                 self.position = np.array([target.x, target.y, target.z])
             if self.pose_on:

@@ -38,7 +38,7 @@ def decision(deltas, thresholds, exit_index=0, stop=StopReason.AGREED, limits=()
     exits = tuple(range(1, 2 * len(deltas), 2))
     action = Action(np.zeros(6, np.float32), 0.7)
     policy = PolicyStep(action, exits, exit_index, stop, deltas, thresholds, 2, 9, StageTimes(1.0, 12.0, 20.0, 0.5))
-    return Decision(7, 0, 7, "lift", policy, StepCost(1.8, 7.3, 9.9), 1, 0, 0, 0, 0, limits, ())
+    return Decision(7, 0, 7, "lift", policy, StepCost(1.8, 7.3, 9.9), 1, 0, 0, 0, 0, 0, limits, ())
 
 
 USUAL = decision((0.05, 0.01, math.nan), (0.02, 0.02, 1e8), 1)
