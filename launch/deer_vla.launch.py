@@ -4,7 +4,8 @@
     ros2 launch deer_vla_ros deer_vla.launch.py namespace:=left model_path:=/data/my_checkpoint device:=cuda
 
 Topic names are relative: `namespace` moves them all, and an including launch file renames single ones with SetRemap. An argument
-left empty leaves the matter to params_file.
+left empty leaves the matter to params_file. Nothing is started when params_file is wrong: launch says why and
+ends with exit status 1.
 """
 
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
@@ -12,7 +13,9 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import LifecycleNode
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
+from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
+from deer_vla_ros.ros import launch_checks
 from launch import LaunchContext, LaunchDescription
 
 PARAMETERS = {
@@ -22,6 +25,8 @@ PARAMETERS = {
     "autostart": ("autostart", bool),
 }
 """Launch argument -> the node's parameter and its type."""
+SIGTERM_S, SIGKILL_S = "10", "5"
+"""Seconds that the node has after Ctrl-C, and then after SIGTERM. It needs 2 s, on a busy machine more."""
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -45,9 +50,18 @@ def generate_launch_description() -> LaunchDescription:
                 choices=on_off,
                 description="false: wait for a lifecycle manager; overrides params_file.",
             ),
+            OpaqueFunction(function=_check),
             OpaqueFunction(function=_start_node),
         ]
     )
+
+
+def _check(context: LaunchContext) -> None:
+    """UserError, which ends the launch, where the parameter file is wrong or says nothing to the node."""
+    including = context.launch_configurations.get("ros_namespace")  # of a launch file that includes this one
+    namespace = prefix_namespace(including, LaunchConfiguration("namespace").perform(context))
+    node = f"{make_namespace_absolute(namespace).rstrip('/')}/deer_vla"
+    launch_checks.check(params=LaunchConfiguration("params_file").perform(context), node=node)
 
 
 def _start_node(context: LaunchContext) -> list[LifecycleNode]:
@@ -65,5 +79,7 @@ def _start_node(context: LaunchContext) -> list[LifecycleNode]:
         namespace=LaunchConfiguration("namespace"),
         parameters=[LaunchConfiguration("params_file"), *([given] if given else [])],
         output="screen",
+        sigterm_timeout=SIGTERM_S,
+        sigkill_timeout=SIGKILL_S,
     )
     return [node]

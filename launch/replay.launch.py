@@ -3,24 +3,39 @@
     ros2 launch deer_vla_ros replay.launch.py bag:=/data/monday out:=/data/monday_replayed params_file:=my_cell.yaml
     python -m deer_vla_ros replay /data/monday_replayed --params my_cell.yaml --follow --out out/replay
 
-Time is the recording's (`ros2 bag play --clock`); the node takes part in no motion unless an arm listens: leave the arm's driver off. Everything
-that was played and decided lies in `out`, so that `replay --follow` can do it once more, in lock step. When the player is through, all ends.
+Time is the recording's (`ros2 bag play --clock`). The node moves an arm only when one listens: leave the
+arm's driver off. Everything that was played and decided lies in `out`, so that `replay --follow` can do it
+once more, in lock step.
+
+Nothing is started or made when `bag`, `out` or `params_file` is wrong. The recording plays as soon as the
+node is active. When the player is through, all ends. When the player, the recorder or the node fails or ends
+earlier, launch says which one, and its exit status is 1.
 """
+
+import asyncio
 
 from launch.actions import (
     DeclareLaunchArgument,
     ExecuteProcess,
     IncludeLaunchDescription,
+    OpaqueCoroutine,
+    OpaqueFunction,
     RegisterEventHandler,
     Shutdown,
-    TimerAction,
 )
 from launch.event_handlers import OnProcessExit
+from launch.events import IncludeLaunchDescription as Include
+from launch.events.process import ProcessExited
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution, ThisLaunchFileDir
+from launch_ros.ros_adapters import get_ros_node
 from launch_ros.substitutions import FindPackageShare
+from lifecycle_msgs.msg import State
+from lifecycle_msgs.srv import GetState
 
-from launch import LaunchDescription
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros import launch_checks
+from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 
 OUTPUTS = (
     "target_pose",
@@ -32,6 +47,8 @@ OUTPUTS = (
     "parameter_events",
 )
 """What the node publishes: recorded ones are played under other names."""
+ASK_S = 0.5
+"""Seconds between two questions for the state of the node."""
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -42,7 +59,9 @@ def generate_launch_description() -> LaunchDescription:
     )
     recorder = ExecuteProcess(
         cmd=["ros2", "bag", "record", "--all", "--use-sim-time", "--storage", "mcap", "--output", LaunchConfiguration("out")],
+        name="recorder",
         output="screen",
+        sigterm_timeout="30",  # it writes what it still has in memory
     )
     remaps = ["--remap", *(f"{topic}:=recorded/{topic}" for topic in OUTPUTS)]
     player = ExecuteProcess(
@@ -59,20 +78,65 @@ def generate_launch_description() -> LaunchDescription:
             LaunchConfiguration("rate"),
             *remaps,
         ],
+        name="player",
         output="screen",
     )
+
+    def on_exit(event: ProcessExited, context: LaunchContext) -> list[LaunchDescriptionEntity]:
+        """Ends the launch: in order when the player is through, with UserError when anything else ends."""
+        ended = (event.process_name, event.returncode, context.is_shutdown)
+        if event.action is player and event.returncode == 0:
+            return [Shutdown(reason="the recording is over")]
+        if event.action is recorder:
+            reason = launch_checks.recorder_end(*ended, LaunchConfiguration("out").perform(context))
+        else:
+            reason = launch_checks.early_end(*ended)
+        if reason:
+            raise UserError(reason)
+        return []
+
+    async def play(context: LaunchContext) -> None:
+        """Starts the player when the node is active."""
+        if await _is_active(context, float(LaunchConfiguration("wait").perform(context))):
+            await context.emit_event(Include(LaunchDescription([player])))
+
     return LaunchDescription(
         [
             DeclareLaunchArgument("bag", description="The recording to play."),
             DeclareLaunchArgument("out", description="Where the new recording goes; must not exist."),
             DeclareLaunchArgument("rate", default_value="1.0", description="Speed of the player."),
-            DeclareLaunchArgument(
-                "wait", default_value="15.0", description="Seconds until it plays: the node loads and warms up."
-            ),
+            DeclareLaunchArgument("wait", default_value="120.0", description="Seconds until the node must be active."),
             DeclareLaunchArgument("params_file", default_value=default_params, description="Parameters of the node (YAML)."),
-            policy,
+            OpaqueFunction(function=_check),
+            RegisterEventHandler(OnProcessExit(on_exit=on_exit)),
+            policy,  # before the recorder: it checks its parameters
             recorder,
-            TimerAction(period=LaunchConfiguration("wait"), actions=[player]),
-            RegisterEventHandler(OnProcessExit(target_action=player, on_exit=[Shutdown(reason="the recording is over")])),
+            OpaqueCoroutine(coroutine=play),
         ]
     )
+
+
+def _check(context: LaunchContext) -> None:
+    """UserError, which ends the launch, where there is nothing to play or no place for the new recording."""
+    bag, out = (LaunchConfiguration(name).perform(context) for name in ("bag", "out"))
+    launch_checks.check(bag=bag, out=out)
+
+
+async def _is_active(context: LaunchContext, wait_s: float) -> bool:
+    """True as soon as the node is active, False when the launch ends before; UserError after so many seconds.
+
+    It asks for the state: the message about a transition is lost when DDS has not connected the two by then.
+    """
+    client = get_ros_node(context).create_client(GetState, "/deer_vla/get_state")
+    loop = asyncio.get_running_loop()
+    until = loop.time() + wait_s
+    try:
+        while loop.time() < until:
+            answer = client.call_async(GetState.Request()) if client.service_is_ready() else None
+            await asyncio.sleep(ASK_S)
+            if answer and answer.done() and answer.result().current_state.id == State.PRIMARY_STATE_ACTIVE:
+                return True
+    except asyncio.CancelledError:  # the launch ends; passed on, launch would not wait for its processes
+        return False
+    what = f"deer_vla is not active after {wait_s:g} s"
+    raise UserError(f"{what}: see its output above, or give more with wait:=")

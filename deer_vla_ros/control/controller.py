@@ -19,7 +19,18 @@ from deer_vla_ros.control.guard import GuardLimits, StepTiming, guard, is_beyond
 from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
 from deer_vla_ros.control.pace import Pace
-from deer_vla_ros.control.types import SERIOUS, Camera, Command, Decision, Frame, HoldReason, MeasuredPose, Pose, Twist
+from deer_vla_ros.control.types import (
+    COMMANDED_BY_OTHERS,
+    SERIOUS,
+    Camera,
+    Command,
+    Decision,
+    Frame,
+    HoldReason,
+    MeasuredPose,
+    Pose,
+    Twist,
+)
 from deer_vla_ros.inference.types import Observation, StageTimes
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.checkpoint import Checkpoint
@@ -295,7 +306,7 @@ class Controller:
         """A hold at the newest measured pose, whatever a tick in another thread is about; changes nothing, so any thread may ask."""
         inputs = self._gate.snapshot()
         pose = None if self._gate.judge_pose(inputs, now_ns) else inputs.pose.pose
-        return Command(now_ns, pose, Twist.zero(), None, holds=(reason,))
+        return Command(now_ns, pose, Twist.zero(), None, holds=(reason,), is_silent=_is_silent(inputs))
 
     def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
         """Runs every exit once and more, so that the first real step is not the slow one; leaves no trace but latencies."""
@@ -419,7 +430,7 @@ class Controller:
         self._holds.update(set(reasons) - set(self.holding))
         pose = self._pose_to_hold(inputs, time.now_ns)
         self._held = _Held(pose, reasons, time.steady_ns)
-        return Command(time.now_ns, pose, Twist.zero(), self._last_gripper, holds=reasons, error=error)
+        return Command(time.now_ns, pose, Twist.zero(), self._last_gripper, reasons, None, error, _is_silent(inputs))
 
     def _pose_to_hold(self, inputs: Inputs, now_ns: int) -> Pose | None:
         """The pose that was held before, as long as the arm is within a step of it; else where the arm is measured to be; None where
@@ -429,3 +440,8 @@ class Controller:
             return None
         held, measured = self._held.pose if self._held else None, inputs.pose.pose
         return held if held is not None and is_near(self._settings.guard, held, measured) else measured
+
+
+def _is_silent(inputs: Inputs) -> bool:
+    """Whether another one commands the arm."""
+    return not COMMANDED_BY_OTHERS.isdisjoint(inputs.demands)

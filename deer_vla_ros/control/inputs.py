@@ -103,17 +103,15 @@ class InputGate:
         text = text.strip()
         with self._lock:
             is_new = text != self._inputs.instruction or self._instruction_is_old
-            clearances = self._inputs.clearances + int(is_new and bool(text))
             self._instruction_is_old = False
-            self._inputs = dataclasses.replace(self._inputs, instruction=text, clearances=clearances)
+            self._inputs = dataclasses.replace(self._inputs, instruction=text, **self._clearance(is_new and bool(text)))
 
     def request_hold(self, hold: bool) -> None:
         """Every requested hold counts, however soon it is lifted; lifting is a clearance, also where none was requested."""
         with self._lock:
-            demands = self._demands(HoldReason.REQUESTED, hold)
-            requested, clearances = self._inputs.holds_requested + int(hold), self._inputs.clearances + int(not hold)
+            demands, requested = self._demands(HoldReason.REQUESTED, hold), self._inputs.holds_requested + int(hold)
             self._inputs = dataclasses.replace(
-                self._inputs, demands=demands, holds_requested=requested, clearances=clearances
+                self._inputs, demands=demands, holds_requested=requested, **self._clearance(not hold)
             )
 
     def demand_hold(self, reason: HoldReason, stands: bool) -> None:
@@ -125,7 +123,7 @@ class InputGate:
     def clear(self) -> None:
         """A clearance, without any other change."""
         with self._lock:
-            self._inputs = dataclasses.replace(self._inputs, clearances=self._inputs.clearances + 1)
+            self._inputs = dataclasses.replace(self._inputs, **self._clearance(True))
 
     def request_reset(self) -> None:
         with self._lock:
@@ -198,6 +196,10 @@ class InputGate:
     def is_outdated(self, pair: tuple[Frame, Frame], now_ns: int) -> bool:
         """Whether one of the pair is older than a frame may be."""
         return now_ns - min(frame.stamp_ns for frame in pair) > self.limits.max_age_ns
+
+    def _clearance(self, given: bool) -> dict[str, object]:
+        """What a clearance changes, where it is given: a pose that jumped has been looked at, too."""
+        return {"clearances": self._inputs.clearances + 1, "pose_jump_ns": None} if given else {}
 
     def _demands(self, reason: HoldReason, stands: bool) -> tuple[HoldReason, ...]:
         """What is demanded, with or without `reason`."""

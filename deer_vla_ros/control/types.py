@@ -82,6 +82,10 @@ COMMANDS_UNHEARD is one only where it interrupted a motion: an arm's controller 
 """
 
 
+COMMANDED_BY_OTHERS = frozenset({HoldReason.OTHER_PUBLISHER, HoldReason.OTHER_COMMANDER})
+"""While one of these is seen, the arm is another's: it is not told to hold either, for that would disturb the other's motion."""
+
+
 class Limit(enum.Enum):
     """Which limit of the guard changed a motion."""
 
@@ -180,6 +184,7 @@ class Command:
     target: absolute TCP pose in the action frame, None where nothing is to be published. gripper: command value, None: nothing.
     stamp_ns: the decision's, or the tick's while holding. holds: why the arm holds; empty when it moves.
     decision: present when this tick ran an inference. error: what went wrong, where `holds` has INFERENCE_FAILED.
+    is_silent: the arm is not told, for another one commands it.
     """
 
     stamp_ns: int
@@ -189,3 +194,4 @@ class Command:
     holds: tuple[HoldReason, ...] = ()
     decision: Decision | None = None
     error: str = ""
+    is_silent: bool = False

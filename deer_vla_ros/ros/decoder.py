@@ -43,7 +43,8 @@ class Decoder:
                 self._news.wait_for(lambda: self._waiting or not self._running)
                 if not self._running:
                     return
-                camera, (decode, message) = self._waiting.popitem()
+                camera = next(iter(self._waiting))  # in the order in which they came
+                decode, message = self._waiting.pop(camera)
             try:
                 frame = decode(message)
             except UserError as error:

@@ -1,11 +1,15 @@
-"""How is the gripper told? As a topic, or as one of the two actions that ros2_control's gripper controllers serve."""
+"""The gripper's commands: a topic, or goals of an action that ros2_control's gripper controllers serve."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import threading
 import time
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from action_msgs.msg import GoalStatus
 from rclpy.action import ActionClient
 from rclpy.node import Node
 from rclpy.task import Future
@@ -18,7 +22,15 @@ ACTIONS = {"parallel_gripper_command": "ParallelGripperCommand", "gripper_comman
 INTERFACES = ("topic", *ACTIONS)
 THROTTLE_S = 5.0
 ANSWER_S = 2.0
-"""How long a goal's answer may take. Longer than any server takes to accept; DDS can lose an answer while two processes still find each other."""
+"""How long a goal's answer may take. This is longer than any server takes to accept. DDS can lose an answer
+while two processes still find each other."""
+MAX_TRIES, PAUSE_S = 3, 1.0
+"""How often a goal is sent that the server accepts and does not reach, and the time before the next try."""
+FAILURES = {
+    GoalStatus.STATUS_ABORTED: "aborted",
+    GoalStatus.STATUS_CANCELED: "canceled",
+    GoalStatus.STATUS_UNKNOWN: "lost",
+}
 
 
 class Gripper(Protocol):
@@ -37,36 +49,72 @@ class TopicGripper:
         self._publisher.publish(Float64MultiArray(data=[float(value)]))
 
 
-class ActionGripper:
-    """A goal when the value changes; one that was refused or not answered, or that no server was there for, is sent again.
+@dataclass(frozen=True)
+class Told:
+    """The goal that was sent last. number: counts goals; sent_at [s]; servers: which servers there were."""
 
-    Goals are sent and forgotten: waiting for fingers must not delay a step, and a new goal preempts the one before.
+    value: float
+    number: int
+    sent_at: float
+    servers: frozenset[bytes]
+    is_answered: bool = False
+    is_over: bool = False
+    """Refused or failed: the goal has no effect any more."""
+
+
+class ActionGripper:
+    """A goal when the value changes. The same goal is sent again when
+
+    - the server refused it or did not answer;
+    - the server aborted it, or somebody else canceled it: at most MAX_TRIES times, PAUSE_S apart;
+    - the server was away, or another one has started: a new server knows nothing of old goals.
+
+    `send` waits for nothing: waiting for fingers must not delay a step. A new goal preempts the one before,
+    whose result then counts no more. A goal that is aborted because the fingers touch something (`stalled`)
+    is no failure: controllers end a grasp like this.
     """
 
     def __init__(self, node: Node, interface: str, action: str, joint: str, max_effort: float):
-        """action: name of the action; joint: for ParallelGripperCommand; max_effort [N], for GripperCommand, 0: the controller's."""
+        """action: its name; joint: for ParallelGripperCommand; max_effort [N], for GripperCommand, 0: the
+        controller's own."""
         self._node, self._interface, self._joint, self._max_effort = node, interface, joint, max_effort
         self._type = action_type(interface)
         self._client = ActionClient(node, self._type, action)
         self._name = action
-        self._sent: float | None = None
-        self._sent_at = 0.0
+        self._lock = threading.Lock()  # guards what follows; answers do not arrive in the thread of `send`
+        self._told: Told | None = None
+        self._number = 0
+        self._failures = 0
+        self._failed_at = 0.0
         self._answer: Future | None = None
 
     def send(self, value: float) -> None:
-        if value == self._sent and not self._is_lost():
-            return
         if not self._client.server_is_ready():
+            self.forget()
+            remedy = "start the gripper controller, or set action.gripper_action"
             self._node.get_logger().warning(
-                f"gripper: no server of action {self._name}: start the gripper controller, or set action.gripper_action",
-                throttle_duration_sec=THROTTLE_S,
+                f"gripper: no server of action {self._name}: {remedy}", throttle_duration_sec=THROTTLE_S
             )
             return
-        self._sent, self._sent_at = value, time.monotonic()
+        servers = self._servers()
+        with self._lock:
+            if not self._is_due(value, servers):
+                return
+            self._number += 1
+            number = self._number
+            self._told = Told(value, number, time.monotonic(), servers)
         self._answer = self._client.send_goal_async(self._goal(value))
-        self._answer.add_done_callback(self._on_answer)
+        self._answer.add_done_callback(functools.partial(self._on_answer, number))
+
+    def forget(self) -> None:
+        """Lets the next `send` send a goal whatever was sent before: for the end of a hold, for instance."""
+        with self._lock:
+            self._told = None
+            self._failures = 0
+            self._number += 1  # what is still to come of earlier goals counts no more
 
     def close(self) -> None:
+        self.forget()
         self._client.destroy()
 
     def _goal(self, value: float) -> Any:
@@ -77,20 +125,76 @@ class ActionGripper:
             goal.command.position, goal.command.max_effort = float(value), float(self._max_effort)
         return goal
 
-    def _is_lost(self) -> bool:
-        """Whether the goal that was sent waits for its answer for too long; it is then given up."""
-        if self._answer is None or self._answer.done() or time.monotonic() - self._sent_at < ANSWER_S:
+    def _servers(self) -> frozenset[bytes]:
+        """The identities of the action's servers. DDS takes seconds to notice that a server was killed. When
+        the next one starts meanwhile, `server_is_ready` stays true, but the next one has another identity."""
+        found = self._node.get_publishers_info_by_topic(f"{self._name}/_action/status")
+        return frozenset(bytes(each.endpoint_gid) for each in found)
+
+    def _is_due(self, value: float, servers: frozenset[bytes]) -> bool:
+        """Whether a goal has to be sent now. The caller has the lock."""
+        told = self._told
+        if told is None or value != told.value or servers - told.servers:
+            self._failures = 0
+            return True
+        if told.is_over:
+            wait_s = PAUSE_S if self._failures else 0.0
+            return self._failures < MAX_TRIES and time.monotonic() - self._failed_at >= wait_s
+        return self._is_lost(told)
+
+    def _is_lost(self, told: Told) -> bool:
+        """Whether the goal waits for its answer for too long; it is then given up."""
+        if told.is_answered or time.monotonic() - told.sent_at < ANSWER_S:
             return False
-        self._node.get_logger().warning(f"gripper: {self._name} did not answer within {ANSWER_S:g} s: the goal is sent again")
-        self._answer.cancel()
+        what = f"gripper: {self._name} did not answer within {ANSWER_S:g} s"
+        self._node.get_logger().warning(f"{what}: the goal is sent again")
+        if self._answer is not None:  # canceled where answers arrive: never while one is being taken
+            executor = self._node.executor
+            executor.create_task(self._answer.cancel) if executor else self._answer.cancel()
         return True
 
-    def _on_answer(self, answer: Future) -> None:
-        if not answer.cancelled() and not answer.result().accepted:
-            self._sent = None
+    def _change(self, number: int, **what: bool) -> bool:
+        """Notes it of the goal of this number; False where it is not the newest. The caller has the lock."""
+        if self._told is None or self._told.number != number:
+            return False
+        self._told = replace(self._told, **what)
+        return True
+
+    def _on_answer(self, number: int, answer: Future) -> None:
+        if answer.cancelled():
+            return
+        handle = answer.result()
+        with self._lock:
+            if not self._change(number, is_answered=True, is_over=not handle.accepted):
+                return
+        if handle.accepted:
+            handle.get_result_async().add_done_callback(functools.partial(self._on_result, number))
+        else:
             self._node.get_logger().error(
-                f"gripper: {self._name} refused the goal: is the value one of its joint's?", throttle_duration_sec=THROTTLE_S
+                f"gripper: {self._name} refused the goal: is the value one of its joint's?",
+                throttle_duration_sec=THROTTLE_S,
             )
+
+    def _on_result(self, number: int, future: Future) -> None:
+        if future.cancelled():
+            return
+        response = future.result()
+        how = FAILURES.get(response.status)
+        if how is None or response.result.stalled:
+            return
+        with self._lock:
+            if not self._change(number, is_over=True):
+                return
+            self._failures += 1
+            self._failed_at = time.monotonic()
+            failures, value = self._failures, self._told.value
+        if failures < MAX_TRIES:
+            again = f"it is sent again after {PAUSE_S:g} s"
+            self._node.get_logger().warning(f"gripper: {self._name} {how} the goal {value:g}: {again}")
+        else:
+            what = f"gripper: {self._name} {how} the goal {value:g}, try {failures} of {MAX_TRIES}"
+            again = "it is sent again when the value changes or a hold is lifted"
+            self._node.get_logger().error(f"{what}: see the gripper controller's log; {again}")
 
 
 def action_type(interface: str) -> Any:

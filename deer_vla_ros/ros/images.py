@@ -1,9 +1,11 @@
-"""How does an image message become (H, W, 3) uint8 RGB? Raw or compressed, whatever the camera's layout; or why it does not."""
+"""Image messages, raw or compressed, as RGB arrays (H, W, 3) of uint8; others are refused with a reason."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
+import struct
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +22,36 @@ if TYPE_CHECKING:
     from cv_bridge import CvBridge
 
 MAX_SIDE = 8192
-"""Pixels. Far above any camera of a policy, and low enough that a forged header cannot ask for more than 0.3 GB."""
+"""Pixels of width or height. Far above any camera of a policy."""
+MAX_PIXELS = 12_500_000
+"""Width times height. A 4K camera has 8.3 million, a sensor of "12 megapixels" has 12.0 to 12.4."""
+
+# These limits keep the decoding of the worst file that is accepted at about one second of one core. They are
+# checked on the file's structure, before Pillow sees it. They are numbers of the file and not of a clock, so
+# that a replay decides the same on every machine.
+MAX_JPEG_BYTES = 16_000_000
+MAX_PIXEL_SCANS = 100_000_000
+"""Scans times pixels. Every scan of a JPEG visits the whole picture again, even when it has only 26 bytes.
+This costs up to 9 ns for a pixel. A progressive JPEG of a 4K camera has 10 scans: 83 million."""
+MAX_HEADER_BYTES, MAX_SEGMENTS = 1_000_000, 256
+"""Of a JPEG, before its first scan: Pillow reads these segments in Python."""
+MAX_PNG_BYTES = 6_500_000
+"""Noise of 1920 x 1080 fits. Inflating costs up to 140 ns for a byte of a file that was made to be slow."""
+MAX_PNG_RAW_BYTES = 50_000_000
+"""Rows of pixels after inflating. A 4K image with 16 bits for a colour fits."""
+MAX_CHUNKS, MAX_OTHER_CHUNKS = 10_000, 32
+"""Of a PNG: all chunks, and those without image data; each of the latter may inflate to 1 MB in Pillow."""
+
+JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+"""The first bytes of a file."""
+MARKER = re.compile(rb"\xff([^\x00\xff])")
+SCAN = 0xDA
+OTHER_CODINGS = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
+"""Frames of a JPEG that no camera sends: lossless, hierarchical, or with arithmetic codes, which are slow."""
+WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
+CHUNK_NAME = re.compile(rb"\w{4}")
+CHANNELS_OF_PNG = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""By the colour type in its header."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +181,17 @@ def _check_layout(message: Image) -> None:
 
 
 def _decoded(data: bytes, name: str) -> np.ndarray:
+    if data.startswith(JPEG):
+        _check_jpeg(data)
+    elif data.startswith(PNG):
+        _check_png(data)
     try:
         picture = Picture.open(io.BytesIO(data), formats=("JPEG", "PNG"))  # reads the header only
-    except (Picture.DecompressionBombError, Picture.DecompressionBombWarning) as error:
-        raise UserError(f"{_one_line(error)} A side may have 1 to {MAX_SIDE} pixels: mend the camera driver") from error
     except Exception as error:  # Pillow's parsers raise anything, SyntaxError included, when fed with arbitrary bytes
         raise UserError(f"{len(data)} bytes of format {_quoted(name)} are no JPEG or PNG: publish one of these") from error
     _check_size(*picture.size)
+    if data.startswith(JPEG):
+        _check_scans(data, *picture.size)
     try:
         if picture.format == "PNG":
             picture.verify()  # the checksums, which decoding skips; after that the file has to be opened again
@@ -176,6 +211,70 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 def _check_size(width: int, height: int) -> None:
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise UserError(f"the image is {width} x {height}, a side may have 1 to {MAX_SIDE} pixels: mend the camera driver")
+    what = f"the image of {width} x {height} has"
+    _check_limit(what, width * height, MAX_PIXELS, "pixels", "set the camera to a lower resolution")
+
+
+def _check_limit(what: str, value: int, limit: int, unit: str, remedy: str) -> None:
+    if value > limit:
+        raise UserError(f"{what} {value} {unit}, at most {limit} are accepted: {remedy}")
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Its length, and what comes before the first scan, segment by segment as libjpeg finds them."""
+    _check_limit("the JPEG has", len(data), MAX_JPEG_BYTES, "bytes", "set a lower quality or resolution")
+    remedy = "leave out what the camera driver adds"
+    position = len(JPEG)
+    for _ in range(MAX_SEGMENTS):
+        found = MARKER.search(data, position)
+        if found is None or found[1][0] == SCAN:
+            return  # where nothing was found, Pillow says what is missing
+        marker, position = found[1][0], found.end()
+        if marker in OTHER_CODINGS:
+            coding = f"the JPEG is of coding SOF{marker - 0xC0}, only SOF0 to SOF2 are accepted"
+            raise UserError(f"{coding}: publish a baseline JPEG")
+        if marker not in WITHOUT_LENGTH:
+            position += int.from_bytes(data[position : position + 2], "big")
+        _check_limit("the JPEG's header has", position, MAX_HEADER_BYTES, "bytes", remedy)
+    raise UserError(f"the JPEG's header has more than {MAX_SEGMENTS} segments: {remedy}")
+
+
+def _check_scans(data: bytes, width: int, height: int) -> None:
+    """Counts every sign of a scan, wherever it stands: libjpeg cannot meet more scans than these."""
+    values = np.frombuffer(data, np.uint8)
+    scans = np.count_nonzero(values[1:][values[:-1] == 0xFF] == SCAN)  # a tenth of the time of bytes.count
+    what = f"the JPEG of {width} x {height} in {scans} scans visits"
+    remedy = "publish a baseline JPEG, which has one scan"
+    _check_limit(what, scans * width * height, MAX_PIXEL_SCANS, "pixels", remedy)
+
+
+def _check_png(data: bytes) -> None:
+    """Its length, its dimensions and its chunks, of which only names and lengths are read."""
+    _check_limit("the PNG has", len(data), MAX_PNG_BYTES, "bytes", "publish a JPEG or a lower resolution")
+    position, others = len(PNG), 0
+    for index in range(MAX_CHUNKS):
+        if position + 8 > len(data):
+            return  # Pillow says what is missing
+        length, name = struct.unpack_from(">I4s", data, position)
+        if not CHUNK_NAME.match(name) or (name == b"IHDR") != (index == 0):
+            what = f"the PNG image is corrupt (chunk {index} is {name!r})"
+            raise UserError(f"{what}: check the camera's link and driver")
+        if name == b"IHDR" and len(data) >= position + 18:
+            _check_raw_bytes(*struct.unpack_from(">IIBB", data, position + 8))
+        if name == b"IEND":
+            return
+        others += name != b"IDAT"
+        unit = "chunks without image data"
+        _check_limit("the PNG has", others, MAX_OTHER_CHUNKS, unit, "leave out texts and profiles")
+        position += 12 + length
+    raise UserError(f"the PNG has more than {MAX_CHUNKS} chunks: publish it in larger ones, or a JPEG")
+
+
+def _check_raw_bytes(width: int, height: int, depth: int, colours: int) -> None:
+    _check_size(width, height)
+    row = 1 + (width * depth * CHANNELS_OF_PNG.get(colours, 4) + 7) // 8
+    what = f"the PNG of {width} x {height} inflates to"
+    _check_limit(what, row * height, MAX_PNG_RAW_BYTES, "bytes", "publish it with 8 bits for a colour")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

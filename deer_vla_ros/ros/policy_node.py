@@ -97,6 +97,7 @@ class PolicyNode(LifecycleNode):
         self._enabled, self._enabled_at = False, 0.0
         self._callback_failed = self.failed = False
         self._other: HoldReason | None = None
+        self._bad_image_told: dict[Camera, float] = {}
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
 
@@ -308,9 +309,9 @@ class PolicyNode(LifecycleNode):
         """Tells the watchdog that the control thread lives; where it does not run, that it need not."""
         ages = (self._value(f"inputs.{name}_s") for name in ("max_age", "max_pose_age", "max_skew"))
         stamp_ns = self._outputs.stamps[-1] if self._outputs.stamps else 0
-        self._watchdog.beat(
-            Beat(time.monotonic_ns(), self._running, stamp_ns, *ages, self._value("control.rate_hz"), self._frame_id)
-        )
+        commands = self._running and self._other is None
+        rate_hz = self._value("control.rate_hz")
+        self._watchdog.beat(Beat(time.monotonic_ns(), commands, stamp_ns, *ages, rate_hz, self._frame_id))
 
     def _apply_changes(self) -> None:
         """Accepted parameters take effect here: all of one request at once, between two ticks."""
@@ -326,7 +327,8 @@ class PolicyNode(LifecycleNode):
 
     def _publish(self, command: Command) -> None:
         """Tells the arm, then everybody else."""
-        self._outputs.publish(command, self._frame_id)
+        if not command.is_silent:
+            self._outputs.publish(command, self._frame_id)
         self._reports.command(command, self._frame_id)
 
     # --- callbacks: hand over and wake, nothing else
@@ -353,7 +355,10 @@ class PolicyNode(LifecycleNode):
             self._wake.set()  # for anything less than a pair, a tick would compete with the other image for the interpreter
 
     def _on_bad_image(self, camera: Camera, reason: str) -> None:
-        self.get_logger().error(f"{self._camera_topics[camera]}: {reason}", throttle_duration_sec=THROTTLE_S)
+        now = time.monotonic()
+        if now - self._bad_image_told.get(camera, -THROTTLE_S) >= THROTTLE_S:  # each camera's own line: rclpy throttles by place
+            self._bad_image_told[camera] = now
+            self.get_logger().error(f"{self._camera_topics[camera]}: {reason}")
 
     def _on_pose(self, message: PoseStamped) -> None:
         if self._controller is not None:

@@ -30,8 +30,9 @@ from deer_vla_ros.control.types import Command, HoldReason, Twist
 from deer_vla_ros.ros.qos import NEWEST
 from deer_vla_ros.ros.stamped import measured_pose, pose_message, twist_message
 
-MARGIN_S = 0.1
-"""How much longer than inputs.max_age_s a beat may be missing: the node itself holds first wherever it can."""
+MARGIN_S = 0.05
+"""How much longer than inputs.max_age_s a beat may be missing: as long as the node may wait between a beat and the beginning of a step,
+which it throws away by itself when it took longer than inputs.max_age_s."""
 LOOK_S = 0.02
 """How often the watchdog looks whether a beat is missing."""
 ANSWER_S = 0.1
@@ -57,11 +58,11 @@ class WatchdogSettings:
 
 @dataclass(frozen=True)
 class Beat:
-    """What the node says: it was alive at beat_ns, by the clock that never stops. moves: whether it is active, so that a missing beat
-    leaves an arm without a commander. stamp_ns: of the newest command. limits and rate_hz: as they are now; frame: of the action."""
+    """What the node says: it was alive at beat_ns, by the clock that never stops. commands: whether it tells the arm anything, so
+    that a missing beat leaves an arm without a commander. stamp_ns: of the newest command. limits and rate_hz: as they are now; frame: of the action."""
 
     beat_ns: int
-    moves: bool
+    commands: bool
     stamp_ns: int
     max_age_s: float
     max_pose_age_s: float
@@ -74,7 +75,7 @@ class Beat:
 
     def is_missing(self, now_ns: int) -> bool:
         """Whether the next beat is late enough for the arm to be held."""
-        return self.moves and now_ns - self.beat_ns > (self.max_age_s + MARGIN_S) * 1e9
+        return self.commands and now_ns - self.beat_ns > (self.max_age_s + MARGIN_S) * 1e9
 
 
 class Watchdog:
@@ -138,7 +139,7 @@ class Watchdog:
 
     def _bury(self) -> None:
         """The node has died: its arm is held at the control rate for a while."""
-        if self._beat is None or not self._beat.moves:
+        if self._beat is None or not self._beat.commands:
             return
         end = time.monotonic() + HOLD_AFTER_DEATH_S
         while time.monotonic() < end:

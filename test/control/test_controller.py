@@ -496,12 +496,17 @@ def test_an_inference_that_outlasts_its_frames_is_thrown_away(controller):
     np.testing.assert_array_equal(command.target.position, robot.pose.position)
 
 
-def test_a_measured_pose_that_is_displaced_for_good_holds_until_a_person_has_cleared_it(controller):
+@pytest.mark.parametrize("soon", [True, False])
+def test_a_measured_pose_that_is_displaced_for_good_holds_until_a_person_has_cleared_it(controller, soon):
     robot = Robot(controller)
     robot.tick()
     robot.pose = elsewhere = Pose(np.array([-0.6, -0.6, 0.1]), DOWN)  # 1.2 m in 0.1 s
     jumped = robot.tick()
     assert HoldReason.POSE_JUMPED in jumped.holds and jumped.target is None
+    if soon:
+        controller.request_hold(False)
+        assert robot.tick(follow=False).holds == ()
+        return
     for _ in range(10):
         assert robot.tick().holds == (HoldReason.POSE_JUMPED,)
     controller.put_instruction("lift the red block")

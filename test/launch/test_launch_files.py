@@ -3,13 +3,18 @@
 import ast
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import rclpy
 import yaml
 from rclpy.context import Context
 
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +24,7 @@ ARGUMENTS = {
     DEMO: {"seed", "namespace"},
     REPLAY: {"bag", "out", "rate", "wait", "params_file"},
 }
+NO_LAUNCH = "launch_ros comes with apt Jazzy and is not on PyPI"
 FILES = pytest.mark.parametrize("path", ARGUMENTS, ids=lambda path: path.name)
 
 
@@ -131,17 +137,75 @@ def test_a_replay_plays_on_the_recordings_clock_and_keeps_recorded_outputs_apart
 
 @FILES
 def test_a_launch_file_loads(path):
-    pytest.importorskip("launch_ros", reason="launch_ros comes with apt Jazzy and is not on PyPI")
+    pytest.importorskip("launch_ros", reason=NO_LAUNCH)
     description = load(path).generate_launch_description()
     declared = {argument.name for argument in description.get_launch_arguments()}
     assert declared >= ARGUMENTS[path]
 
 
 def test_the_policy_node_is_launched_with_only_the_parameters_given():
-    pytest.importorskip("launch_ros", reason="launch_ros comes with apt Jazzy and is not on PyPI")
+    pytest.importorskip("launch_ros", reason=NO_LAUNCH)
     from launch import LaunchContext
 
     context = LaunchContext()
     context.launch_configurations.update({name: "" for name in ARGUMENTS[POLICY]} | {"device": "cpu"})
     (node,) = load(POLICY)._start_node(context)
     assert node.node_executable == "deer_vla_node"
+
+
+# --- with launch: what happens when something is wrong
+
+RUN = """
+import sys
+from launch import LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch import LaunchDescription
+given = [argument.split(":=", 1) for argument in sys.argv[2:]]
+file = IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]), launch_arguments=given)
+service = LaunchService(argv=sys.argv[2:])
+service.include_launch_description(LaunchDescription([file]))
+sys.exit(service.run())
+"""
+"""What `ros2 launch` does with a file and its arguments."""
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "expected"),
+    [
+        (POLICY, ["params_file:=/nope/my.yaml"], "params_file /nope/my.yaml: no such file"),
+        (REPLAY, ["bag:=/nope", "out:=NEW"], "/nope: no such recording"),
+        (REPLAY, ["bag:=BAG", "out:=."], "it exists already"),
+        (REPLAY, ["bag:=BAG", "out:=NEW", "params_file:=/nope/my.yaml"], "/nope/my.yaml: no such file"),
+    ],
+)
+def test_nothing_is_started_or_made_when_an_argument_is_wrong(tmp_path, path, given, expected):
+    pytest.importorskip("launch_ros", reason=NO_LAUNCH)
+    places = {"NEW": tmp_path / "new", "BAG": ROOT / "test" / "data" / "table"}
+    pairs = [each.split(":=") for each in given]
+    given = [f"{name}:={places.get(value, value)}" for name, value in pairs]
+    done = subprocess.run([sys.executable, "-c", RUN, str(path), *given], capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    errors = [line for line in output.splitlines() if "[ERROR]" in line]
+    assert done.returncode == 1
+    assert len(errors) == 1 and expected in errors[0]
+    assert "process started" not in output and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("is_shutdown", [False, True])
+def test_a_process_of_the_demo_that_ends_by_itself_ends_the_launch_with_an_error(is_shutdown):
+    pytest.importorskip("launch_ros", reason=NO_LAUNCH)
+    event = SimpleNamespace(process_name="table_node-2", returncode=0)
+    context = SimpleNamespace(is_shutdown=is_shutdown)
+    if is_shutdown:
+        assert load(DEMO)._on_exit(event, context) is None
+    else:
+        with pytest.raises(UserError, match="table_node-2 ended by itself"):
+            load(DEMO)._on_exit(event, context)
+
+
+def test_programs_that_launch_files_run_are_dependencies_of_the_package():
+    package = ElementTree.parse(ROOT / "package.xml").getroot()
+    needed = {child.text for child in package if child.tag in ("depend", "exec_depend")}
+    assert needed >= {"launch", "launch_ros", "lifecycle_msgs", "ros2launch"}
+    assert needed >= {"ros2bag", "rosbag2_storage_mcap", "rosbag2_storage_sqlite3"}

@@ -1,6 +1,7 @@
-"""A gripper controller as the policy node meets one: `python gripper_server.py TYPE ACTION`.
+"""A gripper controller as the policy node meets one: `python gripper_server.py TYPE ACTION MANNER`.
 
-Prints every goal, refuses them for three seconds, and keeps the first that it accepts waiting for its answer.
+It prints every goal. "hesitates": it refuses goals for three seconds, and keeps the first that it accepts
+waiting for its answer. "obeys": it reaches every goal. "aborts": it accepts every goal and reaches none.
 """
 
 import sys
@@ -11,7 +12,7 @@ from control_msgs import action
 from rclpy.action import ActionServer, GoalResponse
 
 
-def main(interface: str, name: str) -> None:
+def main(interface: str, name: str, manner: str) -> None:
     goal_type = getattr(action, interface)
     rclpy.init()
     node = rclpy.create_node("gripper_controller")
@@ -20,7 +21,7 @@ def main(interface: str, name: str) -> None:
 
     def on_goal(goal) -> GoalResponse:
         begun.append(time.monotonic())
-        is_refused = begun[-1] - begun[0] < 3.0
+        is_refused = manner == "hesitates" and begun[-1] - begun[0] < 3.0
         command = goal.command
         told = (
             [command.position, command.max_effort] if interface == "GripperCommand" else [list(command.name), *command.position]
@@ -28,12 +29,15 @@ def main(interface: str, name: str) -> None:
         print("refused" if is_refused else "accepted", told, flush=True)
         if is_refused:
             return GoalResponse.REJECT
-        if not accepted:
+        if manner == "hesitates" and not accepted:
             time.sleep(4.0)
         accepted.append(goal)
         return GoalResponse.ACCEPT
 
     def on_accepted(handle):
+        if manner == "aborts":
+            handle.abort()
+            return goal_type.Result()
         handle.succeed()
         return goal_type.Result(reached_goal=True)
 

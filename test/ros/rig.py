@@ -89,6 +89,10 @@ class Rig:
             self._destroy_cameras()
 
     def instruct(self, text: str) -> None:
+        """Says it once the node has seen where the arm is: a new rig's arm stands elsewhere than that of the one before, and the node
+        takes an instruction that comes before its pose for one that does not know of it."""
+        if self.pose_on:
+            wait_until(lambda: self.poses_sent >= 3, what="poses of a rig that is running")
         self._instruction.publish(String(data=text))
 
     def await_steps(self, count: int = 1, timeout: float = 20.0) -> list[PolicyStep]:

@@ -3,15 +3,25 @@
 control_msgs is not on PyPI: where it is not installed, its two gripper actions are generated here from their definitions.
 """
 
+import contextlib
 import importlib.util
+import itertools
 import os
+import random
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from harness import START_TIMEOUT, Client, spawn, spawn_python, wait_until
+from action_msgs.msg import GoalStatus
+from harness import START_TIMEOUT, Client, Process, spawn, spawn_python, wait_until
+from rclpy.task import Future
 from rig import Rig
+
+from deer_vla_ros.ros import gripper
 
 HERE = Path(__file__).parent
 INSTALLED = importlib.util.find_spec("control_msgs") is not None
@@ -46,6 +56,25 @@ def darken(name: str, image) -> None:
     image.data = bytes(len(image.data))
 
 
+def server_of(action: str, namespace: str, manner: str, environment: dict[str, str]):
+    """A gripper controller in a process of its own; killed at the end."""
+    return spawn_python(str(HERE / "gripper_server.py"), action, f"{namespace}/hand", manner, env=environment)
+
+
+@contextlib.contextmanager
+def steady_policy(client, environment: dict[str, str], namespace: str) -> Iterator[tuple[Process, Rig]]:
+    """A policy node that wants one gripper value, of action `hand`, again and again."""
+    rig = Rig(client, f"{namespace}/")
+    rig.edit_image = darken
+    given = {"gripper_interface": "gripper_command", "gripper_action": "hand"}
+    given |= {"gripper_open": 0.08, "gripper_closed": 0.01}
+    arguments = [part for name, value in given.items() for part in ("-p", f"action.{name}:={value}")]
+    command = ("node", "--ros-args", "-r", f"__ns:=/{namespace}", *arguments)
+    with spawn(*command, env=environment) as node, rig.running():
+        rig.instruct("lift the red block")
+        yield node, rig
+
+
 @pytest.mark.parametrize(
     ("interface", "action", "parameters", "goal"),
     [
@@ -68,7 +97,7 @@ def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_o
     ):
         rig.instruct("lift the red block")
         wait_until(lambda: "no server of action hand: start the gripper controller" in node.output(), START_TIMEOUT, "a warning")
-        with spawn_python(str(HERE / "gripper_server.py"), action, f"{interface}/hand", env=environment) as server:
+        with server_of(action, interface, "hesitates", environment) as server:
             wait_until(
                 lambda: "hand did not answer within" in node.output(), START_TIMEOUT, "giving up a goal that is not answered"
             )
@@ -88,8 +117,229 @@ def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_o
         assert node.stop() == 0
 
 
+def test_a_gripper_server_that_was_killed_and_starts_again_is_told_again(client, environment):
+    with steady_policy(client, environment, "killed") as (_, rig):
+        told = []
+        for _ in range(2):  # the second starts before DDS has noticed that the first is gone
+            with server_of("GripperCommand", "killed", "obeys", environment) as server:
+                told.append(wait_until(server.output, START_TIMEOUT, "a goal").splitlines()[0])
+                rig.await_steps(30)  # in this time the node has the answer, or has sent the goal again
+        assert told[0] == told[1]
+
+
+def test_a_goal_that_is_aborted_is_sent_three_times_and_then_reported(client, environment):
+    with steady_policy(client, environment, "aborted") as (node, rig):
+        with server_of("GripperCommand", "aborted", "aborts", environment) as server:
+            wait_until(lambda: "hand aborted the goal" in node.output(), START_TIMEOUT, "a warning")
+            wait_until(lambda: "try 3 of 3: see the gripper" in node.output(), START_TIMEOUT, "an error")
+            rig.await_steps(20)
+            assert len(server.output().splitlines()) == 3
+        assert node.running()
+
+
 @pytest.mark.skipif(INSTALLED, reason="control_msgs is installed here")
 def test_a_gripper_action_without_control_msgs_is_a_failing_configure_that_names_the_remedy(client):
     with spawn("node", "--ros-args", "-r", "__ns:=/grip", "-p", "action.gripper_interface:=gripper_command") as process:
         wait_until(lambda: "install ros-jazzy-control-msgs, or use 'topic'" in process.output(), START_TIMEOUT, "the remedy")
         assert process.stop() == 0
+
+
+# --- single goals, with a server that the test plays
+
+
+class Clock:
+    """In place of time: it stands until the test moves it."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Handle:
+    """An accepted or refused goal whose result the test gives."""
+
+    def __init__(self, accepted: bool):
+        self.accepted, self.result = accepted, Future()
+
+    def get_result_async(self) -> Future:
+        return self.result
+
+    def ends(self, status: int, stalled: bool = False) -> None:
+        self.result.set_result(SimpleNamespace(status=status, result=SimpleNamespace(stalled=stalled)))
+
+
+class Server:
+    """In place of the action client: it keeps values and futures of the goals that were sent."""
+
+    def __init__(self, node, kind, name):
+        self.values, self.answers, self.is_there, self.identities = [], [], True, [b"first"]
+
+    def server_is_ready(self) -> bool:
+        return self.is_there
+
+    def send_goal_async(self, goal) -> Future:
+        self.values.append(goal.command.position)
+        self.answers.append(Future())
+        return self.answers[-1]
+
+    def accepts(self) -> Handle:
+        return self.answers_with(True)
+
+    def answers_with(self, accepted: bool) -> Handle:
+        handle = Handle(accepted)
+        self.answers[-1].set_result(handle)
+        return handle
+
+    def destroy(self) -> None: ...
+
+
+class Log:
+    def __init__(self):
+        self.warnings, self.errors = [], []
+
+    def warning(self, text: str, **_) -> None:
+        self.warnings.append(text)
+
+    def error(self, text: str, **_) -> None:
+        self.errors.append(text)
+
+
+@pytest.fixture
+def hand(monkeypatch) -> SimpleNamespace:
+    """An ActionGripper with the `clock`, `server` and `log` of the test."""
+    goal = lambda: SimpleNamespace(command=SimpleNamespace(position=0.0, max_effort=0.0))  # noqa: E731
+    clock, log = Clock(), Log()
+    monkeypatch.setattr(gripper, "time", clock)
+    monkeypatch.setattr(gripper, "ActionClient", Server)
+    monkeypatch.setattr(gripper, "action_type", lambda interface: SimpleNamespace(Goal=goal))
+
+    def infos(topic: str) -> list:
+        assert topic == "hand/_action/status"
+        return [SimpleNamespace(endpoint_gid=list(each)) for each in server.identities]
+
+    node = SimpleNamespace(get_logger=lambda: log, get_publishers_info_by_topic=infos, executor=None)
+    made = gripper.ActionGripper(node, "gripper_command", "hand", "", 0.0)
+    server = made._client
+    return SimpleNamespace(send=made.send, gripper=made, server=server, clock=clock, log=log)
+
+
+def test_a_goal_that_is_reached_is_sent_once(hand):
+    for _ in range(5):
+        hand.send(0.08)
+    hand.server.accepts().ends(GoalStatus.STATUS_SUCCEEDED)
+    hand.clock.now = 100.0
+    hand.send(0.08)
+    assert hand.server.values == [0.08] and not hand.log.warnings + hand.log.errors
+
+
+@pytest.mark.parametrize("status", gripper.FAILURES)
+def test_a_goal_that_fails_is_sent_again_after_a_pause_and_three_times_at_most(hand, status):
+    for tries in (1, 2, 3):
+        hand.send(0.08)
+        assert hand.server.values == [0.08] * tries
+        hand.server.accepts().ends(status)
+        hand.send(0.08)
+        assert hand.server.values == [0.08] * tries, "there is a pause"
+        hand.clock.now += gripper.PAUSE_S
+    hand.send(0.08)
+    assert hand.server.values == [0.08] * 3
+    assert len(hand.log.warnings) == 2
+    (error,) = hand.log.errors
+    assert "the goal 0.08, try 3 of 3: see the gripper controller's log" in error
+
+
+def given_up(hand) -> None:
+    for _ in range(gripper.MAX_TRIES):
+        hand.send(0.08)
+        hand.server.accepts().ends(GoalStatus.STATUS_ABORTED)
+        hand.clock.now += gripper.PAUSE_S
+
+
+def test_a_goal_that_was_given_up_is_sent_again_when_the_value_changes_or_a_hold_is_lifted(hand):
+    given_up(hand)
+    hand.send(0.01)
+    hand.send(0.08)
+    assert hand.server.values[3:] == [0.01, 0.08]
+    given_up(hand)
+    sent = len(hand.server.values)
+    hand.gripper.forget()
+    hand.send(0.08)
+    assert len(hand.server.values) == sent + 1
+
+
+def test_a_goal_that_is_preempted_by_the_next_one_is_no_failure(hand):
+    hand.send(0.08)
+    first = hand.server.accepts()
+    hand.send(0.01)
+    second = hand.server.accepts()
+    first.ends(GoalStatus.STATUS_CANCELED)
+    second.ends(GoalStatus.STATUS_SUCCEEDED)
+    hand.clock.now = 100.0
+    hand.send(0.01)
+    assert hand.server.values == [0.08, 0.01] and not hand.log.warnings + hand.log.errors
+
+
+def test_a_grasp_that_the_controller_ends_as_stalled_is_no_failure(hand):
+    hand.send(0.01)
+    hand.server.accepts().ends(GoalStatus.STATUS_ABORTED, stalled=True)
+    hand.clock.now = 100.0
+    hand.send(0.01)
+    assert hand.server.values == [0.01] and not hand.log.warnings + hand.log.errors
+
+
+def test_a_server_that_was_away_is_told_again(hand):
+    hand.send(0.08)
+    hand.server.accepts().ends(GoalStatus.STATUS_SUCCEEDED)
+    hand.server.is_there = False
+    hand.send(0.08)
+    assert "no server of action hand" in hand.log.warnings[0]
+    hand.server.is_there = True
+    hand.send(0.08)
+    assert hand.server.values == [0.08, 0.08]
+
+
+def test_a_server_that_restarts_between_two_sends_is_told_again_once(hand):
+    hand.send(0.08)
+    hand.server.accepts()  # and never a result: that server is gone
+    hand.server.identities = [b"first", b"second"]  # DDS still believes in the first
+    for _ in range(3):
+        hand.send(0.08)
+    hand.server.accepts().ends(GoalStatus.STATUS_SUCCEEDED)
+    hand.server.identities = [b"second"]
+    hand.send(0.08)
+    assert hand.server.values == [0.08, 0.08]
+
+
+def test_what_arrives_after_the_gripper_was_closed_changes_nothing(hand):
+    hand.send(0.08)
+    hand.gripper.close()
+    hand.server.answers_with(False)
+    assert not hand.log.errors
+
+
+def test_results_that_arrive_in_another_thread_while_values_are_sent_lose_no_value(hand):
+    """Every change becomes a goal, in order, whatever the server does with the goals before."""
+    rng, stop = random.Random(0), threading.Event()
+
+    def answer() -> None:
+        done = 0
+        while not stop.is_set() or done < len(hand.server.answers):
+            if done < len(hand.server.answers):
+                handle = Handle(rng.random() < 0.8)
+                hand.server.answers[done].set_result(handle)
+                handle.ends(rng.choice((GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_ABORTED)))
+                done += 1
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    values = [rng.choice((0.01, 0.08)) for _ in range(2000)]
+    for value in values:
+        hand.send(value)
+    stop.set()
+    thread.join()
+    assert changes(hand.server.values) == changes(values)
+
+
+def changes(values: list[float]) -> list[float]:
+    return [value for value, _ in itertools.groupby(values)]

@@ -1,6 +1,7 @@
 """Images as frames: every layout to the same RGB, every defect to one line, and nothing else whatever comes."""
 
 import io
+import re
 import struct
 import sys
 import time
@@ -220,17 +221,146 @@ def test_bytes_that_are_no_jpeg_or_png_are_refused_with_their_number_and_format(
     assert f"{len(data)} bytes of format 'h264' are no JPEG or PNG" in refusal(images.compressed_frame, compressed(data, "h264"))
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("width", "height"), [(8193, 1), (1, 8193), (12000, 12000), (60000, 60000)])
 def test_a_header_that_promises_too_many_pixels_is_refused_before_they_are_unpacked(width, height):
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+    bomb = png(width, height, chunk(b"IDAT", zlib.compress(bytes(10_000_000))))
     begin = time.perf_counter()
     assert "1 to 8192 pixels" in refusal(images.compressed_frame, compressed(bomb, "png"))
     assert time.perf_counter() - begin < 1.0
+
+
+# --- files that cost much
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width: int, height: int, chunks: bytes, depth: int = 8, colours: int = 2) -> bytes:
+    """A PNG with these chunks between its header and its end."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunks + chunk(b"IEND", b"")
+
+
+def black_png(width: int, height: int, more: bytes = b"", depth: int = 8, colours: int = 2) -> bytes:
+    row = bytes(1 + width * depth // 8 * {0: 1, 2: 3, 6: 4}[colours])
+    return png(width, height, more + chunk(b"IDAT", zlib.compress(row * height, 1)), depth, colours)
+
+
+def grey_jpeg(width: int, height: int, **options) -> bytes:
+    return encoded(Picture.new("L", (width, height)), "JPEG", **options)
+
+
+def with_scans(width: int, height: int, count: int) -> bytes:
+    """A progressive JPEG with that many scans: the last one of an ordinary file is repeated."""
+    data = grey_jpeg(width, height, progressive=True)
+    body, scan = data[:-2], data[data.rfind(b"\xff\xda") : -2]
+    return body + scan * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def with_header(segments: bytes) -> bytes:
+    """An ordinary JPEG with more in its header."""
+    data = encoded(SMOOTH, "JPEG")
+    return data[:2] + segments + data[2:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda width, height: (images.frame, raw("mono8", width, height, bytes(width * height))),
+        lambda width, height: (images.compressed_frame, compressed(grey_jpeg(width, height))),
+        lambda width, height: (images.compressed_frame, compressed(black_png(width, height, colours=0))),
+    ],
+    ids=["raw", "jpeg", "png"],
+)
+def test_an_image_of_a_4k_camera_is_accepted_and_one_with_more_pixels_than_the_limit_is_not(make):
+    convert, message = make(3840, 2160)
+    assert convert(message).image.shape == (2160, 3840, 3)
+    convert, message = make(4000, 3126)
+    text = refusal(convert, message)
+    assert "4000 x 3126 has 12504000 pixels, at most 12500000" in text
+    assert "set the camera to a lower resolution" in text
+
+
+@pytest.mark.parametrize(("width", "height", "scans"), [(640, 480, 400), (3840, 2160, 13)])
+def test_a_jpeg_with_too_many_scans_for_its_pixels_is_refused(width, height, scans):
+    text = refusal(images.compressed_frame, compressed(with_scans(width, height, scans)))
+    assert f"{width} x {height} in {scans} scans visits {scans * width * height} pixels" in text
+    assert "at most 100000000" in text
+    assert "publish a baseline JPEG" in text
+
+
+@pytest.mark.parametrize(("width", "height", "scans"), [(640, 480, 100), (3840, 2160, 12)])
+def test_a_progressive_jpeg_with_the_scans_of_an_ordinary_one_is_accepted(width, height, scans):
+    image = images.compressed_frame(compressed(with_scans(width, height, scans))).image
+    assert image.shape == (height, width, 3)
+
+
+def test_the_checks_of_a_camera_sized_jpeg_cost_less_than_a_millisecond():
+    data = encoded(RNG.integers(0, 256, (480, 640, 3), dtype=np.uint8), "JPEG", quality=90)
+    seconds = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        images._check_jpeg(data)
+        images._check_scans(data, 640, 480)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 1e-3
+
+
+@pytest.mark.parametrize("marker", [0xC3, 0xC9, 0xCA])
+def test_a_jpeg_of_a_coding_that_no_camera_sends_is_refused_by_its_name(marker):
+    data = encoded(SMOOTH, "JPEG").replace(b"\xff\xc0", bytes((0xFF, marker)))
+    text = refusal(images.compressed_frame, compressed(data))
+    assert f"coding SOF{marker - 0xC0}, only SOF0 to SOF2 are accepted: publish a baseline JPEG" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (with_header(segment(0xE1, b"") * 300), "more than 256 segments: leave out"),
+        (with_header(segment(0xED, bytes(65000)) * 16), "bytes, at most 1000000 are accepted: leave out"),
+        (encoded(SMOOTH, "JPEG") + bytes(16_000_000), "at most 16000000 are accepted: set a lower quality"),
+        (b"\xff\xd8" + b"\xff" * 100_000, "are no JPEG or PNG"),
+    ],
+    ids=["segments", "header", "file", "fill"],
+)
+def test_a_jpeg_that_would_keep_the_parser_busy_is_refused_with_the_limit(data, expected):
+    assert expected in refusal(images.compressed_frame, compressed(data))
+
+
+def test_a_jpeg_with_the_metadata_of_a_camera_is_accepted():
+    thumbnail = segment(0xE1, b"Exif\0\0" + encoded(SMOOTH, "JPEG"))
+    more = thumbnail + segment(0xE2, bytes(65000)) + segment(0xFE, b"camera")
+    assert images.compressed_frame(compressed(with_header(more))).image.shape == SMOOTH.shape
+
+
+PROFILE = chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(1_000_000)))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (black_png(9, 9, PROFILE * 40), "33 chunks without image data, at most 32 are accepted: leave out"),
+        (black_png(9, 9, chunk(b"IDAT", b"") * 10_000), "more than 10000 chunks: publish"),
+        (black_png(9, 9) + bytes(6_500_000), "bytes, at most 6500000 are accepted: publish a JPEG"),
+        (black_png(3840, 2160, depth=16, colours=6), "inflates to 66357360 bytes, at most 50000000"),
+    ],
+    ids=["profiles", "chunks", "file", "inflated"],
+)
+def test_a_png_that_would_cost_too_much_is_refused_with_the_limit(data, expected):
+    assert expected in refusal(images.compressed_frame, compressed(data, "png"))
+
+
+def test_a_png_of_16_bits_for_a_colour_is_accepted_from_a_4k_camera():
+    image = images.compressed_frame(compressed(black_png(3840, 2160, depth=16), "png")).image
+    assert image.shape == (2160, 3840, 3)
+
+
+# --- depth
 
 
 @pytest.mark.parametrize("format", ["16UC1; compressedDepth png", "compressedDepth"])
@@ -250,6 +380,7 @@ def is_frame_or_refused(convert, message) -> None:
     else:
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         assert all(1 <= side <= images.MAX_SIDE for side in image.shape[:2])
+        assert image.shape[0] * image.shape[1] <= images.MAX_PIXELS
     assert time.perf_counter() - begin < 5.0
 
 
@@ -288,6 +419,37 @@ def damaged_files(draw) -> bytes:
 @given(st.one_of(damaged_files(), st.binary(max_size=500)), st.one_of(st.just("jpeg"), st.text()))
 def test_any_compressed_message_is_a_frame_or_refused(data, format):
     is_frame_or_refused(images.compressed_frame, compressed(data, format))
+
+
+def repeated(data: bytearray, places: list[int]) -> st.SearchStrategy[bytes]:
+    """A part of the file."""
+    place = st.sampled_from(places)
+    return st.builds(lambda begin, end: bytes(data[begin:end]), place, place)
+
+
+NAMES = (b"IHDR", b"IDAT", b"PLTE", b"iCCP", b"acTL", b"IEND")
+SEGMENTS = st.builds(struct.pack, st.just(">BBH"), st.just(0xFF), st.integers(0, 255), st.integers(0, 99))
+NUMBERS = st.builds(struct.pack, st.just(">I"), st.one_of(st.integers(0, 9000), st.integers(0, 2**32 - 1)))
+CHUNKS = st.builds(chunk, st.sampled_from(NAMES), st.binary(max_size=30))
+
+
+@st.composite
+def damaged_headers(draw) -> bytes:
+    """Files whose structure is changed: other markers, names and sizes, parts that are added or repeated."""
+    data = bytearray(draw(st.sampled_from(FILES)))
+    signs = [found.start() for found in re.finditer(rb"\xff[^\x00\xff]", data)]
+    places = [*signs, *range(8, 40)] if data[0] == 0xFF else [*range(8, 40), len(data) - 12]
+    for _ in range(draw(st.integers(1, 4))):
+        place = min(draw(st.sampled_from(places)), len(data))
+        part = draw(st.one_of(SEGMENTS, NUMBERS, CHUNKS, repeated(data, places)))
+        data[place : place + draw(st.sampled_from((0, len(part))))] = part * draw(st.sampled_from((1, 1, 40)))
+    return bytes(data)
+
+
+@settings(max_examples=500, deadline=None)
+@given(damaged_headers())
+def test_any_file_with_a_damaged_header_is_a_frame_or_refused(data):
+    is_frame_or_refused(images.compressed_frame, compressed(data))
 
 
 # --- cv_bridge

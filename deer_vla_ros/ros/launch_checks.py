@@ -1,0 +1,133 @@
+"""The checks that launch files make before they start anything: parameter file, recording, output folder.
+
+A launch file calls `check`. This runs the module in another process, with the Python that the nodes run with.
+The checks import torch: `ros2 launch` would keep it in memory as long as it runs, and the Python of `ros2`
+does not always have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deer_vla_ros.errors import UserError
+
+INTERRUPTED = (0, 2, -2, 130)
+"""Exit statuses of a command line tool that was ended with Ctrl-C in an orderly way."""
+
+
+def check(**given: str) -> None:
+    """UserError with one line where one of these is wrong; what is not given is not checked.
+
+    params and node: parameter file, full name of its node. bag: recording to play. out: folder to be made.
+    """
+    options = [f"--{name}={value}" for name, value in given.items()]
+    python = shutil.which("python3") or sys.executable
+    command = [python, "-m", "deer_vla_ros.ros.launch_checks", *options]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        if reason := done.stdout.strip():
+            raise UserError(reason)
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"the checks before the start failed ({lines[-1]}): run `{' '.join(command)}`")
+
+
+def check_parameters(path: Path, node: str) -> None:
+    """UserError where the file is not one with which the node of this full name takes its parameters."""
+    from deer_vla_ros.yaml_file import read_yaml
+
+    example = "config/deer_vla.yaml"
+    if not path.is_file():
+        what = "not a file" if path.exists() else "no such file"
+        raise UserError(f"params_file {path}: {what}: give a file such as {example}")
+    keys = list(_keys(read_yaml(path, example)))
+    if not any(_matches(key, node) for key in keys):
+        found = f"only for {', '.join(keys)}" if keys else "none at all"
+        what = f"params_file {path}: no ros__parameters for the node {node}, {found}"
+        raise UserError(f"{what}: give them as {example} does")
+    from deer_vla_ros.ros.parameters import from_file  # only now: this takes seconds
+
+    from_file(path)
+
+
+def check_recording(path: Path) -> None:
+    """UserError where it cannot be opened, or is empty."""
+    try:
+        from deer_vla_ros.bag.recording import Recording
+    except ModuleNotFoundError as error:
+        raise UserError(f"bag {path} cannot be checked ({error}): pip install {error.name}") from error
+    with Recording(path):
+        pass
+
+
+def check_out(path: Path) -> None:
+    """UserError where the recorder could not make this folder."""
+    parent = path.absolute().parent
+    if os.path.lexists(path):
+        raise UserError(f"out {path}: it exists already: give a new folder")
+    if not parent.is_dir():
+        raise UserError(f"out {path}: there is no folder {parent}: make it, or give another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"out {path}: the folder {parent} is not writable: give another place")
+
+
+def early_end(process: str, status: int, is_shutdown: bool) -> str:
+    """What to say when a process ended; empty during an orderly shutdown."""
+    return "" if is_shutdown else f"{process} ended by itself (exit status {status}): see its output above"
+
+
+def recorder_end(process: str, status: int, is_shutdown: bool, out: str) -> str:
+    """The same for a recorder, which at its end has to leave a complete recording."""
+    if not is_shutdown:
+        return early_end(process, status, is_shutdown)
+    complete = status in INTERRUPTED and Path(out, "metadata.yaml").is_file()
+    what = f"{process} left no complete recording in {out} (exit status {status})"
+    return "" if complete else f"{what}: see its output above, then `ros2 bag reindex {out}`"
+
+
+def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Full node names, perhaps with wildcards, that have parameters in a parameter file."""
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        key = f"{prefix}/{str(name).strip('/')}"
+        if not isinstance(value, dict):
+            continue
+        if value.get("ros__parameters"):
+            yield key
+        yield from _keys({inner: each for inner, each in value.items() if inner != "ros__parameters"}, key)
+
+
+def _matches(key: str, node: str) -> bool:
+    """As rcl reads wildcards: `*` is one part of a name, `**` any number of them."""
+    pattern = re.escape(key).replace(r"/\*\*", r"(/\w+)*").replace(r"/\*", r"/\w+")
+    return re.fullmatch(pattern, node) is not None
+
+
+def main() -> int:
+    """1 after a line that says what is wrong."""
+    parser = argparse.ArgumentParser()
+    for name in ("params", "node", "bag", "out"):
+        parser.add_argument(f"--{name}")
+    given = parser.parse_args()
+    try:
+        # The cheap ones first.
+        if given.out is not None:
+            check_out(Path(given.out))
+        if given.bag is not None:
+            check_recording(Path(given.bag))
+        if given.params is not None:
+            check_parameters(Path(given.params), given.node)
+    except UserError as error:
+        print(" ".join(str(error).split()))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""This folder attacks the running policy node with random faults and judges it from outside."""

@@ -1,0 +1,114 @@
+"""The report's figures follow from what was seen, and every goal that is missed is named."""
+
+import json
+
+import pytest
+
+from deer_vla_ros.soak.logs import unhandled_lines
+from deer_vla_ros.soak.report import (
+    Seen,
+    growth_percent_per_hour,
+    longest_lived,
+    missed,
+    report,
+    summary_lines,
+)
+from deer_vla_ros.soak.sampling import Sample, sample
+from deer_vla_ros.soak.strike import Outcome
+
+GOOD = {
+    "commands": 100,
+    "motions": 60,
+    "commands_outside_limits": 0,
+    "stale_commands": 0,
+    "longest_silence_s": 0.41,
+    "stalls": 0,
+    "longest_stall_s": 0.0,
+    "violations": [],
+}
+
+
+def outcome(name="pose_nan", recovered_s=0.1, restarted=False):
+    return Outcome((name,), 1.0, recovered_s, False, restarted, ())
+
+
+def test_a_good_run_misses_no_goal_and_restarts_are_told_apart():
+    seen = Seen(1, 2.0, [outcome(), outcome(recovered_s=0.3), outcome("node_killed", 8.0, True)], GOOD)
+    figures = report(seen)
+    assert missed(figures) == []
+    assert figures["faults"] == {"node_killed": 1, "pose_nan": 2}
+    assert figures["recoveries"] == {"expected": 3, "seen": 3, "missing": []}
+    assert (figures["time_to_recover_p50"], figures["restart_p50"]) == (0.2, 8.0)
+    json.dumps(figures, allow_nan=False)
+    assert summary_lines(figures)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"commands_outside_limits": 2}, "2 commands outside their limits"),
+        ({"stale_commands": 1}, "1 stale commands"),
+        ({"longest_silence_s": 0.6}, "a silence of 0.6 s"),
+        ({"commands": 0}, "no command was heard"),
+    ],
+)
+def test_each_goal_that_is_missed_is_named(changes, told):
+    (line,) = missed(report(Seen(1, 2.0, [outcome()], GOOD | changes)))
+    assert told in line
+
+
+def test_a_recovery_that_did_not_come_and_an_exception_are_missed_goals():
+    figures = report(Seen(1, 2.0, [outcome(recovered_s=None)], GOOD, exceptions=["node.log: KeyError: 1"]))
+    assert missed(figures) == ["1 unhandled exceptions", "0 of 1 recoveries"]
+
+
+def test_numbers_that_json_does_not_know_are_null():
+    violation = {
+        "at_ns": 1,
+        "what": "not_finite",
+        "value": float("nan"),
+        "limit": 0.0,
+        "message": "",
+        "faults": [],
+    }
+    figures = report(Seen(1, 2.0, [], GOOD | {"violations": [violation]}))
+    assert json.loads(json.dumps(figures, allow_nan=False))["violations"][0]["value"] is None
+
+
+def life(pid, begin, seconds, kib_per_s=0.0):
+    return [Sample(begin + at, pid, round(1e6 + kib_per_s * at), 20, 30) for at in range(seconds)]
+
+
+def test_memory_is_judged_on_the_process_that_lived_longest_after_its_first_minute():
+    samples = life(1, 0, 100) + life(2, 100, 1000, kib_per_s=1.0)
+    longest = longest_lived(samples)
+    assert {each.pid for each in longest} == {2}
+    growth, reason = growth_percent_per_hour(longest)
+    assert growth == pytest.approx(0.36, rel=0.01) and not reason
+
+
+def test_a_life_that_is_too_short_gives_no_figure_and_says_why():
+    growth, reason = growth_percent_per_hour(life(1, 0, 100))
+    assert growth is None and "240 s are needed" in reason
+
+
+def test_one_great_outlier_does_not_move_the_slope():
+    samples = life(1, 0, 1000)
+    samples[500] = Sample(500, 1, 10_000_000, 20, 30)
+    assert growth_percent_per_hour(samples)[0] == 0.0
+
+
+def test_this_process_can_be_sampled_and_one_that_is_gone_cannot():
+    import os
+
+    found = sample(os.getpid())
+    assert found.rss_kib > 1000 and found.threads >= 1 and found.fds >= 3
+    assert sample(2**22 + 1) is None
+
+
+def test_tracebacks_count_unless_soak_raised_the_error_itself():
+    ours = "Traceback (most recent call last)\n  File x\nRuntimeError: soak did this on purpose\n"
+    theirs = "Traceback (most recent call last):\n  File x\n    y\nKeyError: 'stamp'\nmore\n"
+    assert unhandled_lines(ours) == []
+    assert unhandled_lines(ours + theirs) == ["KeyError: 'stamp'"]
+    assert unhandled_lines("terminate called after throwing\n") == ["terminate called after throwing"]

@@ -1,0 +1,86 @@
+"""The soak command as a process: two minutes of all faults, bad arguments, and an end in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import wait_until
+
+SOAK = (sys.executable, "-m", "deer_vla_ros", "soak")
+
+
+def soak(*arguments, timeout=60.0):
+    return subprocess.run([*SOAK, *arguments], capture_output=True, text=True, timeout=timeout)
+
+
+def marked(mark):
+    """Processes whose environment has `mark`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(folder.name) != os.getpid() and mark.encode() in (folder / "environ").read_bytes():
+                found.append(folder.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("arguments", [("--minutes", "0"), ("--minutes", "nan"), ("--robot", "real")])
+def test_bad_arguments_are_refused_with_status_2(arguments):
+    assert soak(*arguments).returncode == 2
+
+
+def test_an_unknown_fault_is_refused_in_one_line(tmp_path):
+    result = soak("--faults", "nonsense", "--out", str(tmp_path))
+    assert result.returncode == 1
+    assert (
+        result.stderr.startswith("error: soak: no fault is called nonsense")
+        and result.stderr.count("\n") == 1
+    )
+
+
+@pytest.mark.alone
+def test_two_minutes_of_faults(tmp_path):
+    report = tmp_path / "soak.json"
+    arguments = (
+        "--minutes",
+        "2",
+        "--seed",
+        "1",
+        "--faults",
+        "all",
+        "--json",
+        str(report),
+        "--out",
+        str(tmp_path),
+    )
+    result = soak(*arguments, timeout=400.0)
+    assert result.returncode == 0, result.stdout + result.stderr
+    figures = json.loads(report.read_text())
+    assert figures["commands"] > 500
+    assert figures["commands_outside_limits"] == 0, figures["violations"]
+    assert figures["stale_commands"] == 0, figures["violations"]
+    assert figures["longest_silence_s"] <= 0.5, figures["violations"]
+    assert figures["unhandled_exceptions"] == 0, figures["exceptions"]
+    assert figures["recoveries"]["seen"] == figures["recoveries"]["expected"] > 15
+    assert figures["memory_growth_percent_per_hour"] is None and figures["memory_reason"]
+    assert not figures["left_behind"]
+
+
+@pytest.mark.alone
+def test_ctrl_c_ends_every_process_and_leaves_the_report_so_far(tmp_path):
+    report, mark = tmp_path / "soak.json", f"SOAK_TEST={tmp_path}"
+    arguments = ("--minutes", "5", "--faults", "pose_nan", "--json", str(report), "--out", str(tmp_path))
+    with subprocess.Popen(
+        [*SOAK, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ | dict([mark.split("=", 1)])
+    ) as process:
+        assert "pose_nan" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60.0) == 1
+    wait_until(lambda: not marked(mark), 10.0, "the end of all processes")
+    figures = json.loads(report.read_text())
+    assert figures["interrupted"] and figures["faults"]["pose_nan"] >= 1
