@@ -1,7 +1,7 @@
 """The simulated table and the policy node, with the embedded checkpoint: no robot needed.
 
     ros2 launch deer_vla_ros demo.launch.py seed:=3
-    ros2 topic pub --once /instruction std_msgs/msg/String "{data: lift the red block}"
+    ros2 topic pub --times 5 /instruction std_msgs/msg/String "{data: lift the red block}"
 
 The arm holds until an instruction comes. When one of the two processes ends by itself, the other one is ended
 too. Launch then names the one that ended, and its exit status is 1.

@@ -21,7 +21,7 @@ FOUND_WITHIN_S = 3.0
 node on its list for 20 s, and a node that is not active has publishers, too."""
 
 UNKNOWN = "_NODE_NAME_UNKNOWN_"
-"""What rmw calls a publisher's node for the moment in which it knows the one and not yet the other."""
+"""What rmw calls a publisher's node for the moment in which it knows the one and not yet the other. It may be another commander."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def neighbours(node: Node, subscriptions: Iterable[Subscription], commands: Iter
         counts[topic] = len(theirs)
         problems += [problem for publisher in theirs if (problem := _mismatch(topic, publisher, ours))]
     for publisher in commands:
-        names = commanders(node, publisher.topic_name)
+        names = [name for name in commanders(node, publisher.topic_name) if UNKNOWN not in name]
         if len(names) > 1:
             problems.append(
                 f"{publisher.topic_name} is commanded by {len(names)} publishers ({', '.join(sorted(names))}): stop all but one"
@@ -60,7 +60,7 @@ def commanders(node: Node, topic: str) -> list[str]:
     """Full names of the nodes that publish on `topic`; our own is among them, our watchdog is not. One name may stand there twice."""
     watchdog = f"{node.get_namespace().rstrip('/')}/{watchdog_name(node)}"
     names = [_name(publisher) for publisher in node.get_publishers_info_by_topic(topic)]
-    return [name for name in names if name != watchdog and UNKNOWN not in name]
+    return [name for name in names if name != watchdog]
 
 
 class OtherCommanders:

@@ -26,6 +26,8 @@ ANSWER_S = 2.0
 while two processes still find each other."""
 MAX_TRIES, PAUSE_S = 3, 1.0
 """How often a goal is sent that the server accepts and does not reach, and the time before the next try."""
+LOOK_S = 0.5
+"""How often it looks whether the action's server is still the same."""
 FAILURES = {
     GoalStatus.STATUS_ABORTED: "aborted",
     GoalStatus.STATUS_CANCELED: "canceled",
@@ -38,6 +40,9 @@ class Gripper(Protocol):
 
     def send(self, value: float) -> None: ...
 
+    def resume(self) -> None:
+        """The arm moves again after a hold: what was given up is tried again."""
+
 
 class TopicGripper:
     """Every value on `gripper_command`, as a forward position controller takes it."""
@@ -47,6 +52,9 @@ class TopicGripper:
 
     def send(self, value: float) -> None:
         self._publisher.publish(Float64MultiArray(data=[float(value)]))
+
+    def resume(self) -> None:
+        pass  # every value is sent anyway
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ class ActionGripper:
         self._failures = 0
         self._failed_at = 0.0
         self._answer: Future | None = None
+        self._servers: frozenset[bytes] = frozenset()
+        self._looked_at = -LOOK_S
 
     def send(self, value: float) -> None:
         if not self._client.server_is_ready():
@@ -96,18 +106,24 @@ class ActionGripper:
                 f"gripper: no server of action {self._name}: {remedy}", throttle_duration_sec=THROTTLE_S
             )
             return
-        servers = self._servers()
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_S:  # not at every step: the graph may be busy with a process that comes or goes
+            self._looked_at, self._servers = now, self._find_servers()
         with self._lock:
-            if not self._is_due(value, servers):
+            if not self._is_due(value, self._servers):
                 return
             self._number += 1
             number = self._number
-            self._told = Told(value, number, time.monotonic(), servers)
+            self._told = Told(value, number, now, self._servers)
         self._answer = self._client.send_goal_async(self._goal(value))
         self._answer.add_done_callback(functools.partial(self._on_answer, number))
 
+    def resume(self) -> None:
+        with self._lock:
+            self._failures = 0
+
     def forget(self) -> None:
-        """Lets the next `send` send a goal whatever was sent before: for the end of a hold, for instance."""
+        """Lets the next `send` send a goal whatever was sent before."""
         with self._lock:
             self._told = None
             self._failures = 0
@@ -125,7 +141,7 @@ class ActionGripper:
             goal.command.position, goal.command.max_effort = float(value), float(self._max_effort)
         return goal
 
-    def _servers(self) -> frozenset[bytes]:
+    def _find_servers(self) -> frozenset[bytes]:
         """The identities of the action's servers. DDS takes seconds to notice that a server was killed. When
         the next one starts meanwhile, `server_is_ready` stays true, but the next one has another identity."""
         found = self._node.get_publishers_info_by_topic(f"{self._name}/_action/status")

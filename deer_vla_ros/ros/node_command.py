@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deer_vla_ros.ros.policy_node import PolicyNode
 
+END_SOON_S, END_WITHIN_S = 1.3, 1.8
+"""How long after a signal the process ends without waiting for what hangs, and is ended by force."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything is a ROS parameter."""
@@ -25,33 +28,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 after a signal, 1 where the control thread has ended by itself; both after a last hold."""
-    # Only here: help needs neither rclpy nor torch.
+    # Only here: help needs neither rclpy nor torch. A signal that comes while torch is imported is obeyed, too.
     from rclpy.executors import SingleThreadedExecutor
 
-    from deer_vla_ros.ros.policy_node import END_WITHIN_S, PolicyNode
     from deer_vla_ros.ros.process import end_now, ros_process, spin
 
+    nodes: list[PolicyNode] = []
     with ros_process(args.ros_args, END_WITHIN_S) as stop:
+        # An inference or a load that hangs must not keep a process alive that was told to end.
+        threading.Thread(target=_end_soon, args=(stop, nodes), name="end", daemon=True).start()
+
+        from deer_vla_ros.ros.policy_node import PolicyNode
+
         node = PolicyNode(args.ros_args)
+        nodes.append(node)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
-        # An inference or a load that hangs must not keep a process alive whose arm holds.
-        threading.Thread(target=_end_soon, args=(stop, node), name="end", daemon=True).start()
         try:
             node.autostart()
             spin(executor, lambda: stop.is_set() or node.failed, node.on_callback_error)
         finally:
             node.close()
+            executor.shutdown()
+            node.destroy_node()  # tells everybody that its publishers are gone; DDS would keep them on its list for 20 s
     end_now(1 if node.failed else 0)
 
 
-def _end_soon(stop: threading.Event, node: PolicyNode) -> None:
+def _end_soon(stop: threading.Event, nodes: list[PolicyNode]) -> None:
     """Ends the process some time after the signal even where its main thread hangs; the arm is told to hold first."""
     from deer_vla_ros.control.types import HoldReason
-    from deer_vla_ros.ros.policy_node import END_SOON_S
     from deer_vla_ros.ros.process import end_now
 
     stop.wait()
     time.sleep(END_SOON_S)
-    node.hold_and_stop(HoldReason.STOPPING)
-    end_now(1 if node.failed else 0)
+    for node in nodes:
+        node.hold_and_stop(HoldReason.STOPPING)
+    end_now(1 if any(node.failed for node in nodes) else 0)

@@ -33,6 +33,7 @@ class Outputs:
         self._gripper_topic = publisher(Float64MultiArray, "gripper_command", gripper_interface == "topic")
         self._gripper: Gripper | None = None
         self._continuity = Continuity()
+        self._held = False
         self.stamps: deque[int] = deque(maxlen=REMEMBERED)
 
     @property
@@ -61,6 +62,9 @@ class Outputs:
         """One command, in `frame_id`. The caller lets nobody else publish meanwhile."""
         command = self._continuity.passed(command)
         self.stamps.append(command.stamp_ns)
+        if self._held and not command.holds:
+            self._gripper.resume()
+        self._held = bool(command.holds)
         if command.gripper is not None:
             self._gripper.send(command.gripper)
         if self.twist:

@@ -46,8 +46,6 @@ JOIN_S = 0.5
 """How long the end of control waits for an inference."""
 ACK_S = 0.2
 """How long the end of the process waits until everybody has the last hold."""
-END_SOON_S, END_WITHIN_S = 1.3, 1.8
-"""How long after a signal the process ends without waiting for what hangs, and is ended by force."""
 
 
 def told(returns: TransitionCallbackReturn) -> Callable:

@@ -187,6 +187,7 @@ def main(arguments: list[str]) -> None:
     try:
         Watchdog(node, link, settings).run()
     finally:
+        node.destroy_node()
         rclpy.try_shutdown()
 
 

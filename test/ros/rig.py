@@ -29,11 +29,12 @@ class Rig:
     edit_image (camera name, message) and edit_pose (message) change a message before it goes out. The arm goes where it is told while it
     is told to move, unless `follows` is off; while it holds it stays wherever `position` is put, as an arm led by hand does.
 
-    namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG.
+    namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG. hears_commands: as an arm's
+    controller does that is running.
     """
 
-    def __init__(self, client: Client, namespace: str = "", compressed: bool = False):
-        self._client = client
+    def __init__(self, client: Client, namespace: str = "", compressed: bool = False, hears_commands: bool = True):
+        self._client, self._namespace, self._compressed = client, namespace, compressed
         node = client.node
         self.cameras_on = True
         self.gripper_lag_s = 0.0
@@ -46,19 +47,33 @@ class Rig:
         # Small: every node that ends with an image in flight leaves it in the 512 KiB of shared memory of this process for good, and
         # one that finds no place there is lost.
         self.sizes = {"static": 64, "gripper": 48}
-        self._namespace, self._compressed = namespace, compressed
         self._images: dict = {}
         self._images_lock = threading.Lock()
         self.make_cameras(reliable=False)
         self._pose = node.create_publisher(PoseStamped, f"{namespace}ee_pose", 10)
         self._instruction = node.create_publisher(String, f"{namespace}instruction", LATCHED)
-        self.targets = client.listen(PoseStamped, f"{namespace}target_pose")
-        self.twists = client.listen(TwistStamped, f"{namespace}target_twist")
+        self.targets: list[PoseStamped] = []
+        self.twists: list[TwistStamped] = []
+        self._hearing: list = []
+        if hears_commands:
+            self.hear_commands()
         self.grippers = client.listen(Float64MultiArray, f"{namespace}gripper_command")
         self.steps = client.listen(PolicyStep, f"{namespace}deer_vla/step")
         self.budgets = client.listen(BudgetStatus, f"{namespace}deer_vla/budget", LATCHED)
         self._random = np.random.default_rng(0)
         self._stop = threading.Event()
+
+    def hear_commands(self) -> None:
+        """Subscribes to what the arm is told."""
+        for kind, topic, heard in ((PoseStamped, "target_pose", self.targets), (TwistStamped, "target_twist", self.twists)):
+            self._hearing.append(
+                self._client.node.create_subscription(kind, f"{self._namespace}{topic}", heard.append, 100)
+            )
+
+    def stop_hearing_commands(self) -> None:
+        """As an arm's controller that has ended."""
+        while self._hearing:
+            self._client.node.destroy_subscription(self._hearing.pop())
 
     def make_cameras(self, reliable: bool) -> None:
         """Camera publishers of that reliability, in place of any before."""
