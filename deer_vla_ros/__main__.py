@@ -44,7 +44,7 @@ COMMANDS = {
     "train": Command("deer_vla_ros.training.train_command", "makes a network by a recipe, from demonstrations to a checkpoint"),
     "evaluate": Command("deer_vla_ros.evaluation.evaluate_command", "scores chains of instructions on the simulated table"),
     "search": Command("deer_vla_ros.evaluation.search_command", "Bayesian optimisation of thresholds in closed loop"),
-    "soak": Command("deer_vla_ros.soak.soak_command", "attacks the running node with random faults, judges it from outside"),
+    "soak": Command("deer_vla_ros.soak.soak_command", "attacks the running node with random faults and judges it"),
     "parity": Command("deer_vla_ros.evaluation.parity_command", "checks the network against recorded reference tensors"),
 }
 

@@ -105,7 +105,9 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("bag", description="The recording to play."),
             DeclareLaunchArgument("out", description="Where the new recording goes; must not exist."),
             DeclareLaunchArgument("rate", default_value="1.0", description="Speed of the player."),
-            DeclareLaunchArgument("wait", default_value="120.0", description="Seconds until the node must be active."),
+            DeclareLaunchArgument(
+                "wait", default_value="120.0", description="Seconds until the node must be active."
+            ),
             DeclareLaunchArgument("params_file", default_value=default_params, description="Parameters of the node (YAML)."),
             OpaqueFunction(function=_check),
             RegisterEventHandler(OnProcessExit(on_exit=on_exit)),

@@ -1,8 +1,10 @@
-"""The node's controller, driven by recorded messages and bag time alone: what the policy would have done on a recording.
+"""The node's controller, driven by recorded messages and bag time alone: what the policy would have done on a
+recording.
 
-Two ways. In lock step: every message is heard when it was received, and the controller is ticked as the node ticks it, at every
-new pair of frames and at the control rate; an inference takes no time, or as long as a latency table says. Along recorded steps: the
-controller is given just the inputs that a live node's `~/step` messages name, since one dropped frame changes the temporal state.
+Two ways. In lock step: every message is heard when it was received, and the controller is ticked as the node
+ticks it, at every new pair of frames and at the control rate; an inference takes no time, or as long as a
+latency table says. Along recorded steps: the controller is given just the inputs that a live node's `~/step`
+messages name, since one dropped frame changes the temporal state.
 """
 
 from __future__ import annotations
@@ -14,7 +16,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deer_vla_ros.bag.inputs import CAMERAS, GRIPPER, INSTRUCTION, PARAMETERS, POSE, STATIC, STEPS, Stamps, Tally, image, stamp_of
+from deer_vla_ros.bag.inputs import (
+    CAMERAS,
+    GRIPPER,
+    INSTRUCTION,
+    PARAMETERS,
+    POSE,
+    STATIC,
+    STEPS,
+    Stamps,
+    Tally,
+    image,
+    stamp_of,
+)
 from deer_vla_ros.bag.recording import Record
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Command
@@ -34,8 +48,8 @@ REMEMBERED_NS = 3_000_000_000
 class Moment:
     """Something that the controller said.
 
-    now_ns: the controller's time; received_ns: when the newest recorded message was received by then. wall_ms: what the tick really took.
-    recorded: the live node's step that was followed, None in lock step.
+    now_ns: the controller's time; received_ns: when the newest recorded message was received by then.
+    wall_ms: what the tick really took. recorded: the live node's step that was followed, None in lock step.
     """
 
     now_ns: int
@@ -47,8 +61,8 @@ class Moment:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A message at the controller: when, by its clock and by the recorder's; put hands it over and says whether a tick may have something
-    to do."""
+    """A message at the controller: when, by its clock and by the recorder's; put hands it over and says
+    whether a tick may have something to do."""
 
     time_ns: int
     received_ns: int
@@ -59,12 +73,17 @@ ParameterChange = Callable[[Controller, Any], bool]
 """Applies a parameter event; whether it changed anything."""
 
 
-def arrivals(messages: Messages, stamps: Stamps, tally: Tally, on_parameters: ParameterChange) -> Iterator[Arrival]:
-    """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left out. What comes before it is
-    known what time it is, arrives then."""
+def arrivals(
+    messages: Messages, stamps: Stamps, tally: Tally, on_parameters: ParameterChange
+) -> Iterator[Arrival]:
+    """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left
+    out. What comes before it is known what time it is, arrives then."""
     waiting: list[tuple[Record, Callable[[Controller], bool]]] = []
     for name, record, message in messages:
-        put, time_ns = _put(name, record, message, tally, on_parameters), stamps.time(record.time_ns, stamp_of(message))
+        put, time_ns = (
+            _put(name, record, message, tally, on_parameters),
+            stamps.time(record.time_ns, stamp_of(message)),
+        )
         if put is None:
             continue
         waiting.append((record, put))
@@ -94,10 +113,13 @@ def _put(
     return None
 
 
-def lockstep(controller: Controller, coming: Iterator[Arrival], inference_takes_time: bool) -> Iterator[Moment]:
+def lockstep(
+    controller: Controller, coming: Iterator[Arrival], inference_takes_time: bool
+) -> Iterator[Moment]:
     """Everything that the controller says while the recording goes by.
 
-    inference_takes_time: as long as the steps' times say; what arrives meanwhile waits, and the newest wins, as in the node.
+    inference_takes_time: as long as the steps' times say; what arrives meanwhile waits, and the newest wins,
+    as in the node.
     """
     clock = _Clock(coming)
 
@@ -122,7 +144,7 @@ def lockstep(controller: Controller, coming: Iterator[Arrival], inference_takes_
             clock.take(controller)
         while clock.woken:
             clock.woken = False
-            controller.clear()  # nobody is there to look at a serious hold; without this, one would end the replay
+            controller.clear()  # no person looks at a serious hold here, and without one it would never end
             began = time.perf_counter()
             command = controller.tick(clock.now_ns, finished)
             if command is not None:
@@ -153,21 +175,29 @@ class _Clock:
         self.now_ns = until
 
 
-def along_steps(controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange) -> Iterator[Moment]:
+def along_steps(
+    controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange
+) -> Iterator[Moment]:
     """The recorded steps once more, each on the inputs that it names.
 
-    A step whose inputs are not in the recording, or that is missing there itself, is counted and left out, and so are those after it until
-    an episode begins: they rest on a memory that is not known. A parameter event is heard before the node obeys it: it is obeyed at the step whose budget id says so.
+    A step whose inputs are not in the recording, or that is missing there itself, is counted and left out,
+    and so are those after it until an episode begins: they rest on a memory that is not known. A parameter
+    event is heard before the node obeys it: it is obeyed at the step whose budget id says so.
     """
     budget = _FollowedBudget(controller, on_parameters)
-    recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {name: OrderedDict() for name in (STATIC, GRIPPER, POSE)}
+    recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {
+        name: OrderedDict() for name in (STATIC, GRIPPER, POSE)
+    }
     is_known = False
     newest_step: int | None = None
     controller.start()
     for name, record, message in messages:
         if name in recent:
             past = recent[name]
-            past[stamp_of(message)] = dataclasses.replace(record, data=b""), message  # decoded: its bytes are not needed again
+            past[stamp_of(message)] = (
+                dataclasses.replace(record, data=b""),
+                message,
+            )  # decoded: its bytes are not needed again
             while next(iter(past.values()))[0].time_ns < record.time_ns - REMEMBERED_NS:
                 past.popitem(last=False)
         elif name == PARAMETERS:
@@ -180,13 +210,17 @@ def along_steps(controller: Controller, messages: Messages, tally: Tally, on_par
             if newest_step is not None and message.step > newest_step + 1:
                 tally.skip(
                     record.topic,
-                    f"steps {newest_step + 1} to {message.step - 1} are missing in the recording: the memory after them is not known",
+                    f"steps {newest_step + 1} to {message.step - 1} are missing in the recording: the memory after them is "
+                    "unknown until an episode begins, and an average budget's governor does not know their cost",
                 )
                 is_known = False
             newest_step = message.step
             is_known = is_known or message.episode_step == 0
             if not is_known:
-                tally.skip(record.topic, "the episode began before the recording, or lacks inputs: its memory is not known")
+                tally.skip(
+                    record.topic,
+                    "the episode began before the recording, or lacks inputs: its memory is not known",
+                )
                 continue
             try:
                 moment = _again(controller, record, message, recent, tally)
@@ -198,7 +232,8 @@ def along_steps(controller: Controller, messages: Messages, tally: Tally, on_par
 
 
 class _FollowedBudget:
-    """When does a recorded change of parameters take effect? The live node's budget id counts on with it, from where it was."""
+    """When does a recorded change of parameters take effect? The live node's budget id counts on with it,
+    from where it was."""
 
     def __init__(self, controller: Controller, apply: ParameterChange):
         self._controller, self._apply = controller, apply
@@ -221,7 +256,8 @@ class _FollowedBudget:
             self._ahead = moment.recorded.budget_id - moment.command.decision.budget_id
 
     def _coming_id(self, step: Any) -> int:
-        """The replay's budget id in this step, if nothing were obeyed: another number of tokens makes a new rule."""
+        """The replay's budget id in this step, if nothing were obeyed: another number of tokens makes a new
+        rule."""
         return self._controller.budget_id + int(step.tokens != self._controller.budget_status.tokens)
 
 
@@ -230,7 +266,11 @@ class _Missing(Exception):
 
 
 def _again(
-    controller: Controller, record: Record, step: Any, recent: Mapping[str, OrderedDict[int, tuple[Record, Any]]], tally: Tally
+    controller: Controller,
+    record: Record,
+    step: Any,
+    recent: Mapping[str, OrderedDict[int, tuple[Record, Any]]],
+    tally: Tally,
 ) -> Moment:
     named = {GRIPPER: step.gripper_stamp, STATIC: step.static_stamp, POSE: step.pose_stamp}
     found = {name: recent[name].get(nanoseconds(stamp)) for name, stamp in named.items()}

@@ -1,4 +1,5 @@
-"""One recording, one set of parameters: from the first message to tables and a recording of what the policy would have said."""
+"""One recording, one set of parameters: from the first message to tables and a recording of what the policy
+would have said."""
 
 from __future__ import annotations
 
@@ -41,22 +42,27 @@ from deer_vla_ros.ros.loading import warm_controller
 from deer_vla_ros.ros.stamped import measured_pose, nanoseconds
 
 THUMBNAILS = 8
-FOLLOWED = tuple(name for name in DECIDED if name not in (*AGES, "step", "episode", "budget_id", "verdict", "reasons"))
-"""What a replay along recorded steps has to decide as the live node did: all but numbers that count from the node's start, ages, which
-the controller's clock rounds, and what the guard made of it, which rests on poses that came while the live node was thinking."""
+FOLLOWED = tuple(
+    name for name in DECIDED if name not in (*AGES, "step", "episode", "budget_id", "verdict", "reasons")
+)
+"""What a replay along recorded steps has to decide as the live node did: all but numbers that count from the
+node's start, ages, which the controller's clock rounds, and what the guard made of it, which rests on poses
+that came while the live node was thinking."""
 
 NO_FEEDBACK = {"guard.follow_timeout_s": 0.0, "guard.ramp_in_steps": 0}
-"""A recorded arm does not follow what the replay decides: it seems to stand still or to be moved away, again and again, and ramps after
-holds that no live arm would see say nothing. Along recorded steps it is the arm that followed, and only its holds are not known."""
+"""A recorded arm does not follow what the replay decides: it seems to stand still or to be moved away, again
+and again, and ramps after holds that no live arm would see say nothing. Along recorded steps it is the arm
+that followed, and only its holds are not known."""
 
 
 @dataclass(frozen=True)
 class Request:
     """What is replayed, and how.
 
-    given: value of every parameter of the node. topics: recorded topic by the node's. clock: of inputs.CLOCKS. start_s, duration_s: of the
-    recording, from its beginning; None: to its end. instruction: in place of the recorded ones. follow: along recorded steps. keep: names of
-    parameters (their beginnings) on which recorded changes have no effect.
+    given: value of every parameter of the node. topics: recorded topic by the node's. clock: of
+    inputs.CLOCKS. start_s, duration_s: of the recording, from its beginning; None: to its end. instruction:
+    in place of the recorded ones. follow: along recorded steps. keep: names of parameters (their beginnings)
+    on which recorded changes have no effect.
     """
 
     bag: Path
@@ -90,8 +96,9 @@ class Step:
 
 @dataclass
 class Result:
-    """One run. holds: [start s, reasons] of each. thumbnails: [s, (H, W, 3) image] of the static camera. recorded_targets: by stamp, as the
-    arm was told when it was recorded. differences: from the recorded steps, where they were followed."""
+    """One run. holds: [start s, reasons] of each. thumbnails: [s, (H, W, 3) image] of the static camera.
+    recorded_targets: by stamp, as the arm was told when it was recorded. differences: from the recorded
+    steps, where they were followed."""
 
     label: str
     steps: list[Step] = field(default_factory=list)
@@ -120,19 +127,24 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
     on_progress: Callable[[float, float], None] = lambda seconds, of: None,
 ) -> Result:
-    """Replays, and writes into `folder` (which must not be there yet), where one is given: steps.csv, timings.csv, holds.csv and bag/.
+    """Replays, and writes into `folder` (which must not be there yet), where one is given: steps.csv,
+    timings.csv, holds.csv and bag/.
 
-    on_row: is given every decision. on_progress: seconds of the recording that are done, and of how many. UserError for a recording that cannot be
-    replayed, or that leads to no step.
+    on_row: is given every decision. on_progress: seconds of the recording that are done, and of how many.
+    UserError for a recording that cannot be replayed, or that leads to no step.
     """
     check_clock(request.given, request.latencies is not None)
     with contextlib.ExitStack() as stack:
         recording = stack.enter_context(Recording(request.bag))
         result = Result(label)
         said = () if request.instruction is not None or request.follow else (INSTRUCTION,)
-        topics = find_topics(recording, request.topics, (*said, *([STEPS] if request.follow else [])), result.tally)
+        topics = find_topics(
+            recording, request.topics, (*said, *([STEPS] if request.follow else [])), result.tally
+        )
         if request.follow and STEPS not in topics:
-            raise UserError(f"{request.bag} has no topic {STEPS} to follow: record ~/step too, or replay without --follow")
+            raise UserError(
+                f"{request.bag} has no topic {STEPS} to follow: record ~/step too, or replay without --follow"
+            )
         if request.instruction is None and INSTRUCTION not in topics and not request.follow:
             raise UserError(
                 f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, or say what to do with --instruction"
@@ -142,7 +154,11 @@ def run(
         controller = warm_controller(request.given | feedback, logging.getLogger(__name__), request.latencies)
         stack.callback(controller.close)
         result.seconds = (window[1] - window[0]) / 1e9
-        files = stack.enter_context(RunFolder(folder, recording, result.tally, request.with_inputs)) if folder else None
+        files = (
+            stack.enter_context(RunFolder(folder, recording, result.tally, request.with_inputs))
+            if folder
+            else None
+        )
         _Run(request, recording, topics, window, controller, files, result).finish(on_row, on_progress)
         return result
 
@@ -188,9 +204,14 @@ class _Run:
         for moment in self._moments(on_progress):
             self._take(moment, on_row)
         if not result.steps:
-            held = ", ".join(f"{reason} ({HoldReason[reason].value})" for reason in result.hold_reasons) or "nothing arrived"
+            held = (
+                ", ".join(f"{reason} ({HoldReason[reason].value})" for reason in result.hold_reasons)
+                or "nothing arrived"
+            )
             left_out = "; ".join(result.tally.lines())
-            raise UserError(f"{self._request.bag}: no step was taken: {held}{'; ' + left_out if left_out else ''}")
+            raise UserError(
+                f"{self._request.bag}: no step was taken: {held}{'; ' + left_out if left_out else ''}"
+            )
         result.wall_s = time.perf_counter() - began
         result.dropped, result.parameter_events = self._controller.dropped, self._events.applied
         result.notes += sorted(self._events.notes)
@@ -207,11 +228,15 @@ class _Run:
         return lockstep(self._controller, coming, inference_takes_time=request.latencies is not None)
 
     def _first_instruction(self) -> str:
-        """The one that is given, or the last one that came before the part that is replayed: instructions are latched."""
+        """The one that is given, or the last one that came before the part that is replayed: instructions are
+        latched."""
         if self._request.instruction is not None:
             return self._request.instruction
         topics = {INSTRUCTION: self._topics[INSTRUCTION]}
-        before = [message.data for _, _, message in messages(self._recording, topics, Tally(), (None, self._window[0]))]
+        before = [
+            message.data
+            for _, _, message in messages(self._recording, topics, Tally(), (None, self._window[0]))
+        ]
         return before[-1] if before else ""
 
     def _obey_earlier_changes(self) -> None:
@@ -221,9 +246,12 @@ class _Run:
             self._events.apply(self._controller, message)
 
     def _heard(self, on_progress: Callable[[float, float], None]) -> Messages:
-        """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report needs."""
+        """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report
+        needs."""
         copy = self._files.copy if self._files else None
-        for name, record, message in messages(self._recording, self._topics, self._result.tally, self._window, copy):
+        for name, record, message in messages(
+            self._recording, self._topics, self._result.tally, self._window, copy
+        ):
             if name == STATIC:
                 seconds = self._seconds(record.time_ns)
                 on_progress(seconds, self._result.seconds)
@@ -237,7 +265,9 @@ class _Run:
     def _thumbnail(self, record: Record, message: Any) -> None:
         self._next_thumbnail += 1
         with contextlib.suppress(UserError):  # one that cannot be decoded is counted elsewhere
-            self._result.thumbnails.append((self._seconds(record.time_ns), image(record, message).image[::2, ::2].copy()))
+            self._result.thumbnails.append(
+                (self._seconds(record.time_ns), image(record, message).image[::2, ::2].copy())
+            )
 
     def _seconds(self, received_ns: int) -> float:
         return (received_ns - self._window[0]) / 1e9
@@ -246,7 +276,9 @@ class _Run:
         """Enters what the controller said."""
         command, seconds = moment.command, self._seconds(moment.received_ns)
         if command.error:
-            raise UserError(f"{self._request.bag}: the inference failed {seconds:.3f} s from the start: {command.error}")
+            raise UserError(
+                f"{self._request.bag}: the inference failed {seconds:.3f} s from the start: {command.error}"
+            )
         step = self._enter(moment, seconds, on_row) if command.decision is not None else None
         if command.holds and command.holds != self._held:
             self._result.holds.append((seconds, command.holds))
@@ -278,7 +310,9 @@ class _Run:
                 total_gmac=decision.cost.total_gmac,
                 wall_ms=moment.wall_ms,
                 action=decision.policy.action.pose,
-                target=None if command.target is None else (command.target.position, command.target.quaternion),
+                target=None
+                if command.target is None
+                else (command.target.position, command.target.quaternion),
                 held=bool(decision.held),
             )
         )

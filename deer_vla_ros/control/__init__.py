@@ -1,1 +1,2 @@
-"""What does the arm get told, and when nothing? Input gate, action to target, guard, hold, controller. No ROS in here."""
+"""What does the arm get told, and when nothing? Input gate, action to target, guard, hold, controller. No ROS
+in here."""

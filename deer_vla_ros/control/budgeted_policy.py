@@ -1,4 +1,5 @@
-"""How deep may the policy think now? The policy, the layers that are on its device, and the budget that bounds both."""
+"""How deep may the policy think now? The policy, the layers that are on its device, and the budget that
+bounds both."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ class BudgetedPolicy:
     def set(self, budget: Budget) -> None:
         """Asks for a budget that `check` accepted: the next step obeys it, the memory stays.
 
-        Layers that its memory has no room for leave the device now; those that it has room for again are loaded meanwhile, and
-        the steps until then go as deep as before.
+        Layers that its memory has no room for leave the device now; those that it has room for again are
+        loaded meanwhile, and the steps until then go as deep as before.
         """
         self._layers.keep(layers_within(self._model, self._bytes_per_weight, budget.memory_gib))
         self.problem = ""
@@ -84,7 +85,8 @@ class BudgetedPolicy:
         self._policy.rule = self._keeper.rule
 
     def absorb(self) -> None:
-        """Takes up layers that have been loaded in the background; where that failed, the depth stays and `problem` says why."""
+        """Takes up layers that have been loaded in the background; where that failed, the depth stays and
+        `problem` says why."""
         try:
             if self._layers.absorb():
                 self._use_layers()
@@ -92,7 +94,8 @@ class BudgetedPolicy:
             self.problem = str(error)
 
     def wait_for_layers(self) -> None:
-        """Until layers that a budget has room for again are here; a replay does not depend on how fast a disk is."""
+        """Until layers that a budget has room for again are here; a replay does not depend on how fast a disk
+        is."""
         self._layers.wait()
         self.absorb()
 
@@ -107,7 +110,8 @@ class BudgetedPolicy:
         self._policy.rule = self._keeper.rule
 
     def step(self, observation: Observation) -> BudgetedStep:
-        """One decision, entered into the account; the next one's rule may be another. Raises what the inference raises."""
+        """One decision, entered into the account; the next one's rule may be another. Raises what the
+        inference raises."""
         step, budget_id = self._policy.step(observation), self._keeper.budget_id
         if self._keeper.latency.is_frozen:
             step = dataclasses.replace(step, times=self._keeper.latency.times(step))
@@ -116,7 +120,8 @@ class BudgetedPolicy:
         return BudgetedStep(step, cost, budget_id)
 
     def warm_up(self, image_shape: tuple[int, int]) -> None:
-        """Runs every exit on a grey image, so that the first real step is not the slow one and latencies are known; no other trace."""
+        """Runs every exit on a grey image, so that the first real step is not the slow one and latencies are
+        known; no other trace."""
         grey = np.full((*image_shape, 3), 128, dtype=np.uint8)
         rule = self._policy.rule
         for depth in range(len(rule.exits)):

@@ -1,4 +1,5 @@
-"""What leaves on one topic goes on from what left before: stamps never go back, quaternions never change their sign without need."""
+"""What leaves on one topic goes on from what left before: stamps never go back, quaternions never change
+their sign without need."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ class Continuity:
     def passed(self, command: Command) -> Command:
         """The command as it may leave.
 
-        A motion is stamped like its camera frames, a hold with the time at which it is told: the first motion after a hold would go
-        back, and takes the hold's stamp instead. Only a clock that jumped back takes stamps back with it. A quaternion and its
-        negative are one orientation: the one nearest to the last is sent, for a controller that interpolates between numbers.
+        A motion is stamped like its camera frames, a hold with the time at which it is told: the first motion
+        after a hold would go back, and takes the hold's stamp instead. Only a clock that jumped back takes
+        stamps back with it. A quaternion and its negative are one orientation: the one nearest to the last is
+        sent, for a controller that interpolates between numbers.
         """
         if HoldReason.CLOCK_JUMPED in command.holds:
             self._stamp_ns = 0

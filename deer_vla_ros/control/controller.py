@@ -1,4 +1,5 @@
-"""The controller: newest frames, poses and words in, one guarded command out at every tick; time is an argument.
+"""The controller: newest frames, poses and words in, one guarded command out at every tick; time is an
+argument.
 
 The node and the bag replay both drive this class, which is why they cannot disagree.
 """
@@ -40,8 +41,9 @@ from deer_vla_ros.model.checkpoint import Checkpoint
 class ControllerSettings:
     """rate_hz: at most so many steps, and while holding as many repeats, per second.
 
-    gripper_hysteresis: how far from one half the gripper's probability must be to change it; gripper_dwell_ns: the least time between
-    two changes. follow_timeout_ns: for how long the arm may stand still although its target is ahead of it; 0: for ever.
+    gripper_hysteresis: how far from one half the gripper's probability must be to change it;
+    gripper_dwell_ns: the least time between two changes. follow_timeout_ns: for how long the arm may stand
+    still although its target is ahead of it; 0: for ever.
     """
 
     rate_hz: float
@@ -54,7 +56,8 @@ class ControllerSettings:
 
 @dataclass(frozen=True)
 class _Held:
-    """A hold in progress: the pose that is held, for which reasons, and when it was last repeated, by the steady clock."""
+    """A hold in progress: the pose that is held, for which reasons, and when it was last repeated, by the
+    steady clock."""
 
     pose: Pose | None
     reasons: tuple[HoldReason, ...]
@@ -63,7 +66,8 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Moved:
-    """The newest motion: its target, how fast the target moved, the stamp of its frames, and how many came since the last hold."""
+    """The newest motion: its target, how fast the target moved, the stamp of its frames, and how many came
+    since the last hold."""
 
     target: Pose
     velocity: Twist
@@ -92,8 +96,8 @@ class Controller:
         action_space: ActionSpace | None = None,
         latencies: LatencyTable | None = None,
     ):
-        """action_space: units, frame and gripper values of this robot, where they are not the checkpoint's. latencies: taken for those of
-        every step, in place of what it really takes (replay)."""
+        """action_space: units, frame and gripper values of this robot, where they are not the checkpoint's.
+        latencies: taken for those of every step, in place of what it really takes (replay)."""
         self.action_space = action_space or checkpoint.info.action_space
         self._policy = BudgetedPolicy(checkpoint, latencies)
         self._gate = InputGate(settings.inputs, self.action_space.frame)
@@ -118,7 +122,8 @@ class Controller:
     # --- inputs, from any thread
 
     def put_frame(self, camera: Camera, frame: Frame) -> bool:
-        """Returns whether there is a pair of frames that no tick has seen: then a tick may have something to do."""
+        """Returns whether there is a pair of frames that no tick has seen: then a tick may have something to
+        do."""
         return self._gate.put_frame(camera, frame)
 
     def put_pose(self, pose: MeasuredPose) -> None:
@@ -129,7 +134,8 @@ class Controller:
         self._gate.put_instruction(text)
 
     def request_hold(self, hold: bool) -> None:
-        """Holds, or lets go: of a hold requested before, and of serious reasons, which a person has looked at then."""
+        """Holds, or lets go: of a hold requested before, and of serious reasons, which a person has looked at
+        then."""
         self._gate.request_hold(hold)
 
     def demand_hold(self, reason: HoldReason, stands: bool) -> None:
@@ -153,10 +159,15 @@ class Controller:
     @settings.setter
     def settings(self, settings: ControllerSettings) -> None:
         if settings.guard.loosened_from(self._settings.guard):
-            self._moved = None  # what was a small motion by the old limits starts again from the measured pose
+            self._moved = (
+                None  # what was a small motion by the old limits starts again from the measured pose
+            )
         self._settings = settings
         self._gate.limits = settings.inputs
-        self._gripper.hysteresis, self._gripper.dwell_ns = settings.gripper_hysteresis, settings.gripper_dwell_ns
+        self._gripper.hysteresis, self._gripper.dwell_ns = (
+            settings.gripper_hysteresis,
+            settings.gripper_dwell_ns,
+        )
 
     def check_budget(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
         """Raises UserError where one of `names`, what is asked for now, cannot be kept; changes nothing."""
@@ -240,11 +251,12 @@ class Controller:
     def tick(
         self, now_ns: int, finished: Callable[[StageTimes], int] | None = None, steady_ns: int | None = None
     ) -> Command | None:
-        """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None: nothing to say.
+        """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None:
+        nothing to say.
 
-        finished: tells the time when the inference, which took so long, is over, for then the inputs are judged once more; without it
-        an inference takes no time. steady_ns: time of a clock that never stops, by which a `now_ns` that stands still is seen; without
-        it `now_ns` is such a clock.
+        finished: tells the time when the inference, which took so long, is over, for then the inputs are
+        judged once more; without it an inference takes no time. steady_ns: time of a clock that never stops,
+        by which a `now_ns` that stands still is seen; without it `now_ns` is such a clock.
         """
         self._policy.absorb()
         time = _Time(now_ns, now_ns if steady_ns is None else steady_ns)
@@ -303,18 +315,21 @@ class Controller:
         return reasons
 
     def hold_now(self, now_ns: int, reason: HoldReason) -> Command:
-        """A hold at the newest measured pose, whatever a tick in another thread is about; changes nothing, so any thread may ask."""
+        """A hold at the newest measured pose, whatever a tick in another thread is about; changes nothing, so
+        any thread may ask."""
         inputs = self._gate.snapshot()
         pose = None if self._gate.judge_pose(inputs, now_ns) else inputs.pose.pose
         return Command(now_ns, pose, Twist.zero(), None, holds=(reason,), is_silent=_is_silent(inputs))
 
     def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
-        """Runs every exit once and more, so that the first real step is not the slow one; leaves no trace but latencies."""
+        """Runs every exit once and more, so that the first real step is not the slow one; leaves no trace but
+        latencies."""
         self._policy.warm_up(image_shape)
         self._instruction = ""
 
     def _start_over(self, inputs: Inputs, time: _Time) -> Command:
-        """Holds; nothing from before the jump is acted upon, the measured pose neither, and a new episode follows."""
+        """Holds; nothing from before the jump is acted upon, the measured pose neither, and a new episode
+        follows."""
         self._gate.forget()
         self._gate.request_reset()
         self._pace.forget()
@@ -331,14 +346,17 @@ class Controller:
             step = self._policy.step(Observation(static.image, gripper.image, inputs.pose.pose.as_array()))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # Rust code that panics is no Exception; whatever it is, the arm holds, and the reason is told
-            return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), time, error=f"{type(error).__name__}: {error}")
+        except BaseException as error:  # a panic of Rust code is no Exception; whatever it is, the arm holds
+            return self._hold(
+                inputs, (HoldReason.INFERENCE_FAILED,), time, error=f"{type(error).__name__}: {error}"
+            )
         decision = self._decide(inputs, step, time)
         after = _Time(finished(step.policy.times), time.steady_ns)
         newest = self._gate.snapshot()
         if not step.policy.action.is_finite:
             return self._refuse(newest, (HoldReason.NOT_FINITE,), after, decision)
-        # Much may have happened during the inference: what it decided is given only to an arm that may still be moved.
+        # Much may have happened during the inference: what it decided is given only to an arm that may still
+        # be moved.
         if reasons := self._judge(newest, after.now_ns):
             return self._refuse(newest, reasons, after, decision)
         if self._gate.is_outdated(inputs.pair, after.now_ns):
@@ -349,10 +367,14 @@ class Controller:
         """The decision as a command, within the guard's limits around the newest measured pose."""
         action, measured, settings = decision.policy.action, inputs.pose.pose, self._settings
         period_s = 1 / settings.rate_hz
-        before = self._moved or _Moved(measured, Twist.zero(), decision.static_stamp_ns - self._pace.period_ns, 0)
+        before = self._moved or _Moved(
+            measured, Twist.zero(), decision.static_stamp_ns - self._pace.period_ns, 0
+        )
         seconds = min(max(decision.static_stamp_ns - before.stamp_ns, 1) / 1e9, period_s)
         timing = StepTiming(seconds, before.velocity, in_ramp=before.count < settings.guard.ramp_in_steps)
-        guarded = guard(settings.guard, before.target, measured, *motion_of(action.pose, self.action_space), timing)
+        guarded = guard(
+            settings.guard, before.target, measured, *motion_of(action.pose, self.action_space), timing
+        )
         if guarded.arm_moved:
             return self._refuse(inputs, (HoldReason.ARM_MOVED,), time, decision)
         if self._stands_still(guarded.target, measured, decision):
@@ -378,9 +400,13 @@ class Controller:
         )
         return 0 < timeout_ns < still_ns
 
-    def _refuse(self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time, decision: Decision) -> Command:
+    def _refuse(
+        self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time, decision: Decision
+    ) -> Command:
         """A hold in place of what was decided."""
-        return dataclasses.replace(self._hold(inputs, reasons, time), decision=dataclasses.replace(decision, held=reasons))
+        return dataclasses.replace(
+            self._hold(inputs, reasons, time), decision=dataclasses.replace(decision, held=reasons)
+        )
 
     def _begin_episode(self, inputs: Inputs) -> None:
         """Clears the temporal state and makes the exit rule for the instruction's length."""
@@ -415,7 +441,11 @@ class Controller:
         """Whether this very hold was told less than a control period ago."""
         held = self._held
         interval_ns = self._pace.period_ns - self._pace.slack_ns
-        return held is not None and reasons == held.reasons and 0 <= time.steady_ns - held.repeated_ns < interval_ns
+        return (
+            held is not None
+            and reasons == held.reasons
+            and 0 <= time.steady_ns - held.repeated_ns < interval_ns
+        )
 
     def _hold(self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time, error: str = "") -> Command:
         """Begins or goes on with a hold."""
@@ -425,16 +455,23 @@ class Controller:
         self._moved = None  # whatever comes next starts from the measured pose
         self._following.begin()
         self._holds_obeyed = inputs.holds_requested
-        lasting = [reason for reason in reasons if reason in SERIOUS and (was_moving or reason is not HoldReason.COMMANDS_UNHEARD)]
+        lasting = [
+            reason
+            for reason in reasons
+            if reason in SERIOUS and (was_moving or reason is not HoldReason.COMMANDS_UNHEARD)
+        ]
         self._serious = tuple(dict.fromkeys((*self._serious, *lasting)))
         self._holds.update(set(reasons) - set(self.holding))
         pose = self._pose_to_hold(inputs, time.now_ns)
         self._held = _Held(pose, reasons, time.steady_ns)
-        return Command(time.now_ns, pose, Twist.zero(), self._last_gripper, reasons, None, error, _is_silent(inputs))
+        return Command(
+            time.now_ns, pose, Twist.zero(), self._last_gripper, reasons, None, error, _is_silent(inputs)
+        )
 
     def _pose_to_hold(self, inputs: Inputs, now_ns: int) -> Pose | None:
-        """The pose that was held before, as long as the arm is within a step of it; else where the arm is measured to be; None where
-        that is not known. A controller that joins finds nothing to jump to, and an arm that sags a little is not let down bit by bit.
+        """The pose that was held before, as long as the arm is within a step of it; else where the arm is
+        measured to be; None where that is not known. A controller that joins finds nothing to jump to, and an
+        arm that sags a little is not let down bit by bit.
         """
         if self._gate.judge_pose(inputs, now_ns):
             return None

@@ -8,15 +8,17 @@ from scipy.spatial.transform import Rotation
 from deer_vla_ros.control.types import Pose
 
 AHEAD, AHEAD_M, AHEAD_RAD = 0.5, 0.01, 0.05
-"""Share of a step's limit, and at least so much, by which a target must be ahead of the arm before standing still means anything: a soft
-arm in contact stays behind by some millimetres."""
+"""Share of a step's limit, and at least so much, by which a target must be ahead of the arm before standing
+still means anything: a soft arm in contact stays behind by some millimetres."""
 STILL_M, STILL_RAD = 0.003, 0.02
-"""An arm that moves less than this does not move: above the noise of encoders, below any motion on command."""
+"""An arm that moves less than this does not move: above the noise of encoders, below any motion on command.
+"""
 
 
 class Following:
-    """Looks at every target and the pose that was measured then. An arm at rest near its target follows; one that stands still for
-    long while its target is ahead of it does not: it is stopped, or its measured pose is frozen."""
+    """Looks at every target and the pose that was measured then. An arm at rest near its target follows; one
+    that stands still for long while its target is ahead of it does not: it is stopped, or its measured pose
+    is frozen."""
 
     def __init__(self) -> None:
         self._since: tuple[int, Pose] | None = None
@@ -25,7 +27,9 @@ class Following:
         """Forgets what was before."""
         self._since = None
 
-    def stands_still_ns(self, stamp_ns: int, target: Pose, measured: Pose, step_m: float, step_rad: float) -> int:
+    def stands_still_ns(
+        self, stamp_ns: int, target: Pose, measured: Pose, step_m: float, step_rad: float
+    ) -> int:
         """For how long the arm has stood still although its target was ahead of it [ns].
 
         step_m, step_rad: limits of one step, which say what "ahead" means.

@@ -6,8 +6,8 @@ from deer_vla_ros.inference.types import Action
 
 
 class GripperSwitch:
-    """Opens from 0.5 + hysteresis on, closes from 0.5 - hysteresis on, and otherwise stays as it is; and it stays for dwell_ns after a
-    change.
+    """Opens from 0.5 + hysteresis on, closes from 0.5 - hysteresis on, and otherwise stays as it is; and it
+    stays for dwell_ns after a change.
 
     With a hysteresis of 0, or before anything was decided, it is the reference's rule: open above one half.
     """

@@ -1,4 +1,5 @@
-"""The guard: it shortens a motion until it keeps every limit of step, speed, acceleration, workspace and leash."""
+"""The guard: it shortens a motion until it keeps every limit of step, speed, acceleration, workspace and
+leash."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ class GuardLimits:
     """All in the action frame.
 
     max_translation_m, max_rotation_rad: the most that a target may move in one step, from the last target on.
-    leash_m, leash_rad: the furthest that a target may be from the measured pose.
-    workspace_min, workspace_max: corners (3,) [m] of the box that targets stay in.
-    max_linear_speed_m_s and the three after it bound how fast the target moves and how fast that changes; 0: no limit.
-    ramp_in_steps: so many steps after a hold may use only RAMP_SHARE of the limits per step and of speed.
+    leash_m, leash_rad: the furthest that a target may be from the measured pose. workspace_min,
+    workspace_max: corners (3,) [m] of the box that targets stay in. max_linear_speed_m_s and the three after
+    it bound how fast the target moves and how fast that changes; 0: no limit. ramp_in_steps: so many steps
+    after a hold may use only RAMP_SHARE of the limits per step and of speed.
     """
 
     max_translation_m: float
@@ -66,14 +67,16 @@ class GuardLimits:
     def loosened_from(self, before: GuardLimits) -> list[str]:
         """Names of the limits that allow more than they did `before`."""
         return [
-            field.name for field in fields(self) if _allows_more(field.name, getattr(self, field.name), getattr(before, field.name))
+            field.name
+            for field in fields(self)
+            if _allows_more(field.name, getattr(self, field.name), getattr(before, field.name))
         ]
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """seconds: since the last target was given, at most a control period. before: how fast the target moved then; zero after a hold.
-    in_ramp: whether the step is one of the first after a hold."""
+    """seconds: since the last target was given, at most a control period. before: how fast the target moved
+    then; zero after a hold. in_ramp: whether the step is one of the first after a hold."""
 
     seconds: float
     before: Twist
@@ -84,7 +87,8 @@ class StepTiming:
 class Guarded:
     """A target that the arm may be given; start: where the step's motion begins; limits: what changed it.
 
-    arm_moved: the arm is so far from its last target that the leash alone would move it by more than a step allows; hold instead.
+    arm_moved: the arm is so far from its last target that the leash alone would move it by more than a step
+    allows; hold instead.
     """
 
     start: Pose
@@ -94,8 +98,11 @@ class Guarded:
 
 
 def is_beyond_workspace(limits: GuardLimits, measured: Pose) -> bool:
-    """Whether the arm is further outside the box than the leash reaches: no target in the box is then near enough to be given."""
-    return bool(np.linalg.norm(measured.position - _nearest_inside(limits, measured.position)) > limits.leash_m)
+    """Whether the arm is further outside the box than the leash reaches: no target in the box is then near
+    enough to be given."""
+    return bool(
+        np.linalg.norm(measured.position - _nearest_inside(limits, measured.position)) > limits.leash_m
+    )
 
 
 def is_near(limits: GuardLimits, pose: Pose, measured: Pose) -> bool:
@@ -117,13 +124,14 @@ def guard(
 ) -> Guarded:
     """The motion from the last target, shortened until every limit holds. All arguments are finite.
 
-    translation (3,) [m], rotation: what the policy wants, along the fixed axes of the action frame. timing: None leaves speed,
-    acceleration and the ramp out.
+    translation (3,) [m], rotation: what the policy wants, along the fixed axes of the action frame. timing:
+    None leaves speed, acceleration and the ramp out.
 
-    Not for an arm that `is_beyond_workspace`. A last target outside the box (the arm was there when control began) is brought
-    straight in, whatever the policy wants; its distance from the box never grows. Box and leash are convex and every point below is
-    reached from one inside both, so shortening for one never breaks the other, nor the limit per step. Slowing down for box, leash
-    and step comes before the limit of acceleration.
+    Not for an arm that `is_beyond_workspace`. A last target outside the box (the arm was there when control
+    began) is brought straight in, whatever the policy wants; its distance from the box never grows. Box and
+    leash are convex and every point below is reached from one inside both, so shortening for one never breaks
+    the other, nor the limit per step. Slowing down for box, leash and step comes before the limit of
+    acceleration.
     """
     low = np.minimum(limits.workspace_min, last_target.position)
     high = np.maximum(limits.workspace_max, last_target.position)
@@ -155,7 +163,9 @@ def guard(
         found.append(Limit.WORKSPACE)
     if is_dragged or is_turned or is_held_back or is_turned_back:
         found.append(Limit.LEASH)
-    return Guarded(start, Pose(position, quaternion), tuple(dict.fromkeys(found)), arm_moved=min(left_m, left_rad) < 0)
+    return Guarded(
+        start, Pose(position, quaternion), tuple(dict.fromkeys(found)), arm_moved=min(left_m, left_rad) < 0
+    )
 
 
 def _nearest_inside(limits: GuardLimits, position: np.ndarray) -> np.ndarray:
@@ -163,7 +173,8 @@ def _nearest_inside(limits: GuardLimits, position: np.ndarray) -> np.ndarray:
 
 
 def _allows_more(name: str, now: object, before: object) -> bool:
-    """Whether a limit's new value allows more. 0 means no limit for RATES; a ramp or a lower corner allows more when it is less."""
+    """Whether a limit's new value allows more. 0 means no limit for RATES; a ramp or a lower corner allows
+    more when it is less."""
     if name in RATES:
         return (now or math.inf) > (before or math.inf)
     if name == "workspace_min":
@@ -184,9 +195,13 @@ def _step_limits(limits: GuardLimits, timing: StepTiming | None) -> tuple[float,
 
 
 def _accelerated(
-    limits: GuardLimits, timing: StepTiming | None, translation: np.ndarray, rotation: Rotation, found: list[Limit]
+    limits: GuardLimits,
+    timing: StepTiming | None,
+    translation: np.ndarray,
+    rotation: Rotation,
+    found: list[Limit],
 ) -> tuple[np.ndarray, Rotation]:
-    """The motion whose velocity differs from the one before by no more than the limits of acceleration allow."""
+    """The motion whose velocity differs from the last one by no more than the limits of acceleration allow."""
     if timing is None:
         return translation, rotation
     seconds, turn = timing.seconds, rotation.as_rotvec()
@@ -209,11 +224,19 @@ def _near(vector: np.ndarray, centre: np.ndarray, radius: float, found: list[Lim
 
 
 def _shortened(
-    motion: np.ndarray, left: float, per_step: float, timing: StepTiming | None, found: list[Limit], limit: Limit
+    motion: np.ndarray,
+    left: float,
+    per_step: float,
+    timing: StepTiming | None,
+    found: list[Limit],
+    limit: Limit,
 ) -> np.ndarray:
-    """`motion` (3,) with its length at most `left`, and in a ramp at most the ramp's share of `per_step`, and what shortened it.
+    """`motion` (3,) with its length at most `left`, and in a ramp at most the ramp's share of `per_step`, and
+    what shortened it.
 
-    left: what the limits per step and of speed have left over; it is negative where the leash has used up more than all."""
+    left: what the limits per step and of speed have left over; it is negative where the leash has used up
+    more than all.
+    """
     share = RAMP_SHARE if timing is not None and timing.in_ramp else 1.0
     most, length = max(left * share, 0.0), float(np.linalg.norm(motion))
     if length <= most:
@@ -225,9 +248,11 @@ def _shortened(
     return motion * (most / length)
 
 
-def _towards(start: np.ndarray, end: np.ndarray, anchor: np.ndarray, radius: float) -> tuple[np.ndarray, bool]:
-    """`end` where it is within `radius` of `anchor`, else the last point on the way from `start`, which is, that is too; and
-    whether it is not `end`."""
+def _towards(
+    start: np.ndarray, end: np.ndarray, anchor: np.ndarray, radius: float
+) -> tuple[np.ndarray, bool]:
+    """`end` where it is within `radius` of `anchor`, else the last point on the way from `start`, which is,
+    that is too; and whether it is not `end`."""
     if np.linalg.norm(end - anchor) <= radius:
         return end, False
     way, offset = end - start, start - anchor
@@ -239,12 +264,11 @@ def _towards(start: np.ndarray, end: np.ndarray, anchor: np.ndarray, radius: flo
 
 
 def _within(anchor: Pose, pose: Pose, radius_rad: float) -> tuple[np.ndarray, bool]:
-    """`pose`'s own quaternion where it is within `radius_rad` of `anchor`, else that of the nearest orientation that is; and
-    whether it is not its own."""
+    """`pose`'s own quaternion where it is within `radius_rad` of `anchor`, else that of the nearest
+    orientation that is; and whether it is not its own."""
     _, rotation = motion_between(anchor, pose)
     angle = rotation.magnitude()
     if angle <= radius_rad:
         return pose.quaternion, False
     shorter = Rotation.from_rotvec(rotation.as_rotvec() * (radius_rad / angle))
     return moved(anchor, np.zeros(3), shorter).quaternion, True
-

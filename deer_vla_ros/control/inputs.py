@@ -15,7 +15,8 @@ UNIT_QUATERNION_TOLERANCE = 1e-2
 """How far a quaternion's length may be from 1: covers float32 publishers, not a forgotten field."""
 
 MAX_ARM_SPEED, MAX_ARM_TURN = 3.0, 10.0
-"""m/s and rad/s: faster than any arm of this kind moves. A measured pose that moves faster is wrong, or of another arm."""
+"""m/s and rad/s: faster than any arm of this kind moves. A measured pose that moves faster is wrong, or of
+another arm."""
 POSE_NOISE_M, POSE_NOISE_RAD = 0.02, 0.1
 """How far two measured poses may be apart at no distance in time."""
 MAX_COORDINATE_M = 100.0
@@ -27,7 +28,8 @@ class InputLimits:
     """What still counts as now.
 
     max_age_ns: a camera frame older than this is stale; max_pose_age_ns: likewise the measured pose.
-    max_skew_ns: stamps of the two cameras further apart do not belong together; also how far a stamp may lie in the future.
+    max_skew_ns: stamps of the two cameras further apart do not belong together; also how far a stamp may lie
+    in the future.
     """
 
     max_age_ns: int
@@ -39,11 +41,12 @@ class InputLimits:
 class Inputs:
     """The newest of everything at one moment.
 
-    pair: the newest static and gripper frame that belong together. good_pose: the newest pose that made sense by itself.
-    pose_jump_ns: stamp of the last pose that was too far from the good one before to be believed.
-    demands: holds that are demanded from outside for as long as they stand. holds_requested: how many were requested so far, those
-    that were let go at once included. clearances: how often a person deliberately let the arm go on, by lifting the requested hold or
-    by another instruction. dropped: static frames of pairs that were replaced before a tick saw them.
+    pair: the newest static and gripper frame that belong together. good_pose: the newest pose that made sense
+    by itself. pose_jump_ns: stamp of the last pose that was too far from the good one before to be believed.
+    demands: holds that are demanded from outside for as long as they stand. holds_requested: how many were
+    requested so far, those that were let go at once included. clearances: how often a person deliberately let
+    the arm go on, by lifting the requested hold or by another instruction. dropped: static frames of pairs
+    that were replaced before a tick saw them.
     """
 
     static: Frame | None = None
@@ -85,8 +88,14 @@ class InputGate:
             static, gripper = inputs.static, inputs.gripper
             if static and gripper and abs(static.stamp_ns - gripper.stamp_ns) <= self.limits.max_skew_ns:
                 # A second gripper frame for the same static frame makes a newer pair, not one more step.
-                dropped = inputs.pair is not None and inputs.pair[0] is not self._seen and inputs.pair[0] is not static
-                inputs = dataclasses.replace(inputs, pair=(static, gripper), dropped=inputs.dropped + int(dropped))
+                dropped = (
+                    inputs.pair is not None
+                    and inputs.pair[0] is not self._seen
+                    and inputs.pair[0] is not static
+                )
+                inputs = dataclasses.replace(
+                    inputs, pair=(static, gripper), dropped=inputs.dropped + int(dropped)
+                )
             self._inputs = inputs
             return inputs.pair is not None and inputs.pair[0] is not self._seen
 
@@ -99,23 +108,30 @@ class InputGate:
             self._inputs = dataclasses.replace(self._inputs, pose=pose, good_pose=good, pose_jump_ns=jump_ns)
 
     def put_instruction(self, text: str) -> None:
-        """Another text than the newest is a clearance; after a clock that jumped the same one is, too. An empty one never is."""
+        """Another text than the newest is a clearance; after a clock that jumped the same one is, too. An
+        empty one never is."""
         text = text.strip()
         with self._lock:
             is_new = text != self._inputs.instruction or self._instruction_is_old
             self._instruction_is_old = False
-            self._inputs = dataclasses.replace(self._inputs, instruction=text, **self._clearance(is_new and bool(text)))
+            self._inputs = dataclasses.replace(
+                self._inputs, instruction=text, **self._clearance(is_new and bool(text))
+            )
 
     def request_hold(self, hold: bool) -> None:
-        """Every requested hold counts, however soon it is lifted; lifting is a clearance, also where none was requested."""
+        """Every requested hold counts, however soon it is lifted; lifting is a clearance, also where none was
+        requested."""
         with self._lock:
-            demands, requested = self._demands(HoldReason.REQUESTED, hold), self._inputs.holds_requested + int(hold)
+            demands, requested = (
+                self._demands(HoldReason.REQUESTED, hold),
+                self._inputs.holds_requested + int(hold),
+            )
             self._inputs = dataclasses.replace(
                 self._inputs, demands=demands, holds_requested=requested, **self._clearance(not hold)
             )
 
     def demand_hold(self, reason: HoldReason, stands: bool) -> None:
-        """A hold for a reason that only the caller sees: as long as it stands, and no clearance when it ends."""
+        """A hold for a reason that only the caller sees, for as long as it stands; its end is no clearance."""
         if (reason in self._inputs.demands) != stands:
             with self._lock:
                 self._inputs = dataclasses.replace(self._inputs, demands=self._demands(reason, stands))
@@ -135,15 +151,23 @@ class InputGate:
             self._seen = pair[0] if pair else None
 
     def forget(self) -> None:
-        """Drops frames and pose, which belong to another time. Demands stay, and so does the instruction until it is given again."""
+        """Drops frames and pose, which belong to another time. Demands stay, and so does the instruction
+        until it is given again."""
         with self._lock:
             self._instruction_is_old = True
             self._inputs = dataclasses.replace(
-                self._inputs, static=None, gripper=None, pair=None, pose=None, good_pose=None, pose_jump_ns=None
+                self._inputs,
+                static=None,
+                gripper=None,
+                pair=None,
+                pose=None,
+                good_pose=None,
+                pose_jump_ns=None,
             )
 
     def judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
-        """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the first."""
+        """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the
+        first."""
         reasons = list(inputs.demands)
         if not inputs.instruction:
             reasons.append(HoldReason.NO_INSTRUCTION)
@@ -166,20 +190,24 @@ class InputGate:
             reasons.append(HoldReason.POSE_STALE)
         if age < -self.limits.max_skew_ns:
             reasons.append(HoldReason.POSE_IN_FUTURE)
-        if inputs.pose_jump_ns is not None and pose.stamp_ns - inputs.pose_jump_ns <= self.limits.max_pose_age_ns:
+        if (
+            inputs.pose_jump_ns is not None
+            and pose.stamp_ns - inputs.pose_jump_ns <= self.limits.max_pose_age_ns
+        ):
             reasons.append(HoldReason.POSE_JUMPED)
         return reasons
 
     def _judge_cameras(self, inputs: Inputs, now_ns: int) -> list[HoldReason]:
         """Cameras are judged by the newest frame of each, and then by the newest pair.
 
-        The pair may lag behind one camera for a moment, until the other's frame is here; it is skewed when it lags for longer
-        than a frame may be old.
+        The pair may lag behind one camera for a moment, until the other's frame is here; it is skewed when it
+        lags for longer than a frame may be old.
         """
         reasons = []
         for name, frame in (("STATIC", inputs.static), ("GRIPPER", inputs.gripper)):
             missing, unstamped, stale, future = (
-                HoldReason[text.format(name)] for text in ("NO_{}_FRAME", "{}_UNSTAMPED", "{}_STALE", "{}_IN_FUTURE")
+                HoldReason[text.format(name)]
+                for text in ("NO_{}_FRAME", "{}_UNSTAMPED", "{}_STALE", "{}_IN_FUTURE")
             )
             if frame is None:
                 reasons.append(missing)
@@ -208,16 +236,21 @@ class InputGate:
 
 
 def is_sane(pose: Pose) -> bool:
-    """Whether a pose can be an arm's at all: finite, of unit length, within any reach, and not the zeros of a driver that has not
-    measured yet."""
+    """Whether a pose can be an arm's at all: finite, of unit length, within any reach, and not the zeros of a
+    driver that has not measured yet."""
     position, length = pose.position, np.linalg.norm(pose.quaternion)
-    is_position = np.isfinite(position).all() and np.abs(position).max() <= MAX_COORDINATE_M and position.any()
+    is_position = (
+        np.isfinite(position).all() and np.abs(position).max() <= MAX_COORDINATE_M and position.any()
+    )
     return bool(is_position and abs(length - 1) <= UNIT_QUATERNION_TOLERANCE)
 
 
 def _is_jump(before: MeasuredPose, now: MeasuredPose) -> bool:
-    """Whether no arm could have moved from one measured pose to the other in the time between them. Both are sane."""
+    """Whether no arm could have moved from one measured pose to the other in the time between them. Both are
+    sane."""
     seconds = abs(now.stamp_ns - before.stamp_ns) / 1e9
     distance = float(np.linalg.norm(now.pose.position - before.pose.position))
     angle = 2 * math.acos(min(1.0, abs(float(now.pose.quaternion @ before.pose.quaternion))))
-    return distance > POSE_NOISE_M + MAX_ARM_SPEED * seconds or angle > POSE_NOISE_RAD + MAX_ARM_TURN * seconds
+    return (
+        distance > POSE_NOISE_M + MAX_ARM_SPEED * seconds or angle > POSE_NOISE_RAD + MAX_ARM_TURN * seconds
+    )

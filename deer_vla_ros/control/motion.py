@@ -12,7 +12,8 @@ from deer_vla_ros.model.action_space import ActionSpace
 
 
 def motion_of(action: np.ndarray, space: ActionSpace) -> tuple[np.ndarray, Rotation]:
-    """A normalised action (6,) as a translation [m] and a rotation, both along the fixed axes of the action frame.
+    """A normalised action (6,) as a translation [m] and a rotation, both along the fixed axes of the action
+    frame.
 
     The last three values are XYZ Euler angles about fixed axes ("xyz" in scipy's spelling).
     """
@@ -22,7 +23,8 @@ def motion_of(action: np.ndarray, space: ActionSpace) -> tuple[np.ndarray, Rotat
 
 
 def moved(pose: Pose, translation: np.ndarray, rotation: Rotation) -> Pose:
-    """`pose` after a motion along the axes of the frame it is expressed in: the rotation is applied from the left."""
+    """`pose` after a motion along the axes of the frame it is expressed in: the rotation is applied from the
+    left."""
     return Pose(pose.position + translation, (rotation * Rotation.from_quat(pose.quaternion)).as_quat())
 
 
@@ -33,7 +35,8 @@ def motion_between(start: Pose, end: Pose) -> tuple[np.ndarray, Rotation]:
 
 
 def euler_of(quaternion: np.ndarray) -> np.ndarray:
-    """(4,) xyzw -> (3,) XYZ Euler angles about fixed axes [rad]; where two axes fall together, any of those that say so."""
+    """(4,) xyzw -> (3,) XYZ Euler angles about fixed axes [rad]; where two axes fall together, any of those
+    that say so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Rotation.from_quat(quaternion).as_euler("xyz")

@@ -1,9 +1,11 @@
-"""Which frames may be stepped on at a given rate? As many as come, but in the long run not more than the rate."""
+"""Which frames may be stepped on at a given rate? As many as come, but in the long run not more than the
+rate."""
 
 from __future__ import annotations
 
 JITTER = 0.2
-"""Share of a period by which a frame may be early: a camera at the control rate jitters, and none of its frames is to be lost."""
+"""Share of a period by which a frame may be early: a camera at the control rate jitters, and none of its
+frames is to be lost."""
 
 
 class Pace:
@@ -26,7 +28,8 @@ class Pace:
         return self._due_ns is None or stamp_ns >= self._due_ns - self.slack_ns
 
     def take(self, stamp_ns: int) -> None:
-        """A frame was stepped on. What it was early counts against the next ones, so that the mean keeps the rate."""
+        """A frame was stepped on. What it was early counts against the next ones, so that the mean keeps the
+        rate."""
         self._due_ns = max(stamp_ns if self._due_ns is None else self._due_ns, stamp_ns) + self.period_ns
 
     def forget(self) -> None:

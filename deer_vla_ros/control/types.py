@@ -1,4 +1,5 @@
-"""What goes into a control tick and what comes out? Plain frozen data. Times are integer nanoseconds of one clock."""
+"""What goes into a control tick and what comes out? Plain frozen data. Times are integer nanoseconds of one
+clock."""
 
 from __future__ import annotations
 
@@ -30,9 +31,15 @@ class HoldReason(enum.Enum):
     WATCHDOG_LOST = "the watchdog process does not answer: it starts, has ended or is stopped"
     CONTROL_FAILED = "control has failed: the process ends and has to be started again"
     CALLBACK_FAILED = "a callback of the node raised an error: see its log"
-    COMMANDS_UNHEARD = "nobody listens to the arm's commands: start the arm's controller (control.require_subscriber)"
-    OTHER_PUBLISHER = "another node has publishers of the arm's commands: it has a moment to show whether it commands"
-    OTHER_COMMANDER = "another node commands the arm too: stop one of the two (control.allow_other_commanders)"
+    COMMANDS_UNHEARD = (
+        "nobody listens to the arm's commands: start the arm's controller (control.require_subscriber)"
+    )
+    OTHER_PUBLISHER = (
+        "another node has publishers of the arm's commands: it has a moment to show whether it commands"
+    )
+    OTHER_COMMANDER = (
+        "another node commands the arm too: stop one of the two (control.allow_other_commanders)"
+    )
     NO_INSTRUCTION = "no instruction, or an empty one"
     NO_STATIC_FRAME = "no frame of the static camera yet"
     NO_GRIPPER_FRAME = "no frame of the gripper camera yet"
@@ -48,16 +55,18 @@ class HoldReason(enum.Enum):
     POSE_IN_FUTURE = "the measured TCP pose's stamp lies in the future: its publisher uses another clock"
     POSE_FRAME = "the measured TCP pose is in another frame than the action"
     POSE_INVALID = (
-        "the measured TCP pose is not finite or its quaternion is not of unit length, or its position is exactly zero or "
-        "beyond any reach"
+        "the measured TCP pose is not finite or its quaternion is not of unit length, or its position is exactly "
+        "zero or beyond any reach"
     )
     POSE_JUMPED = "the measured TCP pose jumped further than an arm moves"
     ARM_MOVED = "the arm was moved away from its target"
     ARM_NOT_FOLLOWING = (
-        "the arm does not follow its targets, or its measured pose is frozen: protective stop, brakes, or controller off? "
-        "(guard.follow_timeout_s)"
+        "the arm does not follow its targets, or its measured pose is frozen: protective stop, brakes, or controller "
+        "off? (guard.follow_timeout_s)"
     )
-    BEYOND_WORKSPACE = "the arm is further outside the guard's workspace than the leash reaches: move it back in"
+    BEYOND_WORKSPACE = (
+        "the arm is further outside the guard's workspace than the leash reaches: move it back in"
+    )
     NOT_FINITE = "the network's action is not finite"
     TOO_SLOW = "the inference took so long that its frames are older than inputs.max_age_s"
     INFERENCE_FAILED = "inference raised an error"
@@ -76,14 +85,17 @@ SERIOUS = frozenset(
         HoldReason.INFERENCE_FAILED,
     }
 )
-"""Reasons that do not end by themselves: a person looks first, and then lets go through `~/hold` or gives another instruction.
+"""Reasons that do not end by themselves: a person looks first, and then lets go through `~/hold` or gives
+another instruction.
 
-COMMANDS_UNHEARD is one only where it interrupted a motion: an arm's controller that has not started yet is waited for.
+COMMANDS_UNHEARD is one only where it interrupted a motion: an arm's controller that has not started yet is
+waited for.
 """
 
 
 COMMANDED_BY_OTHERS = frozenset({HoldReason.OTHER_PUBLISHER, HoldReason.OTHER_COMMANDER})
-"""While one of these is seen, the arm is another's: it is not told to hold either, for that would disturb the other's motion."""
+"""While one of these is seen, the arm is another's: it is not told to hold either, for that would disturb the
+other's motion."""
 
 
 class Limit(enum.Enum):
@@ -143,8 +155,8 @@ class Twist:
 class Decision:
     """One inference: what it saw, decided and cost.
 
-    step, episode and episode_step count from 0. limits: which limits changed the motion; held: why it was refused.
-    tick_ns: when the step began; steady_ns: the same by a clock that never stops.
+    step, episode and episode_step count from 0. limits: which limits changed the motion; held: why it was
+    refused. tick_ns: when the step began; steady_ns: the same by a clock that never stops.
     """
 
     step: int
@@ -181,10 +193,10 @@ class Decision:
 class Command:
     """What the arm is told at one tick.
 
-    target: absolute TCP pose in the action frame, None where nothing is to be published. gripper: command value, None: nothing.
-    stamp_ns: the decision's, or the tick's while holding. holds: why the arm holds; empty when it moves.
-    decision: present when this tick ran an inference. error: what went wrong, where `holds` has INFERENCE_FAILED.
-    is_silent: the arm is not told, for another one commands it.
+    target: absolute TCP pose in the action frame, None where nothing is to be published. gripper: command
+    value, None: nothing. stamp_ns: the decision's, or the tick's while holding. holds: why the arm holds;
+    empty when it moves. decision: present when this tick ran an inference. error: what went wrong, where
+    `holds` has INFERENCE_FAILED. is_silent: the arm is not told, for another one commands it.
     """
 
     stamp_ns: int

@@ -13,10 +13,11 @@ Decode = Callable[[Any], Frame]
 
 
 class Decoder:
-    """Takes the newest message of each camera; one that is replaced before it was decoded is never decoded."""
+    """Takes the newest message of each camera. A message that is replaced while it waits is never decoded."""
 
     def __init__(self, on_frame: Callable[[Camera, Frame], None], on_error: Callable[[Camera, str], None]):
-        """on_frame, on_error: called in the decoder's thread; the second with the reason why an image is none."""
+        """on_frame, on_error: called in the decoder's thread; the second with the reason why an image is
+        none."""
         self._on_frame, self._on_error = on_frame, on_error
         self._waiting: dict[Camera, tuple[Decode, Any]] = {}
         self._news = threading.Condition()

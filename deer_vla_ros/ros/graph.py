@@ -17,23 +17,28 @@ from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.ros.stamped import nanoseconds
 
 FOUND_WITHIN_S = 3.0
-"""How long DDS may take to find a publisher, and how long one may be silent before it counts as nobody: DDS keeps those of a killed
-node on its list for 20 s, and a node that is not active has publishers, too."""
+"""How long DDS may take to find a publisher, and how long one may be silent before it counts as nobody: DDS
+keeps those of a killed node on its list for 20 s, and a node that is not active has publishers, too."""
 
 UNKNOWN = "_NODE_NAME_UNKNOWN_"
-"""What rmw calls a publisher's node for the moment in which it knows the one and not yet the other. It may be another commander."""
+"""What rmw calls a publisher's node for the moment in which it knows the one and not yet the other. It may be
+another commander."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """publishers: how many there are on each topic we listen to. problems: one sentence each, with the remedy."""
+    """publishers: how many there are on each topic we listen to. problems: one sentence each, with the
+    remedy."""
 
     publishers: dict[str, int]
     problems: tuple[str, ...]
 
 
-def neighbours(node: Node, subscriptions: Iterable[Subscription], commands: Iterable[Publisher]) -> Neighbours:
-    """Looks at the ROS graph as it is now. commands: the publishers that no other node should share a topic with."""
+def neighbours(
+    node: Node, subscriptions: Iterable[Subscription], commands: Iterable[Publisher]
+) -> Neighbours:
+    """Looks at the ROS graph as it is now. commands: the publishers that no other node should share a topic
+    with."""
     by_topic: dict[str, list[Subscription]] = {}
     for subscription in subscriptions:
         by_topic.setdefault(subscription.topic_name, []).append(subscription)
@@ -57,7 +62,8 @@ def watchdog_name(node: Node) -> str:
 
 
 def commanders(node: Node, topic: str) -> list[str]:
-    """Full names of the nodes that publish on `topic`; our own is among them, our watchdog is not. One name may stand there twice."""
+    """Full names of the nodes that publish on `topic`; our own is among them, our watchdog is not. One name
+    may stand there twice."""
     watchdog = f"{node.get_namespace().rstrip('/')}/{watchdog_name(node)}"
     names = [_name(publisher) for publisher in node.get_publishers_info_by_topic(topic)]
     return [name for name in names if name != watchdog]
@@ -70,7 +76,8 @@ class OtherCommanders:
     """
 
     def __init__(self, node: Node, commands: Iterable[Publisher], our_stamps: Collection[int]):
-        """commands: our publishers of stamped commands. our_stamps: of our newest commands, by which others' are told apart."""
+        """commands: our publishers of stamped commands. our_stamps: of our newest commands, by which others'
+        are told apart."""
         self._node, self._commands, self._our_stamps = node, list(commands), our_stamps
         self._subscriptions: list[Subscription] = []
         self._began = 0.0

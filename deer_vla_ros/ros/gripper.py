@@ -107,7 +107,9 @@ class ActionGripper:
             )
             return
         now = time.monotonic()
-        if now - self._looked_at >= LOOK_S:  # not at every step: the graph may be busy with a process that comes or goes
+        if (
+            now - self._looked_at >= LOOK_S
+        ):  # not at every step: the graph may be busy with a process that comes or goes
             self._looked_at, self._servers = now, self._find_servers()
         with self._lock:
             if not self._is_due(value, self._servers):

@@ -1,4 +1,4 @@
-"""The node's topics and services, as `docs/reference` tells them; a test compares them with the running node."""
+"""The node's topics and services, for `docs/reference`. A test compares them with the running node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from deer_vla_ros.msg import BudgetStatus, PolicyStep
 
 @dataclass(frozen=True)
 class Topic:
-    """name: relative, `~` is the node's. quality: of service, in words. when: the parameter value it depends on, or empty."""
+    """name: relative, `~` is the node's. quality: of service, in words. when: the parameter value it depends
+    on, or empty."""
 
     name: str
     type: type
@@ -38,15 +39,32 @@ RAW, COMPRESSED = "inputs.image_transport: raw", "inputs.image_transport: compre
 INPUTS = (
     Topic("camera/static/image_raw", Image, SENSOR, "Static camera.", RAW),
     Topic("camera/gripper/image_raw", Image, SENSOR, "Camera on the gripper.", RAW),
-    Topic("camera/static/image_raw/compressed", CompressedImage, SENSOR, "Static camera, JPEG or PNG.", COMPRESSED),
-    Topic("camera/gripper/image_raw/compressed", CompressedImage, SENSOR, "Camera on the gripper, JPEG or PNG.", COMPRESSED),
+    Topic(
+        "camera/static/image_raw/compressed",
+        CompressedImage,
+        SENSOR,
+        "Static camera, JPEG or PNG.",
+        COMPRESSED,
+    ),
+    Topic(
+        "camera/gripper/image_raw/compressed",
+        CompressedImage,
+        SENSOR,
+        "Camera on the gripper, JPEG or PNG.",
+        COMPRESSED,
+    ),
     Topic(
         "instruction",
         String,
         "reliable, heard from latched and from plain publishers",
         "A new text starts a new episode, the same text does not, an empty text (or only spaces) means hold.",
     ),
-    Topic("ee_pose", PoseStamped, SENSOR, "Measured TCP pose in the action frame; without a fresh one the arm holds."),
+    Topic(
+        "ee_pose",
+        PoseStamped,
+        SENSOR,
+        "Measured TCP pose in the action frame; without a fresh one the arm holds.",
+    ),
     Topic(
         "enable",
         Bool,
@@ -61,7 +79,8 @@ OUTPUTS = (
         PoseStamped,
         RELIABLE,
         "Absolute TCP target in the action frame, stamped like the newest camera frame used. While holding: the pose measured when "
-        "the hold began, taken anew when the arm is moved by more than a step; nothing while no usable pose is measured.",
+        "the hold began, taken anew when the arm is moved by more than a step; nothing while no usable pose is "
+        "measured.",
         "action.mode: pose or both",
     ),
     Topic(
@@ -92,13 +111,18 @@ OUTPUTS = (
         "What the policy sees and how deep it thinks, as a picture; drawn only while somebody subscribes.",
         "overlay.rate_hz above 0",
     ),
-    Topic("/diagnostics", DiagnosticArray, RELIABLE, "1 Hz: state, rate, latency, holds by reason, drops, publishers per input."),
+    Topic(
+        "/diagnostics",
+        DiagnosticArray,
+        RELIABLE,
+        "1 Hz: state, rate, latency, holds by reason, drops, publishers per input.",
+    ),
 )
 SERVICES = (
     Service("~/reset", Trigger, "Clears the temporal state: the next step starts a new episode."),
     Service(
         "~/hold",
         SetBool,
-        "true holds; false lets go of a hold that was requested here, and of one whose reason a person has to clear.",
+        "true holds; false lets go of a hold that was requested here, and of one that a person has to clear.",
     ),
 )

@@ -2,10 +2,11 @@
 
 Example: with the embedded checkpoint, and with your own and your robot's limits:
 
-    python -m deer_vla_ros node
-    python -m deer_vla_ros node --ros-args -p model.path:=/data/my_checkpoint --params-file config/deer_vla.yaml
+python -m deer_vla_ros node python -m deer_vla_ros node --ros-args -p model.path:=/data/my_checkpoint
+--params-file config/deer_vla.yaml
 
-A managed (lifecycle) node that configures and activates itself unless `autostart` is false. Ctrl-C: it holds, then ends.
+A managed (lifecycle) node that configures and activates itself unless `autostart` is false. Ctrl-C: it holds,
+then ends.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 after a signal, 1 where the control thread has ended by itself; both after a last hold."""
-    # Only here: help needs neither rclpy nor torch. A signal that comes while torch is imported is obeyed, too.
+    # Only here: help needs neither rclpy nor torch. A signal that comes while torch is imported is obeyed,
+    # too.
     from rclpy.executors import SingleThreadedExecutor
 
     from deer_vla_ros.ros.process import end_now, ros_process, spin
@@ -50,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
         finally:
             node.close()
             executor.shutdown()
-            node.destroy_node()  # tells everybody that its publishers are gone; DDS would keep them on its list for 20 s
+            node.destroy_node()  # tells others that its publishers are gone: DDS keeps a killed one's for 20 s
     end_now(1 if node.failed else 0)
 
 
 def _end_soon(stop: threading.Event, nodes: list[PolicyNode]) -> None:
-    """Ends the process some time after the signal even where its main thread hangs; the arm is told to hold first."""
+    """Ends the process some time after the signal even where its main thread hangs; the arm is told to hold
+    first."""
     from deer_vla_ros.control.types import HoldReason
     from deer_vla_ros.ros.process import end_now
 

@@ -1,4 +1,4 @@
-"""The arm's and the gripper's commands as messages, as `action.mode` and `action.gripper_interface` ask for."""
+"""The commands of arm and gripper as messages, by `action.mode` and `action.gripper_interface`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class Outputs:
             self._gripper.send(command.gripper)
         if self.twist:
             self.twist.publish(twist_message(command.twist, frame_id, command.stamp_ns))
-        if self.target and command.target is not None:  # last: a simulator in lock step goes on when it has this one
+        if (
+            self.target and command.target is not None
+        ):  # last: a simulator in lock step goes on when it has this one
             self.target.publish(pose_message(command.target, frame_id, command.stamp_ns))
 
     def wait_until_heard(self, seconds: float) -> None:

@@ -29,14 +29,16 @@ from deer_vla_ros.yaml_file import read_yaml
 
 NODE_NAME = "deer_vla"
 RCLPYS_OWN = ("use_sim_time", "start_type_description_service", "qos_overrides.")
-"""Parameters, or beginnings of their names, that rclpy declares itself: `ros2 param dump` writes them into its file too."""
+"""Parameters, or beginnings of their names, that rclpy declares itself: `ros2 param dump` writes them into
+its file too."""
 
 
 @dataclass(frozen=True)
 class Declaration:
     """One parameter. low and high bound numbers; live: may change while the node runs, between two steps.
 
-    is_budget: refused by the budget itself, with the range that is feasible at that moment, rather than by rclpy.
+    is_budget: refused by the budget itself, with the range that is feasible at that moment, rather than by
+    rclpy.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Declaration:
         kind, value = type(self.default), self.typed(value)
         if type(value) is not kind:
             raise UserError(f"{where}: {self.name} is {value!r}: give a {kind.__name__}")
+        if kind is list and not all(type(each) is float for each in value):
+            raise UserError(f"{where}: {self.name} is {value!r}: give numbers")
         if self.choices and value not in self.choices:
             raise UserError(f"{where}: {self.name} is {value!r}: use one of {', '.join(self.choices)}")
         if self.low is not None and not self.low <= value <= self.high:
@@ -61,10 +65,15 @@ class Declaration:
         return value
 
     def typed(self, value: Any) -> Any:
-        """A whole number where the parameter is a double is that double; alike in arrays. Anything else stays as it is."""
+        """A whole number where the parameter is a double is that double; alike in arrays. Anything else stays
+        as it is."""
         if isinstance(self.default, float) and type(value) is int:
             return float(value)
-        if isinstance(self.default, list) and not isinstance(value, (str, bytes)) and hasattr(value, "__iter__"):
+        if (
+            isinstance(self.default, list)
+            and not isinstance(value, (str, bytes))
+            and hasattr(value, "__iter__")
+        ):
             return [float(each) if type(each) in (int, float) else each for each in value] or value
         return value
 
@@ -74,7 +83,9 @@ class Declaration:
         if self.choices:
             descriptor.additional_constraints = f"one of: {', '.join(self.choices)}"
         if self.is_budget:
-            descriptor.additional_constraints = "0, or not below the cost of the first exit: ~/budget tells the feasible range"
+            descriptor.additional_constraints = (
+                "0, or not below the cost of the first exit: ~/budget tells the feasible range"
+            )
         elif self.low is not None and isinstance(self.default, float):
             descriptor.floating_point_range = [FloatingPointRange(from_value=self.low, to_value=self.high)]
         elif self.low is not None:
@@ -85,13 +96,23 @@ class Declaration:
 DECLARATIONS = (
     Declaration("autostart", True, "Configure and activate on start; false waits for a lifecycle manager."),
     Declaration(
-        "overlay.rate_hz", 2.0, "How often ~/overlay is drawn while somebody subscribes to it; 0: no such topic.", "Hz", 0.0, 30.0
+        "overlay.rate_hz",
+        2.0,
+        "How often ~/overlay is drawn while somebody subscribes to it; 0: no such topic.",
+        "Hz",
+        0.0,
+        30.0,
     ),
     Declaration("model.path", "", "Checkpoint folder; empty takes the one embedded in the package."),
     Declaration(
-        "model.device", "auto", "Where the network runs; auto takes the GPU if there is one.", choices=("auto", "cpu", "cuda")
+        "model.device",
+        "auto",
+        "Where the network runs; auto takes the GPU if there is one.",
+        choices=("auto", "cpu", "cuda"),
     ),
-    Declaration("model.dtype", "float32", "Number type of the weights.", choices=("float32", "bfloat16", "float16")),
+    Declaration(
+        "model.dtype", "float32", "Number type of the weights.", choices=("float32", "bfloat16", "float16")
+    ),
     Declaration(
         "model.cpu_threads",
         1,
@@ -108,12 +129,15 @@ DECLARATIONS = (
         200.0,
     ),
     Declaration(
-        "control.start_held", False, "Hold from the start, until ~/hold is called with false: no motion after a restart."
+        "control.start_held",
+        False,
+        "Hold from the start, until ~/hold is called with false: no motion after a restart.",
     ),
     Declaration(
         "control.enable_timeout_s",
         0.0,
-        "Hold unless the topic `enable` says true and was refreshed within this time (a deadman switch). 0: no such topic.",
+        "Hold unless the topic `enable` says true and was refreshed within this time (a deadman switch). 0: no such "
+        "topic.",
         "s",
         0.0,
         10.0,
@@ -121,7 +145,7 @@ DECLARATIONS = (
     Declaration(
         "control.require_subscriber",
         True,
-        "Hold while nobody listens to the arm's commands; false to watch what the policy would do, without an arm.",
+        "Hold while nobody listens to the arm's commands; false to watch what the policy would do without an arm.",
     ),
     Declaration(
         "control.allow_other_commanders",
@@ -134,8 +158,18 @@ DECLARATIONS = (
         "Which camera topics to listen to: .../image_raw, or .../image_raw/compressed.",
         choices=("raw", "compressed"),
     ),
-    Declaration("inputs.max_age_s", 0.3, "A camera frame older than this is stale: hold.", "s", 0.01, 10.0, live=True),
-    Declaration("inputs.max_pose_age_s", 0.3, "A measured TCP pose older than this is stale: hold.", "s", 0.01, 10.0, live=True),
+    Declaration(
+        "inputs.max_age_s", 0.3, "A camera frame older than this is stale: hold.", "s", 0.01, 10.0, live=True
+    ),
+    Declaration(
+        "inputs.max_pose_age_s",
+        0.3,
+        "A measured TCP pose older than this is stale: hold.",
+        "s",
+        0.01,
+        10.0,
+        live=True,
+    ),
     Declaration(
         "inputs.max_skew_s",
         0.05,
@@ -211,10 +245,26 @@ DECLARATIONS = (
         "Steer achieved means onto the requested ones where steps differ from the calibration.",
         live=True,
     ),
-    Declaration("action.mode", "both", "Which motion commands are published.", choices=("pose", "twist", "both")),
+    Declaration(
+        "action.mode", "both", "Which motion commands are published.", choices=("pose", "twist", "both")
+    ),
     Declaration("action.frame", "", "Frame of motions, measured poses and targets; empty: the checkpoint's."),
-    Declaration("action.translation_m", 0.0, "What a translation of 1 stands for, per step; 0: the checkpoint's.", "m", 0.0, 1.0),
-    Declaration("action.rotation_rad", 0.0, "What a rotation of 1 stands for, per step; 0: the checkpoint's.", "rad", 0.0, 3.14),
+    Declaration(
+        "action.translation_m",
+        0.0,
+        "What a translation of 1 stands for, per step; 0: the checkpoint's.",
+        "m",
+        0.0,
+        1.0,
+    ),
+    Declaration(
+        "action.rotation_rad",
+        0.0,
+        "What a rotation of 1 stands for, per step; 0: the checkpoint's.",
+        "rad",
+        0.0,
+        3.14,
+    ),
     Declaration(
         "action.gripper_open",
         0.0,
@@ -232,11 +282,25 @@ DECLARATIONS = (
         1e3,
     ),
     Declaration(
-        "action.gripper_interface", "topic", "How the gripper is told; the actions need control_msgs.", choices=INTERFACES
+        "action.gripper_interface",
+        "topic",
+        "How the gripper is told; the actions need control_msgs.",
+        choices=INTERFACES,
     ),
     Declaration("action.gripper_action", "gripper_controller/gripper_cmd", "Name of the gripper's action."),
-    Declaration("action.gripper_joint", "", "Joint that a ParallelGripperCommand names; empty: none, the controller's only one."),
-    Declaration("action.gripper_max_effort", 0.0, "Effort that a GripperCommand allows; 0: the controller's own.", "N", 0.0, 1e4),
+    Declaration(
+        "action.gripper_joint",
+        "",
+        "Joint that a ParallelGripperCommand names; empty: none, the controller's only one.",
+    ),
+    Declaration(
+        "action.gripper_max_effort",
+        0.0,
+        "Effort that a GripperCommand allows; 0: the controller's own.",
+        "N",
+        0.0,
+        1e4,
+    ),
     Declaration(
         "action.gripper_hysteresis",
         0.05,
@@ -246,13 +310,49 @@ DECLARATIONS = (
         live=True,
     ),
     Declaration(
-        "action.gripper_dwell_s", 0.0, "The least time between two changes of the gripper command.", "s", 0.0, 10.0, live=True
+        "action.gripper_dwell_s",
+        0.0,
+        "The least time between two changes of the gripper command.",
+        "s",
+        0.0,
+        10.0,
+        live=True,
     ),
-    Declaration("guard.max_translation_m", 0.06, "The most that the target moves in one step.", "m", 1e-4, 1.0, live=True),
-    Declaration("guard.max_rotation_rad", 0.3, "The most that the target turns in one step.", "rad", 1e-4, 3.14, live=True),
-    Declaration("guard.leash_m", 0.15, "The furthest that the target may be from the measured TCP.", "m", 1e-3, 1.0, live=True),
     Declaration(
-        "guard.leash_rad", 0.6, "The furthest that the target may be turned from the measured TCP.", "rad", 1e-3, 3.14, live=True
+        "guard.max_translation_m",
+        0.06,
+        "The most that the target moves in one step.",
+        "m",
+        1e-4,
+        1.0,
+        live=True,
+    ),
+    Declaration(
+        "guard.max_rotation_rad",
+        0.3,
+        "The most that the target turns in one step.",
+        "rad",
+        1e-4,
+        3.14,
+        live=True,
+    ),
+    Declaration(
+        "guard.leash_m",
+        0.15,
+        "The furthest that the target may be from the measured TCP.",
+        "m",
+        1e-3,
+        1.0,
+        live=True,
+    ),
+    Declaration(
+        "guard.leash_rad",
+        0.6,
+        "The furthest that the target may be turned from the measured TCP.",
+        "rad",
+        1e-3,
+        3.14,
+        live=True,
     ),
     Declaration(
         "guard.workspace_min",
@@ -269,10 +369,22 @@ DECLARATIONS = (
         live=True,
     ),
     Declaration(
-        "guard.max_linear_speed_m_s", 0.6, "The fastest that the target moves. 0: no limit.", "m/s", 0.0, 10.0, live=True
+        "guard.max_linear_speed_m_s",
+        0.6,
+        "The fastest that the target moves. 0: no limit.",
+        "m/s",
+        0.0,
+        10.0,
+        live=True,
     ),
     Declaration(
-        "guard.max_angular_speed_rad_s", 3.0, "The fastest that the target turns. 0: no limit.", "rad/s", 0.0, 31.4, live=True
+        "guard.max_angular_speed_rad_s",
+        3.0,
+        "The fastest that the target turns. 0: no limit.",
+        "rad/s",
+        0.0,
+        31.4,
+        live=True,
     ),
     Declaration(
         "guard.max_linear_acceleration_m_s2",
@@ -303,8 +415,8 @@ DECLARATIONS = (
     Declaration(
         "guard.follow_timeout_s",
         3.0,
-        "Hold when the arm has stood still for so long, or its measured pose has been frozen, while its target was more than half a "
-        "step's limit ahead of it. 0: never.",
+        "Hold when the arm has stood still for so long, or its measured pose has been frozen, while its target was more "
+        "than half a step's limit ahead of it. 0: never.",
         "s",
         0.0,
         60.0,
@@ -314,7 +426,8 @@ DECLARATIONS = (
 
 
 def declare(node: Node) -> None:
-    """Declares all of them; rclpy refuses an override outside its range. Whole numbers are numbers, now and when they are set."""
+    """Declares all of them; rclpy refuses an override outside its range. Whole numbers are numbers, now and
+    when they are set."""
     for declaration in DECLARATIONS:
         try:
             node.declare_parameter(declaration.name, declaration.default, declaration.descriptor())
@@ -324,7 +437,8 @@ def declare(node: Node) -> None:
 
 
 def _declare_typed(node: Node, declaration: Declaration) -> None:
-    """Declares one that was given in another type: it is read first, and then given in its own type where it has that value there."""
+    """Declares one that was given in another type: it is read first, and then given in its own type where it
+    has that value there."""
     anything = ParameterDescriptor(dynamic_typing=True)
     given = node.declare_parameter(declaration.name, declaration.default, anything).value
     node.undeclare_parameter(declaration.name)
@@ -346,16 +460,27 @@ def _typed(given: list[Parameter]) -> list[Parameter]:
 
 
 def unknown(node: Node) -> list[str]:
-    """Overrides given at start that neither we nor rclpy has a parameter for: a typing error, or a file meant for another node."""
-    return sorted(name for name in node._parameter_overrides if not (node.has_parameter(name) or name.startswith(RCLPYS_OWN)))
+    """Overrides given at start that neither we nor rclpy has a parameter for: a typing error, or a file meant
+    for another node."""
+    return sorted(
+        name
+        for name in node._parameter_overrides
+        if not (node.has_parameter(name) or name.startswith(RCLPYS_OWN))
+    )
 
 
 def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Every parameter's value by name, `changes` put on top; raises UserError where a value is none of its choices."""
-    current = {declaration.name: node.get_parameter(declaration.name).value for declaration in DECLARATIONS} | (changes or {})
+    """Every parameter's value by name, `changes` put on top; raises UserError where a value is none of its
+    choices."""
+    current = {
+        declaration.name: node.get_parameter(declaration.name).value for declaration in DECLARATIONS
+    } | (changes or {})
     for declaration in DECLARATIONS:
         if declaration.choices and current[declaration.name] not in declaration.choices:
-            raise UserError(f"{declaration.name} is '{current[declaration.name]}': use one of {', '.join(declaration.choices)}")
+            raise UserError(
+                f"{declaration.name} is '{current[declaration.name]}': "
+                f"use one of {', '.join(declaration.choices)}"
+            )
     return current
 
 
@@ -383,7 +508,11 @@ def guard_limits(given: dict[str, Any]) -> GuardLimits:
 
 def action_space(given: dict[str, Any], checkpoint: ActionSpace) -> ActionSpace:
     """The checkpoint's action space, with what the parameters say otherwise; raises UserError."""
-    changes = {name: given[f"action.{name}"] for name in ("frame", "translation_m", "rotation_rad") if given[f"action.{name}"]}
+    changes = {
+        name: given[f"action.{name}"]
+        for name in ("frame", "translation_m", "rotation_rad")
+        if given[f"action.{name}"]
+    }
     if given["action.gripper_open"] != given["action.gripper_closed"]:
         changes |= {name: given[f"action.{name}"] for name in ("gripper_open", "gripper_closed")}
     return dataclasses.replace(checkpoint, **changes)
@@ -401,7 +530,8 @@ def budget_names(changed: Iterable[str]) -> list[str]:
 
 
 def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable[[Controller], None]]:
-    """What the names of changed parameters mean to a controller, each change by what it is about: to be applied between two ticks."""
+    """What the names of changed parameters mean to a controller, each change by what it is about: to be
+    applied between two ticks."""
     changed, found = list(changed), {}
     if any(name.startswith(("inputs.", "guard.", "action.")) for name in changed):
         settings = controller_settings(given)
@@ -413,8 +543,9 @@ def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable
 
 
 def from_file(path: Path | None) -> dict[str, Any]:
-    """Every parameter's value where a ROS parameter file is given to the node: its own, and the defaults of those it leaves out. None: all
-    defaults. UserError for a file that is none, a name that no parameter has, or a value that the node would refuse."""
+    """Every parameter's value where a ROS parameter file is given to the node: its own, and the defaults of
+    those it leaves out. None: all defaults. UserError for a file that is none, a name that no parameter has,
+    or a value that the node would refuse."""
     tree = read_yaml(path, "config/deer_vla.yaml") if path else {}
     return with_defaults(_of_node(tree if isinstance(tree, dict) else {}), str(path))
 
@@ -440,7 +571,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Every parameter's value, those of `values` (by name) checked as the node checks them; UserError, `where` first."""
+    """Every parameter's value, those of `values` (by name) checked as the node checks them; UserError,
+    `where` first."""
     found = {declaration.name: declaration.default for declaration in DECLARATIONS}
     declared = {declaration.name: declaration for declaration in DECLARATIONS}
     for name, value in values.items():
@@ -470,7 +602,10 @@ def render_yaml() -> str:
         if prefix != group:
             lines.append("")
             group = prefix
-        facts = [declaration.unit, f"{declaration.low:g} to {declaration.high:g}" if declaration.low is not None else ""]
+        facts = [
+            declaration.unit,
+            f"{declaration.low:g} to {declaration.high:g}" if declaration.low is not None else "",
+        ]
         facts += [" | ".join(declaration.choices), "live" if declaration.live else ""]
         suffix = ", ".join(fact for fact in facts if fact)
         value = yaml.safe_dump(declaration.default, default_flow_style=True).removesuffix("\n...\n").strip()

@@ -74,9 +74,10 @@ def told(returns: TransitionCallbackReturn) -> Callable:
 class PolicyNode(LifecycleNode):
     """configure loads the checkpoint, activate starts the control thread, deactivate ends it with a hold.
 
-    Four threads. Callbacks (the executor's thread) only hand over what came. The decoder makes frames of images. The control thread
-    ticks the controller whenever a pair of frames arrives and every TICK_S, and beats to the watchdog process, which holds the arm
-    when the beats stay out. A hold that is asked for leaves at once, from whichever thread was asked.
+    Four threads. Callbacks (the executor's thread) only hand over what came. The decoder makes frames of
+    images. The control thread ticks the controller whenever a pair of frames arrives and every TICK_S, and
+    beats to the watchdog process, which holds the arm when the beats stay out. A hold that is asked for
+    leaves at once, from whichever thread was asked.
     """
 
     def __init__(self, ros_args: list[str] | None = None) -> None:
@@ -85,7 +86,9 @@ class PolicyNode(LifecycleNode):
         parameters.declare(self)
         self._controller: Controller | None = None
         self._wake = threading.Event()
-        self._changes: dict[str, Callable[[Controller], None]] = {}  # by what is changed: only the newest counts
+        self._changes: dict[
+            str, Callable[[Controller], None]
+        ] = {}  # by what is changed: only the newest counts
         self._changes_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._output_lock = threading.Lock()  # guards what follows: who may tell the arm something
@@ -99,7 +102,9 @@ class PolicyNode(LifecycleNode):
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
 
-        steady = Clock(clock_type=ClockType.STEADY_TIME)  # what watches over the arm must not stop with ROS time
+        steady = Clock(
+            clock_type=ClockType.STEADY_TIME
+        )  # what watches over the arm must not stop with ROS time
         self._outputs = Outputs(self, self._value("action.mode"), self._value("action.gripper_interface"))
         self._reports = Reports(self, self._outputs, self._value("overlay.rate_hz"), steady)
         commands = [publisher for publisher in (self._outputs.target, self._outputs.twist) if publisher]
@@ -109,8 +114,9 @@ class PolicyNode(LifecycleNode):
         self._camera_topics = {camera: self._listen_to_camera(camera) for camera in Camera}
         pose = self.create_subscription(PoseStamped, "ee_pose", self._on_pose, NEWEST)
         self._watchdog = WatchdogClient(self._watchdog_settings(pose.topic_name), enclave_of(ros_args or []))
-        # A volatile publisher never matches a transient-local subscription, a latched text never reaches a volatile one.
-        # Listening both ways hears both; the same text twice changes nothing, and no mismatch is worth a warning.
+        # A volatile publisher never matches a transient-local subscription, a latched text never reaches a
+        # volatile one. Listening both ways hears both; the same text twice changes nothing, and no mismatch
+        # is worth a warning.
         quiet = SubscriptionEventCallbacks(use_default_callbacks=False)
         self.create_subscription(String, "instruction", self._on_instruction, 10)
         self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
@@ -194,7 +200,8 @@ class PolicyNode(LifecycleNode):
         return super().on_shutdown(state)
 
     def _answer_every_transition(self) -> None:
-        """rclpy raises where a transition is asked for that the state does not have; the answer is no, and the node stays."""
+        """rclpy raises where a transition is asked for that the state does not have; the answer is no, and
+        the node stays."""
         (service,) = (each for each in self.services if each.srv_type is ChangeState)
         change_state = service.callback
 
@@ -256,7 +263,8 @@ class PolicyNode(LifecycleNode):
     # --- control
 
     def _control(self) -> None:
-        """The control thread: one tick per arrival and per TICK_S. Should it fail, the process ends, after a hold."""
+        """The control thread: one tick per arrival and per TICK_S. Should it fail, the process ends, after a
+        hold."""
         controller = self._controller
         try:
             while self._running:
@@ -268,16 +276,21 @@ class PolicyNode(LifecycleNode):
                 with self._output_lock:
                     if command is not None:
                         command = controller.confirm(command, self._now_ns(), time.monotonic_ns())
-                        self._publish(command) if self._running else self._reports.thrown_away(command, self._frame_id)
+                        self._publish(command) if self._running else self._reports.thrown_away(
+                            command, self._frame_id
+                        )
                 self._beat()
         except BaseException as error:  # whatever it is: without this thread nobody commands the arm
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Control has ended by itself: the arm holds, everybody is told why, and the main thread ends the process."""
+        """Control has ended by itself: the arm holds, everybody is told why, and the main thread ends the
+        process."""
         self.failed = True
         self.hold_and_stop(HoldReason.CONTROL_FAILED)
-        self.get_logger().fatal(f"control failed: {one_line(error)}\n{''.join(traceback.format_exception(error))}")
+        self.get_logger().fatal(
+            f"control failed: {one_line(error)}\n{''.join(traceback.format_exception(error))}"
+        )
         self._reports.fault(one_line(error))
 
     def _demand_holds(self, controller: Controller) -> None:
@@ -292,7 +305,9 @@ class PolicyNode(LifecycleNode):
 
     def _is_heard(self) -> bool:
         """Whether anybody but ourselves listens to the arm's commands."""
-        return self._outputs.listeners() > int(self._others.listens) or not self._value("control.require_subscriber")
+        return self._outputs.listeners() > int(self._others.listens) or not self._value(
+            "control.require_subscriber"
+        )
 
     def _is_enabled(self) -> bool:
         timeout_s = self._value("control.enable_timeout_s")
@@ -343,18 +358,22 @@ class PolicyNode(LifecycleNode):
             throttle_duration_sec=THROTTLE_S,
         )
 
-    def _on_image(self, camera: Camera, decode: Callable[[Any], Frame], message: Image | CompressedImage) -> None:
+    def _on_image(
+        self, camera: Camera, decode: Callable[[Any], Frame], message: Image | CompressedImage
+    ) -> None:
         if self._controller is not None:
             self._decoder.put(camera, decode, message)
 
     def _on_frame(self, camera: Camera, frame: Frame) -> None:
         controller = self._controller
         if controller is not None and controller.put_frame(camera, frame):
-            self._wake.set()  # for anything less than a pair, a tick would compete with the other image for the interpreter
+            self._wake.set()  # for less than a pair, a tick would only keep the other image from the interpreter
 
     def _on_bad_image(self, camera: Camera, reason: str) -> None:
         now = time.monotonic()
-        if now - self._bad_image_told.get(camera, -THROTTLE_S) >= THROTTLE_S:  # each camera's own line: rclpy throttles by place
+        if (
+            now - self._bad_image_told.get(camera, -THROTTLE_S) >= THROTTLE_S
+        ):  # each camera's own line: rclpy throttles by place
             self._bad_image_told[camera] = now
             self.get_logger().error(f"{self._camera_topics[camera]}: {reason}")
 
@@ -369,7 +388,9 @@ class PolicyNode(LifecycleNode):
                 f"instruction of {len(text)} characters cut to {MAX_INSTRUCTION}: say it in fewer",
                 throttle_duration_sec=THROTTLE_S,
             )
-        self._instruction = text[:MAX_INSTRUCTION]  # a latched text comes once, perhaps before the node is configured
+        self._instruction = text[
+            :MAX_INSTRUCTION
+        ]  # a latched text comes once, perhaps before the node is configured
         if self._controller is not None:
             self._controller.put_instruction(self._instruction)
             self._wake.set()
@@ -379,7 +400,9 @@ class PolicyNode(LifecycleNode):
         self._wake.set()
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        return self._ask(response, lambda controller: controller.request_reset(), "the next step starts a new episode")
+        return self._ask(
+            response, lambda controller: controller.request_reset(), "the next step starts a new episode"
+        )
 
     def _on_hold(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self._hold_requested = request.data  # outlives a cleanup, as the instruction does
@@ -406,11 +429,17 @@ class PolicyNode(LifecycleNode):
         try:
             given = parameters.values(self, {parameter.name: parameter.value for parameter in changed})
             settings = parameters.controller_settings(given)
-            if self._is_moving() and (loosened := settings.guard.loosened_from(parameters.guard_limits(parameters.values(self)))):
+            if self._is_moving() and (
+                loosened := settings.guard.loosened_from(parameters.guard_limits(parameters.values(self)))
+            ):
                 raise UserError(
-                    f"guard.{', guard.'.join(loosened)} would allow more while the arm moves: call ~/hold with true first"
+                    f"guard.{', guard.'.join(loosened)} would allow more while the arm moves: "
+                    "call ~/hold with true first"
                 )
-            asked, names = parameters.budget(given), parameters.budget_names(parameter.name for parameter in changed)
+            asked, names = (
+                parameters.budget(given),
+                parameters.budget_names(parameter.name for parameter in changed),
+            )
             asked.check() if self._controller is None else self._controller.check_budget(asked, names)
         except UserError as error:
             return SetParametersResult(successful=False, reason=str(error))
@@ -422,7 +451,8 @@ class PolicyNode(LifecycleNode):
         return self._running and self._controller is not None and not self._controller.holding
 
     def _apply_parameters(self, changed: list[Parameter]) -> None:
-        """Hands accepted values to the control thread, which applies them all between two ticks; where there is none, does it itself."""
+        """Hands accepted values to the control thread, which applies them all between two ticks; where there
+        is none, does it itself."""
         for parameter in changed:
             if parameter.name.startswith("guard."):
                 self.get_logger().warning(f"limit changed: {parameter.name} is {parameter.value} from now on")
@@ -443,7 +473,8 @@ class PolicyNode(LifecycleNode):
 
 
 def enclave_of(ros_args: list[str]) -> list[str]:
-    """The part of a process's ROS arguments that names its security enclave, for another process in the same one."""
+    """The part of a process's ROS arguments that names its security enclave, for another process in the same
+    one."""
     for option, value in zip(ros_args, ros_args[1:]):
         if option in ("-e", "--enclave"):
             return ["--ros-args", "--enclave", value]

@@ -1,6 +1,8 @@
-"""The life of a node's process: it spins until SIGINT or SIGTERM, then ends in order and soon, with exit status 0.
+"""The life of a node's process: it spins until SIGINT or SIGTERM, then ends in order and soon, with exit
+status 0.
 
-rclpy's own signal handler would invalidate the context before a last hold could be published: the signal is ours.
+rclpy's own signal handler would invalidate the context before a last hold could be published: the signal is
+ours.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ END_WITHIN_S = 10.0
 
 @contextmanager
 def ros_process(args: list[str] | None, end_within_s: float | None = None) -> Iterator[threading.Event]:
-    """rclpy from init to shutdown; yields an event that SIGINT or SIGTERM sets. A refused parameter raises UserError.
+    """rclpy from init to shutdown; yields an event that SIGINT or SIGTERM sets. A refused parameter raises
+    UserError.
 
-    end_within_s: a process that has not ended so long after the signal says where each of its threads stands and ends at once, exit
-    status 1: a middleware that hangs must not keep a node alive that was told to end. None: it may take its time.
+    end_within_s: a process that has not ended so long after the signal says where each of its threads stands
+    and ends at once, exit status 1: a middleware that hangs must not keep a node alive that was told to end.
+    None: it may take its time.
     """
     stop = threading.Event()
 
@@ -53,7 +57,8 @@ def ros_process(args: list[str] | None, end_within_s: float | None = None) -> It
 
 
 def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Exception], None]) -> None:
-    """Runs callbacks until `is_over()`. One that raises is told to `on_error` and ends nothing: those after it run."""
+    """Runs callbacks until `is_over()`. One that raises is told to `on_error` and ends nothing: those after
+    it run."""
     while not is_over():
         try:
             executor.spin_once(timeout_sec=0.1)
@@ -62,7 +67,8 @@ def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Ex
 
 
 def end_now(status: int) -> None:
-    """Ends the process at once, with this exit status: what Python and torch would tear down, the kernel takes back anyway."""
+    """Ends the process at once, with this exit status: what Python and torch would tear down, the kernel
+    takes back anyway."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,5 @@
-"""What the node says about itself: one message per step, the budget, diagnostics, the overlay, and lines in the log."""
+"""What the node says about itself: one message per step, the budget, diagnostics, the overlay, and lines in
+the log."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Reports:
     """Publishers and timers from the start; about a controller from `open` to `close`."""
 
     def __init__(self, node: LifecycleNode, outputs: Outputs, overlay_hz: float, steady: Clock):
-        """outputs: whose topics nobody else should publish on; overlay_hz: 0 for none; steady: a clock that never stops."""
+        """outputs: whose topics nobody else should publish on; overlay_hz: 0 for none; steady: a clock that
+        never stops."""
         self._node, self._outputs = node, outputs
         self._controller: Controller | None = None
         self._active = False
@@ -59,13 +61,16 @@ class Reports:
         self._active = active
 
     def command(self, command: Command, frame_id: str) -> None:
-        """One command has gone out: its step as a message, and changes of state (not every repeat) in the log."""
+        """One command has gone out: its step as a message, and changes of state (not every repeat) in the
+        log."""
         if self._controller.budget_id != self._told_id:
             self.budget()  # before any step that ran under it
         if command.decision is not None:
             self._step(command.decision, frame_id)
         if command.error:
-            self._node.get_logger().error(f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S)
+            self._node.get_logger().error(
+                f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S
+            )
         if command.holds != self._was_holding:
             self._was_holding = command.holds
             if command.holds:
@@ -76,7 +81,9 @@ class Reports:
     def thrown_away(self, command: Command, frame_id: str) -> None:
         """A command that came after control had ended: it goes nowhere, but every inference is told."""
         if command.decision is not None and self._controller is not None:
-            self._step(dataclasses.replace(command.decision, limits=(), held=(HoldReason.STOPPING,)), frame_id)
+            self._step(
+                dataclasses.replace(command.decision, limits=(), held=(HoldReason.STOPPING,)), frame_id
+            )
 
     def fault(self, reason: str) -> None:
         """Control has failed: said at once, for the process ends."""
@@ -113,7 +120,9 @@ class Reports:
             self._node.get_logger().warning(problem)
         self._told_problems = set(around.problems)
         name = self._node.get_name()
-        self._diagnostics.publish(self._telemetry.diagnostics(name, self._controller, self._active, around, self._now_ns()))
+        self._diagnostics.publish(
+            self._telemetry.diagnostics(name, self._controller, self._active, around, self._now_ns())
+        )
 
     def _publish_overlay(self) -> None:
         """Draws in the executor's thread, where it delays no inference, and not at all for nobody."""
@@ -121,7 +130,11 @@ class Reports:
             return
         frames = [frame.image if frame else NO_IMAGE for frame in self._controller.newest_frames]
         picture = overlay.draw(
-            *frames, self._controller.instruction, self._newest, self._controller.holding, self._controller.budget_status
+            *frames,
+            self._controller.instruction,
+            self._newest,
+            self._controller.holding,
+            self._controller.budget_status,
         )
         self._overlay.publish(image_message(picture, "", self._now_ns()))
 

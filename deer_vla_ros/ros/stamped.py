@@ -1,4 +1,5 @@
-"""Times, poses, twists and images as messages and back. Shared by node, watchdog and table; it imports no torch."""
+"""Times, poses, twists and images as messages and back. Shared by node, watchdog and table; it imports no
+torch."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def pose_message(pose: HasPose, frame_id: str, stamp_ns: int) -> PoseStamped:
 def measured_pose(message: PoseStamped) -> MeasuredPose:
     position, orientation = message.pose.position, message.pose.orientation
     pose = Pose(
-        np.array([position.x, position.y, position.z]), np.array([orientation.x, orientation.y, orientation.z, orientation.w])
+        np.array([position.x, position.y, position.z]),
+        np.array([orientation.x, orientation.y, orientation.z, orientation.w]),
     )
     return MeasuredPose(pose, message.header.frame_id, nanoseconds(message.header.stamp))
 

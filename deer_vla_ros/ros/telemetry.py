@@ -48,8 +48,9 @@ class Telemetry:
     def diagnostics(
         self, name: str, controller: Controller | None, active: bool, around: Neighbours, now_ns: int
     ) -> DiagnosticArray:
-        """The node's status: OK while it moves the arm, WARN while it holds or the graph has a problem, ERROR while it holds for a
-        reason that a person has to clear, or when control has failed, STALE while not active."""
+        """The node's status: OK while it moves the arm, WARN while it holds or the graph has a problem, ERROR
+        while it holds for a reason that a person has to clear, or when control has failed, STALE while not
+        active."""
         level, message = DiagnosticStatus.OK, "controlling"
         if self.fault:
             level, message = DiagnosticStatus.ERROR, f"fault: {self.fault}"
@@ -72,13 +73,20 @@ class Telemetry:
 
     def _figures(self, controller: Controller, now_ns: int) -> dict[str, str]:
         latency = tuple(self._latency_ms)
-        figures = {"steps": str(controller.steps), "rate_hz": f"{self.rate_hz(now_ns):.2f}", "dropped": str(controller.dropped)}
+        figures = {
+            "steps": str(controller.steps),
+            "rate_hz": f"{self.rate_hz(now_ns):.2f}",
+            "dropped": str(controller.dropped),
+        }
         if latency:
             for percentile in (50, 95, 99):
                 figures[f"stamp_to_publish_ms.p{percentile}"] = f"{np.percentile(latency, percentile):.1f}"
         figures |= {f"holds.{reason.name}": str(count) for reason, count in controller.holds.items()}
         figures |= _budget_figures(controller.budget_status)
-        figures |= {f"action.{name}": str(value) for name, value in dataclasses.asdict(controller.action_space).items()}
+        figures |= {
+            f"action.{name}": str(value)
+            for name, value in dataclasses.asdict(controller.action_space).items()
+        }
         if torch.cuda.is_available():
             figures["device_memory_mib"] = f"{torch.cuda.memory_allocated() / 2**20:.0f}"
         return figures
@@ -105,7 +113,9 @@ def budget_problems(controller: Controller) -> list[str]:
 def _budget_figures(status: BudgetStatus) -> dict[str, str]:
     """Requested against achieved."""
     done = status.achieved
-    figures = {f"budget.{name}": f"{value:g}" for name, value in status.requested.active((*AVERAGES, *PEAKS)).items()}
+    figures = {
+        f"budget.{name}": f"{value:g}" for name, value in status.requested.active((*AVERAGES, *PEAKS)).items()
+    }
     figures |= {
         "budget.achieved_gmac": f"{done.gmac:.4g}",
         "budget.achieved_fraction": f"{done.fraction:.3f}",

@@ -1,10 +1,10 @@
 """The watchdog: a small process that holds the arm when the policy node hangs, is stopped or has died.
 
-It is a process of its own because nothing inside the node can be relied upon then: an inference may keep the interpreter's lock, the
-kernel may have stopped or killed the node. It imports neither torch nor the policy. The node starts it
-(`watchdog_client.py`) and beats through a socket; nobody else needs to know of it.
+It is a process of its own because nothing inside the node can be relied upon then: an inference may keep the
+interpreter's lock, the kernel may have stopped or killed the node. It imports neither torch nor the policy.
+The node starts it (`watchdog_client.py`) and beats through a socket; nobody else needs to know of it.
 
-    python -m deer_vla_ros.ros.watchdog DESCRIPTOR SETTINGS [ROS ARGUMENTS]
+python -m deer_vla_ros.ros.watchdog DESCRIPTOR SETTINGS [ROS ARGUMENTS]
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from deer_vla_ros.ros.qos import NEWEST
 from deer_vla_ros.ros.stamped import measured_pose, pose_message, twist_message
 
 MARGIN_S = 0.05
-"""How much longer than inputs.max_age_s a beat may be missing: as long as the node may wait between a beat and the beginning of a step,
-which it throws away by itself when it took longer than inputs.max_age_s."""
+"""How much longer than inputs.max_age_s a beat may be missing: as long as the node may wait between a beat
+and the beginning of a step, which it throws away by itself when it took longer than inputs.max_age_s."""
 LOOK_S = 0.02
 """How often the watchdog looks whether a beat is missing."""
 ANSWER_S = 0.1
@@ -58,8 +58,9 @@ class WatchdogSettings:
 
 @dataclass(frozen=True)
 class Beat:
-    """What the node says: it was alive at beat_ns, by the clock that never stops. commands: whether it tells the arm anything, so
-    that a missing beat leaves an arm without a commander. stamp_ns: of the newest command. limits and rate_hz: as they are now; frame: of the action."""
+    """What the node says: it was alive at beat_ns, by the clock that never stops. commands: whether it tells
+    the arm anything, so that a missing beat leaves an arm without a commander. stamp_ns: of the newest
+    command. limits and rate_hz: as they are now; frame: of the action."""
 
     beat_ns: int
     commands: bool
@@ -88,8 +89,12 @@ class Watchdog:
         self._beat: Beat | None = None
         self._gate: InputGate | None = None
         self._continuity = Continuity()
-        self._target = node.create_publisher(PoseStamped, settings.target_topic, 10) if settings.target_topic else None
-        self._twist = node.create_publisher(TwistStamped, settings.twist_topic, 10) if settings.twist_topic else None
+        self._target = (
+            node.create_publisher(PoseStamped, settings.target_topic, 10) if settings.target_topic else None
+        )
+        self._twist = (
+            node.create_publisher(TwistStamped, settings.twist_topic, 10) if settings.twist_topic else None
+        )
         node.create_subscription(PoseStamped, settings.pose_topic, self._on_pose, NEWEST)
 
     def run(self) -> None:
@@ -128,13 +133,17 @@ class Watchdog:
 
     def _take(self, beat: Beat) -> None:
         self._beat = beat
-        limits = InputLimits(*(int(each * 1e9) for each in (beat.max_age_s, beat.max_pose_age_s, beat.max_skew_s)))
+        limits = InputLimits(
+            *(int(each * 1e9) for each in (beat.max_age_s, beat.max_pose_age_s, beat.max_skew_s))
+        )
         if self._gate is None:
             self._gate = InputGate(limits, beat.frame)
         self._gate.limits = limits
 
     def _answer(self) -> None:
-        with contextlib.suppress(BlockingIOError, TimeoutError, ConnectionError):  # a stopped node does not read; a dead one is seen
+        with contextlib.suppress(
+            BlockingIOError, TimeoutError, ConnectionError
+        ):  # a stopped node does not read; a dead one is seen
             self._link.send(b"alive")
 
     def _bury(self) -> None:
@@ -148,7 +157,9 @@ class Watchdog:
 
     def _hold(self, reason: HoldReason) -> None:
         """Zero twist at once; the measured pose as target, where a fresh one is known."""
-        for _ in range(8):  # the newest pose and clock wait in their queues; nothing is taken from them until it is needed
+        for _ in range(
+            8
+        ):  # the newest pose and clock wait in their queues; nothing is taken from them until it is needed
             self._executor.spin_once(timeout_sec=0.0)
         now_ns = self._node.get_clock().now().nanoseconds
         inputs = self._gate.snapshot()
@@ -169,7 +180,10 @@ def main(arguments: list[str]) -> None:
     """arguments: the socket's descriptor, WatchdogSettings as JSON, and arguments for rclpy."""
     descriptor, settings, *ros_args = arguments
     settings = WatchdogSettings(**json.loads(settings))
-    for number in (signal.SIGINT, signal.SIGTERM):  # a Ctrl-C is the node's to answer; it ends this process afterwards
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a Ctrl-C is the node's to answer; it ends this process afterwards
         signal.signal(number, signal.SIG_IGN)
     link = socket.socket(fileno=int(descriptor))
     link.settimeout(LOOK_S)

@@ -1,4 +1,5 @@
-"""The node's side of the watchdog: it starts the process, beats, hears whether it is alive, and starts it again when it has died."""
+"""The node's side of the watchdog: it starts the process, beats, hears whether it is alive, and starts it
+again when it has died."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ END_S = 0.5
 
 
 class WatchdogClient:
-    """One watchdog process from `start` to `close`. `beat` and `is_alive` are for the control thread, and never wait."""
+    """One watchdog process from `start` to `close`. `beat` and `is_alive` are for the control thread, and
+    never wait."""
 
     def __init__(self, settings: WatchdogSettings, ros_args: list[str]):
         """ros_args: for the process, as rclpy takes them: the security enclave."""
@@ -71,10 +73,20 @@ class WatchdogClient:
     def _start(self) -> None:
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._link.setblocking(False)
-        command = [sys.executable, "-m", "deer_vla_ros.ros.watchdog", str(theirs.fileno()), self._settings.to_json()]
-        # A session of its own: whatever kills the node's group, a Ctrl-C included, leaves it alive to hold the arm.
+        command = [
+            sys.executable,
+            "-m",
+            "deer_vla_ros.ros.watchdog",
+            str(theirs.fileno()),
+            self._settings.to_json(),
+        ]
+        # A session of its own: whatever kills the node's group, a Ctrl-C included, leaves it alive to hold
+        # the arm.
         self._process = subprocess.Popen(
-            [*command, *self._ros_args], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            [*command, *self._ros_args],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         theirs.close()
         self._started, self._heard = time.monotonic(), -SILENCE_S

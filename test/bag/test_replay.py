@@ -513,6 +513,20 @@ def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_
     assert f"camera/static/image_raw of step {gone} is not in the recording" in told and "its memory is not known" in told
 
 
+def test_steps_that_the_recorder_lost_are_named_and_what_follows_them_is_unknown_not_different(tmp_path):
+    assert main(["replay", str(TABLE), "--out", str(tmp_path / "out")]) == 0
+    found = records([*INPUTS, "/deer_vla/step"], next((tmp_path / "out").glob("**/bag")))
+    places = [index for index, each in enumerate(found) if each.topic == "/deer_vla/step"]
+    steps = [decode(found[index]) for index in places]
+    lost = {places[5], places[6]}
+    kept = write(tmp_path / "bag", [each for index, each in enumerate(found) if index not in lost])
+    result, rows = replayed(kept, follow=True)
+    begins = next(index for index, step in enumerate(steps) if index > 6 and step.episode_step == 0)
+    expected = [*steps[:5], *steps[begins:]]
+    assert [row["stamp"] for row in rows] == [nanoseconds(step.header.stamp) for step in expected]
+    assert result.differences == [] and "steps 5 to 6 are missing in the recording" in "".join(result.tally.lines())
+
+
 def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_known(live):
     steps = [decode(each) for each in records(["/deer_vla/step"], live)]
     begins = next(step for step in steps[1:] if step.episode_step == 0)

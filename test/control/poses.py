@@ -8,7 +8,9 @@ from deer_vla_ros.control.types import Pose
 
 coordinates = st.floats(-1.0, 1.0, allow_nan=False)
 vectors = st.tuples(coordinates, coordinates, coordinates).map(np.array)
-rotations = st.tuples(coordinates, coordinates, coordinates).map(lambda v: Rotation.from_rotvec(3.0 * np.array(v)))
+rotations = st.tuples(coordinates, coordinates, coordinates).map(
+    lambda v: Rotation.from_rotvec(3.0 * np.array(v))
+)
 poses = st.builds(lambda position, rotation: Pose(position, rotation.as_quat()), vectors, rotations)
 
 

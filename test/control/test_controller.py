@@ -78,7 +78,8 @@ class Robot:
         return depths
 
     def tick_during_which(self, happens, lasts: int):
-        """One period whose inference takes `lasts`; before it is over, `happens` is called with the time at its end."""
+        """One period whose inference takes `lasts`; before it is over, `happens` is called with the time at
+        its end."""
         self.now += PERIOD
         self.perceive(self.now)
         policy, end = self.controller._policy, self.now + lasts
@@ -95,7 +96,11 @@ def test_a_frame_in_gives_a_command_out(controller):
     assert command.holds == ()
     assert command.decision.policy.layers_run == command.decision.policy.exit_layer + 1
     assert command.stamp_ns == command.decision.static_stamp_ns == START + PERIOD
-    assert 0 < distance_between(command.target, Pose(np.array([0.4, 0.0, 0.3]), DOWN)) <= SETTINGS.guard.max_translation_m
+    assert (
+        0
+        < distance_between(command.target, Pose(np.array([0.4, 0.0, 0.3]), DOWN))
+        <= SETTINGS.guard.max_translation_m
+    )
     assert command.gripper in (0.0, 0.08)
 
 
@@ -200,7 +205,9 @@ def test_a_hold_keeps_the_pose_measured_when_it_began_while_the_arm_sags(control
     assert robot.tick().holds == ()
 
 
-@pytest.mark.parametrize("hold", [lambda c: c.request_hold(True), lambda c: c.put_instruction("")], ids=["requested", "no words"])
+@pytest.mark.parametrize(
+    "hold", [lambda c: c.request_hold(True), lambda c: c.put_instruction("")], ids=["requested", "no words"]
+)
 def test_the_target_of_a_hold_stays_within_a_step_of_an_arm_that_is_led_by_hand(controller, hold):
     robot = Robot(controller)
     robot.tick()
@@ -259,7 +266,9 @@ def test_a_reset_clears_the_memory(checkpoint):
         used.tick(follow=False)  # the arm stays where the fresh one's is: the network looks at its pose, too
     used.controller.request_reset()
     used._random = np.random.default_rng(0)
-    np.testing.assert_array_equal(used.tick().decision.policy.action.pose, fresh.tick().decision.policy.action.pose)
+    np.testing.assert_array_equal(
+        used.tick().decision.policy.action.pose, fresh.tick().decision.policy.action.pose
+    )
 
 
 def test_the_same_inputs_give_the_same_decisions(checkpoint):
@@ -306,7 +315,9 @@ def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(name
         step = policy.step(observation)
         np.testing.assert_array_equal(step.action.pose, decision.policy.action.pose)
         assert (step.exits, step.exit_index) == (decision.policy.exits, decision.policy.exit_index)
-        assert decision.episode_step == number and decision.step == number, "no step is lost, no episode begins"
+        assert decision.episode_step == number and decision.step == number, (
+            "no step is lost, no episode begins"
+        )
     assert rule != before.rule
     assert {d.budget_id for d in decisions[:4]} == {before.budget_id} != {d.budget_id for d in decisions[4:]}
     assert {d.budget_id for d in decisions[4:]} == {controller.budget_status.budget_id}
@@ -425,7 +436,10 @@ def test_rust_code_that_panics_is_an_inference_that_fails(controller, monkeypatc
     robot = Robot(controller)
     monkeypatch.setattr(controller._policy, "reset", panics)
     failed = robot.tick()
-    assert failed.holds == (HoldReason.INFERENCE_FAILED,) and "PanicException: index out of bounds" in failed.error
+    assert (
+        failed.holds == (HoldReason.INFERENCE_FAILED,)
+        and "PanicException: index out of bounds" in failed.error
+    )
     monkeypatch.undo()
     controller.put_instruction("open the drawer")
     assert robot.tick().holds == ()
@@ -513,7 +527,9 @@ def test_a_measured_pose_that_is_displaced_for_good_holds_until_a_person_has_cle
     assert robot.tick().holds == (HoldReason.POSE_JUMPED,), "the same words are no other instruction"
     controller.request_hold(False)
     steady = robot.tick()
-    assert steady.holds == () and distance_between(steady.target, elsewhere) <= SETTINGS.guard.max_translation_m
+    assert (
+        steady.holds == () and distance_between(steady.target, elsewhere) <= SETTINGS.guard.max_translation_m
+    )
 
 
 def test_a_hold_that_began_without_a_pose_takes_the_first_usable_one(controller):
@@ -625,7 +641,14 @@ def test_a_motion_leaves_as_it_is_where_nothing_speaks_against_it(controller, de
         (lambda c: (c.request_hold(True), c.request_hold(False)), 10 * MS, 10 * MS, HoldReason.REQUESTED),
         (lambda c: c.put_instruction(""), 10 * MS, 10 * MS, HoldReason.NO_INSTRUCTION),
     ],
-    ids=["old frames", "stopped while ROS time stood still", "clock back", "hold", "hold and go", "no instruction"],
+    ids=[
+        "old frames",
+        "stopped while ROS time stood still",
+        "clock back",
+        "hold",
+        "hold and go",
+        "no instruction",
+    ],
 )
 def test_a_motion_that_something_speaks_against_by_now_is_a_hold_and_its_inference_is_told(
     controller, decided, happens, later, steady, reason
@@ -633,7 +656,11 @@ def test_a_motion_that_something_speaks_against_by_now_is_a_hold_and_its_inferen
     robot, command = decided
     happens(controller)
     last = controller.confirm(command, robot.now + later, robot.now + steady)
-    assert reason in last.holds and last.decision.held == last.holds and last.decision.step == command.decision.step
+    assert (
+        reason in last.holds
+        and last.decision.held == last.holds
+        and last.decision.step == command.decision.step
+    )
     assert not last.twist.linear.any() and controller.holding == last.holds
     start = robot.pose
     controller.request_hold(False)

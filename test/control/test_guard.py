@@ -78,7 +78,12 @@ def test_a_target_never_goes_further_out_of_the_workspace_than_the_last_one(situ
     assert (outside_by(result.target.position) <= outside_by(last.position) + EPSILON).all()
 
 
-@given(st.tuples(poses, vectors).map(lambda pair: (pair[0], Pose(pair[0].position + 0.05 * pair[1], pair[0].quaternion))), vectors)
+@given(
+    st.tuples(poses, vectors).map(
+        lambda pair: (pair[0], Pose(pair[0].position + 0.05 * pair[1], pair[0].quaternion))
+    ),
+    vectors,
+)
 def test_an_arm_outside_comes_nearer_with_every_step_as_far_as_the_leash_allows(situation, translation):
     last, measured = situation
     if is_beyond_workspace(LIMITS, measured):
@@ -111,10 +116,14 @@ def test_no_target_moves_faster_than_the_limits_of_speed_allow(situation, transl
 
 
 @given(poses, vectors, rotations, timings)
-def test_no_velocity_changes_faster_than_the_limits_of_acceleration_allow_but_to_stay_inside(last, translation, rotation, timing):
+def test_no_velocity_changes_faster_than_the_limits_of_acceleration_allow_but_to_stay_inside(
+    last, translation, rotation, timing
+):
     limits = dataclasses.replace(FAST, ramp_in_steps=0, workspace_min=(-9.0,) * 3, workspace_max=(9.0,) * 3)
     timing = dataclasses.replace(timing, in_ramp=False)
-    result = guard(limits, last, last, 0.01 * translation, Rotation.from_rotvec(0.01 * rotation.as_rotvec()), timing)
+    result = guard(
+        limits, last, last, 0.01 * translation, Rotation.from_rotvec(0.01 * rotation.as_rotvec()), timing
+    )
     if set(result.limits) <= {Limit.ACCELERATION}:
         now = twist_of(last, result.target, timing.seconds)
         most_m, most_rad = limits.max_linear_acceleration_m_s2, limits.max_angular_acceleration_rad_s2

@@ -14,11 +14,15 @@ LIMITS = InputLimits(max_age_ns=300 * MS, max_pose_age_ns=300 * MS, max_skew_ns=
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
-def pose(stamp_ns: int = NOW, frame: str = "base", position=(0.4, 0, 0.3), quaternion=(1, 0, 0, 0)) -> MeasuredPose:
+def pose(
+    stamp_ns: int = NOW, frame: str = "base", position=(0.4, 0, 0.3), quaternion=(1, 0, 0, 0)
+) -> MeasuredPose:
     return MeasuredPose(Pose(np.array(position, float), np.array(quaternion, float)), frame, stamp_ns)
 
 
-def gate(static: int | None = NOW, gripper: int | None = NOW, measured: MeasuredPose | None = None) -> InputGate:
+def gate(
+    static: int | None = NOW, gripper: int | None = NOW, measured: MeasuredPose | None = None
+) -> InputGate:
     """A gate that was given an instruction, a pose and frames with these stamps."""
     result = InputGate(LIMITS, "base")
     result.put_instruction("lift the red block")

@@ -33,7 +33,8 @@ def test_a_jittering_camera_at_the_rate_loses_no_frame(jitter_ms):
 
 
 @pytest.mark.parametrize(
-    ("camera_hz", "expected_hz"), [(5, 5), (10, 10), (12, 10), (12.5, 10), (15, 10), (25, 10), (30, 10), (60, 10)]
+    ("camera_hz", "expected_hz"),
+    [(5, 5), (10, 10), (12, 10), (12.5, 10), (15, 10), (25, 10), (30, 10), (60, 10)],
 )
 def test_faster_cameras_are_stepped_at_no_more_than_the_rate(camera_hz, expected_hz):
     stamps = [round(i / camera_hz * 1e9) for i in range(round(60 * camera_hz))]

@@ -24,16 +24,20 @@ PERIOD_S = 0.1
 
 
 class Rig:
-    """Publishes at 10 Hz while `running()`; change the attributes to make it misbehave. Keeps everything the node says.
+    """Publishes at 10 Hz while `running()`; change the attributes to make it misbehave. Keeps everything the
+    node says.
 
-    edit_image (camera name, message) and edit_pose (message) change a message before it goes out. The arm goes where it is told while it
-    is told to move, unless `follows` is off; while it holds it stays wherever `position` is put, as an arm led by hand does.
+    edit_image (camera name, message) and edit_pose (message) change a message before it goes out. The arm
+    goes where it is told while it is told to move, unless `follows` is off; while it holds it stays wherever
+    `position` is put, as an arm led by hand does.
 
-    namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG. hears_commands: as an arm's
-    controller does that is running.
+    namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG.
+    hears_commands: as an arm's controller does that is running.
     """
 
-    def __init__(self, client: Client, namespace: str = "", compressed: bool = False, hears_commands: bool = True):
+    def __init__(
+        self, client: Client, namespace: str = "", compressed: bool = False, hears_commands: bool = True
+    ):
         self._client, self._namespace, self._compressed = client, namespace, compressed
         node = client.node
         self.cameras_on = True
@@ -44,8 +48,8 @@ class Rig:
         self.edit_image = lambda name, image: None
         self.edit_pose = lambda pose: None
         self.follows = True
-        # Small: every node that ends with an image in flight leaves it in the 512 KiB of shared memory of this process for good, and
-        # one that finds no place there is lost.
+        # Small: every node that ends with an image in flight leaves it in the 512 KiB of shared memory of
+        # this process for good, and one that finds no place there is lost.
         self.sizes = {"static": 64, "gripper": 48}
         self._images: dict = {}
         self._images_lock = threading.Lock()
@@ -65,7 +69,10 @@ class Rig:
 
     def hear_commands(self) -> None:
         """Subscribes to what the arm is told."""
-        for kind, topic, heard in ((PoseStamped, "target_pose", self.targets), (TwistStamped, "target_twist", self.twists)):
+        for kind, topic, heard in (
+            (PoseStamped, "target_pose", self.targets),
+            (TwistStamped, "target_twist", self.twists),
+        ):
             self._hearing.append(
                 self._client.node.create_subscription(kind, f"{self._namespace}{topic}", heard.append, 100)
             )
@@ -84,7 +91,9 @@ class Rig:
         with self._images_lock:
             self._destroy_cameras()
             self._images = {
-                name: self._client.node.create_publisher(kind, f"{self._namespace}camera/{name}/image_raw{suffix}", quality)
+                name: self._client.node.create_publisher(
+                    kind, f"{self._namespace}camera/{name}/image_raw{suffix}", quality
+                )
                 for name in self.sizes
             }
 
@@ -104,8 +113,9 @@ class Rig:
             self._destroy_cameras()
 
     def instruct(self, text: str) -> None:
-        """Says it once the node has seen where the arm is: a new rig's arm stands elsewhere than that of the one before, and the node
-        takes an instruction that comes before its pose for one that does not know of it."""
+        """Says it once the node has seen where the arm is: a new rig's arm stands elsewhere than that of the
+        one before, and the node takes an instruction that comes before its pose for one that does not know of
+        it."""
         if self.pose_on:
             wait_until(lambda: self.poses_sent >= 3, what="poses of a rig that is running")
         self._instruction.publish(String(data=text))
@@ -119,7 +129,9 @@ class Rig:
     def await_hold(self, timeout: float = 10.0) -> PoseStamped | None:
         """The newest target, if there ever was one, once the arm holds: three zero twists in a row."""
         begin = len(self.twists)
-        wait_until(lambda: len(self.twists) >= begin + 3 and not any(map(moves, self.twists[-3:])), timeout, "a hold")
+        wait_until(
+            lambda: len(self.twists) >= begin + 3 and not any(map(moves, self.twists[-3:])), timeout, "a hold"
+        )
         return self.targets[-1] if self.targets else None
 
     def _run(self) -> None:

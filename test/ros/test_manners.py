@@ -1,4 +1,5 @@
-"""What a robotics engineer expects of a node that moves an arm: life, inputs, outputs and neighbours, over real DDS."""
+"""What a robotics engineer expects of a node that moves an arm: life, inputs, outputs and neighbours, over
+real DDS."""
 
 import dataclasses
 import re
@@ -57,7 +58,12 @@ def rig(client, node):
 
 def newest_status(diagnostics: list, key: str) -> DiagnosticStatus | None:
     """The newest status whose values name `key` (any part of it)."""
-    found = [status for array in diagnostics for status in array.status if any(key in pair.key for pair in status.values)]
+    found = [
+        status
+        for array in diagnostics
+        for status in array.status
+        if any(key in pair.key for pair in status.values)
+    ]
     return found[-1] if found else None
 
 
@@ -69,7 +75,9 @@ def test_without_any_frame_the_node_is_active_holds_and_says_how_many_publish(cl
         client.await_active(process, "lonely/deer_vla")
         key = "publishers./lonely/camera/static/image_raw"
         status = wait_until(
-            lambda: (s := newest_status(diagnostics, key)) and s.level == DiagnosticStatus.WARN and s, 10.0, "a warning"
+            lambda: (s := newest_status(diagnostics, key)) and s.level == DiagnosticStatus.WARN and s,
+            10.0,
+            "a warning",
         )
         assert "no frame of the static camera yet" in status.message
         assert {pair.key: pair.value for pair in status.values}[key] == "0"
@@ -91,7 +99,9 @@ def test_a_publisher_that_cannot_be_heard_is_reported_with_the_remedy(rig, clien
 
 def test_a_second_commander_is_reported(rig, client, node, diagnostics):
     publisher = client.node.create_publisher(PoseStamped, f"{NAMESPACE}/target_pose", 10)
-    wait_until(lambda: f"/{NAMESPACE}/target_pose is commanded by 2 publishers" in node.output(), what="the report")
+    wait_until(
+        lambda: f"/{NAMESPACE}/target_pose is commanded by 2 publishers" in node.output(), what="the report"
+    )
     key = f"publishers./{NAMESPACE}/ee_pose"
     wait_until(lambda: newest_status(diagnostics, key).level == DiagnosticStatus.WARN, what="the warning")
     client.node.destroy_publisher(publisher)
@@ -147,7 +157,10 @@ class TimedRig(Rig):
 def test_simulated_time_works_and_its_jump_back_is_a_hold_until_the_instruction_is_given_again(client):
     rig = TimedRig(client, "timed/")
     rig.clock = client.node.create_publisher(Clock, "/clock", 10)
-    with spawn("node", "--ros-args", "-r", "__ns:=/timed", "-p", "use_sim_time:=true") as process, rig.running():
+    with (
+        spawn("node", "--ros-args", "-r", "__ns:=/timed", "-p", "use_sim_time:=true") as process,
+        rig.running(),
+    ):
         rig.instruct("open the drawer")
         before = rig.await_steps(5, START_TIMEOUT)[-1]
         assert nanoseconds(before.header.stamp) < 10_000 * 10**9, "stamps are simulated time"
@@ -155,7 +168,9 @@ def test_simulated_time_works_and_its_jump_back_is_a_hold_until_the_instruction_
         wait_until(lambda: "the clock jumped backwards" in process.output(), what="the hold")
         rig.await_hold()
         rig.instruct("open the drawer")
-        after = wait_until(lambda: [s for s in rig.steps if s.episode > before.episode], 20.0, "a new episode")[0]
+        after = wait_until(
+            lambda: [s for s in rig.steps if s.episode > before.episode], 20.0, "a new episode"
+        )[0]
         assert nanoseconds(after.header.stamp) < nanoseconds(before.header.stamp)
 
 
@@ -172,7 +187,10 @@ def test_the_running_node_has_the_topics_and_services_that_the_reference_names(c
     served = dict(graph.get_service_names_and_types_by_node("deer_vla", f"/{NAMESPACE}"))
     for table, running in ((INPUTS, heard), (OUTPUTS, said), (SERVICES, served)):
         for entry in table:
-            if getattr(entry, "when", "") not in ("inputs.image_transport: compressed", "control.enable_timeout_s above 0"):
+            if getattr(entry, "when", "") not in (
+                "inputs.image_transport: compressed",
+                "control.enable_timeout_s above 0",
+            ):
                 assert running[absolute(entry.name)] == [type_name(entry.type)]
     ours = {name for name in said if not re.search(r"rosout|parameter_events|transition_event", name)}
     assert ours == {absolute(topic.name) for topic in OUTPUTS}
@@ -208,7 +226,10 @@ def slow_checkpoint(tmp_path_factory) -> Path:
 
 def test_a_step_that_takes_too_long_is_overruled_and_a_signal_still_holds_at_once(client, slow_checkpoint):
     rig = Rig(client, "slow/")
-    with spawn("node", "--ros-args", "-r", "__ns:=/slow", "-p", f"model.path:={slow_checkpoint}") as process, rig.running():
+    with (
+        spawn("node", "--ros-args", "-r", "__ns:=/slow", "-p", f"model.path:={slow_checkpoint}") as process,
+        rig.running(),
+    ):
         client.await_active(process, "slow/deer_vla")
         rig.instruct("open the drawer")
         wait_until(lambda: "the inference took so long" in process.output(), START_TIMEOUT, "the watchdog")
@@ -219,7 +240,9 @@ def test_a_step_that_takes_too_long_is_overruled_and_a_signal_still_holds_at_onc
         assert not moves(rig.twists[-1])
 
 
-def test_several_parameters_are_set_together_or_not_at_all_and_looser_limits_only_in_a_hold(rig, client, node):
+def test_several_parameters_are_set_together_or_not_at_all_and_looser_limits_only_in_a_hold(
+    rig, client, node
+):
     def arrays(**values: list[float]) -> SetParametersAtomically.Request:
         kind = ParameterType.PARAMETER_DOUBLE_ARRAY
         return SetParametersAtomically.Request(
@@ -245,7 +268,10 @@ def test_several_parameters_are_set_together_or_not_at_all_and_looser_limits_onl
         assert box() == before
     far = arrays(workspace_min=[2.0] * 3, workspace_max=[3.0] * 3)
     refused = client.call(SetParametersAtomically, service, far).result
-    assert not refused.successful and "guard.workspace_max would allow more while the arm moves" in refused.reason
+    assert (
+        not refused.successful
+        and "guard.workspace_max would allow more while the arm moves" in refused.reason
+    )
     assert box() == before
     rig.instruct("")
     rig.await_hold()

@@ -1,4 +1,5 @@
-"""What an arm must never feel: the node stopped, killed, hung, doubled, unheard or asked for the impossible, over real DDS."""
+"""What an arm must never feel: the node stopped, killed, hung, doubled, unheard or asked for the impossible,
+over real DDS."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def faulty_node(namespace: str, code: str):
 
 def watchdog_of(process) -> int:
     (pid,) = wait_until(
-        lambda: [pid for pid in children(process.pid) if "deer_vla_ros.ros.watchdog" in command_of(pid)], what="a watchdog"
+        lambda: [pid for pid in children(process.pid) if "deer_vla_ros.ros.watchdog" in command_of(pid)],
+        what="a watchdog",
     )
     return pid
 
@@ -84,11 +86,17 @@ def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(client)
         for _ in range(3):
             process.send(signal.SIGSTOP)
             begin = len(rig.twists)
-            wait_until(lambda begin=begin: len([t for t in rig.twists[begin:] if not moves(t)]) >= 3, what="holds")
+            wait_until(
+                lambda begin=begin: len([t for t in rig.twists[begin:] if not moves(t)]) >= 3, what="holds"
+            )
             begin, resumed_ns = len(rig.twists), time.time_ns()
             process.send(signal.SIGCONT)
             wait_until(lambda begin=begin: sum(map(moves, rig.twists[begin:])) >= 3, what="motions again")
-            late = [t for t in rig.twists[begin:] if moves(t) and nanoseconds(t.header.stamp) < resumed_ns - MAX_AGE_NS]
+            late = [
+                t
+                for t in rig.twists[begin:]
+                if moves(t) and nanoseconds(t.header.stamp) < resumed_ns - MAX_AGE_NS
+            ]
             assert not late, "a motion decided on frames from before the stop"
         positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets]
         assert np.linalg.norm(np.diff(positions, axis=0), axis=1).max() <= 0.06 + 1e-6
@@ -102,8 +110,13 @@ def test_a_killed_node_leaves_a_hold_behind_and_no_process(client):
         process.send(signal.SIGKILL)
         process.wait()
         begin = len(rig.twists)
-        wait_until(lambda: len(rig.twists) >= begin + 5 and not any(map(moves, rig.twists[-4:])), what="holds of a dead node")
-        assert np.linalg.norm([getattr(rig.targets[-1].pose.position, a) for a in "xyz"] - rig.position) <= 0.06
+        wait_until(
+            lambda: len(rig.twists) >= begin + 5 and not any(map(moves, rig.twists[-4:])),
+            what="holds of a dead node",
+        )
+        assert (
+            np.linalg.norm([getattr(rig.targets[-1].pose.position, a) for a in "xyz"] - rig.position) <= 0.06
+        )
         wait_until(lambda: gone(watchdog), what="the end of the watchdog")
 
 
@@ -139,10 +152,14 @@ def test_an_inference_that_keeps_the_interpreters_lock_is_held_for_by_the_watchd
         rig.instruct("open the drawer")
         rig.await_steps(9, START_TIMEOUT)
         begin = len(rig.twists)
-        wait_until(lambda: len([t for t in rig.twists[begin:] if not moves(t)]) >= 10, what="holds of the watchdog")
+        wait_until(
+            lambda: len([t for t in rig.twists[begin:] if not moves(t)]) >= 10, what="holds of the watchdog"
+        )
         assert sum(map(moves, rig.twists[begin:])) <= 2
         late = rig.await_steps(1)[0]
-        assert late.verdict == late.VERDICT_HELD and "TOO_SLOW" in late.reasons, "what it decided in the end is told, and not done"
+        assert late.verdict == late.VERDICT_HELD and "TOO_SLOW" in late.reasons, (
+            "what it decided in the end is told, and not done"
+        )
         rig.await_steps(3)
         numbers = [step.step for step in rig.steps]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "every inference is one step"
@@ -163,7 +180,9 @@ Controller.tick = tick
 """
 
 
-def test_when_the_control_thread_ends_the_arm_holds_everybody_is_told_and_the_process_ends(client, diagnostics):
+def test_when_the_control_thread_ends_the_arm_holds_everybody_is_told_and_the_process_ends(
+    client, diagnostics
+):
     rig = Rig(client, "ended_by_itself/")
     with faulty_node("ended_by_itself", FAILS) as process, rig.running():
         client.await_active(process, "ended_by_itself/deer_vla")
@@ -192,14 +211,18 @@ def test_a_callback_that_raises_is_a_hold_and_those_after_it_run(client):
     rig = Rig(client, "defect/")
     with faulty_node("defect", RAISES) as process, rig.running():
         await_moving(client, process, rig, "defect")
-        assert client.call(Trigger, "defect/deer_vla/reset").success, "the second call; the first is never answered"
+        assert client.call(Trigger, "defect/deer_vla/reset").success, (
+            "the second call; the first is never answered"
+        )
         rig.await_hold()
         assert "a callback failed: RuntimeError: a defect" in process.output()
         clear(client, "defect")
         rig.await_steps(3)
 
 
-@pytest.mark.parametrize("error", ["MemoryError()", "OSError(28, 'No space left on device')", "ValueError('inf')"])
+@pytest.mark.parametrize(
+    "error", ["MemoryError()", "OSError(28, 'No space left on device')", "ValueError('inf')"]
+)
 def test_whatever_fails_in_a_transition_is_one_line_with_the_reason(client, error):
     code = f"""
 from deer_vla_ros.ros import loading
@@ -227,7 +250,9 @@ def busy(client):
         yield process, rig
 
 
-@pytest.mark.parametrize("transition", [Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE, 77, 0])
+@pytest.mark.parametrize(
+    "transition", [Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE, 77, 0]
+)
 def test_a_transition_that_the_state_does_not_have_is_refused_and_the_arm_goes_on(client, busy, transition):
     process, rig = busy
     request = ChangeState.Request(transition=Transition(id=transition))
@@ -258,7 +283,10 @@ def test_looser_limits_are_refused_while_the_arm_moves_and_tighter_ones_are_not(
     process, rig = busy
     rig.await_steps(1)
     refused = ask("guard.leash_m", 1.0)
-    assert not refused.successful and "guard.leash_m would allow more while the arm moves: call ~/hold" in refused.reason
+    assert (
+        not refused.successful
+        and "guard.leash_m would allow more while the arm moves: call ~/hold" in refused.reason
+    )
     assert ask("guard.leash_m", 0.1).successful
     assert "limit changed: guard.leash_m is 0.1" in process.output()
     client.call(SetBool, "asked/deer_vla/hold", SetBool.Request(data=True))
@@ -276,11 +304,17 @@ def test_a_second_node_holds_without_disturbing_the_first_and_goes_on_when_it_ma
     with node("doubled") as first, rig.running():
         await_moving(client, first, rig, "doubled")
         with node("doubled", "autostart:=true") as second:
-            wait_until(lambda: "another node commands the arm too" in second.output(), START_TIMEOUT, "the second to say so")
+            wait_until(
+                lambda: "another node commands the arm too" in second.output(),
+                START_TIMEOUT,
+                "the second to say so",
+            )
             begin = len(rig.twists)
             rig.await_steps(20)
             told = rig.twists[begin:]
-            assert sum(map(moves, told)) > 0.75 * len(told), "the second one's holds would be every other command"
+            assert sum(map(moves, told)) > 0.75 * len(told), (
+                "the second one's holds would be every other command"
+            )
             assert "controlling" not in second.output()
             assert first.stop() == 0
             wait_until(lambda: "another node" in holding(second), what="still a hold")
@@ -321,7 +355,9 @@ def test_a_frozen_pose_with_fresh_stamps_is_a_hold_that_a_person_clears(client, 
         rig.await_hold()
         wait_until(
             lambda: any(
-                status.level == DiagnosticStatus.ERROR and "does not follow" in status.message and "~/hold" in status.message
+                status.level == DiagnosticStatus.ERROR
+                and "does not follow" in status.message
+                and "~/hold" in status.message
                 for array in diagnostics
                 for status in array.status
             ),
@@ -387,7 +423,10 @@ def test_an_arm_led_by_hand_during_a_hold_is_never_far_from_its_target(client, b
         rig.position = start + np.array([0.0, 0.0125 * (i + 1), 0.0])
         sent = rig.poses_sent
         wait_until(lambda sent=sent: rig.poses_sent > sent, what="the pose")
-    wait_until(lambda: abs(rig.targets[-1].pose.position.y - rig.position[1]) <= 0.06, what="a target that is with the arm")
+    wait_until(
+        lambda: abs(rig.targets[-1].pose.position.y - rig.position[1]) <= 0.06,
+        what="a target that is with the arm",
+    )
     ys = [target.pose.position.y for target in rig.targets[begin:]]
     assert ys == sorted(ys) and len(set(ys)) <= 7, "taken anew when it has to be, not at every moment"
     clear(client, "asked")
