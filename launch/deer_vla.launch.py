@@ -23,6 +23,7 @@ PARAMETERS = {
     "device": ("model.device", str),
     "use_sim_time": ("use_sim_time", bool),
     "autostart": ("autostart", bool),
+    "rehearsal": ("control.rehearsal", bool),
 }
 """Launch argument -> the node's parameter and its type."""
 SIGTERM_S, SIGKILL_S = "10", "5"
@@ -49,6 +50,12 @@ def generate_launch_description() -> LaunchDescription:
                 default_value="",
                 choices=on_off,
                 description="false: wait for a lifecycle manager; overrides params_file.",
+            ),
+            DeclareLaunchArgument(
+                "rehearsal",
+                default_value="",
+                choices=on_off,
+                description="true: a recording is played, no arm is there; overrides params_file.",
             ),
             OpaqueFunction(function=_check),
             OpaqueFunction(function=_start_node),

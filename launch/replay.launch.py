@@ -55,7 +55,11 @@ def generate_launch_description() -> LaunchDescription:
     default_params = PathJoinSubstitution([FindPackageShare("deer_vla_ros"), "config", "deer_vla.yaml"])
     policy = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(PathJoinSubstitution([ThisLaunchFileDir(), "deer_vla.launch.py"])),
-        launch_arguments={"params_file": LaunchConfiguration("params_file"), "use_sim_time": "true"}.items(),
+        launch_arguments={
+            "params_file": LaunchConfiguration("params_file"),
+            "use_sim_time": "true",
+            "rehearsal": "true",
+        }.items(),
     )
     recorder = ExecuteProcess(
         cmd=["ros2", "bag", "record", "--all", "--use-sim-time", "--storage", "mcap", "--output", LaunchConfiguration("out")],

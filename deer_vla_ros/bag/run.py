@@ -37,6 +37,7 @@ from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros import parameters
 from deer_vla_ros.ros.conversions import step_message
 from deer_vla_ros.ros.loading import warm_controller
 from deer_vla_ros.ros.stamped import measured_pose, nanoseconds
@@ -48,12 +49,6 @@ FOLLOWED = tuple(
 """What a replay along recorded steps has to decide as the live node did: all but numbers that count from the
 node's start, ages, which the controller's clock rounds, and what the guard made of it, which rests on poses
 that came while the live node was thinking."""
-
-NO_FEEDBACK = {"guard.follow_timeout_s": 0.0, "guard.ramp_in_steps": 0}
-"""A recorded arm does not follow what the replay decides: it seems to stand still or to be moved away, again
-and again, and ramps after holds that no live arm would see say nothing. Along recorded steps it is the arm
-that followed, and only its holds are not known."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -150,7 +145,8 @@ def run(
                 f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, or say what to do with --instruction"
             )
         window = _window(request, recording)
-        feedback = {"guard.follow_timeout_s": 0.0} if request.follow else NO_FEEDBACK
+        # Along recorded steps it is the live arm's pose that is measured, and only the holds between them are not known.
+        feedback = {"guard.follow_timeout_s": 0.0} if request.follow else parameters.NO_FEEDBACK
         controller = warm_controller(request.given | feedback, logging.getLogger(__name__), request.latencies)
         stack.callback(controller.close)
         result.seconds = (window[1] - window[0]) / 1e9

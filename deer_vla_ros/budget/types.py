@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.exit_rule import ExitRule
+
+if TYPE_CHECKING:  # whoever only asks for budgets has no use for torch
+    from deer_vla_ros.inference.exit_rule import ExitRule
 
 AVERAGES = ("average_gmac", "average_fraction", "average_ms")
 """Budgets of the mean step: they set the thresholds."""

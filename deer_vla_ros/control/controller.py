@@ -16,10 +16,11 @@ from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus
 from deer_vla_ros.control.budgeted_policy import BudgetedPolicy, BudgetedStep
 from deer_vla_ros.control.following import Following
 from deer_vla_ros.control.gripper import GripperSwitch
-from deer_vla_ros.control.guard import GuardLimits, StepTiming, guard, is_beyond_workspace, is_near
-from deer_vla_ros.control.inputs import InputGate, InputLimits, Inputs
+from deer_vla_ros.control.guard import StepTiming, guard, is_beyond_workspace, is_near
+from deer_vla_ros.control.inputs import InputGate, Inputs
 from deer_vla_ros.control.motion import motion_of, twist_of
 from deer_vla_ros.control.pace import Pace
+from deer_vla_ros.control.settings import ControllerSettings
 from deer_vla_ros.control.types import (
     COMMANDED_BY_OTHERS,
     SERIOUS,
@@ -35,23 +36,6 @@ from deer_vla_ros.control.types import (
 from deer_vla_ros.inference.types import Observation, StageTimes
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True)
-class ControllerSettings:
-    """rate_hz: at most so many steps, and while holding as many repeats, per second.
-
-    gripper_hysteresis: how far from one half the gripper's probability must be to change it;
-    gripper_dwell_ns: the least time between two changes. follow_timeout_ns: for how long the arm may stand
-    still although its target is ahead of it; 0: for ever.
-    """
-
-    rate_hz: float
-    inputs: InputLimits
-    guard: GuardLimits
-    gripper_hysteresis: float = 0.0
-    gripper_dwell_ns: int = 0
-    follow_timeout_ns: int = 0
 
 
 @dataclass(frozen=True)

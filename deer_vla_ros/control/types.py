@@ -32,7 +32,7 @@ class HoldReason(enum.Enum):
     CONTROL_FAILED = "control has failed: the process ends and has to be started again"
     CALLBACK_FAILED = "a callback of the node raised an error: see its log"
     COMMANDS_UNHEARD = (
-        "nobody listens to the arm's commands: start the arm's controller (control.require_subscriber)"
+        "nobody listens to the arm's commands: start the arm's controller (or see control.rehearsal)"
     )
     OTHER_PUBLISHER = (
         "another node has publishers of the arm's commands: it has a moment to show whether it commands"

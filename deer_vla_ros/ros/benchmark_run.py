@@ -75,7 +75,12 @@ def _window(seconds: float, processes: list[ChildProcess], spinning: int, out: P
 
 
 def _node(threads: int, out: Path) -> ChildProcess:
-    settings = {"control.rate_hz": RATE_HZ, "model.cpu_threads": threads, "action.frame": FRAME}
+    settings = {
+        "control.rate_hz": RATE_HZ,
+        "control.rehearsal": True,
+        "model.cpu_threads": threads,
+        "action.frame": FRAME,
+    }
     parameters = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
     return ChildProcess("policy node", ["node", "--ros-args", "-r", f"__ns:=/{NAMESPACE}", *parameters], out / "node.log")
 

@@ -1,8 +1,7 @@
 """The checks that launch files make before they start anything: parameter file, recording, output folder.
 
-A launch file calls `check`. This runs the module in another process, with the Python that the nodes run with.
-The checks import torch: `ros2 launch` would keep it in memory as long as it runs, and the Python of `ros2`
-does not always have it.
+A launch file calls `check`. This runs the module in another process, with the Python that the nodes run with:
+the Python of `ros2 launch` does not always have scipy and rosbags, which the checks need.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def check_parameters(path: Path, node: str) -> None:
         found = f"only for {', '.join(keys)}" if keys else "none at all"
         what = f"params_file {path}: no ros__parameters for the node {node}, {found}"
         raise UserError(f"{what}: give them as {example} does")
-    from deer_vla_ros.ros.parameters import from_file  # only now: this takes seconds
+    from deer_vla_ros.ros.parameters import from_file
 
     from_file(path)
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -18,19 +18,27 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from deer_vla_ros.budget.types import UNITS, Budget
-from deer_vla_ros.control.controller import Controller, ControllerSettings
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
+from deer_vla_ros.control.settings import ControllerSettings
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.ros.gripper import INTERFACES
 from deer_vla_ros.ros.stamped import SECOND
 from deer_vla_ros.yaml_file import read_yaml
 
+if TYPE_CHECKING:  # launch files check parameters before anything starts, and have no use for torch
+    from deer_vla_ros.control.controller import Controller
+
 NODE_NAME = "deer_vla"
 RCLPYS_OWN = ("use_sim_time", "start_type_description_service", "qos_overrides.")
 """Parameters, or beginnings of their names, that rclpy declares itself: `ros2 param dump` writes them into
 its file too."""
+
+
+NO_FEEDBACK = {"guard.follow_timeout_s": 0.0, "guard.ramp_in_steps": 0}
+"""What holds in a rehearsal and in a replay. A recorded arm does not follow what is decided now: it seems to stand still or
+to be moved away, again and again, and ramps after holds that no live arm would see say nothing."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +151,10 @@ DECLARATIONS = (
         10.0,
     ),
     Declaration(
-        "control.require_subscriber",
-        True,
-        "Hold while nobody listens to the arm's commands; false to watch what the policy would do without an arm.",
+        "control.rehearsal",
+        False,
+        "No arm is there, only a recording that is played or an onlooker: nobody has to listen to the commands, the arm "
+        "need not follow them, and no hold waits for a person. Never on a robot.",
     ),
     Declaration(
         "control.allow_other_commanders",
@@ -470,8 +479,8 @@ def unknown(node: Node) -> list[str]:
 
 
 def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Every parameter's value by name, `changes` put on top; raises UserError where a value is none of its
-    choices."""
+    """Every parameter's value by name, `changes` put on top, as they take effect; raises UserError where a value is none of
+    its choices."""
     current = {
         declaration.name: node.get_parameter(declaration.name).value for declaration in DECLARATIONS
     } | (changes or {})
@@ -481,7 +490,7 @@ def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:
                 f"{declaration.name} is '{current[declaration.name]}': "
                 f"use one of {', '.join(declaration.choices)}"
             )
-    return current
+    return current | (NO_FEEDBACK if current["control.rehearsal"] else {})
 
 
 def controller_settings(given: dict[str, Any]) -> ControllerSettings:

@@ -156,6 +156,8 @@ class PolicyNode(LifecycleNode):
         if strangers := parameters.unknown(self):
             self.get_logger().warning(f"no such parameters: {', '.join(strangers)}: see config/deer_vla.yaml")
         given = parameters.values(self)
+        if given["control.rehearsal"]:
+            self.get_logger().warning("control.rehearsal is on: for recordings and onlookers, never with an arm")
         self._outputs.open(given)
         controller = loading.warm_controller(given, self.get_logger())
         controller.put_instruction(self._instruction)
@@ -295,6 +297,8 @@ class PolicyNode(LifecycleNode):
 
     def _demand_holds(self, controller: Controller) -> None:
         """What only the node can see speaks for or against a hold."""
+        if self._value("control.rehearsal"):
+            controller.clear()
         callback_failed, self._callback_failed = self._callback_failed, False
         controller.demand_hold(HoldReason.CALLBACK_FAILED, callback_failed)
         controller.demand_hold(HoldReason.WATCHDOG_LOST, not self._watchdog.is_alive())
@@ -305,9 +309,7 @@ class PolicyNode(LifecycleNode):
 
     def _is_heard(self) -> bool:
         """Whether anybody but ourselves listens to the arm's commands."""
-        return self._outputs.listeners() > int(self._others.listens) or not self._value(
-            "control.require_subscriber"
-        )
+        return self._outputs.listeners() > int(self._others.listens) or self._value("control.rehearsal")
 
     def _is_enabled(self) -> bool:
         timeout_s = self._value("control.enable_timeout_s")

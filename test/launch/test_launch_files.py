@@ -20,7 +20,7 @@ from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
 ROOT = Path(__file__).resolve().parents[2]
 POLICY, DEMO, REPLAY = (ROOT / "launch" / f"{name}.launch.py" for name in ("deer_vla", "demo", "replay"))
 ARGUMENTS = {
-    POLICY: {"params_file", "model_path", "namespace", "device", "use_sim_time", "autostart"},
+    POLICY: {"params_file", "model_path", "namespace", "device", "use_sim_time", "autostart", "rehearsal"},
     DEMO: {"seed", "namespace"},
     REPLAY: {"bag", "out", "rate", "wait", "params_file"},
 }

@@ -78,7 +78,7 @@ def test_what_was_decided_live_is_decided_again_in_lock_step(tmp_path):
     with Recording(TABLE) as recording:
         played = list(recording.messages(set(PLAYED), None, recording.start_ns + round(SECONDS * SECOND)))
 
-    with Client("player") as client, spawn("node", "--ros-args", "-p", "use_sim_time:=true") as node:
+    with Client("player") as client, spawn("node", "--ros-args", "-p", "use_sim_time:=true", "-p", "control.rehearsal:=true") as node:
         client.await_active(node, "deer_vla")
         player = Player(client, played)
 

@@ -44,7 +44,7 @@ def test_the_arm_starts_held_in_a_box_of_its_own(path):
     values, file = parameters.from_file(path), given(path)
     assert not set(OWN) - set(file)
     assert values["control.start_held"] is True
-    assert values["control.require_subscriber"] is True and values["control.allow_other_commanders"] is False
+    assert values["control.rehearsal"] is False and values["control.allow_other_commanders"] is False
     assert values["action.frame"], "the frame of the robot, not that of the checkpoint"
     box, default = ([each[corner] for corner in BOX] for each in (values, DEFAULTS))
     assert box != default
