@@ -13,14 +13,9 @@ from deer_vla_ros.control.types import Command, HoldReason, Pose
 class Continuity:
     """Passes every command of one publisher in the order in which they leave."""
 
-    def __init__(self) -> None:
-        self._stamp_ns = 0
-        self._quaternion: np.ndarray | None = None
-
-    @property
-    def stamp_ns(self) -> int:
-        """The stamp that left last; 0 before any."""
-        return self._stamp_ns
+    def __init__(self, stamp_ns: int = 0, quaternion: np.ndarray | None = None) -> None:
+        """stamp_ns, quaternion (4,): those that left last, where another process goes on."""
+        self.stamp_ns, self.quaternion = stamp_ns, quaternion
 
     def passed(self, command: Command) -> Command:
         """The command as it may leave.
@@ -31,11 +26,11 @@ class Continuity:
         sent, for a controller that interpolates between numbers.
         """
         if HoldReason.CLOCK_JUMPED in command.holds:
-            self._stamp_ns = 0
-        self._stamp_ns = max(self._stamp_ns, command.stamp_ns)
+            self.stamp_ns = 0
+        self.stamp_ns = max(self.stamp_ns, command.stamp_ns)
         target = command.target
         if target is not None:
-            if self._quaternion is not None and float(self._quaternion @ target.quaternion) < 0:
+            if self.quaternion is not None and float(self.quaternion @ target.quaternion) < 0:
                 target = Pose(target.position, -target.quaternion)
-            self._quaternion = target.quaternion
-        return dataclasses.replace(command, stamp_ns=self._stamp_ns, target=target)
+            self.quaternion = target.quaternion
+        return dataclasses.replace(command, stamp_ns=self.stamp_ns, target=target)

@@ -102,6 +102,8 @@ class Controller:
         self._holds: Counter[HoldReason] = Counter()
         self._serious: tuple[HoldReason, ...] = ()
         self._clearances = self._holds_obeyed = 0
+        self._has_moved = False
+        self._gripper_before: tuple[object, float | None] = (self._gripper.state, None)
 
     # --- inputs, from any thread
 
@@ -142,7 +144,7 @@ class Controller:
 
     @settings.setter
     def settings(self, settings: ControllerSettings) -> None:
-        if settings.guard.loosened_from(self._settings.guard):
+        if settings.loosened_from(self._settings):
             self._moved = (
                 None  # what was a small motion by the old limits starts again from the measured pose
             )
@@ -220,12 +222,19 @@ class Controller:
         """Those of `holding` that a person has to clear."""
         return self._serious
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether another one commands the arm, so that even a hold of ours would disturb it. One that has moved the arm
+        itself is never silent: what it began, it ends."""
+        return not self._has_moved and not COMMANDED_BY_OTHERS.isdisjoint(self._gate.snapshot().demands)
+
     # --- the tick
 
     def start(self) -> None:
         """Control begins, or begins again: nothing of an earlier time is remembered, held or repeated."""
         self._held = self._moved = self._last_gripper = self._last_tick = None
         self._serious = ()
+        self._has_moved = False
         self._following.begin()
         self._gripper = GripperSwitch(self._settings.gripper_hysteresis, self._settings.gripper_dwell_ns)
         self._pace.forget()
@@ -247,7 +256,7 @@ class Controller:
         inputs, before = self._gate.snapshot(), self._last_tick
         self._last_tick = time
         if before is not None and now_ns < before.now_ns - self._settings.inputs.max_skew_ns:
-            return self._start_over(inputs, time)
+            return self._start_over(time)
         late = self._judge_time(before, time) if steady_ns is not None else ()
         reasons = tuple(dict.fromkeys((*late, *self._judge(inputs, now_ns))))
         if reasons:
@@ -263,8 +272,9 @@ class Controller:
 
         The caller lets nobody else tell the arm anything until it has left. steady_ns: as `tick` takes it.
         """
-        decision = command.decision
-        self._last_tick = time = _Time(now_ns, steady_ns)
+        decision, time = command.decision, _Time(now_ns, steady_ns)
+        # A clock that jumped meanwhile is seen by the next tick, which forgets what was before.
+        self._last_tick = dataclasses.replace(self._last_tick, steady_ns=steady_ns)
         if command.holds or decision is None:
             return command
         inputs, limits = self._gate.snapshot(), self._settings.inputs
@@ -272,14 +282,19 @@ class Controller:
         if now_ns < decision.tick_ns - limits.max_skew_ns:
             reasons = (*reasons, HoldReason.CLOCK_JUMPED)
         age_ns = now_ns - min(decision.static_stamp_ns, decision.gripper_stamp_ns)
-        if not reasons and (age_ns > limits.max_age_ns or steady_ns - decision.steady_ns > limits.max_age_ns):
+        if not reasons and max(age_ns, steady_ns - decision.steady_ns) > limits.max_age_ns:
             reasons = (HoldReason.TOO_SLOW,)
-        return self._refuse(inputs, reasons, time, decision) if reasons else command
+        if not reasons:
+            self._has_moved = True
+            return command
+        self._gripper.state, self._last_gripper = self._gripper_before  # the fingers were not told either
+        return self._refuse(inputs, reasons, time, decision)
 
     def _judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
         """Why the arm must not be moved on these inputs; empty when it may."""
-        if inputs.clearances != self._clearances:
+        if inputs.clearances > self._clearances:
             self._clearances, self._serious = inputs.clearances, ()
+            self._following.begin()
         reasons = [*self._serious, *self._gate.judge(inputs, now_ns)]
         if inputs.holds_requested != self._holds_obeyed:  # one that was lifted before any tick is a hold, too
             reasons.append(HoldReason.REQUESTED)
@@ -299,11 +314,11 @@ class Controller:
         return reasons
 
     def hold_now(self, now_ns: int, reason: HoldReason) -> Command:
-        """A hold at the newest measured pose, whatever a tick in another thread is about; changes nothing, so
+        """A hold where the arm is, whatever a tick in another thread is about; changes nothing, so
         any thread may ask."""
         inputs = self._gate.snapshot()
-        pose = None if self._gate.judge_pose(inputs, now_ns) else inputs.pose.pose
-        return Command(now_ns, pose, Twist.zero(), None, holds=(reason,), is_silent=_is_silent(inputs))
+        pose = self._pose_to_hold(inputs, now_ns)
+        return Command(now_ns, pose, Twist.zero(), None, holds=(reason,), is_silent=self.is_silent)
 
     def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
         """Runs every exit once and more, so that the first real step is not the slow one; leaves no trace but
@@ -311,14 +326,14 @@ class Controller:
         self._policy.warm_up(image_shape)
         self._instruction = ""
 
-    def _start_over(self, inputs: Inputs, time: _Time) -> Command:
+    def _start_over(self, time: _Time) -> Command:
         """Holds; nothing from before the jump is acted upon, the measured pose neither, and a new episode
         follows."""
         self._gate.forget()
         self._gate.request_reset()
         self._pace.forget()
         self._held = None
-        return self._hold(inputs, (HoldReason.CLOCK_JUMPED,), time)
+        return self._hold(self._gate.snapshot(), (HoldReason.CLOCK_JUMPED,), time)
 
     def _act(self, inputs: Inputs, time: _Time, finished: Callable[[StageTimes], int]) -> Command:
         static, gripper = inputs.pair
@@ -366,6 +381,7 @@ class Controller:
         velocity = twist_of(before.target, guarded.target, seconds)
         self._held = None
         self._moved = _Moved(guarded.target, velocity, decision.static_stamp_ns, before.count + 1)
+        self._gripper_before = self._gripper.state, self._last_gripper
         space, is_open = self.action_space, self._gripper.decide(action, decision.static_stamp_ns)
         self._last_gripper = space.gripper_open if is_open else space.gripper_closed
         return Command(
@@ -379,8 +395,8 @@ class Controller:
     def _stands_still(self, target: Pose, measured: Pose, decision: Decision) -> bool:
         """Whether the arm has stood still for longer than it may although its target is ahead of it."""
         limits, timeout_ns = self._settings.guard, self._settings.follow_timeout_ns
-        still_ns = self._following.stands_still_ns(
-            decision.static_stamp_ns, target, measured, limits.max_translation_m, limits.max_rotation_rad
+        still_ns = self._following.still_ns(
+            decision.static_stamp_ns, target, measured, limits, self._pace.period_ns
         )
         return 0 < timeout_ns < still_ns
 
@@ -437,20 +453,22 @@ class Controller:
             self._instruction = ""  # the same text given again starts a new episode
         was_moving = self._moved is not None
         self._moved = None  # whatever comes next starts from the measured pose
-        self._following.begin()
         self._holds_obeyed = inputs.holds_requested
-        lasting = [
-            reason
-            for reason in reasons
-            if reason in SERIOUS and (was_moving or reason is not HoldReason.COMMANDS_UNHEARD)
-        ]
-        self._serious = tuple(dict.fromkeys((*self._serious, *lasting)))
+        self._be_serious(
+            [r for r in reasons if r in SERIOUS and (was_moving or r is not HoldReason.COMMANDS_UNHEARD)]
+        )
         self._holds.update(set(reasons) - set(self.holding))
         pose = self._pose_to_hold(inputs, time.now_ns)
         self._held = _Held(pose, reasons, time.steady_ns)
         return Command(
-            time.now_ns, pose, Twist.zero(), self._last_gripper, reasons, None, error, _is_silent(inputs)
+            time.now_ns, pose, Twist.zero(), self._last_gripper, reasons, error=error, is_silent=self.is_silent
         )
+
+    def _be_serious(self, reasons: list[HoldReason]) -> None:
+        """These hold until a clearance that is given from now on: one from before did not know of them."""
+        if not set(reasons) <= set(self._serious):
+            self._clearances = self._gate.snapshot().clearances
+        self._serious = tuple(dict.fromkeys((*self._serious, *reasons)))
 
     def _pose_to_hold(self, inputs: Inputs, now_ns: int) -> Pose | None:
         """The pose that was held before, as long as the arm is within a step of it; else where the arm is
@@ -462,7 +480,3 @@ class Controller:
         held, measured = self._held.pose if self._held else None, inputs.pose.pose
         return held if held is not None and is_near(self._settings.guard, held, measured) else measured
 
-
-def _is_silent(inputs: Inputs) -> bool:
-    """Whether another one commands the arm."""
-    return not COMMANDED_BY_OTHERS.isdisjoint(inputs.demands)

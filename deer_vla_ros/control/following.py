@@ -2,53 +2,53 @@
 
 from __future__ import annotations
 
-import numpy as np
-from scipy.spatial.transform import Rotation
-
+from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.types import Pose
 
 AHEAD, AHEAD_M, AHEAD_RAD = 0.5, 0.01, 0.05
-"""Share of a step's limit, and at least so much, by which a target must be ahead of the arm before standing
-still means anything: a soft arm in contact stays behind by some millimetres."""
+"""A target is ahead of the arm from this share of a step's limit on, and at least from this distance on: a soft arm in contact
+stays behind by some millimetres."""
 STILL_M, STILL_RAD = 0.003, 0.02
-"""An arm that moves less than this does not move: above the noise of encoders, below any motion on command.
-"""
+"""An arm that moves less than this does not move: above the noise of encoders, below any motion on command."""
 
 
 class Following:
-    """Looks at every target and the pose that was measured then. An arm at rest near its target follows; one
-    that stands still for long while its target is ahead of it does not: it is stopped, or its measured pose
-    is frozen."""
+    """Looks at every target and the pose that was measured then.
+
+    An arm at rest near its target follows. One that stands still for long while its target is ahead of it does not: it is
+    stopped, or its measured pose is frozen. Holds in between do not make it move, so they change nothing.
+    """
 
     def __init__(self) -> None:
-        self._since: tuple[int, Pose] | None = None
+        self._rest: Pose | None = None
+        self._stamp_ns = self._still_ns = 0
 
     def begin(self) -> None:
         """Forgets what was before."""
-        self._since = None
+        self._rest = None
+        self._still_ns = 0
 
-    def stands_still_ns(
-        self, stamp_ns: int, target: Pose, measured: Pose, step_m: float, step_rad: float
-    ) -> int:
-        """For how long the arm has stood still although its target was ahead of it [ns].
+    def still_ns(self, stamp_ns: int, target: Pose, measured: Pose, limits: GuardLimits, period_ns: int) -> int:
+        """For how long the arm has stood still altogether while its target was ahead of it [ns].
 
-        step_m, step_rad: limits of one step, which say what "ahead" means.
+        stamp_ns: of the step; period_ns: the most that one step counts for.
         """
-        metres, radians = _distance(target, measured)
-        if metres < max(AHEAD * step_m, AHEAD_M) and radians < max(AHEAD * step_rad, AHEAD_RAD):
-            self._since = None
-            return 0
-        if self._since is None or _has_moved(self._since[1], measured):
-            self._since = stamp_ns, measured
-        return stamp_ns - self._since[0]
+        since_ns, self._stamp_ns = stamp_ns - self._stamp_ns, stamp_ns
+        if self._rest is None or _has_moved(self._rest, measured):
+            self._rest, self._still_ns = measured, 0
+        metres, radians = measured.apart(target)
+        if metres >= _ahead(limits.max_translation_m, AHEAD_M, limits.leash_m) or radians >= _ahead(
+            limits.max_rotation_rad, AHEAD_RAD, limits.leash_rad
+        ):
+            self._still_ns += min(max(since_ns, 0), period_ns)
+        return self._still_ns
+
+
+def _ahead(step: float, least: float, leash: float) -> float:
+    """From which distance on a target is ahead; no target gets further ahead than the leash."""
+    return min(max(AHEAD * step, least), AHEAD * leash)
 
 
 def _has_moved(before: Pose, now: Pose) -> bool:
-    metres, radians = _distance(before, now)
+    metres, radians = before.apart(now)
     return metres > STILL_M or radians > STILL_RAD
-
-
-def _distance(a: Pose, b: Pose) -> tuple[float, float]:
-    """Metres and radians between two poses."""
-    turn = Rotation.from_quat(a.quaternion) * Rotation.from_quat(b.quaternion).inv()
-    return float(np.linalg.norm(a.position - b.position)), float(turn.magnitude())

@@ -26,6 +26,15 @@ class GripperSwitch:
             self._is_open, self._changed_ns = wanted, now_ns
         return self._is_open
 
+    @property
+    def state(self) -> tuple[bool | None, int | None]:
+        """What it decided and when; to be given back where a decision was not acted upon."""
+        return self._is_open, self._changed_ns
+
+    @state.setter
+    def state(self, state: tuple[bool | None, int | None]) -> None:
+        self._is_open, self._changed_ns = state
+
     def _dwells(self, now_ns: int) -> bool:
         """Whether the last change was less than dwell_ns ago; a clock that went back ends it."""
         return self._changed_ns is not None and 0 <= now_ns - self._changed_ns < self.dwell_ns

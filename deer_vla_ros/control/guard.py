@@ -107,10 +107,9 @@ def is_beyond_workspace(limits: GuardLimits, measured: Pose) -> bool:
 
 def is_near(limits: GuardLimits, pose: Pose, measured: Pose) -> bool:
     """Whether an arm that is told to go to `pose` moves by no more than one step, and stays on the leash."""
-    translation, rotation = motion_between(measured, pose)
-    return bool(
-        np.linalg.norm(translation) <= min(limits.max_translation_m, limits.leash_m)
-        and rotation.magnitude() <= min(limits.max_rotation_rad, limits.leash_rad)
+    metres, radians = measured.apart(pose)
+    return metres <= min(limits.max_translation_m, limits.leash_m) and radians <= min(
+        limits.max_rotation_rad, limits.leash_rad
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from dataclasses import dataclass
 
@@ -72,7 +71,6 @@ class InputGate:
         self._lock = threading.Lock()
         self._inputs = Inputs()
         self._seen: Frame | None = None
-        self._instruction_is_old = False
 
     def snapshot(self) -> Inputs:
         """Everything as it is now; frozen, so that a tick sees one moment."""
@@ -108,15 +106,11 @@ class InputGate:
             self._inputs = dataclasses.replace(self._inputs, pose=pose, good_pose=good, pose_jump_ns=jump_ns)
 
     def put_instruction(self, text: str) -> None:
-        """Another text than the newest is a clearance; after a clock that jumped the same one is, too. An
-        empty one never is."""
+        """Another text than the newest is a clearance; an empty one never is."""
         text = text.strip()
         with self._lock:
-            is_new = text != self._inputs.instruction or self._instruction_is_old
-            self._instruction_is_old = False
-            self._inputs = dataclasses.replace(
-                self._inputs, instruction=text, **self._clearance(is_new and bool(text))
-            )
+            is_other = bool(text) and text != self._inputs.instruction
+            self._inputs = dataclasses.replace(self._inputs, instruction=text, **self._clearance(is_other))
 
     def request_hold(self, hold: bool) -> None:
         """Every requested hold counts, however soon it is lifted; lifting is a clearance, also where none was
@@ -151,19 +145,10 @@ class InputGate:
             self._seen = pair[0] if pair else None
 
     def forget(self) -> None:
-        """Drops frames and pose, which belong to another time. Demands stay, and so does the instruction
-        until it is given again."""
+        """Drops frames and pose, which belong to another time; the instruction and demands stay."""
+        nothing = dict.fromkeys(("static", "gripper", "pair", "pose", "good_pose", "pose_jump_ns"))
         with self._lock:
-            self._instruction_is_old = True
-            self._inputs = dataclasses.replace(
-                self._inputs,
-                static=None,
-                gripper=None,
-                pair=None,
-                pose=None,
-                good_pose=None,
-                pose_jump_ns=None,
-            )
+            self._inputs = dataclasses.replace(self._inputs, **nothing)
 
     def judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
         """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the
@@ -249,8 +234,5 @@ def _is_jump(before: MeasuredPose, now: MeasuredPose) -> bool:
     """Whether no arm could have moved from one measured pose to the other in the time between them. Both are
     sane."""
     seconds = abs(now.stamp_ns - before.stamp_ns) / 1e9
-    distance = float(np.linalg.norm(now.pose.position - before.pose.position))
-    angle = 2 * math.acos(min(1.0, abs(float(now.pose.quaternion @ before.pose.quaternion))))
-    return (
-        distance > POSE_NOISE_M + MAX_ARM_SPEED * seconds or angle > POSE_NOISE_RAD + MAX_ARM_TURN * seconds
-    )
+    metres, radians = now.pose.apart(before.pose)
+    return metres > POSE_NOISE_M + MAX_ARM_SPEED * seconds or radians > POSE_NOISE_RAD + MAX_ARM_TURN * seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from deer_vla_ros.control.guard import GuardLimits
@@ -23,3 +24,15 @@ class ControllerSettings:
     gripper_hysteresis: float = 0.0
     gripper_dwell_ns: int = 0
     follow_timeout_ns: int = 0
+
+    def loosened_from(self, before: ControllerSettings) -> list[str]:
+        """Parameters whose limit allows more than it did `before`."""
+        guard = [f"guard.{name}" for name in self.guard.loosened_from(before.guard)]
+        names = ("max_age", "max_pose_age", "max_skew")
+        inputs = [
+            f"inputs.{name}_s"
+            for name in names
+            if getattr(self.inputs, f"{name}_ns") > getattr(before.inputs, f"{name}_ns")
+        ]
+        timeout_ns, before_ns = (each.follow_timeout_ns or math.inf for each in (self, before))
+        return [*guard, *inputs, *(["guard.follow_timeout_s"] if timeout_ns > before_ns else [])]

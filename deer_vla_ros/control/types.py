@@ -4,6 +4,7 @@ clock."""
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,6 +129,11 @@ class Pose:
     def as_array(self) -> np.ndarray:
         """(7,) position and quaternion."""
         return np.concatenate([self.position, self.quaternion])
+
+    def apart(self, other: Pose) -> tuple[float, float]:
+        """How far two poses are apart, [m] and [rad]; a quaternion and its negative are the same orientation."""
+        cosine = min(1.0, abs(float(self.quaternion @ other.quaternion)))
+        return float(np.linalg.norm(self.position - other.position)), 2 * math.acos(cosine)
 
 
 @dataclass(frozen=True)

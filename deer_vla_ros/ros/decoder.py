@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deer_vla_ros.control.types import Camera, Frame
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import one_line
 
 Decode = Callable[[Any], Frame]
 
@@ -48,9 +48,6 @@ class Decoder:
                 decode, message = self._waiting.pop(camera)
             try:
                 frame = decode(message)
-            except UserError as error:
-                self._on_error(camera, str(error))
-            except Exception as error:  # a decoder that fails on one image must not end those after it
-                self._on_error(camera, f"{type(error).__name__}: {error}")
-            else:
                 self._on_frame(camera, frame)
+            except Exception as error:  # whatever fails on one image must not end those after it
+                self._on_error(camera, one_line(error))

@@ -81,7 +81,7 @@ class OtherCommanders:
         self._node, self._commands, self._our_stamps = node, list(commands), our_stamps
         self._subscriptions: list[Subscription] = []
         self._began = 0.0
-        self._heard = False
+        self._heard_at = -FOUND_WITHIN_S
 
     @property
     def listens(self) -> bool:
@@ -90,7 +90,6 @@ class OtherCommanders:
 
     def listen(self) -> None:
         """From now on, before anything is commanded."""
-        self._heard = False
         if not self._subscriptions:
             self._subscriptions = [
                 self._node.create_subscription(publisher.msg_type, publisher.topic_name, self._on_command, 10)
@@ -111,9 +110,10 @@ class OtherCommanders:
         """What speaks against moving the arm; from the executor's thread."""
         if not self._subscriptions:
             return None
-        is_early = time.monotonic() - self._began < FOUND_WITHIN_S
+        now = time.monotonic()
+        is_early, is_heard = (now - since < FOUND_WITHIN_S for since in (self._began, self._heard_at))
         listed = any(len(commanders(self._node, publisher.topic_name)) > 1 for publisher in self._commands)
-        if listed and self._heard:
+        if listed and is_heard:
             return HoldReason.OTHER_COMMANDER
         if not is_early:
             self.close()
@@ -121,25 +121,5 @@ class OtherCommanders:
         return HoldReason.OTHER_PUBLISHER if listed else None
 
     def _on_command(self, message: Any) -> None:
-        self._heard = self._heard or nanoseconds(message.header.stamp) not in self._our_stamps
-
-
-def _mismatch(topic: str, publisher: TopicEndpointInfo, ours: list[Subscription]) -> str:
-    """Why `publisher` reaches none of our subscriptions on its topic; empty where it reaches one."""
-    expected = type_name(ours[0].msg_type)
-    if publisher.topic_type != expected:
-        return f"{topic}: {_name(publisher)} publishes {publisher.topic_type}, the node listens to {expected}: remap one of them"
-    answers = [qos_check_compatible(publisher.qos_profile, subscription.qos_profile) for subscription in ours]
-    if any(compatibility != QoSCompatibility.ERROR for compatibility, _ in answers):
-        return ""
-    return f"{topic}: {_name(publisher)} is not heard ({answers[0][1].strip('; ')}): publish with reliability RELIABLE"
-
-
-def type_name(message_type: type) -> str:
-    """`sensor_msgs/msg/Image` for sensor_msgs.msg.Image."""
-    package, kind = message_type.__module__.split(".")[:2]
-    return f"{package}/{kind}/{message_type.__name__}"
-
-
-def _name(endpoint: TopicEndpointInfo) -> str:
-    return f"{endpoint.node_namespace.rstrip('/')}/{endpoint.node_name}"
+        if nanoseconds(message.header.stamp) not in self._our_stamps:
+            self._heard_at = time.monotonic()

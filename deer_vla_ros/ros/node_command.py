@@ -2,11 +2,10 @@
 
 Example: with the embedded checkpoint, and with your own and your robot's limits:
 
-python -m deer_vla_ros node python -m deer_vla_ros node --ros-args -p model.path:=/data/my_checkpoint
---params-file config/deer_vla.yaml
+    python -m deer_vla_ros node
+    python -m deer_vla_ros node --ros-args -p model.path:=/data/my_checkpoint --params-file config/deer_vla.yaml
 
-A managed (lifecycle) node that configures and activates itself unless `autostart` is false. Ctrl-C: it holds,
-then ends.
+A managed (lifecycle) node that configures and activates itself unless `autostart` is false. Ctrl-C: it holds, then ends.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
         from deer_vla_ros.ros.policy_node import PolicyNode
 
-        node = PolicyNode(args.ros_args)
+        node = PolicyNode(args.ros_args, on_failure=stop.set)
         nodes.append(node)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         try:
             node.autostart()
-            spin(executor, lambda: stop.is_set() or node.failed, node.on_callback_error)
+            spin(executor, stop.is_set, node.on_callback_error)
         finally:
             node.close()
             executor.shutdown()

@@ -32,7 +32,7 @@ class Outputs:
         self.twist = publisher(TwistStamped, "target_twist", mode != "pose")
         self._gripper_topic = publisher(Float64MultiArray, "gripper_command", gripper_interface == "topic")
         self._gripper: Gripper | None = None
-        self._continuity = Continuity()
+        self.continuity = Continuity()
         self._held = False
         self.stamps: deque[int] = deque(maxlen=REMEMBERED)
 
@@ -60,19 +60,25 @@ class Outputs:
 
     def publish(self, command: Command, frame_id: str) -> None:
         """One command, in `frame_id`. The caller lets nobody else publish meanwhile."""
-        command = self._continuity.passed(command)
+        command = self.continuity.passed(command)
         self.stamps.append(command.stamp_ns)
+        if self._gripper_topic:
+            self._tell_gripper(command)
+        if self.twist:
+            self.twist.publish(twist_message(command.twist, frame_id, command.stamp_ns))
+        if (
+            self.target and command.target is not None
+        ):  # a simulator in lock step goes on when it has this one
+            self.target.publish(pose_message(command.target, frame_id, command.stamp_ns))
+        if not self._gripper_topic:
+            self._tell_gripper(command)  # a goal takes longer than a message: the arm is told first
+
+    def _tell_gripper(self, command: Command) -> None:
         if self._held and not command.holds:
             self._gripper.resume()
         self._held = bool(command.holds)
         if command.gripper is not None:
             self._gripper.send(command.gripper)
-        if self.twist:
-            self.twist.publish(twist_message(command.twist, frame_id, command.stamp_ns))
-        if (
-            self.target and command.target is not None
-        ):  # last: a simulator in lock step goes on when it has this one
-            self.target.publish(pose_message(command.target, frame_id, command.stamp_ns))
 
     def wait_until_heard(self, seconds: float) -> None:
         """Until every reliable subscription has the newest commands, at most so long altogether."""

@@ -80,15 +80,17 @@ class PolicyNode(LifecycleNode):
     leaves at once, from whichever thread was asked.
     """
 
-    def __init__(self, ros_args: list[str] | None = None) -> None:
-        """ros_args: those of the process; the watchdog takes the security enclave from them."""
+    def __init__(
+        self, ros_args: list[str] | None = None, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        """ros_args: those of the process; the watchdog takes the security enclave from them. on_failure: is called from the
+        control thread when control has ended by itself: the process has to end then."""
         super().__init__(parameters.NODE_NAME)
         parameters.declare(self)
         self._controller: Controller | None = None
         self._wake = threading.Event()
-        self._changes: dict[
-            str, Callable[[Controller], None]
-        ] = {}  # by what is changed: only the newest counts
+        # By what is changed: only the newest counts.
+        self._changes: dict[str, Callable[[Controller], None]] = {}
         self._changes_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._output_lock = threading.Lock()  # guards what follows: who may tell the arm something
@@ -96,7 +98,8 @@ class PolicyNode(LifecycleNode):
         self._instruction = ""
         self._hold_requested = self._value("control.start_held")
         self._enabled, self._enabled_at = False, 0.0
-        self._callback_failed = self.failed = False
+        self.failed, self._on_failure = False, on_failure
+        self._is_heard = False
         self._other: HoldReason | None = None
         self._bad_image_told: dict[Camera, float] = {}
         self.add_on_set_parameters_callback(self._check_parameters)
@@ -104,7 +107,7 @@ class PolicyNode(LifecycleNode):
 
         steady = Clock(
             clock_type=ClockType.STEADY_TIME
-        )  # what watches over the arm must not stop with ROS time
+        )  # what watches over the arm never stops with ROS time
         self._outputs = Outputs(self, self._value("action.mode"), self._value("action.gripper_interface"))
         self._reports = Reports(self, self._outputs, self._value("overlay.rate_hz"), steady)
         commands = [publisher for publisher in (self._outputs.target, self._outputs.twist) if publisher]
@@ -121,7 +124,7 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(String, "instruction", self._on_instruction, 10)
         self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
         if self._value("control.enable_timeout_s"):
-            self.create_subscription(Bool, "enable", self._on_enable, 10)
+            self.create_subscription(Bool, "enable", self._on_enable, 1)  # an old one must not be heard late
         self.create_service(Trigger, "~/reset", self._on_reset, qos_profile=SERVICES)
         self.create_service(SetBool, "~/hold", self._on_hold, qos_profile=SERVICES)
         self._answer_every_transition()
@@ -157,7 +160,9 @@ class PolicyNode(LifecycleNode):
             self.get_logger().warning(f"no such parameters: {', '.join(strangers)}: see config/deer_vla.yaml")
         given = parameters.values(self)
         if given["control.rehearsal"]:
-            self.get_logger().warning("control.rehearsal is on: for recordings and onlookers, never with an arm")
+            self.get_logger().warning(
+                "control.rehearsal is on: for recordings and onlookers, never with an arm"
+            )
         self._outputs.open(given)
         controller = loading.warm_controller(given, self.get_logger())
         controller.put_instruction(self._instruction)
@@ -269,64 +274,82 @@ class PolicyNode(LifecycleNode):
         hold."""
         controller = self._controller
         try:
-            while self._running:
-                self._wake.wait(self._tick_s)
-                self._wake.clear()
+            while self._wait_for_news():
                 self._apply_changes()
                 self._demand_holds(controller)
+                if self._value("control.rehearsal"):
+                    controller.clear()
                 command = controller.tick(self._now_ns(), lambda times: self._now_ns(), time.monotonic_ns())
                 with self._output_lock:
                     if command is not None:
+                        self._demand_holds(controller)  # they may have changed during the inference
                         command = controller.confirm(command, self._now_ns(), time.monotonic_ns())
-                        self._publish(command) if self._running else self._reports.thrown_away(
-                            command, self._frame_id
-                        )
-                self._beat()
+                        say = self._publish if self._running else self._reports.thrown_away
+                        say(command)
+                    controller.demand_hold(
+                        HoldReason.CALLBACK_FAILED, False
+                    )  # it is serious: the controller keeps it
+                    if self._running:
+                        self._beat()
         except BaseException as error:  # whatever it is: without this thread nobody commands the arm
             self._fail(error)
+
+    def _wait_for_news(self) -> bool:
+        """Until there is something to look at, at most TICK_S; whether control goes on."""
+        self._wake.wait(self._tick_s)
+        self._wake.clear()
+        return self._running
 
     def _fail(self, error: BaseException) -> None:
         """Control has ended by itself: the arm holds, everybody is told why, and the main thread ends the
         process."""
         self.failed = True
-        self.hold_and_stop(HoldReason.CONTROL_FAILED)
-        self.get_logger().fatal(
-            f"control failed: {one_line(error)}\n{''.join(traceback.format_exception(error))}"
-        )
-        self._reports.fault(one_line(error))
+        try:
+            self.hold_and_stop(HoldReason.CONTROL_FAILED)
+        finally:
+            reason = one_line(error)
+            self.get_logger().fatal(f"control failed: {reason}\n{''.join(traceback.format_exception(error))}")
+            self._reports.fault(reason)
+            self._on_failure()
 
     def _demand_holds(self, controller: Controller) -> None:
         """What only the node can see speaks for or against a hold."""
-        if self._value("control.rehearsal"):
-            controller.clear()
-        callback_failed, self._callback_failed = self._callback_failed, False
-        controller.demand_hold(HoldReason.CALLBACK_FAILED, callback_failed)
         controller.demand_hold(HoldReason.WATCHDOG_LOST, not self._watchdog.is_alive())
         for reason in (HoldReason.OTHER_PUBLISHER, HoldReason.OTHER_COMMANDER):
             controller.demand_hold(reason, self._other is reason)
-        controller.demand_hold(HoldReason.COMMANDS_UNHEARD, not self._is_heard())
+        controller.demand_hold(HoldReason.COMMANDS_UNHEARD, not self._is_heard)
         controller.demand_hold(HoldReason.NOT_ENABLED, not self._is_enabled())
-
-    def _is_heard(self) -> bool:
-        """Whether anybody but ourselves listens to the arm's commands."""
-        return self._outputs.listeners() > int(self._others.listens) or self._value("control.rehearsal")
 
     def _is_enabled(self) -> bool:
         timeout_s = self._value("control.enable_timeout_s")
         return not timeout_s or (self._enabled and time.monotonic() - self._enabled_at <= timeout_s)
 
     def _look_around(self) -> None:
-        """Whether another node commanded the arm when we began to."""
+        """Who else commands the arm, whether anybody but ourselves listens to its commands, and whether the watchdog lives."""
         other = self._others.found()
         self._other = None if self._value("control.allow_other_commanders") else other
+        listeners = self._outputs.listeners() - int(self._others.listens)
+        self._is_heard = listeners > 0 or self._value("control.rehearsal")
+        self._watchdog.revive()
 
     def _beat(self) -> None:
         """Tells the watchdog that the control thread lives; where it does not run, that it need not."""
-        ages = (self._value(f"inputs.{name}_s") for name in ("max_age", "max_pose_age", "max_skew"))
-        stamp_ns = self._outputs.stamps[-1] if self._outputs.stamps else 0
-        commands = self._running and self._other is None
-        rate_hz = self._value("control.rate_hz")
-        self._watchdog.beat(Beat(time.monotonic_ns(), commands, stamp_ns, *ages, rate_hz, self._frame_id))
+        last = self._outputs.continuity
+        self._watchdog.beat(
+            Beat(
+                beat_ns=time.monotonic_ns(),
+                commands=self._running and not self._controller.is_silent,
+                stamp_ns=last.stamp_ns,
+                quaternion=() if last.quaternion is None else tuple(map(float, last.quaternion)),
+                max_age_s=self._value("inputs.max_age_s"),
+                max_pose_age_s=self._value("inputs.max_pose_age_s"),
+                max_skew_s=self._value("inputs.max_skew_s"),
+                step_m=self._value("guard.max_translation_m"),
+                step_rad=self._value("guard.max_rotation_rad"),
+                rate_hz=self._value("control.rate_hz"),
+                frame=self._frame_id,
+            )
+        )
 
     def _apply_changes(self) -> None:
         """Accepted parameters take effect here: all of one request at once, between two ticks."""
@@ -344,7 +367,7 @@ class PolicyNode(LifecycleNode):
         """Tells the arm, then everybody else."""
         if not command.is_silent:
             self._outputs.publish(command, self._frame_id)
-        self._reports.command(command, self._frame_id)
+        self._reports.command(command)
 
     # --- callbacks: hand over and wake, nothing else
 
@@ -352,7 +375,7 @@ class PolicyNode(LifecycleNode):
         """A callback has raised: a defect of ours, and the arm holds until somebody has looked at it."""
         with self._output_lock:
             if self._running:
-                self._callback_failed = True
+                self._controller.demand_hold(HoldReason.CALLBACK_FAILED, True)
                 self._publish(self._controller.hold_now(self._now_ns(), HoldReason.CALLBACK_FAILED))
         self._wake.set()
         self.get_logger().error(
@@ -398,7 +421,10 @@ class PolicyNode(LifecycleNode):
             self._wake.set()
 
     def _on_enable(self, message: Bool) -> None:
-        self._enabled, self._enabled_at = message.data, time.monotonic()
+        released, self._enabled = self._enabled and not message.data, message.data
+        self._enabled_at = time.monotonic()
+        if released:
+            self._hold_at_once(HoldReason.NOT_ENABLED)
         self._wake.set()
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -407,13 +433,19 @@ class PolicyNode(LifecycleNode):
         )
 
     def _on_hold(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        self._hold_requested = request.data  # outlives a cleanup, as the instruction does
+        if request.data or self._controller is not None:
+            self._hold_requested = request.data  # outlives a cleanup, as the instruction does
         done = "the arm holds" if request.data else "holds that were requested or need a person are lifted"
         answer = self._ask(response, lambda controller: controller.request_hold(request.data), done)
-        with self._output_lock:  # nothing that was decided before leaves after the answer
-            if request.data and self._running:
-                self._publish(self._controller.hold_now(self._now_ns(), HoldReason.REQUESTED))
+        if request.data:
+            self._hold_at_once(HoldReason.REQUESTED)
         return answer
+
+    def _hold_at_once(self, reason: HoldReason) -> None:
+        """Nothing that was decided before leaves after this."""
+        with self._output_lock:
+            if self._running:
+                self._publish(self._controller.hold_now(self._now_ns(), reason))
 
     def _ask(self, response: Any, request: Callable[[Controller], None], done: str) -> Any:
         if self._controller is None:
@@ -430,13 +462,10 @@ class PolicyNode(LifecycleNode):
         """Refuses a change with its reason; nothing is applied here."""
         try:
             given = parameters.values(self, {parameter.name: parameter.value for parameter in changed})
-            settings = parameters.controller_settings(given)
-            if self._is_moving() and (
-                loosened := settings.guard.loosened_from(parameters.guard_limits(parameters.values(self)))
-            ):
+            settings, before = map(parameters.controller_settings, (given, parameters.values(self)))
+            if self._is_moving() and (loosened := settings.loosened_from(before)):
                 raise UserError(
-                    f"guard.{', guard.'.join(loosened)} would allow more while the arm moves: "
-                    "call ~/hold with true first"
+                    f"{', '.join(loosened)} would allow more while the arm moves: call ~/hold with true first"
                 )
             asked, names = (
                 parameters.budget(given),
@@ -456,7 +485,7 @@ class PolicyNode(LifecycleNode):
         """Hands accepted values to the control thread, which applies them all between two ticks; where there
         is none, does it itself."""
         for parameter in changed:
-            if parameter.name.startswith("guard."):
+            if parameter.name.startswith(("guard.", "inputs.")):
                 self.get_logger().warning(f"limit changed: {parameter.name} is {parameter.value} from now on")
         if self._controller is None:
             return  # configure reads them

@@ -60,13 +60,13 @@ class Reports:
         """Whether control runs."""
         self._active = active
 
-    def command(self, command: Command, frame_id: str) -> None:
+    def command(self, command: Command) -> None:
         """One command has gone out: its step as a message, and changes of state (not every repeat) in the
         log."""
         if self._controller.budget_id != self._told_id:
             self.budget()  # before any step that ran under it
         if command.decision is not None:
-            self._step(command.decision, frame_id)
+            self._step(command.decision)
         if command.error:
             self._node.get_logger().error(
                 f"inference failed: {command.error}", throttle_duration_sec=THROTTLE_S
@@ -78,22 +78,22 @@ class Reports:
             else:
                 self._node.get_logger().info("controlling")
 
-    def thrown_away(self, command: Command, frame_id: str) -> None:
+    def thrown_away(self, command: Command) -> None:
         """A command that came after control had ended: it goes nowhere, but every inference is told."""
         if command.decision is not None and self._controller is not None:
-            self._step(
-                dataclasses.replace(command.decision, limits=(), held=(HoldReason.STOPPING,)), frame_id
-            )
+            self._step(dataclasses.replace(command.decision, limits=(), held=(HoldReason.STOPPING,)))
 
     def fault(self, reason: str) -> None:
         """Control has failed: said at once, for the process ends."""
         self._telemetry.fault = reason
         self._publish_diagnostics()
 
-    def _step(self, decision: Decision, frame_id: str) -> None:
+    def _step(self, decision: Decision) -> None:
         self._newest, published_ns = decision, self._now_ns()
         self._telemetry.note_step(decision.stamp_ns, published_ns)
-        self._steps.publish(conversions.step_message(decision, frame_id, published_ns))
+        self._steps.publish(
+            conversions.step_message(decision, self._controller.action_space.frame, published_ns)
+        )
 
     def budget(self) -> None:
         """The budget as it stands."""

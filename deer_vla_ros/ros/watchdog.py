@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import rclpy
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.executors import SingleThreadedExecutor
@@ -26,7 +28,7 @@ from rclpy.signals import SignalHandlerOptions
 
 from deer_vla_ros.control.continuity import Continuity
 from deer_vla_ros.control.inputs import InputGate, InputLimits
-from deer_vla_ros.control.types import Command, HoldReason, Twist
+from deer_vla_ros.control.types import Command, HoldReason, Pose, Twist
 from deer_vla_ros.ros.qos import NEWEST
 from deer_vla_ros.ros.stamped import measured_pose, pose_message, twist_message
 
@@ -58,16 +60,22 @@ class WatchdogSettings:
 
 @dataclass(frozen=True)
 class Beat:
-    """What the node says: it was alive at beat_ns, by the clock that never stops. commands: whether it tells
-    the arm anything, so that a missing beat leaves an arm without a commander. stamp_ns: of the newest
-    command. limits and rate_hz: as they are now; frame: of the action."""
+    """What the node says: it was alive at beat_ns, by the clock that never stops.
+
+    commands: whether it tells the arm anything, so that a missing beat leaves an arm without a commander. stamp_ns,
+    quaternion: of the newest command, quaternion empty before the first target. step_m, step_rad: limits of one step. The
+    others are parameters of the node as they are now; frame: of the action.
+    """
 
     beat_ns: int
     commands: bool
     stamp_ns: int
+    quaternion: tuple[float, ...]
     max_age_s: float
     max_pose_age_s: float
     max_skew_s: float
+    step_m: float
+    step_rad: float
     rate_hz: float
     frame: str
 
@@ -89,6 +97,7 @@ class Watchdog:
         self._beat: Beat | None = None
         self._gate: InputGate | None = None
         self._continuity = Continuity()
+        self._held: Pose | None = None
         self._target = (
             node.create_publisher(PoseStamped, settings.target_topic, 10) if settings.target_topic else None
         )
@@ -132,7 +141,8 @@ class Watchdog:
         return False, False
 
     def _take(self, beat: Beat) -> None:
-        self._beat = beat
+        self._beat, self._held = beat, None
+        self._continuity = Continuity(beat.stamp_ns, np.array(beat.quaternion) if beat.quaternion else None)
         limits = InputLimits(
             *(int(each * 1e9) for each in (beat.max_age_s, beat.max_pose_age_s, beat.max_skew_s))
         )
@@ -162,14 +172,23 @@ class Watchdog:
         ):  # the newest pose and clock wait in their queues; nothing is taken from them until it is needed
             self._executor.spin_once(timeout_sec=0.0)
         now_ns = self._node.get_clock().now().nanoseconds
-        inputs = self._gate.snapshot()
-        pose = None if self._gate.judge_pose(inputs, now_ns) else inputs.pose.pose
-        stamp_ns = max(now_ns, self._beat.stamp_ns)
-        command = self._continuity.passed(Command(stamp_ns, pose, Twist.zero(), None, holds=(reason,)))
+        pose = self._pose_to_hold(now_ns)
+        command = self._continuity.passed(Command(now_ns, pose, Twist.zero(), None, holds=(reason,)))
         if self._twist:
             self._twist.publish(twist_message(command.twist, self._beat.frame, command.stamp_ns))
         if self._target and command.target is not None:
             self._target.publish(pose_message(command.target, self._beat.frame, command.stamp_ns))
+
+    def _pose_to_hold(self, now_ns: int) -> Pose | None:
+        """As the controller chooses it: the pose that was held before while the arm is within a step of it."""
+        inputs = self._gate.snapshot()
+        if self._gate.judge_pose(inputs, now_ns):
+            return None
+        measured = inputs.pose.pose
+        metres, radians = measured.apart(self._held) if self._held else (math.inf, math.inf)
+        if metres > self._beat.step_m or radians > self._beat.step_rad:
+            self._held = measured
+        return self._held
 
     def _on_pose(self, message: PoseStamped) -> None:
         if self._gate is not None:

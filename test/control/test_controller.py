@@ -154,6 +154,8 @@ def test_a_clock_that_jumps_back_holds_forgets_and_starts_a_new_episode(controll
     assert HoldReason.NO_STATIC_FRAME in controller.tick(robot.now + PERIOD).holds
     assert HoldReason.CLOCK_JUMPED in robot.tick().holds, "a person has to clear it"
     controller.put_instruction("lift the red block")
+    assert HoldReason.CLOCK_JUMPED in robot.tick().holds, "the same words again are no other instruction"
+    controller.request_hold(False)
     resumed = robot.tick()
     assert resumed.decision.episode == 1 and resumed.decision.episode_step == 0
 
@@ -640,6 +642,7 @@ def test_a_motion_leaves_as_it_is_where_nothing_speaks_against_it(controller, de
         (lambda c: c.request_hold(True), 10 * MS, 10 * MS, HoldReason.REQUESTED),
         (lambda c: (c.request_hold(True), c.request_hold(False)), 10 * MS, 10 * MS, HoldReason.REQUESTED),
         (lambda c: c.put_instruction(""), 10 * MS, 10 * MS, HoldReason.NO_INSTRUCTION),
+        (lambda c: c.demand_hold(HoldReason.NOT_ENABLED, True), 10 * MS, 10 * MS, HoldReason.NOT_ENABLED),
     ],
     ids=[
         "old frames",
@@ -648,6 +651,7 @@ def test_a_motion_leaves_as_it_is_where_nothing_speaks_against_it(controller, de
         "hold",
         "hold and go",
         "no instruction",
+        "not enabled",
     ],
 )
 def test_a_motion_that_something_speaks_against_by_now_is_a_hold_and_its_inference_is_told(
@@ -664,6 +668,7 @@ def test_a_motion_that_something_speaks_against_by_now_is_a_hold_and_its_inferen
     assert not last.twist.linear.any() and controller.holding == last.holds
     start = robot.pose
     controller.request_hold(False)
+    controller.demand_hold(HoldReason.NOT_ENABLED, False)
     robot.tick()
     controller.put_instruction("lift the red block")
     assert distance_between(robot.tick().target, start) <= 2 * SETTINGS.guard.max_translation_m
@@ -690,3 +695,75 @@ def test_control_that_stood_still_holds_before_it_goes_on(controller):
     robot.now += PERIOD
     robot.perceive(robot.now)
     assert controller.tick(robot.now + MS, steady_ns=5 * PERIOD + 2_000 * MS).holds == ()
+
+
+def test_a_clock_that_jumps_back_during_an_inference_is_noticed_and_the_arm_can_go_on_afterwards(controller):
+    robot = Robot(controller)
+    robot.tick()
+    command = robot.tick()
+    robot.now -= 4_000 * MS
+    last = controller.confirm(command, robot.now, robot.now)
+    assert HoldReason.CLOCK_JUMPED in last.holds
+    assert HoldReason.CLOCK_JUMPED in robot.tick().holds
+    controller.request_hold(False)
+    for _ in range(3):
+        after = robot.tick()
+    assert after.holds == () and after.decision.episode == 1
+
+
+def test_the_fingers_are_not_told_what_a_refused_motion_wanted(controller, monkeypatch):
+    robot = Robot(controller)
+    original, probability = controller._policy.step, 0.0
+
+    def step(observation):
+        taken = original(observation)
+        action = dataclasses.replace(taken.policy.action, gripper_probability=probability)
+        return dataclasses.replace(taken, policy=dataclasses.replace(taken.policy, action=action))
+
+    monkeypatch.setattr(controller._policy, "step", step)
+    closed = robot.tick().gripper
+    probability = 1.0
+    wanted = robot.tick()
+    assert wanted.gripper != closed
+    controller.request_hold(True)
+    assert controller.confirm(wanted, robot.now + MS, robot.now + MS).gripper == closed
+    controller.request_hold(False)
+    assert robot.tick().gripper == wanted.gripper
+
+
+def test_a_clearance_from_before_a_failure_does_not_clear_it(controller, monkeypatch):
+    robot = Robot(controller)
+    robot.tick()
+
+    def fails(observation):
+        controller.put_instruction("open the drawer")
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(controller._policy, "step", fails)
+        robot.tick()
+    assert robot.tick().holds == (HoldReason.INFERENCE_FAILED,)
+    controller.request_hold(False)
+    assert robot.tick().holds == ()
+
+
+def test_a_frozen_pose_is_noticed_although_other_holds_come_in_between(checkpoint):
+    controller = Controller(checkpoint, dataclasses.replace(SETTINGS, follow_timeout_ns=1_000 * MS))
+    robot = Robot(controller)
+    for i in range(200):
+        command = robot.tick(cameras=() if i % 14 > 9 else tuple(Camera), follow=False)
+        if controller.serious:
+            break
+    assert command.holds == (HoldReason.ARM_NOT_FOLLOWING,) and controller.holds[HoldReason.STATIC_STALE] >= 1
+
+
+def test_one_who_has_not_moved_the_arm_is_silent_beside_another_and_one_who_has_is_not(controller):
+    robot = Robot(controller)
+    controller.demand_hold(HoldReason.OTHER_PUBLISHER, True)
+    assert robot.tick().is_silent and controller.hold_now(robot.now, HoldReason.STOPPING).is_silent
+    controller.demand_hold(HoldReason.OTHER_PUBLISHER, False)
+    moved = robot.tick()
+    assert controller.confirm(moved, robot.now + MS, robot.now + MS) is moved
+    controller.demand_hold(HoldReason.OTHER_COMMANDER, True)
+    held = robot.tick()
+    assert held.holds == (HoldReason.OTHER_COMMANDER,) and not held.is_silent
