@@ -123,3 +123,24 @@ class OtherCommanders:
     def _on_command(self, message: Any) -> None:
         if nanoseconds(message.header.stamp) not in self._our_stamps:
             self._heard_at = time.monotonic()
+
+
+def _mismatch(topic: str, publisher: TopicEndpointInfo, ours: list[Subscription]) -> str:
+    """Why `publisher` reaches none of our subscriptions on its topic; empty where it reaches one."""
+    expected = type_name(ours[0].msg_type)
+    if publisher.topic_type != expected:
+        return f"{topic}: {_name(publisher)} publishes {publisher.topic_type}, the node listens to {expected}: remap one of them"
+    answers = [qos_check_compatible(publisher.qos_profile, subscription.qos_profile) for subscription in ours]
+    if any(compatibility != QoSCompatibility.ERROR for compatibility, _ in answers):
+        return ""
+    return f"{topic}: {_name(publisher)} is not heard ({answers[0][1].strip('; ')}): publish with reliability RELIABLE"
+
+
+def type_name(message_type: type) -> str:
+    """`sensor_msgs/msg/Image` for sensor_msgs.msg.Image."""
+    package, kind = message_type.__module__.split(".")[:2]
+    return f"{package}/{kind}/{message_type.__name__}"
+
+
+def _name(endpoint: TopicEndpointInfo) -> str:
+    return f"{endpoint.node_namespace.rstrip('/')}/{endpoint.node_name}"
