@@ -304,9 +304,11 @@ def test_a_server_that_restarts_between_two_sends_is_told_again_once(hand):
     hand.server.accepts()  # and never a result: that server is gone
     hand.server.identities = [b"first", b"second"]  # DDS still believes in the first
     for _ in range(3):
+        hand.clock.now += gripper.LOOK_S
         hand.send(0.08)
     hand.server.accepts().ends(GoalStatus.STATUS_SUCCEEDED)
     hand.server.identities = [b"second"]
+    hand.clock.now += gripper.LOOK_S
     hand.send(0.08)
     assert hand.server.values == [0.08, 0.08]
 
