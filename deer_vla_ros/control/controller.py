@@ -223,10 +223,15 @@ class Controller:
         return self._serious
 
     @property
+    def has_moved(self) -> bool:
+        """Whether a motion has left since control began."""
+        return self._has_moved
+
+    @property
     def is_silent(self) -> bool:
         """Whether another one commands the arm, so that even a hold of ours would disturb it. One that has moved the arm
         itself is never silent: what it began, it ends."""
-        return not self._has_moved and not COMMANDED_BY_OTHERS.isdisjoint(self._gate.snapshot().demands)
+        return not self.has_moved and not COMMANDED_BY_OTHERS.isdisjoint(self._gate.snapshot().demands)
 
     # --- the tick
 
@@ -461,7 +466,13 @@ class Controller:
         pose = self._pose_to_hold(inputs, time.now_ns)
         self._held = _Held(pose, reasons, time.steady_ns)
         return Command(
-            time.now_ns, pose, Twist.zero(), self._last_gripper, reasons, error=error, is_silent=self.is_silent
+            time.now_ns,
+            pose,
+            Twist.zero(),
+            self._last_gripper,
+            reasons,
+            error=error,
+            is_silent=self.is_silent,
         )
 
     def _be_serious(self, reasons: list[HoldReason]) -> None:
@@ -479,4 +490,3 @@ class Controller:
             return None
         held, measured = self._held.pose if self._held else None, inputs.pose.pose
         return held if held is not None and is_near(self._settings.guard, held, measured) else measured
-

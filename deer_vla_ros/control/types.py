@@ -35,9 +35,7 @@ class HoldReason(enum.Enum):
     COMMANDS_UNHEARD = (
         "nobody listens to the arm's commands: start the arm's controller (or see control.rehearsal)"
     )
-    OTHER_PUBLISHER = (
-        "another node has publishers of the arm's commands: it has a moment to show whether it commands"
-    )
+    OTHER_PUBLISHER = "another node may command the arm: it is looked for, and listened to for a moment, before anything is commanded"
     OTHER_COMMANDER = (
         "another node commands the arm too: stop one of the two (control.allow_other_commanders)"
     )

@@ -20,6 +20,8 @@ FOUND_WITHIN_S = 3.0
 """How long DDS may take to find a publisher, and how long one may be silent before it counts as nobody: DDS
 keeps those of a killed node on its list for 20 s, and a node that is not active has publishers, too."""
 
+LISTEN_S = 1.0
+"""For how long nothing is commanded after an activation: on a busy machine DDS finds others only then."""
 UNKNOWN = "_NODE_NAME_UNKNOWN_"
 """What rmw calls a publisher's node for the moment in which it knows the one and not yet the other. It may be
 another commander."""
@@ -118,7 +120,7 @@ class OtherCommanders:
         if not is_early:
             self.close()
             return None
-        return HoldReason.OTHER_PUBLISHER if listed else None
+        return HoldReason.OTHER_PUBLISHER if listed or now - self._began < LISTEN_S else None
 
     def _on_command(self, message: Any) -> None:
         if nanoseconds(message.header.stamp) not in self._our_stamps:

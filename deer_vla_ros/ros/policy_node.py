@@ -315,8 +315,9 @@ class PolicyNode(LifecycleNode):
     def _demand_holds(self, controller: Controller) -> None:
         """What only the node can see speaks for or against a hold."""
         controller.demand_hold(HoldReason.WATCHDOG_LOST, not self._watchdog.is_alive())
-        for reason in (HoldReason.OTHER_PUBLISHER, HoldReason.OTHER_COMMANDER):
-            controller.demand_hold(reason, self._other is reason)
+        may_begin = controller.has_moved or self._other is not HoldReason.OTHER_PUBLISHER
+        controller.demand_hold(HoldReason.OTHER_PUBLISHER, not may_begin)
+        controller.demand_hold(HoldReason.OTHER_COMMANDER, self._other is HoldReason.OTHER_COMMANDER)
         controller.demand_hold(HoldReason.COMMANDS_UNHEARD, not self._is_heard)
         controller.demand_hold(HoldReason.NOT_ENABLED, not self._is_enabled())
 

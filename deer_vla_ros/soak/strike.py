@@ -39,10 +39,11 @@ class Outcome:
 
 @dataclass
 class _Struck:
-    """A fault in progress."""
+    """A fault in progress. lifted_ns: until then it stood for certain; end_ns: from then on it did not."""
 
     fault: Fault
     begin_ns: int
+    lifted_ns: int = 0
     end_ns: int = 0
 
 
@@ -58,6 +59,7 @@ def strike(arena: Arena, faults: Sequence[Fault], gap_s: float, started_ns: int)
         struck.append(_Struck(fault, fault.begin(arena)))
     time.sleep(max(fault.seconds for fault in faults))
     for each in struck:
+        each.lifted_ns = time.time_ns()
         each.end_ns = each.fault.end(arena)
     end_ns = max(each.end_ns for each in struck)
     moved_ns, cleared_ns = _recover(arena, struck, end_ns)
@@ -101,7 +103,7 @@ def _judge(arena: Arena, struck: _Struck, cleared_ns: int | None) -> None:
     fault, begin_ns = struck.fault, struck.begin_ns
     if fault.holds_after_s is None:
         return
-    end_ns = struck.end_ns
+    end_ns = struck.lifted_ns
     if fault.holds_for_s is not None:
         end_ns = min(end_ns, begin_ns + round(fault.holds_for_s * SECOND))
     if fault.clearing is Clearing.ASKED and cleared_ns is not None:
