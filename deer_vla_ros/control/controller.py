@@ -116,7 +116,8 @@ class Controller:
         self._gate.put_pose(pose)
 
     def put_instruction(self, text: str) -> None:
-        """A new text starts a new episode at the next step; the same text does not; an empty one means hold."""
+        """A new text starts a new episode at the next step; the same text does not; an empty one means hold.
+        """
         self._gate.put_instruction(text)
 
     def request_hold(self, hold: bool) -> None:
@@ -160,7 +161,8 @@ class Controller:
         self._policy.check(budget, names)
 
     def set_budget(self, budget: Budget) -> None:
-        """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays."""
+        """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays.
+        """
         self._policy.set(budget)
 
     def wait_for_layers(self) -> None:
@@ -229,8 +231,8 @@ class Controller:
 
     @property
     def is_silent(self) -> bool:
-        """Whether another one commands the arm, so that even a hold of ours would disturb it. One that has moved the arm
-        itself is never silent: what it began, it ends."""
+        """Whether another one commands the arm, so that even a hold of ours would disturb it. One that has
+        moved the arm itself is never silent: what it began, it ends."""
         return not self.has_moved and not COMMANDED_BY_OTHERS.isdisjoint(self._gate.snapshot().demands)
 
     # --- the tick

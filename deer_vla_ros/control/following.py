@@ -6,17 +6,19 @@ from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.types import Pose
 
 AHEAD, AHEAD_M, AHEAD_RAD = 0.5, 0.01, 0.05
-"""A target is ahead of the arm from this share of a step's limit on, and at least from this distance on: a soft arm in contact
-stays behind by some millimetres."""
+"""A target is ahead of the arm from this share of a step's limit on, and at least from this distance on: a
+soft arm in contact stays behind by some millimetres."""
 STILL_M, STILL_RAD = 0.003, 0.02
-"""An arm that moves less than this does not move: above the noise of encoders, below any motion on command."""
+"""An arm that moves less than this does not move: above the noise of encoders, below any motion on command.
+"""
 
 
 class Following:
     """Looks at every target and the pose that was measured then.
 
-    An arm at rest near its target follows. One that stands still for long while its target is ahead of it does not: it is
-    stopped, or its measured pose is frozen. Holds in between do not make it move, so they change nothing.
+    An arm at rest near its target follows. One that stands still for long while its target is ahead of it
+    does not: it is stopped, or its measured pose is frozen. Holds in between do not make it move, so they
+    change nothing.
     """
 
     def __init__(self) -> None:

@@ -125,7 +125,8 @@ class InputGate:
             )
 
     def demand_hold(self, reason: HoldReason, stands: bool) -> None:
-        """A hold for a reason that only the caller sees, for as long as it stands; its end is no clearance."""
+        """A hold for a reason that only the caller sees, for as long as it stands; its end is no clearance.
+        """
         if (reason in self._inputs.demands) != stands:
             with self._lock:
                 self._inputs = dataclasses.replace(self._inputs, demands=self._demands(reason, stands))

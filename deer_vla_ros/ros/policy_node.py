@@ -83,8 +83,8 @@ class PolicyNode(LifecycleNode):
     def __init__(
         self, ros_args: list[str] | None = None, on_failure: Callable[[], None] = lambda: None
     ) -> None:
-        """ros_args: those of the process; the watchdog takes the security enclave from them. on_failure: is called from the
-        control thread when control has ended by itself: the process has to end then."""
+        """ros_args: those of the process; the watchdog takes the security enclave from them. on_failure: is
+        called from the control thread when control has ended by itself: the process has to end then."""
         super().__init__(parameters.NODE_NAME)
         parameters.declare(self)
         self._controller: Controller | None = None
@@ -326,7 +326,8 @@ class PolicyNode(LifecycleNode):
         return not timeout_s or (self._enabled and time.monotonic() - self._enabled_at <= timeout_s)
 
     def _look_around(self) -> None:
-        """Who else commands the arm, whether anybody but ourselves listens to its commands, and whether the watchdog lives."""
+        """Who else commands the arm, whether anybody but ourselves listens to its commands, and whether the
+        watchdog lives."""
         other = self._others.found()
         self._other = None if self._value("control.allow_other_commanders") else other
         listeners = self._outputs.listeners() - int(self._others.listens)

@@ -235,7 +235,7 @@ class World:
         self.before, self.last_limits = command, limits
 
 
-@settings(max_examples=150, deadline=None, phases=[phase for phase in Phase if phase is not Phase.shrink])
+@settings(max_examples=80, deadline=None, phases=[phase for phase in Phase if phase is not Phase.shrink])
 @given(events)
 def test_no_sequence_of_outputs_poses_timings_and_requests_leads_to_a_command_outside_any_limit(given_events):
     world = World()

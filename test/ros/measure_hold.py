@@ -1,4 +1,5 @@
-"""Measures how soon the arm hears a hold when the node is stopped, killed or hung, and how soon a signal ends the node.
+"""Measures how soon the arm hears a hold when the node is stopped, killed or hung, and how soon a signal ends
+the node.
 
 . scripts/env.sh; PYTHONPATH=$PYTHONPATH:test:test/ros python test/ros/measure_hold.py --trials 5
 """
@@ -67,7 +68,8 @@ def trial(client: Client, index: int, fault: str) -> float:
 
 
 def end(client: Client, index: int, busy: int) -> float:
-    """Seconds from SIGINT to the end of the process beside so many busy loops; its exit status has to be 0."""
+    """Seconds from SIGINT to the end of the process beside so many busy loops; its exit status has to be 0.
+    """
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     namespace = f"end{busy}_{index}/"
     try:

@@ -163,8 +163,8 @@ def old(pose) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (no_number, "not finite or its quaternion is not of unit length"),
-        (no_unit_quaternion, "not finite or its quaternion is not of unit length"),
+        (no_number, "not finite, not of unit length"),
+        (no_unit_quaternion, "not finite, not of unit length"),
         (other_frame, "in another frame"),
         (old, "older than inputs.max_pose_age_s"),
     ],
