@@ -14,7 +14,7 @@ from deer_vla_ros.control.inputs import InputGate, InputLimits
 from deer_vla_ros.control.pace import Pace
 from deer_vla_ros.control.types import HoldReason, Pose
 from deer_vla_ros.inference.types import Observation
-from deer_vla_ros.ros.stamped import measured_pose
+from deer_vla_ros.ros.motions import measured_pose
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,8 @@ from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Command
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import StageTimes
-from deer_vla_ros.ros.stamped import measured_pose, nanoseconds
+from deer_vla_ros.ros.motions import measured_pose
+from deer_vla_ros.ros.stamped import nanoseconds
 
 Messages = Iterator[tuple[str, Record, Any]]
 """What `inputs.messages` gives."""

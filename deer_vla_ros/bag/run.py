@@ -40,7 +40,8 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import parameters
 from deer_vla_ros.ros.conversions import step_message
 from deer_vla_ros.ros.loading import warm_controller
-from deer_vla_ros.ros.stamped import measured_pose, nanoseconds
+from deer_vla_ros.ros.motions import measured_pose
+from deer_vla_ros.ros.stamped import nanoseconds
 
 THUMBNAILS = 8
 FOLLOWED = tuple(

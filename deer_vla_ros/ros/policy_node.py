@@ -28,10 +28,10 @@ from deer_vla_ros.errors import UserError, one_line
 from deer_vla_ros.ros import images, loading, parameters
 from deer_vla_ros.ros.decoder import Decoder
 from deer_vla_ros.ros.graph import OtherCommanders, watchdog_name
+from deer_vla_ros.ros.motions import measured_pose
 from deer_vla_ros.ros.outputs import Outputs
 from deer_vla_ros.ros.qos import LATCHED, NEWEST, SERVICES
 from deer_vla_ros.ros.reports import Reports
-from deer_vla_ros.ros.stamped import measured_pose
 from deer_vla_ros.ros.watchdog import Beat, WatchdogSettings
 from deer_vla_ros.ros.watchdog_client import WatchdogClient
 

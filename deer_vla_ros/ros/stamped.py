@@ -1,5 +1,4 @@
-"""Times, poses, twists and images as messages and back. Shared by node, watchdog and table; it imports no
-torch."""
+"""Times, poses and images as messages, for node, watchdog and table; it imports nothing of the policy."""
 
 from __future__ import annotations
 
@@ -8,10 +7,8 @@ from typing import Protocol
 
 import numpy as np
 from builtin_interfaces.msg import Time
-from geometry_msgs.msg import PoseStamped, TwistStamped
+from geometry_msgs.msg import PoseStamped
 from sensor_msgs.msg import Image
-
-from deer_vla_ros.control.types import MeasuredPose, Pose, Twist
 
 SECOND = 1_000_000_000
 """Nanoseconds."""
@@ -41,23 +38,6 @@ def pose_message(pose: HasPose, frame_id: str, stamp_ns: int) -> PoseStamped:
     position, orientation = message.pose.position, message.pose.orientation
     position.x, position.y, position.z = map(float, pose.position)
     orientation.x, orientation.y, orientation.z, orientation.w = map(float, pose.quaternion)
-    return message
-
-
-def measured_pose(message: PoseStamped) -> MeasuredPose:
-    position, orientation = message.pose.position, message.pose.orientation
-    pose = Pose(
-        np.array([position.x, position.y, position.z]),
-        np.array([orientation.x, orientation.y, orientation.z, orientation.w]),
-    )
-    return MeasuredPose(pose, message.header.frame_id, nanoseconds(message.header.stamp))
-
-
-def twist_message(twist: Twist, frame_id: str, stamp_ns: int) -> TwistStamped:
-    message = TwistStamped()
-    message.header.frame_id, message.header.stamp = frame_id, stamp(stamp_ns)
-    for vector, values in ((message.twist.linear, twist.linear), (message.twist.angular, twist.angular)):
-        vector.x, vector.y, vector.z = map(float, values)
     return message
 
 
