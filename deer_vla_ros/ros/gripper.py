@@ -41,7 +41,7 @@ class Gripper(Protocol):
     def send(self, value: float) -> None: ...
 
     def resume(self) -> None:
-        """The arm moves again after a hold: what was given up is tried again."""
+        """A person has looked at the arm: a goal that was given up is tried again."""
 
 
 class TopicGripper:
@@ -211,7 +211,7 @@ class ActionGripper:
             self._node.get_logger().warning(f"gripper: {self._name} {how} the goal {value:g}: {again}")
         else:
             what = f"gripper: {self._name} {how} the goal {value:g}, try {failures} of {MAX_TRIES}"
-            again = "it is sent again when the value changes or a hold is lifted"
+            again = "it is sent again when the value changes, ~/hold is lifted or a new instruction comes"
             self._node.get_logger().error(f"{what}: see the gripper controller's log; {again}")
 
 

@@ -34,7 +34,6 @@ class Outputs:
         self._gripper_topic = publisher(Float64MultiArray, "gripper_command", gripper_interface == "topic")
         self._gripper: Gripper | None = None
         self.continuity = Continuity()
-        self._held = False
         self.stamps: deque[int] = deque(maxlen=REMEMBERED)
 
     @property
@@ -75,11 +74,14 @@ class Outputs:
             self._tell_gripper(command)  # a goal takes longer than a message: the arm is told first
 
     def _tell_gripper(self, command: Command) -> None:
-        if self._held and not command.holds:
-            self._gripper.resume()
-        self._held = bool(command.holds)
         if command.gripper is not None:
             self._gripper.send(command.gripper)
+
+    def resume(self) -> None:
+        """A person has looked at the arm: a gripper goal that was given up is tried again."""
+        gripper = self._gripper
+        if gripper is not None:
+            gripper.resume()
 
     def wait_until_heard(self, seconds: float) -> None:
         """Until every reliable subscription has the newest commands, at most so long altogether."""

@@ -415,11 +415,12 @@ class PolicyNode(LifecycleNode):
                 f"instruction of {len(text)} characters cut to {MAX_INSTRUCTION}: say it in fewer",
                 throttle_duration_sec=THROTTLE_S,
             )
-        self._instruction = text[
-            :MAX_INSTRUCTION
-        ]  # a latched text comes once, perhaps before the node is configured
+        text = text[:MAX_INSTRUCTION]
+        if text.strip() and text.strip() != self._instruction.strip():
+            self._outputs.resume()
+        self._instruction = text  # a latched text comes once, perhaps before the node is configured
         if self._controller is not None:
-            self._controller.put_instruction(self._instruction)
+            self._controller.put_instruction(text)
             self._wake.set()
 
     def _on_enable(self, message: Bool) -> None:
@@ -441,6 +442,8 @@ class PolicyNode(LifecycleNode):
         answer = self._ask(response, lambda controller: controller.request_hold(request.data), done)
         if request.data:
             self._hold_at_once(HoldReason.REQUESTED)
+        else:
+            self._outputs.resume()
         return answer
 
     def _hold_at_once(self, reason: HoldReason) -> None:

@@ -39,7 +39,7 @@ INSTRUCTIONS = ("turn off the led", "turn on the lamp", "turn off the led", "sta
 
 def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
     said = [part for text in INSTRUCTIONS for part in ("--instruction", text)]
-    with spawn("demo", "--seconds", "9", "--seed", "5", "--out", str(out), *said) as demo:
+    with spawn("demo", "--seconds", "14", "--seed", "33", "--out", str(out), *said) as demo:
         status = demo.wait(START_S)
         output = demo.output()
     summary = json.loads((out / "summary.json").read_text())
@@ -61,7 +61,7 @@ def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
     assert summary["lost_steps"] == 0
     assert summary["episodes"] == 4
     assert summary["first_step_s"] > 0
-    assert summary["seed"] == 5
+    assert summary["seed"] == 33
     assert summary.keys() >= {"dropped", "weights", "trained"}
     assert rows[0].keys() == PolicyStep.get_fields_and_field_types().keys()
     assert ("NOT TRAINED" in output) == (not summary["trained"])

@@ -20,6 +20,7 @@ from action_msgs.msg import GoalStatus
 from harness import START_TIMEOUT, Client, Process, spawn, spawn_python, wait_until
 from rclpy.task import Future
 from rig import Rig
+from std_srvs.srv import SetBool
 
 from deer_vla_ros.ros import gripper
 
@@ -127,13 +128,20 @@ def test_a_gripper_server_that_was_killed_and_starts_again_is_told_again(client,
         assert told[0] == told[1]
 
 
-def test_a_goal_that_is_aborted_is_sent_three_times_and_then_reported(client, environment):
+def test_a_goal_that_is_aborted_is_sent_three_times_and_then_only_when_a_person_has_looked(client, environment):
     with steady_policy(client, environment, "aborted") as (node, rig):
         with server_of("GripperCommand", "aborted", "aborts", environment) as server:
             wait_until(lambda: "hand aborted the goal" in node.output(), START_TIMEOUT, "a warning")
             wait_until(lambda: "try 3 of 3: see the gripper" in node.output(), START_TIMEOUT, "an error")
             rig.await_steps(20)
             assert len(server.output().splitlines()) == 3
+            rig.cameras_on = False  # a hold that ends by itself changes nothing
+            rig.await_hold()
+            rig.cameras_on = True
+            rig.await_steps(20)
+            assert len(server.output().splitlines()) == 3
+            assert client.call(SetBool, "aborted/deer_vla/hold", SetBool.Request(data=False)).success
+            wait_until(lambda: len(server.output().splitlines()) > 3, START_TIMEOUT, "the goal again")
         assert node.running()
 
 
@@ -256,14 +264,16 @@ def given_up(hand) -> None:
         hand.clock.now += gripper.PAUSE_S
 
 
-def test_a_goal_that_was_given_up_is_sent_again_when_the_value_changes_or_a_hold_is_lifted(hand):
+def test_a_goal_that_was_given_up_is_sent_again_when_the_value_changes_or_a_person_has_looked(hand):
     given_up(hand)
     hand.send(0.01)
     hand.send(0.08)
     assert hand.server.values[3:] == [0.01, 0.08]
     given_up(hand)
     sent = len(hand.server.values)
-    hand.gripper.forget()
+    hand.send(0.08)
+    assert len(hand.server.values) == sent
+    hand.gripper.resume()
     hand.send(0.08)
     assert len(hand.server.values) == sent + 1
 
