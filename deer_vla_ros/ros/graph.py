@@ -16,12 +16,12 @@ from rclpy.topic_endpoint_info import TopicEndpointInfo
 from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.ros.stamped import nanoseconds
 
-FOUND_WITHIN_S = 3.0
-"""How long DDS may take to find a publisher, and how long one may be silent before it counts as nobody: DDS
-keeps those of a killed node on its list for 20 s, and a node that is not active has publishers, too."""
-
-LISTEN_S = 1.0
-"""For how long nothing is commanded after an activation: on a busy machine DDS finds others only then."""
+FOUND_WITHIN_S = 4.0
+"""How long DDS may take to find a publisher: where the first announcements are lost, Fast DDS repeats them
+after 3 s."""
+SILENT_S = 3.0
+"""How long a publisher may be silent before it counts as nobody: DDS keeps those of a killed node on its list
+for 20 s, and a node that is not active has publishers, too."""
 UNKNOWN = "_NODE_NAME_UNKNOWN_"
 """What rmw calls a publisher's node for the moment in which it knows the one and not yet the other. It may be
 another commander."""
@@ -74,16 +74,19 @@ def commanders(node: Node, topic: str) -> list[str]:
 class OtherCommanders:
     """Whether another node commands the arm at the time when we begin to.
 
-    One that is only listed is given FOUND_WITHIN_S to say something; one that is heard commands.
+    A process that has just joined the network knows nobody: nothing is commanded before FOUND_WITHIN_S have
+    passed since then. A publisher that is only listed is given SILENT_S to say something. One that is heard
+    commands.
     """
 
     def __init__(self, node: Node, commands: Iterable[Publisher], our_stamps: Collection[int]):
-        """commands: our publishers of stamped commands. our_stamps: of our newest commands, by which others'
-        are told apart."""
+        """Made when the process joins the network. commands: our publishers of stamped commands. our_stamps:
+        of our newest commands, by which others' are told apart."""
         self._node, self._commands, self._our_stamps = node, list(commands), our_stamps
         self._subscriptions: list[Subscription] = []
+        self._joined = time.monotonic()
         self._began = 0.0
-        self._heard_at = -FOUND_WITHIN_S
+        self._heard_at = -SILENT_S
 
     @property
     def listens(self) -> bool:
@@ -113,14 +116,15 @@ class OtherCommanders:
         if not self._subscriptions:
             return None
         now = time.monotonic()
-        is_early, is_heard = (now - since < FOUND_WITHIN_S for since in (self._began, self._heard_at))
         listed = any(len(commanders(self._node, publisher.topic_name)) > 1 for publisher in self._commands)
-        if listed and is_heard:
+        if listed and now - self._heard_at < SILENT_S:
             return HoldReason.OTHER_COMMANDER
-        if not is_early:
-            self.close()
-            return None
-        return HoldReason.OTHER_PUBLISHER if listed or now - self._began < LISTEN_S else None
+        if now - self._joined < FOUND_WITHIN_S:
+            return HoldReason.OTHER_PUBLISHER
+        if now - max(self._began, self._joined + FOUND_WITHIN_S) < SILENT_S:
+            return HoldReason.OTHER_PUBLISHER if listed else None
+        self.close()
+        return None
 
     def _on_command(self, message: Any) -> None:
         if nanoseconds(message.header.stamp) not in self._our_stamps:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from geometry_msgs.msg import PoseStamped
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import SetParametersResult
@@ -22,10 +22,9 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Bool, String
 from std_srvs.srv import SetBool, Trigger
 
-from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Camera, Command, Frame, HoldReason
 from deer_vla_ros.errors import UserError, one_line
-from deer_vla_ros.ros import images, loading, parameters
+from deer_vla_ros.ros import images, parameters
 from deer_vla_ros.ros.decoder import Decoder
 from deer_vla_ros.ros.graph import OtherCommanders, watchdog_name
 from deer_vla_ros.ros.motions import measured_pose
@@ -34,6 +33,9 @@ from deer_vla_ros.ros.qos import LATCHED, NEWEST, SERVICES
 from deer_vla_ros.ros.reports import Reports
 from deer_vla_ros.ros.watchdog import Beat, WatchdogSettings
 from deer_vla_ros.ros.watchdog_client import WatchdogClient
+
+if TYPE_CHECKING:
+    from deer_vla_ros.control.controller import Controller
 
 THROTTLE_S = 5.0
 MAX_INSTRUCTION = 500
@@ -164,6 +166,8 @@ class PolicyNode(LifecycleNode):
                 "control.rehearsal is on: for recordings and onlookers, never with an arm"
             )
         self._outputs.open(given)
+        from deer_vla_ros.ros import loading  # torch takes seconds: others find the node meanwhile
+
         controller = loading.warm_controller(given, self.get_logger())
         controller.put_instruction(self._instruction)
         if self._hold_requested:
@@ -264,7 +268,7 @@ class PolicyNode(LifecycleNode):
         self._reports.close()
         self._outputs.close()
         gc.collect()
-        if torch.cuda.is_available():
+        if torch := sys.modules.get("torch"):  # not where configure never got so far
             torch.cuda.empty_cache()
 
     # --- control

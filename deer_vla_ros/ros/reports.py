@@ -4,6 +4,7 @@ the log."""
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
@@ -13,7 +14,6 @@ from sensor_msgs.msg import Image
 
 from deer_vla_ros import msg
 from deer_vla_ros.budget.types import UNITS
-from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Command, Decision, HoldReason
 from deer_vla_ros.ros import conversions, overlay
 from deer_vla_ros.ros.graph import neighbours
@@ -21,6 +21,9 @@ from deer_vla_ros.ros.outputs import Outputs
 from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.stamped import image_message
 from deer_vla_ros.ros.telemetry import Telemetry, told_hold
+
+if TYPE_CHECKING:
+    from deer_vla_ros.control.controller import Controller
 
 THROTTLE_S = 5.0
 STATUS_PERIOD_S = 1.0

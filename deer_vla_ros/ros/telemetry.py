@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, BudgetStatus
-from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.ros.conversions import milliseconds
 from deer_vla_ros.ros.graph import Neighbours
 from deer_vla_ros.ros.stamped import SECOND, stamp
+
+if TYPE_CHECKING:
+    from deer_vla_ros.control.controller import Controller
 
 LATENCY_STEPS = 100
 """Steps that the latency's percentiles cover."""
@@ -72,6 +74,8 @@ class Telemetry:
         return array
 
     def _figures(self, controller: Controller, now_ns: int) -> dict[str, str]:
+        import torch  # the controller has loaded it by now
+
         latency = tuple(self._latency_ms)
         figures = {
             "steps": str(controller.steps),
