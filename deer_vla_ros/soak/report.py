@@ -25,6 +25,14 @@ LEAST_S = 240.0
 POINTS = 300
 """Samples that the slope is made of at most: it looks at every two of them."""
 
+MOST = (
+    ("longest_silence_s", "a silence of", " s", SILENCE_LIMIT_S),
+    ("time_to_recover_p50", "a median recovery of", " s", 1.0),
+    ("time_to_recover_p95", "a 95th percentile of the recoveries of", " s", 3.0),
+    ("memory_growth_percent_per_hour", "the node's memory grew per hour by", "%", 1.0),
+)
+"""Figures that may be at most so much."""
+
 
 @dataclass
 class Seen:
@@ -97,10 +105,11 @@ def missed(figures: dict[str, Any]) -> list[str]:
         ("broken_promises", "{} broken promises"),
     )
     found = [text.format(figures[name]) for name, text in goals if figures[name]]
-    if figures["longest_silence_s"] > SILENCE_LIMIT_S:
-        found.append(
-            f"a silence of {figures['longest_silence_s']:g} s where {SILENCE_LIMIT_S:g} s are allowed"
-        )
+    found += [
+        f"{what} {figures[name]:g}{unit} where {most:g}{unit} are allowed"
+        for name, what, unit, most in MOST
+        if figures[name] is not None and figures[name] > most
+    ]
     if not figures["commands"]:
         found.append("no command was heard")
     recoveries = figures["recoveries"]

@@ -13,8 +13,10 @@ same seed. After each the arm has to move again: by itself, or where the hold is
 called with false.
 
 Exit status 1 where a goal is missed: a command outside its limits, a stale one, a silence of more than 0.5 s,
-an exception that nobody handled, a promise that was broken, a recovery that did not come. Logs and events of
-all processes are in `--out`. Without ROS_DOMAIN_ID it takes a random one, so that no robot nearby obeys.
+an exception that nobody handled, a promise that was broken, a recovery that did not come, half of them after
+more than 1 s or one in 20 after more than 3 s, or memory that grows by more than 1% per hour (in five minutes
+or more). Logs and events of all processes are in `--out`. Without ROS_DOMAIN_ID it takes a random one, so
+that no robot nearby obeys.
 """
 
 from __future__ import annotations

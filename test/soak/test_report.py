@@ -57,6 +57,19 @@ def test_each_goal_that_is_missed_is_named(changes, told):
     assert told in line
 
 
+def test_recoveries_that_take_too_long_are_missed_goals():
+    figures = report(Seen(1, 2.0, [outcome(recovered_s=4.0)], GOOD))
+    assert missed(figures) == [
+        "a median recovery of 4 s where 1 s are allowed",
+        "a 95th percentile of the recoveries of 4 s where 3 s are allowed",
+    ]
+
+
+def test_memory_that_grows_is_a_missed_goal():
+    figures = report(Seen(1, 60.0, [outcome()], GOOD)) | {"memory_growth_percent_per_hour": 1.5}
+    assert missed(figures) == ["the node's memory grew per hour by 1.5% where 1% are allowed"]
+
+
 def test_a_recovery_that_did_not_come_and_an_exception_are_missed_goals():
     figures = report(Seen(1, 2.0, [outcome(recovered_s=None)], GOOD, exceptions=["node.log: KeyError: 1"]))
     assert missed(figures) == ["1 unhandled exceptions", "0 of 1 recoveries"]
