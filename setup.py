@@ -58,7 +58,10 @@ class BuildWithCMake(build_ext):
         prefixes = ros_prefixes()
         joined = os.pathsep.join(map(str, prefixes))
         python_path = [
-            str(p) for prefix in prefixes for lib in ("lib", "local/lib") for p in prefix.glob(f"{lib}/python3*/*-packages")
+            str(p)
+            for prefix in prefixes
+            for lib in ("lib", "local/lib")
+            for p in prefix.glob(f"{lib}/python3*/*-packages")
         ]
         environment = {**os.environ, "AMENT_PREFIX_PATH": joined, "PYTHONPATH": os.pathsep.join(python_path)}
         cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
@@ -87,7 +90,13 @@ def data_files(prefix: Path):
     """What `ros2` looks for, at the same place under the environment's prefix. CMake's and colcon's own files stay behind:
     they describe headers and libraries where colcon puts them."""
     share = prefix / "share/deer_vla_ros"
-    for folder in (prefix / "share/ament_index", share / "msg", share / "launch", share / "config", prefix / "lib/deer_vla_ros"):
+    for folder in (
+        prefix / "share/ament_index",
+        share / "msg",
+        share / "launch",
+        share / "config",
+        prefix / "lib/deer_vla_ros",
+    ):
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 yield str(path.parent.relative_to(prefix)), [str(path)]

@@ -30,22 +30,47 @@ class Command:
 
 
 COMMANDS = {
-    "node": Command("deer_vla_ros.ros.node_command", "the policy node", takes_ros_args=True),
-    "sim": Command("deer_vla_ros.ros.table_command", "the simulated table as a ROS 2 node", takes_ros_args=True),
-    "demo": Command("deer_vla_ros.ros.demo_command", "table and policy in closed loop: prints and plots what happened"),
-    "benchmark": Command("deer_vla_ros.ros.benchmark_command", "times the node, checks budgets, shows what depth buys"),
-    "replay": Command("deer_vla_ros.bag.replay_command", "runs the policy over a recording in lock step"),
-    "budget": Command("deer_vla_ros.evaluation.budget_command", "cost against deviation: what a budget buys"),
-    "calibrate": Command(
-        "deer_vla_ros.evaluation.calibrate_command", "measures the deltas of all exits for a checkpoint's budgets"
+    "node": Command("deer_vla_ros.commands.node_command", "the policy node", takes_ros_args=True),
+    "sim": Command(
+        "deer_vla_ros.commands.sim_command", "the simulated table as a ROS 2 node", takes_ros_args=True
     ),
-    "record-demos": Command("deer_vla_ros.evaluation.record_command", "demonstrations on the simulated table, for training"),
-    "convert-bag": Command("deer_vla_ros.bag.convert_command", "recordings of a robot as a training dataset"),
-    "train": Command("deer_vla_ros.training.train_command", "makes a network by a recipe, from demonstrations to a checkpoint"),
-    "evaluate": Command("deer_vla_ros.evaluation.evaluate_command", "scores chains of instructions on the simulated table"),
-    "search": Command("deer_vla_ros.evaluation.search_command", "Bayesian optimisation of thresholds in closed loop"),
-    "soak": Command("deer_vla_ros.soak.soak_command", "attacks the running node with random faults and judges it"),
-    "parity": Command("deer_vla_ros.evaluation.parity_command", "checks the network against recorded reference tensors"),
+    "demo": Command(
+        "deer_vla_ros.commands.demo_command",
+        "table and policy in closed loop: prints and plots what happened",
+    ),
+    "benchmark": Command(
+        "deer_vla_ros.commands.benchmark_command", "times the node, checks budgets, shows what depth buys"
+    ),
+    "replay": Command(
+        "deer_vla_ros.commands.replay_command", "runs the policy over a recording in lock step"
+    ),
+    "budget": Command("deer_vla_ros.commands.budget_command", "cost against deviation: what a budget buys"),
+    "calibrate": Command(
+        "deer_vla_ros.commands.calibrate_command",
+        "measures the deltas of all exits for a checkpoint's budgets",
+    ),
+    "record-demos": Command(
+        "deer_vla_ros.commands.record_demos_command", "demonstrations on the simulated table, for training"
+    ),
+    "convert-bag": Command(
+        "deer_vla_ros.commands.convert_bag_command", "recordings of a robot as a training dataset"
+    ),
+    "train": Command(
+        "deer_vla_ros.commands.train_command",
+        "makes a network by a recipe, from demonstrations to a checkpoint",
+    ),
+    "evaluate": Command(
+        "deer_vla_ros.commands.evaluate_command", "scores chains of instructions on the simulated table"
+    ),
+    "search": Command(
+        "deer_vla_ros.commands.search_command", "Bayesian optimisation of thresholds in closed loop"
+    ),
+    "soak": Command(
+        "deer_vla_ros.commands.soak_command", "attacks the running node with random faults and judges it"
+    ),
+    "parity": Command(
+        "deer_vla_ros.commands.parity_command", "checks the network against recorded reference tensors"
+    ),
 }
 
 
@@ -64,7 +89,10 @@ def main(argv: list[str] | None = None) -> int:
         if missing in PIP_MODULES:
             print(f"error: {error}: pip install {missing}", file=sys.stderr)
         elif missing in ROS_MODULES:
-            print(f"error: {error}: source your ROS workspace, or run `make build` and `. scripts/env.sh`", file=sys.stderr)
+            print(
+                f"error: {error}: source your ROS workspace, or run `make build` and `. scripts/env.sh`",
+                file=sys.stderr,
+            )
         else:
             raise
     except KeyboardInterrupt:
@@ -75,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, command: Command, module: ModuleType, own: list[str], ros_args: list[str]) -> int:
     """Parses the command's own arguments and runs it."""
     parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"{PROGRAM} {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
     args = parser.parse_args(own)

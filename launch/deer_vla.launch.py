@@ -35,16 +35,24 @@ def generate_launch_description() -> LaunchDescription:
     on_off = ["", "true", "false"]
     return LaunchDescription(
         [
-            DeclareLaunchArgument("params_file", default_value=default_params, description="Parameters of the node (YAML)."),
-            DeclareLaunchArgument("model_path", default_value="", description="Checkpoint folder; overrides params_file."),
-            DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node and of all its topics."),
+            DeclareLaunchArgument(
+                "params_file", default_value=default_params, description="Parameters of the node (YAML)."
+            ),
+            DeclareLaunchArgument(
+                "model_path", default_value="", description="Checkpoint folder; overrides params_file."
+            ),
+            DeclareLaunchArgument(
+                "namespace", default_value="", description="Namespace of the node and of all its topics."
+            ),
             DeclareLaunchArgument(
                 "device",
                 default_value="",
                 choices=["", "auto", "cpu", "cuda"],
                 description="Where the network runs; overrides params_file.",
             ),
-            DeclareLaunchArgument("use_sim_time", default_value="", choices=on_off, description="Take time from /clock."),
+            DeclareLaunchArgument(
+                "use_sim_time", default_value="", choices=on_off, description="Take time from /clock."
+            ),
             DeclareLaunchArgument(
                 "autostart",
                 default_value="",

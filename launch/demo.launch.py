@@ -45,7 +45,9 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             DeclareLaunchArgument("seed", default_value="0", description="Arrangement of the table."),
-            DeclareLaunchArgument("namespace", default_value="", description="Namespace of both nodes and of all their topics."),
+            DeclareLaunchArgument(
+                "namespace", default_value="", description="Namespace of both nodes and of all their topics."
+            ),
             RegisterEventHandler(OnProcessExit(on_exit=_on_exit)),
             policy,  # first: it checks its parameters, and the table must not start when they are wrong
             table,

@@ -62,7 +62,17 @@ def generate_launch_description() -> LaunchDescription:
         }.items(),
     )
     recorder = ExecuteProcess(
-        cmd=["ros2", "bag", "record", "--all", "--use-sim-time", "--storage", "mcap", "--output", LaunchConfiguration("out")],
+        cmd=[
+            "ros2",
+            "bag",
+            "record",
+            "--all",
+            "--use-sim-time",
+            "--storage",
+            "mcap",
+            "--output",
+            LaunchConfiguration("out"),
+        ],
         name="recorder",
         output="screen",
         sigterm_timeout="30",  # it writes what it still has in memory
@@ -112,7 +122,9 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(
                 "wait", default_value="120.0", description="Seconds until the node must be active."
             ),
-            DeclareLaunchArgument("params_file", default_value=default_params, description="Parameters of the node (YAML)."),
+            DeclareLaunchArgument(
+                "params_file", default_value=default_params, description="Parameters of the node (YAML)."
+            ),
             OpaqueFunction(function=_check),
             RegisterEventHandler(OnProcessExit(on_exit=on_exit)),
             policy,  # before the recorder: it checks its parameters

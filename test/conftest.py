@@ -21,7 +21,8 @@ try:
 except ImportError as error:
     # Skipping here would let CI test nothing and call it a success.
     pytest.exit(
-        f"deer_vla_ros.msg cannot be imported ({error}): run `make test`, or `make build` and `. scripts/env.sh`", returncode=1
+        f"deer_vla_ros.msg cannot be imported ({error}): run `make test`, or `make build` and `. scripts/env.sh`",
+        returncode=1,
     )
 
 _LONGEST = (

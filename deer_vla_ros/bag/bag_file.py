@@ -23,10 +23,14 @@ class BagFile:
         try:
             self._writer.open()
         except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}): give the recording another place") from error
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}): give the recording another place"
+            ) from error
         self._connections: dict[str, Connection] = {}
 
-    def declare(self, topic: str, kind: str, definition: tuple[str, str] | None = None, qos: Sequence[Qos] = ()) -> None:
+    def declare(
+        self, topic: str, kind: str, definition: tuple[str, str] | None = None, qos: Sequence[Qos] = ()
+    ) -> None:
         """A topic; definition: its text and hash, None for a type that is installed here."""
         text, digest = definition or (None, None)
         self._connections[topic] = self._writer.add_connection(

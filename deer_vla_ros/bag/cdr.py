@@ -37,7 +37,9 @@ def _definitions() -> Path:
     for parent in Path(deer_vla_ros.msg.__file__).parents:
         if (folder := parent / "share" / "deer_vla_ros" / "msg").is_dir():
             return folder
-    raise UserError("the message definitions are not installed: run `make build`, or build the workspace again")
+    raise UserError(
+        "the message definitions are not installed: run `make build`, or build the workspace again"
+    )
 
 
 def type_of(kind: type) -> str:

@@ -19,9 +19,16 @@ from deer_vla_ros.bag.observed import Seen
 from deer_vla_ros.control.motion import euler_of, motion_between
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_folder
+from deer_vla_ros.lab.training.calvin_files import (
+    SHAPES,
+    Annotation,
+    CalvinStep,
+    write_action_space,
+    write_annotations,
+    write_step,
+)
 from deer_vla_ros.model.action_space import ActionSpace
-from deer_vla_ros.training.calvin_files import SHAPES, Annotation, CalvinStep, write_action_space, write_annotations, write_step
-from deer_vla_ros.whole_folder import whole_folder
 
 LONGEST_GAP = 2.5
 """Control periods. Steps further apart than this are two episodes."""
@@ -77,7 +84,9 @@ def convert(
                 if len(beginning) <= shortest:
                     converted.short += 1
                     continue
-                first = number = converted.steps + converted.episodes  # a gap between episodes: they were recorded with a break
+                first = number = (
+                    converted.steps + converted.episodes
+                )  # a gap between episodes: they were recorded with a break
                 for now, following in pairwise(chain(beginning, episode)):
                     write_step(folder, number, _step(path, now, following, space, source, converted))
                     number += 1
@@ -87,13 +96,17 @@ def convert(
                 converted.steps += number - first
                 converted.texts[text] += 1
         if not annotations:
-            raise UserError(f"convert-bag: no episode of more than {shortest} steps in these recordings: nothing is written")
+            raise UserError(
+                f"convert-bag: no episode of more than {shortest} steps in these recordings: nothing is written"
+            )
         write_annotations(folder, annotations)
         write_action_space(folder, space, actions=source, rate_hz=rate_hz, episodes=dict(converted.texts))
     return converted
 
 
-def _step(path: Path, now: Seen, following: Seen, space: ActionSpace, source: str, converted: Converted) -> CalvinStep:
+def _step(
+    path: Path, now: Seen, following: Seen, space: ActionSpace, source: str, converted: Converted
+) -> CalvinStep:
     if following.gripper is None:
         raise UserError(
             f"{path}: no gripper command by {following.stamp_ns / 1e9:.3f} s: name its topic with --topic gripper_command:=TOPIC, "
@@ -107,7 +120,9 @@ def _step(path: Path, now: Seen, following: Seen, space: ActionSpace, source: st
             )
         end = following.target
     translation, rotation = motion_between(start, end)
-    wanted = np.concatenate([translation / space.translation_m, rotation.as_euler("xyz") / space.rotation_rad])
+    wanted = np.concatenate(
+        [translation / space.translation_m, rotation.as_euler("xyz") / space.rotation_rad]
+    )
     converted.clipped += bool((np.abs(wanted) > 1).any())
     before, after = (_is_open(moment.gripper, space) for moment in (now, following))
     return CalvinStep(
@@ -115,7 +130,9 @@ def _step(path: Path, now: Seen, following: Seen, space: ActionSpace, source: st
         rgb_gripper=now.observation.gripper,
         rel_actions=np.array([*np.clip(wanted, -1, 1), after]),
         actions=np.array([*end.position, *euler_of(end.quaternion), after]),
-        robot_obs=np.array([*start.position, *euler_of(start.quaternion), now.gripper or 0.0, *np.zeros(7), before]),
+        robot_obs=np.array(
+            [*start.position, *euler_of(start.quaternion), now.gripper or 0.0, *np.zeros(7), before]
+        ),
         scene_obs=np.zeros(SHAPES["scene_obs"]),
     )
 

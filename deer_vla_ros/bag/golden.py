@@ -11,7 +11,7 @@ from typing import Any
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, Row, RowWriter, difference, read_rows
 from deer_vla_ros.bag.run import run
-from deer_vla_ros.json_file import write_text
+from deer_vla_ros.files import write_text
 
 
 def compare(rows: Iterable[Row], golden: Path, tolerance: float) -> str:

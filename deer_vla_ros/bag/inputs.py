@@ -50,10 +50,14 @@ class Tally:
 
     def lines(self) -> list[str]:
         """One for each kind of message that was left out."""
-        return [f"{topic}: {count} left out: {reason}" for (topic, reason), count in sorted(self.skipped.items())]
+        return [
+            f"{topic}: {count} left out: {reason}" for (topic, reason), count in sorted(self.skipped.items())
+        ]
 
 
-def find_topics(recording: Recording, renames: Mapping[str, str], read: tuple[str, ...], tally: Tally) -> dict[str, str]:
+def find_topics(
+    recording: Recording, renames: Mapping[str, str], read: tuple[str, ...], tally: Tally
+) -> dict[str, str]:
     """By the node's topic, the recorded one. Without a rename: the topic of that name, or the only one that ends with it.
 
     read: what is going to be read beside NEEDED. UserError where one of NEEDED is missing, a rename names no topic, several topics could
@@ -61,7 +65,9 @@ def find_topics(recording: Recording, renames: Mapping[str, str], read: tuple[st
     """
     read = (*NEEDED, *read)
     if unknown := sorted(set(renames) - set(TYPES)):
-        raise UserError(f"--topic {unknown[0]}:=...: the policy has no such topic: use one of {', '.join(TYPES)}")
+        raise UserError(
+            f"--topic {unknown[0]}:=...: the policy has no such topic: use one of {', '.join(TYPES)}"
+        )
     found = {}
     for name in TYPES:
         topic = renames.get(name) or _by_name(recording, name, name in read)
@@ -72,10 +78,14 @@ def find_topics(recording: Recording, renames: Mapping[str, str], read: tuple[st
         if topic is None:
             continue
         if topic not in recording.topics:
-            raise UserError(f"--topic {name}:={topic}: {recording.path} has no such topic; {_listed(recording)}")
+            raise UserError(
+                f"--topic {name}:={topic}: {recording.path} has no such topic; {_listed(recording)}"
+            )
         if recording.topics[topic] not in TYPES[name]:
             if name not in read and name not in renames:
-                tally.skip(topic, f"of type {recording.topics[topic]}, {name} takes {' or '.join(TYPES[name])}")
+                tally.skip(
+                    topic, f"of type {recording.topics[topic]}, {name} takes {' or '.join(TYPES[name])}"
+                )
                 continue
             raise UserError(
                 f"{recording.path}: {topic} is of type {recording.topics[topic]}, {name} takes {' or '.join(TYPES[name])}: "

@@ -40,7 +40,9 @@ class Account:
     dropped: int = 0
 
     def lines(self) -> list[str]:
-        held = [f"held {count} times: {reason.name}: {reason.value}" for reason, count in self.holds.most_common()]
+        held = [
+            f"held {count} times: {reason.name}: {reason.value}" for reason, count in self.holds.most_common()
+        ]
         dropped = [f"{self.dropped} camera pairs replaced by newer ones"] if self.dropped else []
         return [*self.tally.lines(), *held, *dropped]
 

@@ -36,7 +36,9 @@ class ParameterEvents:
                 changed[name] = value
             elif value != self.given[name] and name.startswith(("control.", "action.")):
                 self.notes.add(f"{name} was {value!r} when it was recorded and is {self.given[name]!r} here")
-        if not event.changed_parameters:  # what a node starts with; set while it runs, even the same value makes a new budget
+        if (
+            not event.changed_parameters
+        ):  # what a node starts with; set while it runs, even the same value makes a new budget
             changed = {name: value for name, value in changed.items() if value != self.given[name]}
         if not changed:
             return False
@@ -60,7 +62,9 @@ class ParameterEvents:
             value = getattr(each.value, field)
             yield (
                 each.name,
-                declaration.checked(list(value) if field == "double_array_value" else value, "recorded parameter event"),
+                declaration.checked(
+                    list(value) if field == "double_array_value" else value, "recorded parameter event"
+                ),
             )
 
 

@@ -74,7 +74,9 @@ class Recording:
         """Every topic as it was recorded, with type, quality of service and definition."""
         return list(self._reader.connections)
 
-    def messages(self, topics: set[str], start_ns: int | None = None, stop_ns: int | None = None) -> Iterator[Record]:
+    def messages(
+        self, topics: set[str], start_ns: int | None = None, stop_ns: int | None = None
+    ) -> Iterator[Record]:
         """Messages of these topics, received from `start_ns` on and before `stop_ns`, in the order in which they were received.
 
         What lies before is not read: index or database lead to the first one.
@@ -90,8 +92,12 @@ class Recording:
             except StopIteration:
                 return
             except Exception as error:  # whatever a parser raises when it is fed with arbitrary bytes
-                so_far = "" if last_ns is None else f", {(last_ns - self.start_ns) / 1e9:.1f} s from its beginning"
-                raise UserError(f"{self.path}: damaged{so_far} ({_one_line(error)}): {_remedy(self.path)}") from error
+                so_far = (
+                    "" if last_ns is None else f", {(last_ns - self.start_ns) / 1e9:.1f} s from its beginning"
+                )
+                raise UserError(
+                    f"{self.path}: damaged{so_far} ({_one_line(error)}): {_remedy(self.path)}"
+                ) from error
             last_ns = int(time_ns)
             yield Record(connection.topic, connection.msgtype, last_ns, bytes(data))
 
@@ -100,7 +106,9 @@ class Recording:
         try:
             return call()
         except Exception as error:
-            raise UserError(f"{self.path}: cannot be read ({_one_line(error)}): {_remedy(self.path)}") from error
+            raise UserError(
+                f"{self.path}: cannot be read ({_one_line(error)}): {_remedy(self.path)}"
+            ) from error
 
 
 def _remedy(path: Path) -> str:
@@ -120,7 +128,9 @@ def decode(record: Record) -> Any:
     try:
         return from_cdr(record.data, record.type)
     except Exception as error:  # whatever a parser raises when it is fed with arbitrary bytes
-        raise UserError(f"{record.topic}: {len(record.data)} bytes are no {record.type} ({_one_line(error)})") from error
+        raise UserError(
+            f"{record.topic}: {len(record.data)} bytes are no {record.type} ({_one_line(error)})"
+        ) from error
 
 
 def definition(connection: Connection) -> tuple[str, str] | None:
@@ -128,7 +138,9 @@ def definition(connection: Connection) -> tuple[str, str] | None:
     store, recorded = types(), connection.msgdef
     if recorded.format is not MessageDefinitionFormat.NONE and connection.digest:
         return recorded.data, connection.digest
-    if recorded.format is MessageDefinitionFormat.MSG:  # older recorders, and MCAP files without their folder, leave the hash out
+    if (
+        recorded.format is MessageDefinitionFormat.MSG
+    ):  # older recorders, and MCAP files without their folder, leave the hash out
         with contextlib.suppress(Exception):  # whatever a parser raises when it is fed with arbitrary text
             own = get_typestore(Stores.EMPTY)
             own.register(get_types_from_msg(recorded.data, connection.msgtype))

@@ -155,7 +155,11 @@ def _holds(results: Sequence[Result]) -> str:
 
 def _left_out(rows: list[dict[str, Any]]) -> str:
     lines = sorted({line for row in rows for line in (*row["left_out"], *row["notes"])})
-    return f"<h2>Left out</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+    return (
+        f"<h2>Left out</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+        if lines
+        else ""
+    )
 
 
 def _section(result: Result, reference: Result | None, colour: str) -> str:
@@ -170,15 +174,23 @@ def _picture(result: Result, reference: Result | None, colour: str) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(4, 1, figsize=(11, 6.6), sharex=True, layout="constrained", height_ratios=(1.2, 1.4, 1, 0.8))
+    figure, axes = pyplot.subplots(
+        4, 1, figsize=(11, 6.6), sharex=True, layout="constrained", height_ratios=(1.2, 1.4, 1, 0.8)
+    )
     frames, depth, away, wall = axes
     span = max(result.seconds, 1e-9)
     for seconds, image in result.thumbnails:
-        frames.imshow(image, extent=(seconds, seconds + 0.9 * span / max(1, len(result.thumbnails)), 0, 1), aspect="auto")
+        frames.imshow(
+            image,
+            extent=(seconds, seconds + 0.9 * span / max(1, len(result.thumbnails)), 0, 1),
+            aspect="auto",
+        )
     frames.set(xlim=(0, span), ylim=(0, 1), yticks=[])
     at = [step.seconds for step in result.steps]
     depth.step(at, [step.exit_layer + 1 for step in result.steps], where="post", color=colour, linewidth=1)
-    depth.set(ylabel="layers run", ylim=(0, result.exits[-1] + 2), yticks=[layer + 1 for layer in result.exits])
+    depth.set(
+        ylabel="layers run", ylim=(0, result.exits[-1] + 2), yticks=[layer + 1 for layer in result.exits]
+    )
     for (begin, _), end in zip(result.holds, _ends(result.holds, result.steps, span)):
         depth.axvspan(begin, end, color="#fca5a5", alpha=0.5, linewidth=0)
     at_both, deviation = deviations(result, reference)

@@ -33,7 +33,10 @@ def request(
     given = parameters.from_file(params)
     if budget:
         parts = [part.removeprefix("budget.") for part in budget.split(",")]
-        asked = {f"budget.{name}": value for name, value in amounts_of(parts, (*AVERAGES, *PEAKS), "--budget").items()}
+        asked = {
+            f"budget.{name}": value
+            for name, value in amounts_of(parts, (*AVERAGES, *PEAKS), "--budget").items()
+        }
         given = parameters.with_defaults({**given, **no_budget(), **asked}, f"--budget {budget}")
     stored = folder_of(given["model.path"]) / TABLE
     if latency_table is None and any(given[name] for name in MS_BUDGETS) and stored.is_file():

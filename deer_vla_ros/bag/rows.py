@@ -66,7 +66,9 @@ def read_rows(path: Path) -> Iterator[Row]:
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != DECIDED:
-                raise UserError(f"{path}: not the decisions of a replay of this version: write it again with --golden {path}")
+                raise UserError(
+                    f"{path}: not the decisions of a replay of this version: write it again with --golden {path}"
+                )
             for row in reader:
                 yield {name: _value(name, text) for name, text in row.items()}
     except OSError as error:
@@ -112,7 +114,9 @@ class Difference:
         return f"step {self.index} (stamp {self.stamp / 1e9:.9f}): {self.field} is {text_of(self.ours)}, not {text_of(self.theirs)}{far}"
 
 
-def difference(index: int, ours: Row, theirs: Row, tolerance: float, fields: Iterable[str] = DECIDED) -> Difference | None:
+def difference(
+    index: int, ours: Row, theirs: Row, tolerance: float, fields: Iterable[str] = DECIDED
+) -> Difference | None:
     """The first field, in the order of `fields`, in which two decisions differ by more than `tolerance`; None where they agree.
 
     Whole numbers, words and the lengths of lists have to be equal. NaN equals NaN.

@@ -51,6 +51,7 @@ FOLLOWED = tuple(
 node's start, ages, which the controller's clock rounds, and what the guard made of it, which rests on poses
 that came while the live node was thinking."""
 
+
 @dataclass(frozen=True)
 class Request:
     """What is replayed, and how.

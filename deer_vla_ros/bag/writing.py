@@ -67,10 +67,17 @@ class ReplayBag:
         for each in recording.connections if with_inputs else []:
             found = definition(each)
             if found is None:
-                tally.skip(each.topic, f"not copied: {each.msgtype} is not defined in the recording, nor installed here")
+                tally.skip(
+                    each.topic,
+                    f"not copied: {each.msgtype} is not defined in the recording, nor installed here",
+                )
             elif each.topic not in self._names:
-                self._names[each.topic] = _free(each.topic, recording) if each.topic in OUTPUTS else each.topic
-                self._file.declare(self._names[each.topic], each.msgtype, found, each.ext.offered_qos_profiles)
+                self._names[each.topic] = (
+                    _free(each.topic, recording) if each.topic in OUTPUTS else each.topic
+                )
+                self._file.declare(
+                    self._names[each.topic], each.msgtype, found, each.ext.offered_qos_profiles
+                )
         for topic, kind in OUTPUTS.items():
             self._file.declare(topic, kind)
 
@@ -84,9 +91,13 @@ class ReplayBag:
         if step is not None:
             self._file.write(f"/{STEPS}", step, time_ns)
         if command.gripper is not None:
-            self._file.write(f"/{GRIPPER_COMMAND}", to_cdr(Float64MultiArray(data=[float(command.gripper)])), time_ns)
+            self._file.write(
+                f"/{GRIPPER_COMMAND}", to_cdr(Float64MultiArray(data=[float(command.gripper)])), time_ns
+            )
         if command.target is not None:
-            self._file.write(f"/{TARGET}", to_cdr(pose_message(command.target, frame_id, command.stamp_ns)), time_ns)
+            self._file.write(
+                f"/{TARGET}", to_cdr(pose_message(command.target, frame_id, command.stamp_ns)), time_ns
+            )
 
     def close(self) -> None:
         self._file.close()

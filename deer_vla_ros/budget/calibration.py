@@ -80,13 +80,20 @@ class Calibration:
     def check(self, exits: tuple[int, ...], delta: str) -> None:
         """Raises UserError, with the remedy, unless there are rows for `exits` and deltas of that name."""
         if exits != self.exits:
-            raise UserError(f"{CALIBRATION} has rows for the exits at layers {self.exits}, the network has {exits}: {REMEDY}")
+            raise UserError(
+                f"{CALIBRATION} has rows for the exits at layers {self.exits}, the network has {exits}: {REMEDY}"
+            )
         if delta != self.delta:
-            raise UserError(f"{CALIBRATION} holds '{self.delta}' deltas, the checkpoint's rule uses '{delta}': {REMEDY}")
+            raise UserError(
+                f"{CALIBRATION} holds '{self.delta}' deltas, the checkpoint's rule uses '{delta}': {REMEDY}"
+            )
 
     def save(self, folder: Path) -> None:
         """Writes `calibration.safetensors` in one piece: interrupted, an older one stays as it was."""
-        arrays = {name: np.ascontiguousarray(getattr(self, name).astype(STORED.get(name, kind))) for name, kind in ARRAYS.items()}
+        arrays = {
+            name: np.ascontiguousarray(getattr(self, name).astype(STORED.get(name, kind)))
+            for name, kind in ARRAYS.items()
+        }
         for count, (levels, shares) in self.paths.items():
             arrays |= {f"path.{count}.levels": levels, f"path.{count}.shares": shares}
         about = {"exits": list(self.exits), "delta": self.delta, "provenance": self.provenance}
@@ -106,8 +113,14 @@ class Calibration:
         if samples == 0 or self.poses.shape != (samples, exits, 6) or self.deltas.shape != (samples, exits):
             raise ValueError("arrays of shapes that do not belong together")
         for count, (levels, shares) in self.paths.items():
-            if levels.shape != (len(shares), count - 1) or shares.shape != (len(shares), count) or len(shares) == 0:
-                raise ValueError(f"the path of {count} exits has arrays of shapes that do not belong together")
+            if (
+                levels.shape != (len(shares), count - 1)
+                or shares.shape != (len(shares), count)
+                or len(shares) == 0
+            ):
+                raise ValueError(
+                    f"the path of {count} exits has arrays of shapes that do not belong together"
+                )
         for array in (self.deltas, self.poses, *(part for path in self.paths.values() for part in path)):
             if not np.isfinite(array).all():
                 raise ValueError("values that are not finite")
@@ -123,9 +136,16 @@ class Calibration:
                 about = json.loads((file.metadata() or {})["about"])
                 arrays = {name: file.get_tensor(name).astype(kind) for name, kind in ARRAYS.items()}
                 counts = range(1, len(about["exits"]) + 1)
-                paths = {n: tuple(file.get_tensor(f"path.{n}.{part}") for part in ("levels", "shares")) for n in counts}
+                paths = {
+                    n: tuple(file.get_tensor(f"path.{n}.{part}") for part in ("levels", "shares"))
+                    for n in counts
+                }
             calibration = cls(
-                exits=tuple(about["exits"]), delta=about["delta"], provenance=about["provenance"], paths=paths, **arrays
+                exits=tuple(about["exits"]),
+                delta=about["delta"],
+                provenance=about["provenance"],
+                paths=paths,
+                **arrays,
             )
             calibration._check_arrays()
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -147,7 +167,9 @@ STORED = {"poses": np.float16, "gripper": np.float16}
 """Where the file is coarser than that: actions are only compared."""
 
 
-def measure(checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dict[str, str], seed: int = 0) -> Calibration:
+def measure(
+    checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dict[str, str], seed: int = 0
+) -> Calibration:
     """Every exit on every observation, one pass up the layers each.
 
     Images are read once and let go; what the head reads of them is kept: (1 + exits) * width numbers per step.
@@ -158,21 +180,35 @@ def measure(checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dic
     for number, (features, tokens) in enumerate(episode_features(checkpoint, episodes)):
         kept.append(columns(features, info.model.exits))
         for step, (deltas, poses, gripper) in enumerate(_random_walk(checkpoint, kept[-1], random)):
-            row = {"deltas": deltas, "poses": poses, "gripper": gripper, "episodes": number, "steps": step, "tokens": tokens}
+            row = {
+                "deltas": deltas,
+                "poses": poses,
+                "gripper": gripper,
+                "episodes": number,
+                "steps": step,
+                "tokens": tokens,
+            }
             for name, value in row.items():
                 rows[name].append(value)
         rows["window_deltas"] += _windows(checkpoint, kept[-1], random)
     if not rows["deltas"]:
-        raise UserError("calibration: no observation was given: name recordings with camera images and an instruction")
+        raise UserError(
+            "calibration: no observation was given: name recordings with camera images and an instruction"
+        )
     rows["window_deltas"] = rows["window_deltas"] or [np.empty((0, len(info.model.exits)))]
-    arrays = {name: np.concatenate(values) if name == "window_deltas" else np.array(values) for name, values in rows.items()}
+    arrays = {
+        name: np.concatenate(values) if name == "window_deltas" else np.array(values)
+        for name, values in rows.items()
+    }
     arrays = {name: arrays[name].astype(kind) for name, kind in ARRAYS.items()}
     about = {"samples": str(len(arrays["deltas"])), "seed": str(seed), **provenance}
     if checkpoint.folder is not None:
         about["weights"] = fingerprint(checkpoint.folder)
     calibration = Calibration(info.model.exits, info.delta, paths={}, provenance=about, **arrays)
     if not (np.isfinite(calibration.deltas).all() and np.isfinite(calibration.poses).all()):
-        raise UserError("calibration: the network's actions are not all finite on these recordings: check the weights")
+        raise UserError(
+            "calibration: the network's actions are not all finite on these recordings: check the weights"
+        )
     return dataclasses.replace(calibration, paths=_measured_paths(checkpoint, calibration, kept))
 
 
@@ -193,7 +229,9 @@ def _measured_paths(
 
 
 @torch.inference_mode()
-def closed_loop_shares(head: ActionHead, episodes: list[Tensor], thresholds: np.ndarray, delta: str) -> np.ndarray:
+def closed_loop_shares(
+    head: ActionHead, episodes: list[Tensor], thresholds: np.ndarray, delta: str
+) -> np.ndarray:
     """(P, exits) share of the steps that each exit takes under each of P rules (P, exits), every rule with its own memory.
 
     episodes: features (T, 1 + exits or more, width) of each. All rules walk at once, a batch of them per step.
@@ -231,10 +269,15 @@ def fingerprint(folder: Path) -> str:
 def episode_features(checkpoint: Checkpoint, episodes: Iterable[Episode]) -> Iterator[tuple[Tensor, int]]:
     """(T, layers, width) features of each episode in turn, and its instruction's token count."""
     exits = checkpoint.info.model.exits
-    policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, ExitRule(exits, (0.0,) * len(exits), checkpoint.info.delta))
+    policy = DeerPolicy(
+        checkpoint.model, checkpoint.tokenizer, ExitRule(exits, (0.0,) * len(exits), checkpoint.info.delta)
+    )
     for episode in episodes:
         policy.reset(episode.instruction)
-        yield torch.stack([policy.features(observation) for observation in episode.observations]), policy.tokens
+        yield (
+            torch.stack([policy.features(observation) for observation in episode.observations]),
+            policy.tokens,
+        )
 
 
 def columns(features: Tensor, exits: tuple[int, ...]) -> Tensor:
@@ -250,7 +293,9 @@ def _random_walk(
     exits, head = checkpoint.info.model.exits, checkpoint.model.shared_head
     state = head.initial_state()
     for step in features:
-        output = head(step[:, None], HeadState(*(part.expand(-1, len(step), -1).contiguous() for part in state)))
+        output = head(
+            step[:, None], HeadState(*(part.expand(-1, len(step), -1).contiguous() for part in state))
+        )
         poses, read = output.pose[:, 0], compared(checkpoint.info.delta, output.pose, output.feature)[:, 0]
         deltas = DELTAS[checkpoint.info.delta](read[1:], read[:-1])
         yield (

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deer_vla_ros.model.config import CAMERAS, DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
+from deer_vla_ros.model.config import (
+    CAMERAS,
+    DecoderConfig,
+    HeadConfig,
+    ModelConfig,
+    ResamplerConfig,
+    VisionConfig,
+)
 from deer_vla_ros.model.grounding import NEAR_VALUES, POSE_VALUES, RELATE_WIDTH, STRIDE
 
 GIGA = 1e9
@@ -41,7 +48,8 @@ def cost_table(config: ModelConfig, tokens: int) -> CostTable:
     """The costs of a step whose instruction has `tokens` tokens, specials included."""
     camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision)
     layers = (
-        layer_macs(config.decoder, i, tokens, config.visual_tokens, config.vision.width) for i in range(config.decoder.layers)
+        layer_macs(config.decoder, i, tokens, config.visual_tokens, config.vision.width)
+        for i in range(config.decoder.layers)
     )
     return CostTable(
         tokens=tokens,
@@ -61,7 +69,9 @@ def vision_macs(config: VisionConfig) -> int:
     tokens = config.tokens + 1
     patches = config.tokens * 3 * config.patch_size**2 * config.width
     mlp = int(config.width * config.mlp_ratio)
-    block = tokens * (4 * config.width**2 + 2 * config.width * mlp) + attention_macs(tokens, tokens, config.width)
+    block = tokens * (4 * config.width**2 + 2 * config.width * mlp) + attention_macs(
+        tokens, tokens, config.width
+    )
     return patches + config.layers * block
 
 
@@ -80,7 +90,11 @@ def grounding_macs(config: ModelConfig) -> int:
         return 0
     channels, queries, width = config.grounding.channels, config.grounding.queries, config.vision.width
     cells = (config.vision.image_size // STRIDE) ** 2
-    stem = 4 * cells * 3 * 25 * (channels // 2) + cells * 9 * (channels // 2) * channels + cells * 9 * channels**2
+    stem = (
+        4 * cells * 3 * 25 * (channels // 2)
+        + cells * 9 * (channels // 2) * channels
+        + cells * 9 * channels**2
+    )
     search = attention_macs(queries, cells, channels) + queries * cells * 2
     things = config.grounding.things
     seen = CAMERAS * (queries // things) * (channels + 2) + POSE_VALUES

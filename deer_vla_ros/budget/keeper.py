@@ -126,10 +126,15 @@ class BudgetKeeper:
             if name in averages and self._calibration is None:
                 raise UserError(f"budget.{name} is {value:g}, but {self._no_calibration}")
             if name not in prices:
-                raise UserError(f"budget.{name} is {value:g}, but no latency was measured here: use a budget in GMAC")
+                raise UserError(
+                    f"budget.{name} is {value:g}, but no latency was measured here: use a budget in GMAC"
+                )
             low, high = prices[name][0], prices[name][-1]
             if not (math.isfinite(value) and value >= low):
-                named, at = _rounded_up(low), "" if name == "memory_gib" else f" at {self._table.tokens} tokens"
+                named, at = (
+                    _rounded_up(low),
+                    "" if name == "memory_gib" else f" at {self._table.tokens} tokens",
+                )
                 raise UserError(
                     f"budget.{name} is {value:g}, which is not at least the {named} {UNITS[name]} of the first exit{at}: "
                     f"ask for {named} to {high:.4g}, or 0 for no limit"
@@ -182,7 +187,11 @@ class BudgetKeeper:
             total_gmac=self._table.total(step.layers_run, step.head_probes),
         )
         self.latency.observe(step)
-        measured = {"average_gmac": cost.language_gmac, "average_fraction": cost.fraction, "average_ms": step.times.total}
+        measured = {
+            "average_gmac": cost.language_gmac,
+            "average_fraction": cost.fraction,
+            "average_ms": step.times.total,
+        }
         missed = 0 < self._budget.deadline_ms < step.times.total
         self._account.enter(cost.language_gmac, cost.fraction, step.times.total, missed)
         for name, governor in self._governors.items():
@@ -235,14 +244,20 @@ class BudgetKeeper:
         """The rule for what is asked for, at this instruction length and with the layers that are here; under a new id."""
         prices, averages, peaks = self._prices(), self._budget.active(AVERAGES), self._budget.active(PEAKS)
         averages = {name: limit for name, limit in averages.items() if name in prices}
-        clamped = tuple(name for name, limit in {**averages, **peaks}.items() if name in prices and limit < prices[name][0])
+        clamped = tuple(
+            name
+            for name, limit in {**averages, **peaks}.items()
+            if name in prices and limit < prices[name][0]
+        )
         allowed = [index for index, layer in enumerate(self._model.exits) if layer < self._resident]
         for name, limit in peaks.items():
             if name in prices:
                 allowed = [index for index in allowed if prices[name][index] <= limit]
         count = max(len(allowed), 1)
         self._priced = {name: prices[name][:count] for name in averages}
-        self._governors = {name: self._governor(name, limit, prices[name]) for name, limit in averages.items()}
+        self._governors = {
+            name: self._governor(name, limit, prices[name]) for name, limit in averages.items()
+        }
         positions = {
             name: self._path(count).position_within(self._priced[name], governor.target)
             for name, governor in self._governors.items()
@@ -270,7 +285,10 @@ class BudgetKeeper:
         self._solve(silently=True)
         told, now = self._told, self._solution
         span = self._path(now.count).end if now.position is not None else 1.0
-        if now.count != told.count or abs((now.position or 0.0) - (told.position or 0.0)) > WORTH_TELLING * span:
+        if (
+            now.count != told.count
+            or abs((now.position or 0.0) - (told.position or 0.0)) > WORTH_TELLING * span
+        ):
             self._begin_id()
 
     def _rule(self) -> ExitRule:
@@ -293,7 +311,9 @@ class BudgetKeeper:
 
     def _overspent(self) -> float:
         """What the governors act on: the sum of the budget that is overspent most."""
-        return max(governor.overspent for governor in self._governors.values()) if self._budget.governor else 0.0
+        return (
+            max(governor.overspent for governor in self._governors.values()) if self._budget.governor else 0.0
+        )
 
     def _path(self, count: int) -> ThresholdPath:
         """The path of the first `count` exits, made when it is first needed."""
@@ -329,7 +349,9 @@ class BudgetKeeper:
             if threshold == NEVER:
                 notes.append(f"the exit at layer {layer} never stops a step under this budget")
             elif ties > TIES:
-                notes.append(f"{ties:.0%} of the calibrated deltas at layer {layer} equal its threshold: cost comes in steps")
+                notes.append(
+                    f"{ties:.0%} of the calibrated deltas at layer {layer} equal its threshold: cost comes in steps"
+                )
         return tuple(notes)
 
 

@@ -37,7 +37,12 @@ class LatencyTable:
         try:
             values = json.loads(path.read_text())
             parts = np.array(values["parts"], float)
-            if parts.ndim != 2 or parts.shape[1] != 3 or not len(parts) or not (np.isfinite(parts).all() and (parts >= 0).all()):
+            if (
+                parts.ndim != 2
+                or parts.shape[1] != 3
+                or not len(parts)
+                or not (np.isfinite(parts).all() and (parts >= 0).all())
+            ):
                 raise ValueError("parts are no rows of three milliseconds")
             return cls(tuple(map(tuple, parts.tolist())), str(values["about"]))
         except OSError as error:
@@ -56,7 +61,9 @@ class LatencyModel:
     def __init__(self, layers: Sequence[float]):
         """layers: cost of each layer, in any unit."""
         self._depth = np.concatenate(([0.0], np.cumsum(layers) / np.mean(layers)))
-        self._parts = np.zeros((WINDOW, 3))  # a ring: before the layers, per layer of mean cost, per probe [ms]
+        self._parts = np.zeros(
+            (WINDOW, 3)
+        )  # a ring: before the layers, per layer of mean cost, per probe [ms]
         self._count = 0
         self.is_frozen = False
 

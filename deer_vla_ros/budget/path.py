@@ -48,7 +48,11 @@ class ThresholdPath:
         levels = _greedy_levels(deltas[::stride, :-1], deviations[::stride], costs)
         path = cls(columns, levels, np.zeros((len(levels), len(costs))))
         counted = np.asfortranarray(deltas[:: max(1, len(deltas) // SHARE_SAMPLES)])  # read an exit at a time
-        return cls(columns, levels, np.array([exit_shares(counted, path.thresholds(corner)) for corner in range(len(levels))]))
+        return cls(
+            columns,
+            levels,
+            np.array([exit_shares(counted, path.thresholds(corner)) for corner in range(len(levels))]),
+        )
 
     @property
     def end(self) -> float:
@@ -87,7 +91,9 @@ def _greedy_levels(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray
     samples, exits = deltas.shape
     bounds = -(-np.arange(1, LEVELS) * samples // LEVELS)
     order = np.argsort(deltas, axis=0, kind="stable")
-    groups = [np.split(order[:, exit], bounds) for exit in range(exits)]  # [exit][level]: who stops there when that level is left
+    groups = [
+        np.split(order[:, exit], bounds) for exit in range(exits)
+    ]  # [exit][level]: who stops there when that level is left
     levels, taken = np.zeros(exits, dtype=np.int64), np.full(samples, exits)
     path = [levels.copy()]
     while exits and levels[0] < LEVELS:
@@ -100,7 +106,9 @@ def _greedy_levels(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray
                 were = taken[stopping]
                 added = deviations[stopping, exit] - deviations[stopping, were]
                 price[exit] = added.sum() / (costs[were] - costs[exit]).sum()
-        if np.isfinite(price).any():  # else the level of each exit holds nobody who would go on: the next ones might
+        if np.isfinite(
+            price
+        ).any():  # else the level of each exit holds nobody who would go on: the next ones might
             rising = [price.argmin()]
         for exit in rising:
             group = groups[exit][levels[exit]]

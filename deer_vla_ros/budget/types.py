@@ -36,7 +36,9 @@ def amounts_of(texts: Iterable[str], names: Sequence[str], where: str) -> dict[s
         except ValueError:
             amounts[name] = math.nan
         if name not in names or not (math.isfinite(amounts[name]) and amounts[name] > 0):
-            raise UserError(f"{where} is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {', '.join(names)}")
+            raise UserError(
+                f"{where} is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {', '.join(names)}"
+            )
     return amounts
 
 
@@ -61,7 +63,9 @@ class Budget:
         """Raises UserError where a value is no amount; what is feasible only a keeper knows."""
         for name, value in self.active((*AVERAGES, *PEAKS)).items():
             if not (math.isfinite(value) and value > 0):
-                raise UserError(f"budget.{name} is {value:g}: give a positive number of {UNITS[name]}, or 0 for no limit")
+                raise UserError(
+                    f"budget.{name} is {value:g}: give a positive number of {UNITS[name]}, or 0 for no limit"
+                )
 
     def active(self, names: tuple[str, ...]) -> dict[str, float]:
         """Those of `names` that limit anything."""

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy, BudgetedStep
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus
-from deer_vla_ros.control.budgeted_policy import BudgetedPolicy, BudgetedStep
 from deer_vla_ros.control.following import Following
 from deer_vla_ros.control.gripper import GripperSwitch
 from deer_vla_ros.control.guard import StepTiming, guard, is_beyond_workspace, is_near
@@ -116,8 +116,7 @@ class Controller:
         self._gate.put_pose(pose)
 
     def put_instruction(self, text: str) -> None:
-        """A new text starts a new episode at the next step; the same text does not; an empty one means hold.
-        """
+        """A new text starts a new episode at the next step; the same text does not; an empty one means hold."""
         self._gate.put_instruction(text)
 
     def request_hold(self, hold: bool) -> None:
@@ -161,8 +160,7 @@ class Controller:
         self._policy.check(budget, names)
 
     def set_budget(self, budget: Budget) -> None:
-        """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays.
-        """
+        """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays."""
         self._policy.set(budget)
 
     def wait_for_layers(self) -> None:

@@ -30,7 +30,9 @@ class Following:
         self._rest = None
         self._still_ns = 0
 
-    def still_ns(self, stamp_ns: int, target: Pose, measured: Pose, limits: GuardLimits, period_ns: int) -> int:
+    def still_ns(
+        self, stamp_ns: int, target: Pose, measured: Pose, limits: GuardLimits, period_ns: int
+    ) -> int:
         """For how long the arm has stood still altogether while its target was ahead of it [ns].
 
         stamp_ns: of the step; period_ns: the most that one step counts for.

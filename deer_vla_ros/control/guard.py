@@ -200,8 +200,7 @@ def _accelerated(
     rotation: Rotation,
     found: list[Limit],
 ) -> tuple[np.ndarray, Rotation]:
-    """The motion whose velocity differs from the last one by no more than the limits of acceleration allow.
-    """
+    """The motion whose velocity differs from the last one by no more than the limits of acceleration allow."""
     if timing is None:
         return translation, rotation
     seconds, turn = timing.seconds, rotation.as_rotvec()

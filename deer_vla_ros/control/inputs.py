@@ -125,8 +125,7 @@ class InputGate:
             )
 
     def demand_hold(self, reason: HoldReason, stands: bool) -> None:
-        """A hold for a reason that only the caller sees, for as long as it stands; its end is no clearance.
-        """
+        """A hold for a reason that only the caller sees, for as long as it stands; its end is no clearance."""
         if (reason in self._inputs.demands) != stands:
             with self._lock:
                 self._inputs = dataclasses.replace(self._inputs, demands=self._demands(reason, stands))
@@ -236,4 +235,6 @@ def _is_jump(before: MeasuredPose, now: MeasuredPose) -> bool:
     sane."""
     seconds = abs(now.stamp_ns - before.stamp_ns) / 1e9
     metres, radians = now.pose.apart(before.pose)
-    return metres > POSE_NOISE_M + MAX_ARM_SPEED * seconds or radians > POSE_NOISE_RAD + MAX_ARM_TURN * seconds
+    return (
+        metres > POSE_NOISE_M + MAX_ARM_SPEED * seconds or radians > POSE_NOISE_RAD + MAX_ARM_TURN * seconds
+    )

@@ -53,10 +53,14 @@ class HoldReason(enum.Enum):
     POSE_STALE = "the measured TCP pose is older than inputs.max_pose_age_s"
     POSE_IN_FUTURE = "the measured TCP pose's stamp lies in the future: its publisher uses another clock"
     POSE_FRAME = "the measured TCP pose is in another frame than the action"
-    POSE_INVALID = "the measured TCP pose is not finite, not of unit length, exactly zero, or beyond any reach"
+    POSE_INVALID = (
+        "the measured TCP pose is not finite, not of unit length, exactly zero, or beyond any reach"
+    )
     POSE_JUMPED = "the measured TCP pose jumped further than an arm moves"
     ARM_MOVED = "the arm was moved away from its target"
-    ARM_NOT_FOLLOWING = "the arm does not follow its targets (protective stop? controller?), or its pose is frozen"
+    ARM_NOT_FOLLOWING = (
+        "the arm does not follow its targets (protective stop? controller?), or its pose is frozen"
+    )
     BEYOND_WORKSPACE = (
         "the arm is further outside the guard's workspace than the leash reaches: move it back in"
     )
@@ -123,8 +127,7 @@ class Pose:
         return np.concatenate([self.position, self.quaternion])
 
     def apart(self, other: Pose) -> tuple[float, float]:
-        """How far two poses are apart, [m] and [rad]; a quaternion and its negative are the same orientation.
-        """
+        """How far two poses are apart, [m] and [rad]; a quaternion and its negative are the same orientation."""
         cosine = min(1.0, abs(float(self.quaternion @ other.quaternion)))
         return float(np.linalg.norm(self.position - other.position)), 2 * math.acos(cosine)
 

@@ -18,7 +18,9 @@ class Climb:
 
     def __init__(self, rule: ExitRule, episode_step: int, last_exit_layer: int):
         self._rule = rule
-        self._stage = None if rule.probes(episode_step) else rule.exits[rule.index_not_shallower(last_exit_layer)]
+        self._stage = (
+            None if rule.probes(episode_step) else rule.exits[rule.index_not_shallower(last_exit_layer)]
+        )
         self._index = -1
         self._probes = 0
         self._previous: HeadOutput | None = None
@@ -44,9 +46,15 @@ class Climb:
         if layer in rule.exits:
             self._index = rule.exits.index(layer)
             if self._stage is None:
-                now, before = (compared(rule.delta, o.pose, o.feature)[0, 0] for o in (output, self._previous))
+                now, before = (
+                    compared(rule.delta, o.pose, o.feature)[0, 0] for o in (output, self._previous)
+                )
                 self._deltas[self._index] = rule.measure(now, before)
-            if self._stage is not None or layer == rule.deepest or rule.agrees(self._index, self._deltas[self._index]):
+            if (
+                self._stage is not None
+                or layer == rule.deepest
+                or rule.agrees(self._index, self._deltas[self._index])
+            ):
                 self._chosen = output
                 return True
         self._previous = output
@@ -58,7 +66,9 @@ class Climb:
         if self._rule.ensemble and self._stage is None and self._index > 0:
             outputs.append(self._previous)
         pose = torch.stack([output.pose[0, 0].float() for output in outputs]).mean(0)
-        probability = torch.stack([output.gripper_logit[0, 0, 0].float().sigmoid() for output in outputs]).mean(0)
+        probability = torch.stack(
+            [output.gripper_logit[0, 0, 0].float().sigmoid() for output in outputs]
+        ).mean(0)
         return Action(pose.cpu().numpy(), probability.item())
 
     def report(self, action: Action, tokens: int, times: StageTimes) -> PolicyStep:

@@ -52,7 +52,9 @@ class ExitRule:
                 f"exit rule: {len(self.thresholds)} thresholds for {len(self.exits)} exits {self.exits}: give one each"
             )
         if any(math.isnan(threshold) for threshold in self.thresholds):
-            raise UserError(f"exit rule: thresholds {self.thresholds} contain NaN: use -1 for never, a large value for always")
+            raise UserError(
+                f"exit rule: thresholds {self.thresholds} contain NaN: use -1 for never, a large value for always"
+            )
         if self.delta not in DELTAS:
             raise UserError(f"exit rule: unknown delta '{self.delta}': use one of {', '.join(DELTAS)}")
         if self.steps_per_stage < 1:
@@ -77,4 +79,6 @@ class ExitRule:
 
     def index_not_shallower(self, layer: int) -> int:
         """The first exit at `layer` or deeper; the deepest allowed where there is none."""
-        return next((i for i, exit_layer in enumerate(self.exits) if exit_layer >= layer), len(self.exits) - 1)
+        return next(
+            (i for i, exit_layer in enumerate(self.exits) if exit_layer >= layer), len(self.exits) - 1
+        )

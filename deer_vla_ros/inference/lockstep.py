@@ -75,14 +75,18 @@ class LockstepPolicy:
         lanes = [self._lanes[index] for index in observations]
         if any(lane.instruction is None for lane in lanes):
             missing = [index for index in observations if self._lanes[index].instruction is None]
-            raise UserError(f"policy: lanes {missing} have no instruction yet: call reset(lane, instruction) before step")
+            raise UserError(
+                f"policy: lanes {missing} have no instruction yet: call reset(lane, instruction) before step"
+            )
         climbs = [Climb(lane.rule, lane.episode_step, lane.last_exit_layer) for lane in lanes]
         visual, text, padding = self._perceive(lanes, list(observations.values()), watch)
         self._climb(lanes, climbs, visual, text, padding, watch)
         actions = [climb.action() for climb in climbs]
         watch.lap("head")
         share = watch.times().shared(len(lanes))
-        steps = [climb.report(action, lane.tokens, share) for climb, action, lane in zip(climbs, actions, lanes)]
+        steps = [
+            climb.report(action, lane.tokens, share) for climb, action, lane in zip(climbs, actions, lanes)
+        ]
         for lane, climb, step in zip(lanes, climbs, steps):
             if step.action.is_finite:
                 lane.state, lane.last_exit_layer = climb.chosen.state, step.exit_layer
@@ -112,7 +116,9 @@ class LockstepPolicy:
         """(N, 7) where the network looks at it; all lanes have it or none."""
         if self._model.proprioception is None or any(each.tcp is None for each in observations):
             return None
-        return torch.stack([torch.as_tensor(each.tcp, dtype=torch.float32) for each in observations]).to(self._model.device)
+        return torch.stack([torch.as_tensor(each.tcp, dtype=torch.float32) for each in observations]).to(
+            self._model.device
+        )
 
     def _climb(
         self,
@@ -140,7 +146,12 @@ class LockstepPolicy:
                 if not going:
                     return
                 rows = [rows[at] for at in going]
-                hidden, visual, padding, text = hidden[going], visual[going], padding[going], _rows(text, going)
+                hidden, visual, padding, text = (
+                    hidden[going],
+                    visual[going],
+                    padding[going],
+                    _rows(text, going),
+                )
 
     def _read(self, features: Tensor, states: Sequence[HeadState]) -> list[HeadOutput]:
         """The shared head at features (N, width), each from its lane's state."""

@@ -72,7 +72,9 @@ class DeerPolicy:
     @torch.inference_mode()
     def features(self, observation: Observation) -> Tensor:
         """(layers, width): what the head would read after every layer, all of which run. Leaves the memory as it is."""
-        return torch.cat([pool(hidden) for hidden in self._perceive(observation, Stopwatch(self._model.device))])
+        return torch.cat(
+            [pool(hidden) for hidden in self._perceive(observation, Stopwatch(self._model.device))]
+        )
 
     @torch.inference_mode()
     def step_on_features(self, features: Tensor) -> PolicyStep:
@@ -128,4 +130,6 @@ def check_exits(rule: ExitRule, config: ModelConfig) -> None:
     """Raises UserError where a rule names layers that are no exits of the network."""
     unknown = sorted(set(rule.exits) - set(config.exits))
     if unknown:
-        raise UserError(f"exit rule: layers {unknown} are no exits of this network: choose from {config.exits}")
+        raise UserError(
+            f"exit rule: layers {unknown} are no exits of this network: choose from {config.exits}"
+        )

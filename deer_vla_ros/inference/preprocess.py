@@ -29,7 +29,9 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., 3, H, W) uint8 -> the same shape, with CLIP's mean and deviation taken out."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD)
+    )
     return ((pixels.float() / 255 - mean) / std).to(dtype)
 
 

@@ -55,7 +55,9 @@ class ResidentLayers:
         """
         layers = self._model.layers
         if not 2 <= count <= len(layers):
-            raise UserError(f"resident layers: {count} asked for: give 2 to {len(layers)}, as many as the network has")
+            raise UserError(
+                f"resident layers: {count} asked for: give 2 to {len(layers)}, as many as the network has"
+            )
         if self._folder is None and count < len(layers):
             raise UserError(
                 f"resident layers: {count} of {len(layers)} asked for, but this network has no checkpoint folder that the others "
@@ -71,7 +73,9 @@ class ResidentLayers:
         del read[count - self._count :]
         if count > self._count:
             assert self._folder is not None, "layers lack, so they were dropped"
-            self._load = _Load(self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read)
+            self._load = _Load(
+                self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read
+            )
             self._load.start()
         _give_back_memory(self._model.device)
 
@@ -115,7 +119,9 @@ class ResidentLayers:
 class _Load(threading.Thread):
     """Reads the layers `indices`, of which `layers` holds the first already; ends with `layers` complete or with an `error`."""
 
-    def __init__(self, model: MultiExitVLA, path: Path, identity: tuple[int, ...], indices: range, layers: list[Layer]):
+    def __init__(
+        self, model: MultiExitVLA, path: Path, identity: tuple[int, ...], indices: range, layers: list[Layer]
+    ):
         super().__init__(name="load_layers", daemon=True)
         self._model, self._path, self._identity, self._indices = model, path, identity, indices
         self.layers = layers
@@ -125,14 +131,21 @@ class _Load(threading.Thread):
     def run(self) -> None:
         try:
             if _identity(self._path) != self._identity:
-                raise UserError("the file is another one than the network was loaded from: configure the node again to use it")
+                raise UserError(
+                    "the file is another one than the network was loaded from: configure the node again to use it"
+                )
             with safe_open(self._path, framework="pt") as file:
                 for index in self._indices[len(self.layers) :]:
                     layer = self._read(file, index)
                     if layer is None:
                         return
                     self.layers.append(layer)
-        except (UserError, OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch is out of memory
+        except (
+            UserError,
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # RuntimeError: torch is out of memory
             self.layers.clear()
             reason, first, last = " ".join(str(error).split()), self._indices[0], self._indices[-1]
             # Not chained: the traceback would hold the mapped file and a tensor for as long as the error is kept.
@@ -152,7 +165,9 @@ class _Load(threading.Thread):
         found = {key.removeprefix(prefix): tuple(file.get_slice(key).get_shape()) for key in keys}
         for name in sorted(expected.keys() | found.keys()):
             if found.get(name) != expected.get(name):
-                raise UserError(f"tensor {prefix}{name}: shape is {found.get(name)}, the network's {expected.get(name)}")
+                raise UserError(
+                    f"tensor {prefix}{name}: shape is {found.get(name)}, the network's {expected.get(name)}"
+                )
         state: dict[str, Tensor] = {}
         for name, shape in expected.items():
             mapped = file.get_tensor(prefix + name)

@@ -66,7 +66,9 @@ class StageTimes:
 
     def shared(self, among: int) -> StageTimes:
         """One of `among` equal shares."""
-        return StageTimes(self.preprocess / among, self.vision / among, self.language / among, self.head / among)
+        return StageTimes(
+            self.preprocess / among, self.vision / among, self.language / among, self.head / among
+        )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class ActionSpace:
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"action space: {name} is {getattr(self, name)}: give a finite number")
         if not MIN_RATE_HZ <= self.rate_hz <= MAX_RATE_HZ:
-            raise UserError(f"action space: rate_hz is {self.rate_hz}: give {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} steps per second")
+            raise UserError(
+                f"action space: rate_hz is {self.rate_hz}: give {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} steps per second"
+            )
         if not self.frame:
             raise UserError("action space: frame is empty: name the frame that the action is expressed in")
 
@@ -49,8 +51,12 @@ class ActionSpace:
         return from_json(cls, values, "config.json: action_space")
 
 
-CALVIN = ActionSpace(frame="world", translation_m=0.02, rotation_rad=0.05, gripper_open=1.0, gripper_closed=-1.0, rate_hz=30.0)
+CALVIN = ActionSpace(
+    frame="world", translation_m=0.02, rotation_rad=0.05, gripper_open=1.0, gripper_closed=-1.0, rate_hz=30.0
+)
 """What the released checkpoints were trained on (CALVIN, relative actions)."""
 
-TABLETOP = ActionSpace(frame="base", translation_m=0.03, rotation_rad=0.15, gripper_open=0.08, gripper_closed=0.0, rate_hz=10.0)
+TABLETOP = ActionSpace(
+    frame="base", translation_m=0.03, rotation_rad=0.15, gripper_open=0.08, gripper_closed=0.0, rate_hz=10.0
+)
 """The simulated table's: the gripper command is the opening between the fingers in metres."""

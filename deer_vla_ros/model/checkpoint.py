@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.json_file import write_json, write_text
+from deer_vla_ros.files import write_json, write_text
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.from_json import from_json
@@ -43,7 +43,9 @@ class CheckpointInfo:
     def __post_init__(self) -> None:
         exits = self.model.exits
         if len(self.thresholds) != len(exits):
-            raise UserError(f"config.json: {len(self.thresholds)} thresholds for the {len(exits)} exits {exits}: give one each")
+            raise UserError(
+                f"config.json: {len(self.thresholds)} thresholds for the {len(exits)} exits {exits}: give one each"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "thresholds": list(self.thresholds)}
@@ -76,15 +78,22 @@ def load_info(folder: Path) -> CheckpointInfo:
     """What a checkpoint folder says of itself, without its weights; a missing or malformed file raises UserError by name."""
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
-            raise UserError(f"checkpoint {folder}: {name} is missing: give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
+            raise UserError(
+                f"checkpoint {folder}: {name} is missing: give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}"
+            )
     try:
         return CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
     except ValueError as error:  # of bytes that are no text, and of text that is no JSON
-        raise UserError(f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint") from error
+        raise UserError(
+            f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint"
+        ) from error
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, layers: int | None = None
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layers: int | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint folder onto `device`, weights cast to `dtype`.
 
@@ -99,7 +108,10 @@ def load(
             "they are not of the same model"
         )
     return Checkpoint(
-        info, build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype, layers)), tokenizer, folder
+        info,
+        build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype, layers)),
+        tokenizer,
+        folder,
     )
 
 
@@ -115,7 +127,10 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / README).unlink(missing_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in checkpoint.model.state_dict().items()
+    }
     partial = folder / f".{WEIGHTS}.new"
     save_file(tensors, partial)
     partial.chmod(0o644)  # safetensors writes it readable by its owner alone
@@ -133,7 +148,8 @@ def _read_weights(
     Each gets memory of its own, so that it can be freed on its own: safetensors hands out views of the one mapped file.
     """
     absent = tuple(
-        f"layers.{index}." for index in range(config.decoder.layers if layers is None else layers, config.decoder.layers)
+        f"layers.{index}."
+        for index in range(config.decoder.layers if layers is None else layers, config.decoder.layers)
     )
     try:
         with safe_open(path, framework="pt") as file:

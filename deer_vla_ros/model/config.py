@@ -139,7 +139,9 @@ class ModelConfig:
                 )
         pose = self.proprioception
         if pose is not None and (len(pose.centre) != 3 or not pose.reach > 0 or not pose.turn > 0):
-            raise UserError(f"model config: proprioception is {pose}: give a centre of 3 numbers, a reach and a turn above 0")
+            raise UserError(
+                f"model config: proprioception is {pose}: give a centre of 3 numbers, a reach and a turn above 0"
+            )
         if self.exit_interval < 2:
             raise UserError(
                 f"model config: exit_interval is {self.exit_interval}, but the first exit is compared with the layer before it: "
@@ -191,7 +193,13 @@ def openflamingo_3b(layers: int = 12) -> ModelConfig:
         vision=VisionConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16),
         resampler=ResamplerConfig(),
         decoder=DecoderConfig(
-            width=2048, heads=16, layers=layers, vocabulary=50280, cross_attention_every=1, qk_norm=True, final_norm=False
+            width=2048,
+            heads=16,
+            layers=layers,
+            vocabulary=50280,
+            cross_attention_every=1,
+            qk_norm=True,
+            final_norm=False,
         ),
         head=HeadConfig(hidden=1024, mlp_widths=(1024, 512)),
     )
@@ -203,7 +211,13 @@ def openflamingo_9b(layers: int = 16) -> ModelConfig:
         vision=VisionConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16),
         resampler=ResamplerConfig(),
         decoder=DecoderConfig(
-            width=4096, heads=32, layers=layers, vocabulary=50280, cross_attention_every=4, qk_norm=False, final_norm=True
+            width=4096,
+            heads=32,
+            layers=layers,
+            vocabulary=50280,
+            cross_attention_every=4,
+            qk_norm=False,
+            final_norm=True,
         ),
         head=HeadConfig(hidden=1024, mlp_widths=(1024, 512)),
     )

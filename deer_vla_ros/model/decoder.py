@@ -119,8 +119,12 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, attention_bias: Tensor) -> Tensor:
         query, key, value = self.query_key_value(self.norm_attention(x)).chunk(3, dim=-1)
-        query, key, value = (split_heads(part, self.heads) for part in (self.norm_query(query), self.norm_key(key), value))
-        x = x + self.out(merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_bias)))
+        query, key, value = (
+            split_heads(part, self.heads) for part in (self.norm_query(query), self.norm_key(key), value)
+        )
+        x = x + self.out(
+            merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_bias))
+        )
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
     @staticmethod
@@ -155,7 +159,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, visual_width: int):
         super().__init__()
-        self.cross_attention = GatedCrossAttention(config, visual_width) if config.has_cross_attention(index) else None
+        self.cross_attention = (
+            GatedCrossAttention(config, visual_width) if config.has_cross_attention(index) else None
+        )
         self.block = DecoderBlock(config)
 
     def forward(self, x: Tensor, visual: Tensor, text: TextContext) -> Tensor:
@@ -169,5 +175,8 @@ class Layer(nn.Module):
         """State dict from reference names (`lang_encoder.transformer.blocks.N.*`)."""
         state = placed("block", DecoderBlock.from_reference(weights.below("decoder_layer.")))
         if has_cross_attention:
-            state |= placed("cross_attention", GatedCrossAttention.from_reference(weights.below("gated_cross_attn_layer.")))
+            state |= placed(
+                "cross_attention",
+                GatedCrossAttention.from_reference(weights.below("gated_cross_attn_layer.")),
+            )
         return state

@@ -22,7 +22,9 @@ def from_json(cls: type, values: Any, where: str) -> Any:
     unknown = sorted(set(values) - set(fields))
     missing = sorted(name for name, field in fields.items() if name not in values and _is_required(field))
     if unknown or missing:
-        raise UserError(f"{where} has unknown keys {unknown} and lacks {missing}: compare with {cls.__name__}")
+        raise UserError(
+            f"{where} has unknown keys {unknown} and lacks {missing}: compare with {cls.__name__}"
+        )
     types = typing.get_type_hints(cls)
     return cls(**{name: _value(types[name], value, f"{where}.{name}") for name, value in values.items()})
 
@@ -36,7 +38,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _value(typing.get_args(kind)[0], value, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         if value not in [member.value for member in kind]:
-            raise UserError(f"{where} is {value!r}: use one of {', '.join(str(member.value) for member in kind)}")
+            raise UserError(
+                f"{where} is {value!r}: use one of {', '.join(str(member.value) for member in kind)}"
+            )
         return kind(value)
     if dataclasses.is_dataclass(kind):
         return from_json(kind, value, where)

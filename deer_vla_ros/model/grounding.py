@@ -67,16 +67,23 @@ class Grounding(nn.Module):
     def forward(self, images: Tensor, pose: Tensor) -> Found:
         """images (B, cameras, 3, size, size), normalised; pose (B, POSE_VALUES), the TCP's as Proprioception.values gives it, zeros where it is not
         known."""
-        maps = torch.stack([stem(images[:, camera]).flatten(2) for camera, stem in enumerate(self.stems)], 1) + self.positions
+        maps = (
+            torch.stack([stem(images[:, camera]).flatten(2) for camera, stem in enumerate(self.stems)], 1)
+            + self.positions
+        )
         logits = torch.einsum("qc,bvcn->bvqn", self.queries, maps) * self.queries.shape[1] ** -0.5
         weights = logits.softmax(-1)
         attended = torch.einsum("bvqn,bvcn->bvqc", weights, maps)
         seen = torch.cat([attended, weights @ self.cells], -1)
-        own = seen.unflatten(2, (self.things, -1)).transpose(1, 2).flatten(2)  # (B, things, what its queries saw)
+        own = (
+            seen.unflatten(2, (self.things, -1)).transpose(1, 2).flatten(2)
+        )  # (B, things, what its queries saw)
         pose = pose[:, None].expand(-1, self.things, -1)
         related = self.relate(self.seen(torch.cat([own, pose], -1)) + self.which_seen)
         point, turn, rotation = self.point(related), self.turn(related), pose[..., 3:]
-        near = torch.cat([related, point, torch.tanh(point * NEARBY), turn, rotation, torch.tanh(rotation * NEARBY)], -1)
+        near = torch.cat(
+            [related, point, torch.tanh(point * NEARBY), turn, rotation, torch.tanh(rotation * NEARBY)], -1
+        )
         return Found(logits, point, turn, self.norm_point(self.point_token(near)) + self.which)
 
 

@@ -40,9 +40,13 @@ class MultiExitVLA(nn.Module):
         decoder, visual_width = config.decoder, config.vision.width
         self.vision = VisionTower(config.vision)
         self.resampler = PerceiverResampler(visual_width, config.resampler)
-        self.proprioception = Proprioception(config.proprioception, visual_width) if config.proprioception else None
+        self.proprioception = (
+            Proprioception(config.proprioception, visual_width) if config.proprioception else None
+        )
         self.grounding = (
-            Grounding(config.grounding, config.vision.image_size, visual_width, CAMERAS) if config.grounding else None
+            Grounding(config.grounding, config.vision.image_size, visual_width, CAMERAS)
+            if config.grounding
+            else None
         )
         self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
         self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
@@ -110,21 +114,31 @@ class MultiExitVLA(nn.Module):
         weights = ReferenceWeights(tensors)
         blocks = weights.below("lang_encoder.transformer.")
         state = {
-            **placed("vision", VisionTower.from_reference(weights.below("vision_encoder.visual."), config.vision.layers)),
-            **placed("resampler", PerceiverResampler.from_reference(weights.below("perceiver."), config.resampler.depth)),
+            **placed(
+                "vision",
+                VisionTower.from_reference(weights.below("vision_encoder.visual."), config.vision.layers),
+            ),
+            **placed(
+                "resampler",
+                PerceiverResampler.from_reference(weights.below("perceiver."), config.resampler.depth),
+            ),
             **blocks.renamed({"token_embedding.weight": "wte.weight"}),
             **placed("shared_head", ActionHead.from_reference(weights.below("extra_exit."), config.head)),
             **placed("last_head", ActionHead.from_reference(weights.below("lm_head."), config.head)),
         }
         for i in range(config.decoder.layers):
             has_cross_attention = config.decoder.has_cross_attention(i)
-            state |= placed(f"layers.{i}", Layer.from_reference(blocks.below(f"blocks.{i}."), has_cross_attention))
+            state |= placed(
+                f"layers.{i}", Layer.from_reference(blocks.below(f"blocks.{i}."), has_cross_attention)
+            )
         for i, exit_layer in enumerate(config.exits[:-1]):
             head = ActionHead.from_reference(weights.below(f"lm_exit_modules.{i}."), config.head)
             state |= placed(f"auxiliary_heads.{exit_layer}", head)
         if config.decoder.final_norm:
             state |= blocks.renamed({"final_norm.weight": "norm_f.weight"})
-        check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, "reference weights")
+        check_shapes(
+            config, {name: tuple(tensor.shape) for name, tensor in state.items()}, "reference weights"
+        )
         return build(config, state)
 
 
@@ -144,7 +158,10 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
     """Raises UserError, by name, unless tensors of shapes `found` are exactly those of a network of this config."""
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
-    for kind, names in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
+    for kind, names in (
+        ("missing", expected.keys() - found.keys()),
+        ("unknown", found.keys() - expected.keys()),
+    ):
         if names:
             first = ", ".join(sorted(names)[:3])
             raise UserError(

@@ -26,7 +26,9 @@ class ReferenceWeights:
     def __getitem__(self, name: str) -> Tensor:
         key = self._prefix + name
         if key not in self._tensors:
-            raise UserError(f"reference weights: tensor '{key}' is missing: is this file complete, and of this model?")
+            raise UserError(
+                f"reference weights: tensor '{key}' is missing: is this file complete, and of this model?"
+            )
         return self._tensors[key]
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -23,7 +23,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 class FeedForward(nn.Module):
     """LayerNorm, Linear, exact GELU, Linear; no biases in the linear layers."""
 
-    REFERENCE = {"norm.weight": "0.weight", "norm.bias": "0.bias", "up.weight": "1.weight", "down.weight": "3.weight"}
+    REFERENCE = {
+        "norm.weight": "0.weight",
+        "norm.bias": "0.bias",
+        "up.weight": "1.weight",
+        "down.weight": "3.weight",
+    }
 
     def __init__(self, width: int, ratio: int):
         super().__init__()
@@ -104,5 +109,7 @@ class PerceiverResampler(nn.Module):
                 ("feed_forward", "1", FeedForward.REFERENCE),
             ):
                 part = weights.below(f"layers.{layer}.{theirs}.")
-                state.update(part.renamed({f"layers.{layer}.{own}.{ours}": name for ours, name in names.items()}))
+                state.update(
+                    part.renamed({f"layers.{layer}.{own}.{ours}": name for ours, name in names.items()})
+                )
         return state

@@ -26,11 +26,19 @@ class InstructionTokenizer:
     """Token ids of instructions, cut to `max_tokens` (an overlong one thereby loses its two closing specials)."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int):
-        missing = [token for token in (IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD) if tokenizer.token_to_id(token) is None]
+        missing = [
+            token for token in (IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD) if tokenizer.token_to_id(token) is None
+        ]
         if missing:
-            raise UserError(f"tokenizer: special tokens {missing} are missing: add them before saving tokenizer.json")
+            raise UserError(
+                f"tokenizer: special tokens {missing} are missing: add them before saving tokenizer.json"
+            )
         self._tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD, padding_side="right", truncation_side="right"
+            tokenizer_object=tokenizer,
+            eos_token=END_OF_TEXT,
+            pad_token=PAD,
+            padding_side="right",
+            truncation_side="right",
         )
         self.max_tokens = max_tokens
         self.image_token = tokenizer.token_to_id(IMAGE)
@@ -44,7 +52,9 @@ class InstructionTokenizer:
         except UserError:
             raise
         except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
-            raise UserError(f"{path}: not a tokenizer ({error}): restore the file from the checkpoint") from error
+            raise UserError(
+                f"{path}: not a tokenizer ({error}): restore the file from the checkpoint"
+            ) from error
 
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask (1 = real token), both (B, S) int64, right-padded to the longest of the batch."""

@@ -26,7 +26,9 @@ class VisionTower(nn.Module):
                 attn_implementation="sdpa",
             )
         )
-        self.clip.post_layernorm = nn.Identity()  # only the pooled class token would pass it, and nobody reads that
+        self.clip.post_layernorm = (
+            nn.Identity()
+        )  # only the pooled class token would pass it, and nobody reads that
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, size, size) normalised images -> (N, tokens, width) patch tokens."""
@@ -55,7 +57,11 @@ class VisionTower(nn.Module):
             block = weights.below(f"transformer.resblocks.{layer}.")
             own = f"clip.encoder.layers.{layer}."
             for kind in ("weight", "bias"):
-                state.update(block.renamed({f"{own}{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in names.items()}))
+                state.update(
+                    block.renamed(
+                        {f"{own}{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in names.items()}
+                    )
+                )
                 for part, tensor in zip("qkv", block[f"attn.in_proj_{kind}"].chunk(3)):
                     state[f"{own}self_attn.{part}_proj.{kind}"] = tensor
         return state

@@ -19,7 +19,12 @@ STOP_REASONS = {
 
 def step_message(decision: Decision, frame_id: str, published_ns: int) -> msg.PolicyStep:
     """One decision as `~/step` tells it; `published_ns` is when its command went out."""
-    policy, action, times, cost = decision.policy, decision.policy.action, decision.policy.times, decision.cost
+    policy, action, times, cost = (
+        decision.policy,
+        decision.policy.action,
+        decision.policy.times,
+        decision.cost,
+    )
     verdict = msg.PolicyStep.VERDICT_ACCEPTED
     if decision.limits:
         verdict = msg.PolicyStep.VERDICT_LIMITED
@@ -93,7 +98,12 @@ def budget_message(status: BudgetStatus, now_ns: int) -> msg.BudgetStatus:
     )
     for name in (*AVERAGES, *PEAKS):
         setattr(message, f"requested_{name}", getattr(asked, name))
-    for unit, name in (("gmac", "peak_gmac"), ("gib", "memory_gib"), ("ms", "average_ms"), ("deadline_ms", "deadline_ms")):
+    for unit, name in (
+        ("gmac", "peak_gmac"),
+        ("gib", "memory_gib"),
+        ("ms", "average_ms"),
+        ("deadline_ms", "deadline_ms"),
+    ):
         low, high = status.feasible.get(name, unknown)
         setattr(message, f"feasible_min_{unit}", low)
         setattr(message, f"feasible_max_{unit}", high)

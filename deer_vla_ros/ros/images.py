@@ -103,14 +103,18 @@ def compressed_frame(message: CompressedImage) -> Frame:
     store colours as RGB whatever that was.
     """
     if "compresseddepth" in message.format.lower():
-        raise UserError(f"format {_quoted(message.format)} is a depth image: remap to the camera's colour image")
+        raise UserError(
+            f"format {_quoted(message.format)} is a depth image: remap to the camera's colour image"
+        )
     return Frame(_decoded(bytes(message.data), message.format), nanoseconds(message.header.stamp))
 
 
 def by_numpy(message: Image) -> np.ndarray:
     """RGB of a message whose layout was checked; without a copy where the message is packed rgb8."""
     encoding, height, width, step = ENCODINGS[message.encoding], message.height, message.width, message.step
-    rows = np.frombuffer(message.data, np.uint8, height * step).reshape(height, step)[:, : width * encoding.pixel_bytes]
+    rows = np.frombuffer(message.data, np.uint8, height * step).reshape(height, step)[
+        :, : width * encoding.pixel_bytes
+    ]
     if encoding.channel_bytes == 2:
         rows = _eight_bits(rows.view(">u2" if message.is_bigendian else "<u2"))
     pixels = rows.reshape(height, width, encoding.channels)
@@ -149,10 +153,18 @@ def find_bridge() -> tuple[CvBridge | None, str]:
             return None, f"cv_bridge is compiled for numpy 1 and this is numpy {np.__version__}"
         for message in _probes():
             if not np.array_equal(bridge.imgmsg_to_cv2(message, "rgb8"), by_numpy(message)):
-                return None, f"cv_bridge converts {message.encoding} (is_bigendian {message.is_bigendian}) to other values"
+                return (
+                    None,
+                    f"cv_bridge converts {message.encoding} (is_bigendian {message.is_bigendian}) to other values",
+                )
     except Exception as error:  # whatever a broken build raises: the numpy path gives the same pixels
         missing = isinstance(error, ModuleNotFoundError) and error.name == "cv_bridge"
-        return None, "cv_bridge is not installed" if missing else f"cv_bridge, numpy {np.__version__}: {_one_line(error)}"
+        return (
+            None,
+            "cv_bridge is not installed"
+            if missing
+            else f"cv_bridge, numpy {np.__version__}: {_one_line(error)}",
+        )
     return bridge, ""
 
 
@@ -169,7 +181,9 @@ def _probes() -> list[Image]:
 
 def _check_layout(message: Image) -> None:
     if message.encoding not in ENCODINGS:
-        raise UserError(f"encoding {_quoted(message.encoding)} is not supported: publish one of {', '.join(ENCODINGS)}")
+        raise UserError(
+            f"encoding {_quoted(message.encoding)} is not supported: publish one of {', '.join(ENCODINGS)}"
+        )
     height, width, step = message.height, message.width, message.step
     _check_size(width, height)
     row = width * ENCODINGS[message.encoding].pixel_bytes
@@ -187,8 +201,12 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
         _check_png(data)
     try:
         picture = Picture.open(io.BytesIO(data), formats=("JPEG", "PNG"))  # reads the header only
-    except Exception as error:  # Pillow's parsers raise anything, SyntaxError included, when fed with arbitrary bytes
-        raise UserError(f"{len(data)} bytes of format {_quoted(name)} are no JPEG or PNG: publish one of these") from error
+    except (
+        Exception
+    ) as error:  # Pillow's parsers raise anything, SyntaxError included, when fed with arbitrary bytes
+        raise UserError(
+            f"{len(data)} bytes of format {_quoted(name)} are no JPEG or PNG: publish one of these"
+        ) from error
     _check_size(*picture.size)
     if data.startswith(JPEG):
         _check_scans(data, *picture.size)
@@ -210,7 +228,9 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 
 def _check_size(width: int, height: int) -> None:
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise UserError(f"the image is {width} x {height}, a side may have 1 to {MAX_SIDE} pixels: mend the camera driver")
+        raise UserError(
+            f"the image is {width} x {height}, a side may have 1 to {MAX_SIDE} pixels: mend the camera driver"
+        )
     what = f"the image of {width} x {height} has"
     _check_limit(what, width * height, MAX_PIXELS, "pixels", "set the camera to a lower resolution")
 

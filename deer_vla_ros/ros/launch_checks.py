@@ -40,7 +40,7 @@ def check(**given: str) -> None:
 
 def check_parameters(path: Path, node: str) -> None:
     """UserError where the file is not one with which the node of this full name takes its parameters."""
-    from deer_vla_ros.yaml_file import read_yaml
+    from deer_vla_ros.files import read_yaml
 
     example = "config/deer_vla.yaml"
     if not path.is_file():

@@ -39,9 +39,13 @@ def warm_controller(given: dict[str, Any], log: Log, latencies: LatencyTable | N
     controller.warm_up()
     controller.check_budget(budget)
     controller.set_budget(budget)
-    log.info(f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}")
+    log.info(
+        f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}"
+    )
     if not loaded.info.trained:
-        log.warning(f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')")
+        log.warning(
+            f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')"
+        )
     if given["control.rate_hz"] > space.rate_hz:
         log.warning(
             f"control.rate_hz is {given['control.rate_hz']:g}, the checkpoint was made for {space.rate_hz:g}: with cameras as fast, "

@@ -63,7 +63,13 @@ def draw(
     return np.asarray(canvas)
 
 
-def _place(canvas: Picture.Image, pen: ImageDraw.ImageDraw, image: np.ndarray, box: tuple[int, int, int, int], name: str) -> None:
+def _place(
+    canvas: Picture.Image,
+    pen: ImageDraw.ImageDraw,
+    image: np.ndarray,
+    box: tuple[int, int, int, int],
+    name: str,
+) -> None:
     """Fits the image into the upper part of box (left, top, width, height), its shape kept."""
     left, top, width, height = box
     if image.size == 0:
@@ -99,7 +105,9 @@ def _draw_ladder(pen: ImageDraw.ImageDraw, decision: Decision) -> None:
     pitch = min(LONGEST_ROW, (HEIGHT - BAND - 2 - top) // len(policy.exits))
     size = min(14, pitch - 1)
     middle = (BAR_LEFT + BAR_RIGHT) // 2
-    for index, (layer, delta, threshold) in enumerate(zip(policy.exits, policy.deltas, policy.thresholds, strict=True)):
+    for index, (layer, delta, threshold) in enumerate(
+        zip(policy.exits, policy.deltas, policy.thresholds, strict=True)
+    ):
         line = top + pitch * index + pitch // 2
         up, down = line - pitch // 2, line - pitch // 2 + pitch - 2
         taken, probed = index == policy.exit_index, not math.isnan(delta)
@@ -144,7 +152,11 @@ def _draw_band(pen: ImageDraw.ImageDraw, decision: Decision | None, holds: tuple
     elif decision is None:
         colour, title, text = WAITING, "WAITING", "for the first step"
     elif decision.limits:
-        colour, title, text = LIMITED, "MOVING, LIMITED", "by " + ", ".join(limit.value for limit in decision.limits)
+        colour, title, text = (
+            LIMITED,
+            "MOVING, LIMITED",
+            "by " + ", ".join(limit.value for limit in decision.limits),
+        )
     else:
         colour, title, text = MOVING, "MOVING", _depth(decision)
     top = HEIGHT - BAND
@@ -176,7 +188,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _write(
-    pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, colour: str = INK, anchor: str = "la"
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    text: str,
+    size: int,
+    colour: str = INK,
+    anchor: str = "la",
 ) -> None:
     pen.text(corner, text, fill=colour, font=_font(size), anchor=anchor)
 
@@ -184,7 +201,9 @@ def _write(
 @functools.lru_cache(maxsize=4)
 def _plain(text: str) -> str:
     """One line without accents, which the built-in font lacks; scripts that it lacks come out as boxes."""
-    letters = (letter for letter in unicodedata.normalize("NFKD", text[:WIDTH]) if not unicodedata.combining(letter))
+    letters = (
+        letter for letter in unicodedata.normalize("NFKD", text[:WIDTH]) if not unicodedata.combining(letter)
+    )
     return " ".join("".join(letter if letter.isprintable() else " " for letter in letters).split())
 
 

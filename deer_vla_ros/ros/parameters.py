@@ -22,10 +22,10 @@ from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
 from deer_vla_ros.control.settings import ControllerSettings
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import read_yaml
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.ros.gripper import INTERFACES
 from deer_vla_ros.ros.stamped import SECOND
-from deer_vla_ros.yaml_file import read_yaml
 
 if TYPE_CHECKING:  # launch files check parameters before anything starts, and have no use for torch
     from deer_vla_ros.control.controller import Controller

@@ -25,15 +25,23 @@ def render() -> dict[Path, str]:
     return {
         Path("config/deer_vla.yaml"): render_yaml(),
         Path("config/sros2/deer_vla.policy.xml"): render_policy(),
-        folder / "topics.md": _page("Topics", "All names are relative; `~` is the node's own name.", _topics()),
+        folder / "topics.md": _page(
+            "Topics", "All names are relative; `~` is the node's own name.", _topics()
+        ),
         folder / "services.md": _page(
-            "Services", "Besides those of every managed node (`ros2 lifecycle`) and of its parameters.", _services()
+            "Services",
+            "Besides those of every managed node (`ros2 lifecycle`) and of its parameters.",
+            _services(),
         ),
         folder / "parameters.md": _page(
-            "Parameters", "A live parameter takes effect between two steps; the others are read at start.", _parameters()
+            "Parameters",
+            "A live parameter takes effect between two steps; the others are read at start.",
+            _parameters(),
         ),
         folder / "messages.md": _page("Messages", "Units stand in brackets.", _messages()),
-        folder / "commands.md": _page("Commands", f"`{PROGRAM} COMMAND`, installed as `deer-vla COMMAND`.", _commands()),
+        folder / "commands.md": _page(
+            "Commands", f"`{PROGRAM} COMMAND`, installed as `deer-vla COMMAND`.", _commands()
+        ),
     }
 
 
@@ -54,7 +62,12 @@ def _topics() -> Iterable[str]:
         return f"`{topic.name}`", f"`{type_name(topic.type)}`", topic.quality, topic.meaning + when
 
     for title, topics in (("Subscribed", INPUTS), ("Published", OUTPUTS)):
-        yield from (f"## {title}", "", *_table(("topic", "type", "quality of service", "meaning"), map(row, topics)), "")
+        yield from (
+            f"## {title}",
+            "",
+            *_table(("topic", "type", "quality of service", "meaning"), map(row, topics)),
+            "",
+        )
 
 
 def _services() -> Iterable[str]:
@@ -68,7 +81,10 @@ def _parameters() -> Iterable[str]:
             return " | ".join(declaration.choices)
         return f"{declaration.low:g} to {declaration.high:g}" if declaration.low is not None else ""
 
-    rows = ((f"`{d.name}`", f"`{d.default!r}`", d.unit, limits(d), "live" if d.live else "", d.description) for d in DECLARATIONS)
+    rows = (
+        (f"`{d.name}`", f"`{d.default!r}`", d.unit, limits(d), "live" if d.live else "", d.description)
+        for d in DECLARATIONS
+    )
     return _table(("parameter", "default", "unit", "range", "", "meaning"), rows)
 
 

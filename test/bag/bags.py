@@ -9,7 +9,12 @@ from deer_vla_ros.bag.cdr import to_cdr, type_of, types
 from deer_vla_ros.bag.recording import Record, Recording
 
 TABLE = Path(__file__).parents[1] / "data" / "table"
-STATIC, GRIPPER, POSE, INSTRUCTION = "/camera/static/image_raw", "/camera/gripper/image_raw", "/ee_pose", "/instruction"
+STATIC, GRIPPER, POSE, INSTRUCTION = (
+    "/camera/static/image_raw",
+    "/camera/gripper/image_raw",
+    "/ee_pose",
+    "/instruction",
+)
 INPUTS = (STATIC, GRIPPER, POSE, INSTRUCTION)
 SECOND = 1_000_000_000
 
@@ -33,7 +38,9 @@ def write(
     writer.set_compression(compression, CompressionFormat.ZSTD)
     kinds = topics if topics is not None else {record.topic: record.type for record in found}
     with writer:
-        connections = {topic: writer.add_connection(topic, kind, typestore=types()) for topic, kind in kinds.items()}
+        connections = {
+            topic: writer.add_connection(topic, kind, typestore=types()) for topic, kind in kinds.items()
+        }
         for record in found:
             writer.write(connections[record.topic], record.time_ns, record.data)
     return path

@@ -51,7 +51,16 @@ def generate(folder: Path, gigabytes: float) -> None:
 
 def replayed(folder: Path, *arguments: str) -> tuple[float, float]:
     """Peak memory [MB] and seconds of a replay."""
-    command = [sys.executable, "-m", "deer_vla_ros", "replay", str(folder), "--out", str(folder.parent / "out"), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "deer_vla_ros",
+        "replay",
+        str(folder),
+        "--out",
+        str(folder.parent / "out"),
+        *arguments,
+    ]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -63,7 +72,9 @@ def replayed(folder: Path, *arguments: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=10.0)
-    parser.add_argument("--folder", type=Path, help="where there is room for twice that (default: a temporary one)")
+    parser.add_argument(
+        "--folder", type=Path, help="where there is room for twice that (default: a temporary one)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         peaks = []

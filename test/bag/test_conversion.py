@@ -10,16 +10,21 @@ from deer_vla_ros.__main__ import main
 from deer_vla_ros.bag.recording import decode
 from deer_vla_ros.control.motion import motion_of, moved
 from deer_vla_ros.control.types import Pose
+from deer_vla_ros.lab.training.calvin import CalvinWindows
+from deer_vla_ros.lab.training.calvin_files import read_action_space, read_annotations, read_step
 from deer_vla_ros.model.action_space import TABLETOP
-from deer_vla_ros.training.calvin import CalvinWindows
-from deer_vla_ros.training.calvin_files import read_action_space, read_annotations, read_step
 
 COMMANDS = ("/target_pose", "/gripper_command")
 
 
 def converted(path, out, *arguments) -> dict:
     """The figures that the command tells."""
-    assert main(["convert-bag", str(path), "--out", str(out), "--json", str(out.with_suffix(".json")), *arguments]) == 0
+    assert (
+        main(
+            ["convert-bag", str(path), "--out", str(out), "--json", str(out.with_suffix(".json")), *arguments]
+        )
+        == 0
+    )
     return json.loads(out.with_suffix(".json").read_text())
 
 
@@ -30,7 +35,9 @@ def test_every_instruction_becomes_an_episode_of_what_the_cameras_saw(tmp_path):
     assert [each.text for each in annotations] == words and told["episodes"] == len(words)
     frames = {each.time_ns: decode(each) for each in records([STATIC])}
     assert told["steps"] == sum(each.end - each.first for each in annotations) == len(frames) - len(words)
-    first = read_step(tmp_path / "set" / "training", annotations[0].first, ["rgb_static", "robot_obs", "rel_actions"])
+    first = read_step(
+        tmp_path / "set" / "training", annotations[0].first, ["rgb_static", "robot_obs", "rel_actions"]
+    )
     image = next(iter(frames.values()))
     assert np.array_equal(first["rgb_static"], image.data.reshape(image.height, image.width, 3))
     assert f"{len(words)} last steps of episodes, which have no next pose" in told["left_out"]
@@ -45,7 +52,9 @@ def test_an_action_leads_from_one_measured_pose_to_the_next(tmp_path):
     poses = [decode(each).pose for each in records(["/ee_pose"])]
     for annotation in read_annotations(folder)[:2]:
         for number in range(annotation.first, annotation.end - 1):
-            now, following = (read_step(folder, each, ["rel_actions", "robot_obs"]) for each in (number, number + 1))
+            now, following = (
+                read_step(folder, each, ["rel_actions", "robot_obs"]) for each in (number, number + 1)
+            )
             action = now["rel_actions"]
             if np.abs(action[:6]).max() == 1:
                 continue  # cut to what an action can say
@@ -59,7 +68,10 @@ def test_the_gripper_closes_when_it_was_told_to(tmp_path):
     converted(TABLE, tmp_path / "set")
     folder = tmp_path / "set" / "training"
     lifting = next(each for each in read_annotations(folder) if each.text == "lift the pink block")
-    told = [read_step(folder, number, ["rel_actions"])["rel_actions"][6] for number in range(lifting.first, lifting.end)]
+    told = [
+        read_step(folder, number, ["rel_actions"])["rel_actions"][6]
+        for number in range(lifting.first, lifting.end)
+    ]
     assert told[0] == 1.0 and told[-1] == -1.0 and set(told) == {1.0, -1.0}
 
 
@@ -74,15 +86,23 @@ def test_breaks_and_short_pieces_are_counted_and_nothing_is_bridged(tmp_path):
     found = records((*INPUTS, *COMMANDS), seconds=4)
     begin = found[0].time_ns
     hole = [
-        each for each in found if each.topic == INSTRUCTION or not begin + 1.0 * SECOND < each.time_ns < begin + 1.62 * SECOND
+        each
+        for each in found
+        if each.topic == INSTRUCTION or not begin + 1.0 * SECOND < each.time_ns < begin + 1.62 * SECOND
     ]
     told = converted(write(tmp_path / "bag", hole), tmp_path / "set")
     assert told["episodes"] == 3, "before the hole, and the next two instructions"
-    assert "1 episodes of fewer than 3 steps" in told["left_out"], "what the first instruction had left after the hole"
+    assert "1 episodes of fewer than 3 steps" in told["left_out"], (
+        "what the first instruction had left after the hole"
+    )
     frames = sum(each.topic == STATIC for each in hole)
-    assert frames - 3 - 3 <= told["steps"] < frames - 3, "every frame but the last of each piece, and the short piece"
+    assert frames - 3 - 3 <= told["steps"] < frames - 3, (
+        "every frame but the last of each piece, and the short piece"
+    )
     pieces = read_annotations(tmp_path / "set" / "training")
-    assert all(one.end + 1 == other.first for one, other in zip(pieces, pieces[1:])), "a number is missing between episodes"
+    assert all(one.end + 1 == other.first for one, other in zip(pieces, pieces[1:])), (
+        "a number is missing between episodes"
+    )
 
 
 def test_a_recording_without_gripper_commands_or_episodes_is_refused_and_nothing_is_left(tmp_path, capsys):
@@ -102,5 +122,15 @@ def test_unpaired_frames_are_no_episode(tmp_path, capsys):
     found = records((*INPUTS, *COMMANDS), seconds=3)
     one_eyed = [each for each in found if each.topic != GRIPPER]
     kinds = {each.topic: each.type for each in found}
-    assert main(["convert-bag", str(write(tmp_path / "bag", one_eyed, topics=kinds)), "--out", str(tmp_path / "set")]) == 1
+    assert (
+        main(
+            [
+                "convert-bag",
+                str(write(tmp_path / "bag", one_eyed, topics=kinds)),
+                "--out",
+                str(tmp_path / "set"),
+            ]
+        )
+        == 1
+    )
     assert "no episode of more than 2 steps" in capsys.readouterr().err

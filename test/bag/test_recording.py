@@ -55,7 +55,11 @@ def test_the_types_are_those_that_the_installed_messages_have():
 
     from deer_vla_ros.bag.cdr import types
 
-    prefix = next(parent for parent in Path(deer_vla_ros.msg.__file__).parents if (parent / "share" / "deer_vla_ros").is_dir())
+    prefix = next(
+        parent
+        for parent in Path(deer_vla_ros.msg.__file__).parents
+        if (parent / "share" / "deer_vla_ros").is_dir()
+    )
     for name in ("PolicyStep", "BudgetStatus"):
         found = json.loads((prefix / "share" / "deer_vla_ros" / "msg" / f"{name}.json").read_text())
         hashes = {each["type_name"]: each["hash_string"] for each in found["type_hashes"]}
@@ -88,7 +92,12 @@ def test_a_folder_whose_recorder_was_killed_says_how_to_mend_it(tmp_path):
     (path / "metadata.yaml").unlink()
     with pytest.raises(UserError, match="ros2 bag reindex"):
         Recording(path)
-    for text in ("", "- a\n- b", "rosbag2_bagfile_information: 3", "rosbag2_bagfile_information: {version: 99}"):
+    for text in (
+        "",
+        "- a\n- b",
+        "rosbag2_bagfile_information: 3",
+        "rosbag2_bagfile_information: {version: 99}",
+    ):
         (path / "metadata.yaml").write_text(text)
         with pytest.raises(UserError, match="cannot be read"):
             Recording(path)
@@ -121,7 +130,21 @@ def test_a_recording_that_was_cut_anywhere_is_refused_in_one_line(tmp_path, stor
     file = next(file for file in whole.iterdir() if file.name != "metadata.yaml")
     data, cut = file.read_bytes(), tmp_path / "cut"
     shutil.copytree(whole, cut)
-    ends = [0, 1, 7, 8, 9, 30, 100, len(data) - 1, len(data) - 8, len(data) - 20, len(data) - 37, len(data) - 40, len(data) - 300]
+    ends = [
+        0,
+        1,
+        7,
+        8,
+        9,
+        30,
+        100,
+        len(data) - 1,
+        len(data) - 8,
+        len(data) - 20,
+        len(data) - 37,
+        len(data) - 40,
+        len(data) - 300,
+    ]
     ends += [len(data) * part // 23 for part in range(1, 23)]
     for end in ends:
         (cut / file.name).write_bytes(data[:end])

@@ -28,8 +28,8 @@ from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
 from deer_vla_ros.bag.run import run
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_folder
 from deer_vla_ros.ros.stamped import nanoseconds
-from deer_vla_ros.whole_folder import whole_folder
 
 MS = 1_000_000
 SHORT = 3.0
@@ -75,9 +75,13 @@ def test_every_static_frame_is_stepped_on_and_told_with_every_field_of_policy_st
         assert [int(row["static_stamp"]) for row in rows] == [decoded_stamp(each) for each in frames]
         with open(whole / folder / "timings.csv", newline="") as file:
             timings = list(csv.DictReader(file))
-        assert len(timings) == len(rows) and all(float(row["total_ms"]) > 0 and float(row["wall_ms"]) > 0 for row in timings)
+        assert len(timings) == len(rows) and all(
+            float(row["total_ms"]) > 0 and float(row["wall_ms"]) > 0 for row in timings
+        )
     words = [decode(each).data for each in records([INSTRUCTION])]
-    assert list(dict.fromkeys(row["instruction"] for row in rows)) == words, "the recorded instructions, in their order"
+    assert list(dict.fromkeys(row["instruction"] for row in rows)) == words, (
+        "the recorded instructions, in their order"
+    )
 
 
 def decoded_stamp(each: Record) -> int:
@@ -104,7 +108,11 @@ def test_the_recording_it_leaves_has_the_inputs_as_they_were_and_the_decisions_b
 
 def test_the_report_compares_the_budgets_and_needs_nothing_from_elsewhere(whole):
     page, figures = (whole / "report.html").read_text(), json.loads((whole / "report.json").read_text())
-    assert page.count('src="data:image/png;base64,') == page.count("src=") == 2 and "href" not in page and "<script" not in page
+    assert (
+        page.count('src="data:image/png;base64,') == page.count("src=") == 2
+        and "href" not in page
+        and "<script" not in page
+    )
     cheap, dear = figures["runs"]
     assert cheap["language_gmac_mean"] < dear["language_gmac_mean"] <= dear["language_gmac_full"]
     assert cheap["deviation_from_full_depth"]["mean"] >= dear["deviation_from_full_depth"]["mean"] > 0
@@ -133,7 +141,9 @@ def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short
     assert partial is not None and not again.exists(), "nothing half-made under the final name"
     subprocess.run(command(again), check=True, capture_output=True)
     name = "average_fraction=0.4/steps.csv"
-    assert (once / name).read_bytes() == (again / name).read_bytes() and len((once / name).read_bytes()) > 1000
+    assert (once / name).read_bytes() == (again / name).read_bytes() and len(
+        (once / name).read_bytes()
+    ) > 1000
     assert not list(tmp_path.glob(".*.partial-*")), "what the killed one left is gone"
 
 
@@ -150,10 +160,15 @@ def test_a_golden_file_in_the_folder_that_is_replaced_is_refused_and_stays(short
     (tmp_path / "golden.csv").rename(out / "golden.csv")
     for asked in ("--check", "--golden"):
         assert main(["replay", str(short), "--out", str(out), asked, str(out / "golden.csv")]) == 1
-        assert "in --out, which is replaced as a whole" in capsys.readouterr().err and (out / "golden.csv").is_file()
+        assert (
+            "in --out, which is replaced as a whole" in capsys.readouterr().err
+            and (out / "golden.csv").is_file()
+        )
     assert main(["replay", str(short), "--check", str(tmp_path / "nothing.csv")]) == 1
     printed = capsys.readouterr()
-    assert "nothing.csv cannot be read" in printed.err and "x real time" not in printed.out, "said before the replay"
+    assert "nothing.csv cannot be read" in printed.err and "x real time" not in printed.out, (
+        "said before the replay"
+    )
 
 
 def test_a_place_that_cannot_be_written_is_named_in_one_line(short, tmp_path, capsys):
@@ -171,9 +186,9 @@ def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_pat
     with whole_folder(tmp_path / "out") as folder:
         folder.mkdir()
         (folder / "all").write_text("all")
-    assert [each.name for each in tmp_path.iterdir()] == ["out"] and [each.name for each in (tmp_path / "out").iterdir()] == [
-        "all"
-    ]
+    assert [each.name for each in tmp_path.iterdir()] == ["out"] and [
+        each.name for each in (tmp_path / "out").iterdir()
+    ] == ["all"]
 
 
 def test_what_a_replay_left_can_be_replayed(whole, tmp_path):
@@ -181,16 +196,21 @@ def test_what_a_replay_left_can_be_replayed(whole, tmp_path):
     first = tmp_path / "first"
     run(request(bag, duration_s=1.0), "test", first)
     with Recording(first / "bag") as recording:
-        assert {"/deer_vla/step", "/recorded/deer_vla/step", "/recorded/target_pose", "/recorded/recorded/target_pose"} <= set(
-            recording.topics
-        )
+        assert {
+            "/deer_vla/step",
+            "/recorded/deer_vla/step",
+            "/recorded/target_pose",
+            "/recorded/recorded/target_pose",
+        } <= set(recording.topics)
     assert decided(first / "bag") == decided(TABLE, duration_s=1.0)
 
 
 # What it hears
 
 
-@pytest.mark.parametrize("compression", [CompressionMode.FILE, CompressionMode.MESSAGE], ids=lambda value: value.name.lower())
+@pytest.mark.parametrize(
+    "compression", [CompressionMode.FILE, CompressionMode.MESSAGE], ids=lambda value: value.name.lower()
+)
 def test_how_it_was_recorded_makes_no_difference(short, tmp_path, compression):
     other = write(tmp_path / "bag", records(INPUTS, short), StoragePlugin.SQLITE3, compression)
     assert decided(other) == decided(short)
@@ -205,9 +225,14 @@ def test_renamed_topics_and_a_given_instruction(short, tmp_path):
         decisions(only)
     words = decode(records([INSTRUCTION], short)[0]).data
     assert decided(only, instruction=words) == decided(short, instruction=words)
-    odd = [dataclasses.replace(each, topic="/eye") if each.topic == STATIC else each for each in records(INPUTS, short)]
+    odd = [
+        dataclasses.replace(each, topic="/eye") if each.topic == STATIC else each
+        for each in records(INPUTS, short)
+    ]
     odd = write(tmp_path / "odd", odd)
-    with pytest.raises(UserError, match="no topic camera/static/image_raw.*--topic camera/static/image_raw:=TOPIC.*/eye"):
+    with pytest.raises(
+        UserError, match="no topic camera/static/image_raw.*--topic camera/static/image_raw:=TOPIC.*/eye"
+    ):
         decisions(odd)
     assert decided(odd, topics={"camera/static/image_raw": "/eye"}) == decided(short)
 
@@ -216,7 +241,10 @@ def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path)
     def as_png(each: Record) -> Record:
         raw = decode(each)
         message = CompressedImage(format="png")
-        message.header.stamp.sec, message.header.stamp.nanosec = raw.header.stamp.sec, raw.header.stamp.nanosec
+        message.header.stamp.sec, message.header.stamp.nanosec = (
+            raw.header.stamp.sec,
+            raw.header.stamp.nanosec,
+        )
         import io
 
         buffer = io.BytesIO()
@@ -233,7 +261,9 @@ def test_a_part_of_it(short):
     later = decisions(short, start_s=1.0, duration_s=0.95)
     assert [row["stamp"] for row in later] == [row["stamp"] for row in every[10:20]]
     told = [[row["instruction"] for row in rows] for rows in (later, every[10:20])]
-    assert told[0] == told[1] and told[0][0] == every[0]["instruction"], "what was said before the part still holds in it"
+    assert told[0] == told[1] and told[0][0] == every[0]["instruction"], (
+        "what was said before the part still holds in it"
+    )
     with pytest.raises(UserError, match="--start is 99 s, but .* 2.9 s long"):
         decisions(short, start_s=99.0)
 
@@ -242,7 +272,10 @@ def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> R
     event = ParameterEvent(node=node)
     for name, value in values.items():
         event.changed_parameters.append(
-            Parameter(name=f"budget.{name}", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
+            Parameter(
+                name=f"budget.{name}",
+                value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value),
+            )
         )
     return Record("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
 
@@ -250,16 +283,26 @@ def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> R
 def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(short, tmp_path):
     found = records(INPUTS, short)
     middle = found[0].time_ns + round(1.45 * SECOND)
-    with_event = [*found, parameter_event(middle, average_fraction=1.0), parameter_event(middle, node="/other", peak_gmac=1e-9)]
+    with_event = [
+        *found,
+        parameter_event(middle, average_fraction=1.0),
+        parameter_event(middle, node="/other", peak_gmac=1e-9),
+    ]
     path = write(tmp_path / "bag", sorted(with_event, key=lambda each: each.time_ns))
     plain, (result, changed) = decisions(short), replayed(path)
     before = [index for index, row in enumerate(plain) if row["stamp"] < middle]
-    assert [row["action"] for row in plain[: len(before)]] == [row["action"] for row in changed[: len(before)]]
+    assert [row["action"] for row in plain[: len(before)]] == [
+        row["action"] for row in changed[: len(before)]
+    ]
     assert result.parameter_events == 1
     assert all(row["exit_index"] == 5 for row in changed[len(before) :]) and len(changed) > len(before)
     assert any(row["exit_index"] < 5 for row in plain[len(before) :])
-    assert decided(path, budget="average_fraction=0.3") == decided(short, budget="average_fraction=0.3"), "asked for otherwise"
-    assert all(row["exit_index"] == 5 for row in decisions(path, start_s=2.0)), "asked for before the part that is replayed"
+    assert decided(path, budget="average_fraction=0.3") == decided(short, budget="average_fraction=0.3"), (
+        "asked for otherwise"
+    )
+    assert all(row["exit_index"] == 5 for row in decisions(path, start_s=2.0)), (
+        "asked for before the part that is replayed"
+    )
 
 
 def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short, tmp_path, capsys):
@@ -273,7 +316,9 @@ def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short,
     cheap = decisions(short, budget="average_ms=9", latency_table=table)
     dear = decisions(short, budget="average_ms=16", latency_table=table)
     assert np.mean([row["layers_run"] for row in cheap]) < np.mean([row["layers_run"] for row in dear])
-    assert all(row["layers_run"] <= 2 for row in decisions(short, budget="deadline_ms=8.1", latency_table=table))
+    assert all(
+        row["layers_run"] <= 2 for row in decisions(short, budget="deadline_ms=8.1", latency_table=table)
+    )
     for text in ("{}", '{"about": "x", "parts": [[1, 2]]}', '{"about": "x", "parts": []}', "no"):
         table.write_text(text)
         with pytest.raises(UserError, match="no latency table"):
@@ -285,7 +330,9 @@ def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, tmp
     table.write_text(json.dumps({"about": "slow", "parts": [[150.0, 0.0, 0.0]]}))
     result, rows = replayed(short, latency_table=table)
     every = decisions(short)
-    assert 0.6 * len(every) < len(rows) < 0.8 * len(every), "two of three frames, 100 ms apart, where each takes 150 ms"
+    assert 0.6 * len(every) < len(rows) < 0.8 * len(every), (
+        "two of three frames, 100 ms apart, where each takes 150 ms"
+    )
     table.write_text(json.dumps({"about": "far too slow", "parts": [[450.0, 0.0, 0.0]]}))
     result, _ = replayed(short, latency_table=table)
     assert result.hold_reasons["TOO_SLOW"], "its frames are older than inputs.max_age_s by then"
@@ -297,7 +344,11 @@ def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, tmp
 def test_a_gap_is_a_hold_and_what_follows_goes_on(short, tmp_path):
     found = records(INPUTS, short)
     begin = found[0].time_ns
-    gap = [each for each in found if not (begin + 1.05 * SECOND < each.time_ns < begin + 2.05 * SECOND) or each.topic == POSE]
+    gap = [
+        each
+        for each in found
+        if not (begin + 1.05 * SECOND < each.time_ns < begin + 2.05 * SECOND) or each.topic == POSE
+    ]
     result, rows = replayed(write(tmp_path / "bag", gap))
     assert result.hold_reasons["STATIC_STALE"] == 1
     assert len(decisions(short)) - len(rows) == 10
@@ -315,8 +366,12 @@ def test_without_one_of_the_inputs_there_is_nothing_to_replay(short, tmp_path, t
 
 def test_a_topic_of_another_type_is_refused(short, tmp_path):
     words = [dataclasses.replace(said("x", each.time_ns), topic=STATIC) for each in records([STATIC], short)]
-    path = write(tmp_path / "bag", [*words, *(each for each in records(INPUTS, short) if each.topic != STATIC)])
-    with pytest.raises(UserError, match=f"{STATIC} is of type std_msgs/msg/String, camera/static/image_raw takes sensor_msgs"):
+    path = write(
+        tmp_path / "bag", [*words, *(each for each in records(INPUTS, short) if each.topic != STATIC)]
+    )
+    with pytest.raises(
+        UserError, match=f"{STATIC} is of type std_msgs/msg/String, camera/static/image_raw takes sensor_msgs"
+    ):
         decisions(path)
     with Recording(path) as recording, pytest.raises(UserError, match="the policy has no such topic"):
         find_topics(recording, {"camera": STATIC}, (), Tally())
@@ -342,7 +397,9 @@ def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
         for arm in ("left", "right")
     ]
     path = write(tmp_path / "bag", [*both, *found])
-    with pytest.raises(UserError, match="/left/instruction, /right/instruction could all be instruction: choose with --topic"):
+    with pytest.raises(
+        UserError, match="/left/instruction, /right/instruction could all be instruction: choose with --topic"
+    ):
         decisions(path)
     assert len(decisions(path, topics={"instruction": "/left/instruction"})) == len(decisions(short))
     assert len(decisions(path, instruction="lift the red block")) == len(decisions(short))
@@ -422,7 +479,9 @@ def test_a_message_that_cannot_be_decoded_is_counted_and_the_others_are_used(sho
     broken.encoding = "yuv17"
     from deer_vla_ros.bag.cdr import types
 
-    found[frames[9]] = dataclasses.replace(found[frames[9]], data=bytes(types().serialize_cdr(broken, "sensor_msgs/msg/Image")))
+    found[frames[9]] = dataclasses.replace(
+        found[frames[9]], data=bytes(types().serialize_cdr(broken, "sensor_msgs/msg/Image"))
+    )
     result, rows = replayed(write(tmp_path / "bag", found))
     assert len(rows) == len(frames) - 2
     told = result.tally.lines()
@@ -433,7 +492,9 @@ def test_a_message_that_cannot_be_decoded_is_counted_and_the_others_are_used(sho
 def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short, tmp_path):
     import sqlite3
 
-    strangers = [dataclasses.replace(said("?", each.time_ns), topic="/odd") for each in records([POSE], short)]
+    strangers = [
+        dataclasses.replace(said("?", each.time_ns), topic="/odd") for each in records([POSE], short)
+    ]
     path = write(tmp_path / "bag", [*records(INPUTS, short), *strangers], StoragePlugin.SQLITE3)
     with sqlite3.connect(path / "bag.db3") as database:
         database.execute("UPDATE topics SET type = 'odd_msgs/msg/Odd' WHERE name = '/odd'")
@@ -447,7 +508,9 @@ def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short,
     assert result.tally.lines() == [
         "/odd: 1 left out: not copied: odd_msgs/msg/Odd is not defined in the recording, nor installed here"
     ]
-    assert records(INPUTS, tmp_path / "out" / "bag") == records(INPUTS, short) and len(rows) == len(decisions(short))
+    assert records(INPUTS, tmp_path / "out" / "bag") == records(INPUTS, short) and len(rows) == len(
+        decisions(short)
+    )
 
 
 def test_a_type_that_only_the_recording_knows_is_copied_from_its_file_alone(short, tmp_path):
@@ -481,7 +544,11 @@ def live(whole) -> Path:
 
 def test_following_recorded_steps_decides_the_same(live):
     result, rows = replayed(live, follow=True, budget="average_fraction=0.25")
-    assert len(rows) == len(records(["/deer_vla/step"], live)) and result.differences == [] and result.tally.lines() == []
+    assert (
+        len(rows) == len(records(["/deer_vla/step"], live))
+        and result.differences == []
+        and result.tally.lines() == []
+    )
 
 
 def test_a_recorded_step_that_is_decided_otherwise_is_named_and_fails(live, tmp_path, capsys):
@@ -493,7 +560,9 @@ def test_a_recorded_step_that_is_decided_otherwise_is_named_and_fails(live, tmp_
     assert figures["followed_differently"][0].startswith("step 0 (stamp ")
 
 
-def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_an_episode_begins(live, tmp_path):
+def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_an_episode_begins(
+    live, tmp_path
+):
     found = records([*INPUTS, "/deer_vla/step"], live)
     steps = [decode(each) for each in found if each.topic == "/deer_vla/step"]
     gone = 5
@@ -503,14 +572,19 @@ def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_
         if each.topic == STATIC and decoded_stamp(each) == nanoseconds(steps[gone].static_stamp)
     ]
     result, rows = replayed(
-        write(tmp_path / "bag", found[:frame] + found[frame + 1 :]), follow=True, budget="average_fraction=0.25"
+        write(tmp_path / "bag", found[:frame] + found[frame + 1 :]),
+        follow=True,
+        budget="average_fraction=0.25",
     )
     begins = next(index for index, step in enumerate(steps) if index > gone and step.episode_step == 0)
     assert [row["stamp"] for row in rows] == [
         nanoseconds(step.header.stamp) for index, step in enumerate(steps) if index < gone or index >= begins
     ]
     told = "".join(result.tally.lines())
-    assert f"camera/static/image_raw of step {gone} is not in the recording" in told and "its memory is not known" in told
+    assert (
+        f"camera/static/image_raw of step {gone} is not in the recording" in told
+        and "its memory is not known" in told
+    )
 
 
 def test_steps_that_the_recorder_lost_are_named_and_what_follows_them_is_unknown_not_different(tmp_path):
@@ -524,7 +598,9 @@ def test_steps_that_the_recorder_lost_are_named_and_what_follows_them_is_unknown
     begins = next(index for index, step in enumerate(steps) if index > 6 and step.episode_step == 0)
     expected = [*steps[:5], *steps[begins:]]
     assert [row["stamp"] for row in rows] == [nanoseconds(step.header.stamp) for step in expected]
-    assert result.differences == [] and "steps 5 to 6 are missing in the recording" in "".join(result.tally.lines())
+    assert result.differences == [] and "steps 5 to 6 are missing in the recording" in "".join(
+        result.tally.lines()
+    )
 
 
 def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_known(live):
@@ -564,7 +640,11 @@ def test_a_golden_file_is_kept_and_the_first_difference_named(short, tmp_path, c
     golden.write_text("\n".join([*lines[:7], ",".join(fields), *lines[8:]]) + "\n")
     capsys.readouterr()
     assert main(["replay", str(short), "--check", str(golden), "--tolerance", "0.001"]) == 1
-    assert "step 6 " in (told := capsys.readouterr().out) and "gripper_probability" in told and "0.01 apart" in told
+    assert (
+        "step 6 " in (told := capsys.readouterr().out)
+        and "gripper_probability" in told
+        and "0.01 apart" in told
+    )
     assert main(["replay", str(short), "--check", str(golden), "--tolerance", "0.02"]) == 0
     with pytest.raises(AssertionError, match="step 6 .*gripper_probability"):
         assert_replays(short, golden)

@@ -20,7 +20,10 @@ def test_the_expert_is_recorded_alike_every_time_and_as_the_test_data_was(tmp_pa
     one, other = (records(None, tmp_path / name) for name in ("one", "other"))
     assert one == other
     stored = [each for each in records() if each.time_ns <= one[-1].time_ns]
-    ours, theirs = ([decode(each).pose.position for each in found if each.topic == "/target_pose"] for found in (one, stored))
+    ours, theirs = (
+        [decode(each).pose.position for each in found if each.topic == "/target_pose"]
+        for found in (one, stored)
+    )
     for our, their in zip(ours, theirs, strict=True):
         assert (our.x, our.y, our.z) == pytest.approx((their.x, their.y, their.z), abs=1e-6)
     assert TABLE.is_dir() and sum(file.stat().st_size for file in TABLE.iterdir()) < 5e6

@@ -8,23 +8,31 @@ from deer_vla_ros.budget.path import ThresholdPath
 EXITS = (1, 3, 5, 7, 9, 11)
 
 
-def samples(count: int = 2000, exits: int = 6, seed: int = 0, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def samples(
+    count: int = 2000, exits: int = 6, seed: int = 0, scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """deltas and deviations, (count, exits) each."""
     random = np.random.default_rng(seed)
     hardness = random.gamma(2.0, 0.5, (count, 1))
-    deltas = (scale * 0.02 * hardness * random.gamma(3.0, 0.3, (count, exits)) * np.linspace(1.0, 0.6, exits)).astype(np.float32)
+    deltas = (
+        scale * 0.02 * hardness * random.gamma(3.0, 0.3, (count, exits)) * np.linspace(1.0, 0.6, exits)
+    ).astype(np.float32)
     steps_left = np.cumsum(deltas[:, :0:-1], axis=1)[:, ::-1]
     return deltas, np.concatenate((0.6 * steps_left, np.zeros((count, 1))), axis=1)
 
 
-def calibration(count: int = 2000, exits: tuple[int, ...] = EXITS, seed: int = 0, scale: float = 1.0) -> Calibration:
+def calibration(
+    count: int = 2000, exits: tuple[int, ...] = EXITS, seed: int = 0, scale: float = 1.0
+) -> Calibration:
     """A calibration of such samples: poses that deviate from full depth along one axis."""
     deltas, deviations = samples(count, len(exits), seed, scale)
     poses = np.zeros((count, len(exits), 6), np.float32)
     poses[:, :, 0] = deviations * np.sqrt(6)
     numbers = np.arange(count, dtype=np.int32)
     costs = np.arange(1.0, len(exits) + 1)
-    paths = [ThresholdPath.ordered(deltas[:, :n], deviations[:, :n], costs[:n]) for n in range(1, len(exits) + 1)]
+    paths = [
+        ThresholdPath.ordered(deltas[:, :n], deviations[:, :n], costs[:n]) for n in range(1, len(exits) + 1)
+    ]
     return Calibration(
         exits=exits,
         delta="l2",

@@ -7,14 +7,25 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from deer_vla_ros.budget.cost import CAMERAS, GIB, cost_table, layer_gib, layer_macs, resampler_macs, vision_macs
+from deer_vla_ros.budget.cost import (
+    CAMERAS,
+    GIB,
+    cost_table,
+    layer_gib,
+    layer_macs,
+    resampler_macs,
+    vision_macs,
+)
 from deer_vla_ros.model.config import HeadConfig, ModelConfig, openflamingo_3b, openflamingo_9b, tabletop
 from deer_vla_ros.model.network import MultiExitVLA, restore_buffers
 
 VISUAL_TOKENS = 128
 SIZES = [
     pytest.param(tabletop(), id="tabletop"),
-    pytest.param(dataclasses.replace(tabletop(), head=HeadConfig(hidden=1, mlp_widths=(8,), lstm_layers=0)), id="no memory"),
+    pytest.param(
+        dataclasses.replace(tabletop(), head=HeadConfig(hidden=1, mlp_widths=(8,), lstm_layers=0)),
+        id="no memory",
+    ),
     pytest.param(openflamingo_3b(4), id="3b"),
     pytest.param(openflamingo_9b(8), id="9b"),
 ]
@@ -76,7 +87,9 @@ def test_one_layer_of_the_3b_is_split_between_decoder_and_cross_attention_as_the
     every_other = ModelConfig.from_dict(
         {**config.to_dict(), "decoder": {**config.to_dict()["decoder"], "cross_attention_every": 2}}
     )
-    decoder, both = (layer_macs(every_other.decoder, layer, 32, VISUAL_TOKENS, 1024) / 1e9 for layer in (0, 1))
+    decoder, both = (
+        layer_macs(every_other.decoder, layer, 32, VISUAL_TOKENS, 1024) / 1e9 for layer in (0, 1)
+    )
     assert decoder == pytest.approx(1.62, abs=0.01)
     assert both - decoder == pytest.approx(1.28, abs=0.01)
 
@@ -102,6 +115,6 @@ def test_a_layer_weighs_its_parameters():
     for config, bytes_per_weight in ((tabletop(), 4), (openflamingo_3b(2), 2), (openflamingo_9b(4), 4)):
         for i, layer in enumerate(on_meta(config).layers):
             parameters = sum(parameter.numel() for parameter in layer.parameters())
-            assert layer_gib(config, i, bytes_per_weight) == pytest.approx(parameters * bytes_per_weight / GIB, rel=0.02), (
-                "but for norms"
-            )
+            assert layer_gib(config, i, bytes_per_weight) == pytest.approx(
+                parameters * bytes_per_weight / GIB, rel=0.02
+            ), "but for norms"

@@ -14,7 +14,9 @@ def run(target: float, world, steps: int = 1000, governed: bool = True) -> np.nd
     """Costs of the steps; world(step, asked) is what a step costs when the thresholds are solved for `asked`."""
     governor, costs = Governor(target, LOW, HIGH), []
     for step in range(steps):
-        cost = min(max(world(step, governor.effective(governor.overspent) if governed else target), LOW), HIGH)
+        cost = min(
+            max(world(step, governor.effective(governor.overspent) if governed else target), LOW), HIGH
+        )
         governor.note(cost)
         costs.append(cost)
     return np.array(costs)
@@ -25,7 +27,12 @@ def window_means(costs: np.ndarray, settling: int = 200, width: int = 200) -> np
 
 
 # Worlds in which full depth costs enough for the budget to be reached.
-WORLDS = [(t, s) for t in (3.0, 5.0, 8.0, 10.5) for s in (0.4, 0.7, 1.0, 1.5, 2.5) if LOW + (HIGH - LOW) * s >= t + 2.5]
+WORLDS = [
+    (t, s)
+    for t in (3.0, 5.0, 8.0, 10.5)
+    for s in (0.4, 0.7, 1.0, 1.5, 2.5)
+    if LOW + (HIGH - LOW) * s >= t + 2.5
+]
 
 
 @pytest.mark.parametrize(("target", "slope"), WORLDS)
@@ -64,7 +71,11 @@ def test_a_hostile_world_is_forgotten_within_a_bounded_number_of_steps(target, p
 @given(target=st.floats(2.5, 11.0), deltas=st.lists(st.floats(0.0, 1.0), min_size=400, max_size=400))
 def test_whatever_the_deltas_do_no_window_overspends_by_more_than_the_governor_remembers(target, deltas):
     """A step goes to full depth where the world's delta is above a threshold that follows what is asked for, else to the first exit."""
-    costs = run(target, lambda step, asked: HIGH if deltas[step] > 1 - (asked - LOW) / (HIGH - LOW) else LOW, steps=400)
+    costs = run(
+        target,
+        lambda step, asked: HIGH if deltas[step] > 1 - (asked - LOW) / (HIGH - LOW) else LOW,
+        steps=400,
+    )
     overspent = np.convolve(costs / target - 1, np.ones(200), mode="valid")
     assert overspent.max() <= AUTHORITY + MEMORY + HIGH / target
 

@@ -25,7 +25,9 @@ token_counts = st.integers(3, 32)
 
 
 def new_keeper(config=CONFIGS[0], tokens: int = 10, calibrated=None) -> BudgetKeeper:
-    keeper = BudgetKeeper(config, "l2", tuple(range(1, len(config.exits) + 1)), bytes_per_weight=4, calibration=calibrated)
+    keeper = BudgetKeeper(
+        config, "l2", tuple(range(1, len(config.exits) + 1)), bytes_per_weight=4, calibration=calibrated
+    )
     keeper.set_tokens(tokens)
     return keeper
 
@@ -47,7 +49,10 @@ def step_under(keeper: BudgetKeeper, exit_index: int, slowness: float = 1.0) -> 
         head_probes=exit_index + 2,
         tokens=keeper.status().tokens,
         times=StageTimes(
-            1.0 * slowness, 4.0 * slowness, 2.0 * slowness * (rule.exits[exit_index] + 1), 1.0 * slowness * (exit_index + 2)
+            1.0 * slowness,
+            4.0 * slowness,
+            2.0 * slowness * (rule.exits[exit_index] + 1),
+            1.0 * slowness * (exit_index + 2),
         ),
     )
 
@@ -66,7 +71,9 @@ def test_no_exit_of_the_rule_passes_the_peak_and_no_cheaper_one_is_left_out(conf
 
 
 @given(config=configs, tokens=token_counts, share=st.floats(0.01, 0.99999))
-def test_a_peak_below_the_first_exit_is_refused_with_the_feasible_range_and_nothing_changes(config, tokens, share):
+def test_a_peak_below_the_first_exit_is_refused_with_the_feasible_range_and_nothing_changes(
+    config, tokens, share
+):
     keeper = new_keeper(config, tokens)
     before, rule = keeper.status(), keeper.rule
     with pytest.raises(UserError) as refusal:
@@ -161,7 +168,9 @@ def test_a_booked_step_says_what_it_cost():
 
 def test_memory_is_that_of_all_layers_of_the_language_model():
     # The paper: 12 layers of the 3B in float32 take 6 GB with their visual side and embedding; the layers alone 3.9 GiB.
-    assert new_keeper(openflamingo_3b()).status().resident_gib == pytest.approx(12 * (50.3 + 36.7) * 1e6 * 4 / 2**30, rel=0.01)
+    assert new_keeper(openflamingo_3b()).status().resident_gib == pytest.approx(
+        12 * (50.3 + 36.7) * 1e6 * 4 / 2**30, rel=0.01
+    )
     assert new_keeper(openflamingo_3b()).status().resident_layers == 12
 
 
@@ -287,7 +296,9 @@ def test_another_instruction_keeps_account_and_correction_and_solves_anew():
     assert after.achieved == before.achieved
     assert before.correction < 1.0 and after.correction == pytest.approx(before.correction, abs=0.1)
     assert after.budget_id != before.budget_id
-    assert after.expected_gmac == pytest.approx(before.expected_gmac, rel=5e-3), "the same GMAC buy less depth"
+    assert after.expected_gmac == pytest.approx(before.expected_gmac, rel=5e-3), (
+        "the same GMAC buy less depth"
+    )
 
 
 @given(
@@ -321,7 +332,9 @@ CALIBRATION = calibration()
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_budget_below_the_first_exit_is_refused_with_the_feasible_range_and_one_far_above_does_not_bind(name):
+def test_every_budget_below_the_first_exit_is_refused_with_the_feasible_range_and_one_far_above_does_not_bind(
+    name,
+):
     keeper = timed_keeper(calibrated=CALIBRATION)
     low, high = feasible(keeper, name)
     before = repr(keeper.status())
@@ -349,7 +362,8 @@ def test_a_calibration_that_lacks_rows_for_the_depth_is_told_when_an_average_is_
     keeper = new_keeper(calibrated=shallow)
     keeper.check(Budget(peak_gmac=1.0))
     with pytest.raises(
-        UserError, match=r"rows for the exits at layers \(1, 3, 5\), the network has .*run `python -m deer_vla_ros calibrate`"
+        UserError,
+        match=r"rows for the exits at layers \(1, 3, 5\), the network has .*run `python -m deer_vla_ros calibrate`",
     ):
         keeper.check(Budget(average_fraction=0.5))
 

@@ -16,14 +16,24 @@ EXITS = openflamingo_9b().exits
 
 def truth(layers_run: int, probes: int, slowness: float = 1.0) -> StageTimes:
     """Time in proportion to what the layers compute."""
-    return StageTimes(1.0 * slowness, 9.0 * slowness, 8.0 * sum(LAYERS[:layers_run]) * slowness, 0.5 * probes * slowness)
+    return StageTimes(
+        1.0 * slowness, 9.0 * slowness, 8.0 * sum(LAYERS[:layers_run]) * slowness, 0.5 * probes * slowness
+    )
 
 
 def step(index: int, slowness: float = 1.0) -> PolicyStep:
     layers_run, probes = EXITS[index] + 1, index + 2
     action, nan = Action(np.zeros(6, np.float32), 0.5), (math.nan,)
     return PolicyStep(
-        action, EXITS[index : index + 1], 0, StopReason.DEEPEST, nan, nan, probes, 16, truth(layers_run, probes, slowness)
+        action,
+        EXITS[index : index + 1],
+        0,
+        StopReason.DEEPEST,
+        nan,
+        nan,
+        probes,
+        16,
+        truth(layers_run, probes, slowness),
     )
 
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from deer_vla_ros.budget import search_study
 from deer_vla_ros.budget.families import ALWAYS, NEVER
-from deer_vla_ros.budget.search import Found, search
-from deer_vla_ros.budget.search_task import Outcome, quantile_of, threshold_at
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.lab.search import search_study
+from deer_vla_ros.lab.search.search import Found, search
+from deer_vla_ros.lab.search.search_task import Outcome, quantile_of, threshold_at
 
 EXITS = 4
 SAMPLES = 300
@@ -30,7 +30,11 @@ def steps(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Deltas and true errors, (exits, steps) each. Exit 0 looks surer than it is and exit 2 less sure: thresholds from deltas
     alone are not the best."""
     rng = np.random.default_rng(seed)
-    errors = rng.gamma(2, 0.5, SAMPLES) * np.exp(-0.5 * np.arange(EXITS))[:, None] * rng.lognormal(0, 0.3, (EXITS, SAMPLES))
+    errors = (
+        rng.gamma(2, 0.5, SAMPLES)
+        * np.exp(-0.5 * np.arange(EXITS))[:, None]
+        * rng.lognormal(0, 0.3, (EXITS, SAMPLES))
+    )
     return errors * np.array([[0.3], [1], [3], [1]]) * rng.lognormal(0, 0.3, (EXITS, SAMPLES)), errors
 
 
@@ -44,7 +48,9 @@ def closed_loop(thresholds: tuple[float, ...]) -> Outcome:
     stops = np.asarray(thresholds)[:, None] >= DELTAS
     stops[-1] = True
     taken = stops.argmax(0)
-    return Outcome(float(5 * np.exp(-1.5 * ERRORS[taken, np.arange(SAMPLES)] ** 2).mean()), float(2 * (taken + 1).mean()))
+    return Outcome(
+        float(5 * np.exp(-1.5 * ERRORS[taken, np.arange(SAMPLES)] ** 2).mean()), float(2 * (taken + 1).mean())
+    )
 
 
 BUDGET = closed_loop(START).cost * 1.02
@@ -92,7 +98,9 @@ def started(score: Recorded, journal: Path, *, trials: int, seconds: float) -> s
 def python(program: str) -> subprocess.Popen:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(condition) -> None:
@@ -132,7 +140,9 @@ def test_the_search_improves_on_the_start_and_keeps_the_budget(seed, capfd):
     seen = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = search(closed_loop, START, BUDGET, CANDIDATES, seed=seed, on_trial=lambda *told: seen.append(told))
+        found = search(
+            closed_loop, START, BUDGET, CANDIDATES, seed=seed, on_trial=lambda *told: seen.append(told)
+        )
     assert seen[0] == (0, closed_loop(START))
     assert [number for number, _ in seen] == list(range(20))
     assert found.outcome.cost <= BUDGET and found.outcome.score > closed_loop(START).score + 0.02
@@ -179,9 +189,13 @@ def test_a_killed_search_is_taken_up_again_as_if_nothing_had_been(tmp_path, eval
     killed = started(score, journal, trials=9, seconds=0.3)
     wait_for(lambda: len(score.calls()) == evaluations)
     killed.kill()
-    wait_for(lambda: search_study._started(killed.pid) is None)  # a zombie then, as nobody has asked for its status yet
+    wait_for(
+        lambda: search_study._started(killed.pid) is None
+    )  # a zombie then, as nobody has asked for its status yet
     seen = []
-    found = search(score, START, BUDGET, CANDIDATES, 9, journal, on_trial=lambda number, _: seen.append(number))
+    found = search(
+        score, START, BUDGET, CANDIDATES, 9, journal, on_trial=lambda number, _: seen.append(number)
+    )
     killed.communicate()
     assert seen == list(range(9)) and found.trials == 9
     assert len(score.calls()) == 9 + 1, "only the evaluation that was killed is made twice"
@@ -243,7 +257,14 @@ def test_workers_evaluate_at_the_same_time(tmp_path):
     score = Recorded(tmp_path / "calls", seconds=0.2)
     seen = []
     found = search(
-        score, START, BUDGET, CANDIDATES, 8, tmp_path / "journal", workers=2, on_trial=lambda number, _: seen.append(number)
+        score,
+        START,
+        BUDGET,
+        CANDIDATES,
+        8,
+        tmp_path / "journal",
+        workers=2,
+        on_trial=lambda number, _: seen.append(number),
     )
     processes = {process for process, _ in score.calls()}
     assert len(processes) == 2 and os.getpid() not in processes
@@ -268,7 +289,16 @@ def test_workers_end_with_an_interrupted_search(tmp_path):
 
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        search(SlowLater(tmp_path / "calls"), START, BUDGET, CANDIDATES, 4, tmp_path / "journal", on_trial=interrupted, workers=2)
+        search(
+            SlowLater(tmp_path / "calls"),
+            START,
+            BUDGET,
+            CANDIDATES,
+            4,
+            tmp_path / "journal",
+            on_trial=interrupted,
+            workers=2,
+        )
     assert time.monotonic() - begun < 20
     assert search(closed_loop, START, BUDGET, CANDIDATES, 4, tmp_path / "journal").trials == 4
 
@@ -278,7 +308,9 @@ def test_failing_evaluations_are_survived(tmp_path, caplog, workers):
     score = Recorded(tmp_path / "calls", fails_at=(2, 4))
     found = search(score, START, BUDGET, CANDIDATES, 6, tmp_path / "journal", workers=workers)
     assert found.trials == 6 and len(score.calls()) >= 7
-    assert caplog.messages and all(m.endswith("failed: ValueError: the simulator fell over") for m in caplog.messages)
+    assert caplog.messages and all(
+        m.endswith("failed: ValueError: the simulator fell over") for m in caplog.messages
+    )
 
 
 def test_an_outcome_that_is_not_finite_is_a_failure(caplog):
@@ -289,10 +321,14 @@ def test_an_outcome_that_is_not_finite_is_a_failure(caplog):
 
 def test_when_all_evaluations_fail_the_last_reason_is_told_and_a_later_call_begins_with_the_start(tmp_path):
     score = Recorded(tmp_path / "calls", fails_at=(1, 2, 3))
-    with pytest.raises(UserError, match="all 3 evaluations failed, the last with 'ValueError: the simulator fell over'"):
+    with pytest.raises(
+        UserError, match="all 3 evaluations failed, the last with 'ValueError: the simulator fell over'"
+    ):
         search(score, START, BUDGET, CANDIDATES, 3, tmp_path / "journal")
     seen = []
-    search(score, START, BUDGET, CANDIDATES, 3, tmp_path / "journal", on_trial=lambda *told: seen.append(told))
+    search(
+        score, START, BUDGET, CANDIDATES, 3, tmp_path / "journal", on_trial=lambda *told: seen.append(told)
+    )
     assert len(seen) == 3 and seen[0][1] == closed_loop(START)
 
 
@@ -303,12 +339,23 @@ def test_an_interrupted_evaluation_is_made_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         search(interrupted, START, BUDGET, CANDIDATES, 2, tmp_path / "journal")
     seen = []
-    search(closed_loop, START, BUDGET, CANDIDATES, 2, tmp_path / "journal", on_trial=lambda number, _: seen.append(number))
+    search(
+        closed_loop,
+        START,
+        BUDGET,
+        CANDIDATES,
+        2,
+        tmp_path / "journal",
+        on_trial=lambda number, _: seen.append(number),
+    )
     assert seen == [0, 1]
 
 
 def test_where_no_trial_keeps_the_budget_the_smallest_cost_is_told():
-    with pytest.raises(UserError, match="none of 3 trials keeps the budget of 1; the smallest cost seen is 2.5: allow at least"):
+    with pytest.raises(
+        UserError,
+        match="none of 3 trials keeps the budget of 1; the smallest cost seen is 2.5: allow at least",
+    ):
         search(lambda _: Outcome(1.0, 2.5), START, 1, CANDIDATES, 3)
 
 
@@ -320,9 +367,13 @@ def test_a_study_of_something_else_is_refused(tmp_path):
         ("candidates", START, BUDGET, [values + 1 for values in CANDIDATES]),
         ("start", (0.0, *START[1:]), BUDGET, CANDIDATES),
     ):
-        with pytest.raises(UserError, match=f"study 'thresholds' in {journal} was begun with {key} .*: use another name"):
+        with pytest.raises(
+            UserError, match=f"study 'thresholds' in {journal} was begun with {key} .*: use another name"
+        ):
             search(closed_loop, start, budget, candidates, 1, journal)
-        assert search(closed_loop, start, budget + 10, candidates, 1, journal, name=f"other {key}").trials == 1
+        assert (
+            search(closed_loop, start, budget + 10, candidates, 1, journal, name=f"other {key}").trials == 1
+        )
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path):

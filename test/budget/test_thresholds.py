@@ -36,7 +36,12 @@ def mean_cost(deltas: np.ndarray, thresholds) -> float:
 # The paper's families; parity checks them against the reference
 
 
-@given(family=st.sampled_from(list(FAMILIES)), ratio=st.floats(0.2, 5.0), count=st.integers(2, 12), skip=st.booleans())
+@given(
+    family=st.sampled_from(list(FAMILIES)),
+    ratio=st.floats(0.2, 5.0),
+    count=st.integers(2, 12),
+    skip=st.booleans(),
+)
 def test_target_shares_are_shares(family, ratio, count, skip):
     shares = target_shares(family, ratio, count, skip)
     assert shares.sum() == pytest.approx(1.0) and (shares >= 0).all()
@@ -64,7 +69,9 @@ def test_a_solved_ratio_keeps_the_budget_and_nearly_uses_it(family, budget):
     assert thresholds[-1] == ALWAYS
     cost = mean_cost(DELTAS, thresholds)
     assert cost <= budget + 1e-9
-    assert cost == pytest.approx(budget, abs=0.3)  # a share of less than one sample is never taken: cost comes in small steps
+    assert cost == pytest.approx(
+        budget, abs=0.3
+    )  # a share of less than one sample is never taken: cost comes in small steps
 
 
 def test_an_unknown_family_is_refused():
@@ -82,7 +89,9 @@ def test_the_expected_cost_keeps_the_budget_and_uses_it(budget):
     cost = float(PATH.shares(position) @ COSTS)
     assert cost <= budget + 1e-9
     assert cost == pytest.approx(budget, abs=1e-6)
-    assert mean_cost(DELTAS, PATH.thresholds(position)) == pytest.approx(budget, abs=0.1), "linear between two corners"
+    assert mean_cost(DELTAS, PATH.thresholds(position)) == pytest.approx(budget, abs=0.1), (
+        "linear between two corners"
+    )
 
 
 @settings(deadline=None)
@@ -127,7 +136,9 @@ def test_on_held_out_samples_the_path_deviates_as_little_as_the_best_family_or_l
 
     path = ThresholdPath.ordered(*train, COSTS)
     ours = deviation(path.thresholds(path.position_within(COSTS, budget)))
-    assert ours <= 1.02 * min(deviation(thresholds_within(family, train[0], COSTS, budget)) for family in FAMILIES)
+    assert ours <= 1.02 * min(
+        deviation(thresholds_within(family, train[0], COSTS, budget)) for family in FAMILIES
+    )
 
 
 @pytest.mark.parametrize("deltas", [np.zeros((50, 6), np.float32), np.ones((3, 6), np.float32), DELTAS[:1]])

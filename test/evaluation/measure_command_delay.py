@@ -10,17 +10,17 @@ the demo's arrangement, and "open the drawer" on the first arrangements with a c
 from pathlib import Path
 
 import deer_vla_ros
-from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
+from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
+from deer_vla_ros.commands.demo_command import INSTRUCTIONS, SEED
 from deer_vla_ros.control.guard import guard
 from deer_vla_ros.control.motion import motion_of
 from deer_vla_ros.control.types import Pose
-from deer_vla_ros.evaluation.table_arm import LIMITS, STEP_S
 from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.lab.scoring.table_arm import LIMITS, STEP_S
+from deer_vla_ros.lab.sim.referee import Referee
+from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.model.checkpoint import load
-from deer_vla_ros.ros.demo_command import INSTRUCTIONS, SEED
-from deer_vla_ros.sim.referee import Referee
-from deer_vla_ros.sim.table import Table
 
 DELAYS_S = (0.0, 0.02, 0.04, 0.06, 0.08)
 STEP_LIMIT = 80  # of an instruction, as `evaluate` has it
@@ -37,7 +37,9 @@ def steps_needed(policy: BudgetedPolicy, table: Table, instruction: str, delay_s
         views, seen = table.render(), table.tcp_pose()
         measured = Pose(seen.position, seen.quaternion)
         action = policy.step(Observation(views.static, views.gripper, measured.as_array())).policy.action
-        last_target = guard(LIMITS, last_target or measured, measured, *motion_of(action.pose, TABLETOP)).target
+        last_target = guard(
+            LIMITS, last_target or measured, measured, *motion_of(action.pose, TABLETOP)
+        ).target
         table.advance(delay_s)
         table.set_gripper(TABLETOP.gripper_open if action.gripper > 0 else TABLETOP.gripper_closed)
         table.set_target(last_target.position, last_target.quaternion)
@@ -54,8 +56,12 @@ def main() -> None:
     print(f"the demo's instructions, seed {SEED}, steps for each (None: not within {STEP_LIMIT})")
     for delay_s in DELAYS_S:
         table.reset(SEED)
-        print(f"{1000 * delay_s:3.0f} ms  {[steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]}")
-    print(f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one, done of them and steps in the mean")
+        print(
+            f"{1000 * delay_s:3.0f} ms  {[steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]}"
+        )
+    print(
+        f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one, done of them and steps in the mean"
+    )
     closed = []
     for seed in range(1000):
         table.reset(seed)

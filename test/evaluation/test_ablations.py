@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from deer_vla_ros.budget.calibration import Calibration
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation import ablations
+from deer_vla_ros.lab.benchmarks import ablations
+from deer_vla_ros.lab.training.recipe import Recipe, Train
 from deer_vla_ros.model.checkpoint import EMBEDDED, load_info
-from deer_vla_ros.training.recipe import Recipe, Train
 
 RECIPE = Path(__file__).parents[2] / "config" / "training" / "ablation.yaml"
 
@@ -50,16 +50,22 @@ def test_every_network_is_trained_by_the_recipe_but_for_its_switch(tmp_path, mon
         for step in recipe.steps:
             if isinstance(step, Train):
                 assert all(getattr(step, field) == value for field, value in train.items())
-        assert [getattr(step, "steps", None) for step in recipe.steps] == [getattr(step, "steps", None) for step in whole.steps]
+        assert [getattr(step, "steps", None) for step in recipe.steps] == [
+            getattr(step, "steps", None) for step in whole.steps
+        ]
     (beside_eight, _), (beside_two, _) = (
         (step for step in r.steps if isinstance(step, Train)) for r in (whole, recipes["no auxiliary heads"])
     )
-    assert [getattr(beside_two, g) / getattr(beside_eight, g) for g in ("heatmap", "point", "turn")] == [2 / 8] * 3
+    assert [getattr(beside_two, g) / getattr(beside_eight, g) for g in ("heatmap", "point", "turn")] == [
+        2 / 8
+    ] * 3
     assert recipes["no LSTM"].network.config().head.lstm_layers == 0
 
 
 @pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (6, 4), (12, 8), (48, 32)])
-def test_a_training_takes_as_many_processes_as_share_its_batches_evenly(cores, processes, tmp_path, monkeypatch):
+def test_a_training_takes_as_many_processes_as_share_its_batches_evenly(
+    cores, processes, tmp_path, monkeypatch
+):
     calls = []
     monkeypatch.setattr(ablations, "_call", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(ablations, "_calibrate", lambda folder, tell: None)

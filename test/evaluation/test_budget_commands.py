@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from deer_vla_ros.__main__ import main
+from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.budget.calibration import CALIBRATION, Calibration, closed_loop_shares, columns
 from deer_vla_ros.budget.families import exits_taken
 from deer_vla_ros.budget.types import Budget
-from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
@@ -41,10 +41,14 @@ def test_a_calibration_holds_every_exit_of_every_step_with_its_provenance(folder
     assert calibration.poses.shape == (150, 6, 6) and np.abs(calibration.poses).max() <= 1.0
     assert (calibration.deviations[:, -1] == 0).all() and (calibration.deviations[:, 0] > 0).all()
     lengths = np.bincount(calibration.episodes)
-    assert len(lengths) > 6 and lengths.min() > 0, "each of six sessions shows more than one task in its 25 steps, or part of one"
+    assert len(lengths) > 6 and lengths.min() > 0, (
+        "each of six sessions shows more than one task in its 25 steps, or part of one"
+    )
     assert calibration.steps.tolist() == [step for length in lengths for step in range(length)]
     windows = sum(len(range(0, length - 12 + 1, 6)) for length in lengths)
-    assert len(calibration.window_deltas) == windows * 6, "windows of 12 steps begin at 0, 6, 12 ..., with 6 positions each"
+    assert len(calibration.window_deltas) == windows * 6, (
+        "windows of 12 steps begin at 0, 6, 12 ..., with 6 positions each"
+    )
     assert "seeds 0 to 5" in calibration.provenance["source"] and len(calibration.provenance["weights"]) == 64
     assert sorted(calibration.paths) == [1, 2, 3, 4, 5, 6]
 
@@ -99,7 +103,9 @@ def test_the_calibration_of_other_weights_is_told_by_who_asks_for_an_average(fol
     save(other, checkpoint, "Trained on.")
     policy = BudgetedPolicy(load(other))
     policy.check(Budget(peak_gmac=1.0), ["peak_gmac"])
-    with pytest.raises(UserError, match="budget.average_fraction .* was measured on other weights .* calibrate"):
+    with pytest.raises(
+        UserError, match="budget.average_fraction .* was measured on other weights .* calibrate"
+    ):
         policy.check(Budget(average_fraction=0.5), ["average_fraction"])
 
 
@@ -129,7 +135,18 @@ def test_one_question_is_answered_and_an_infeasible_one_named(folder, capsys):
 
 def test_the_benchmark_of_budgets_measures_as_many_as_it_was_asked_for(folder, tmp_path):
     report = tmp_path / "report.json"
-    command = ("benchmark", "budgets", "--checkpoint", str(folder), "--episodes", "12", "--budgets", "3", "--json", str(report))
+    command = (
+        "benchmark",
+        "budgets",
+        "--checkpoint",
+        str(folder),
+        "--episodes",
+        "12",
+        "--budgets",
+        "3",
+        "--json",
+        str(report),
+    )
     done = subprocess.run([sys.executable, "-m", "deer_vla_ros", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(report.read_text())
@@ -141,7 +158,9 @@ def test_the_benchmark_of_budgets_measures_as_many_as_it_was_asked_for(folder, t
     worst = max(abs(row["relative_error"]) for row in figures["rows"])
     assert figures["worst_relative_error"] == pytest.approx(worst)
     assert figures["worst_relative_error_shifted_governed"] < 0.08
-    assert figures["worst_relative_error_shifted_governed"] < figures["worst_relative_error_shifted_ungoverned"]
+    assert (
+        figures["worst_relative_error_shifted_governed"] < figures["worst_relative_error_shifted_ungoverned"]
+    )
 
 
 def test_exits_taken_is_the_exit_rule():
@@ -154,7 +173,19 @@ def test_exits_taken_is_the_exit_rule():
 
 def test_a_search_goes_on_where_it_was_and_makes_what_it_found_the_checkpoints_own(folder, tmp_path, capsys):
     folder = shutil.copytree(folder, tmp_path / "checkpoint")
-    command = ["search", "--checkpoint", str(folder), "--fraction", "1.0", "--chains", "1", "--steps", "6", "--jobs", "1"]
+    command = [
+        "search",
+        "--checkpoint",
+        str(folder),
+        "--fraction",
+        "1.0",
+        "--chains",
+        "1",
+        "--steps",
+        "6",
+        "--jobs",
+        "1",
+    ]
     command += ["--study", str(tmp_path / "study"), "--json", str(tmp_path / "found.json"), "--trials"]
     assert main([*command, "2"]) == 0
     first, own = json.loads((tmp_path / "found.json").read_text()), load(folder).info.thresholds
@@ -163,7 +194,9 @@ def test_a_search_goes_on_where_it_was_and_makes_what_it_found_the_checkpoints_o
     assert main([*command, "3", "--default"]) == 0
     again = json.loads((tmp_path / "found.json").read_text())
     assert sorted(again["trials"]) == ["0", "1", "2"]
-    assert {number: again["trials"][number] for number in first["trials"]} == first["trials"], "they were not run again"
+    assert {number: again["trials"][number] for number in first["trials"]} == first["trials"], (
+        "they were not run again"
+    )
     assert load(folder).info.thresholds == tuple(again["thresholds"])
     assert main([*command, "2", "--steps", "5"]) == 0
     other = json.loads((tmp_path / "found.json").read_text())
@@ -172,7 +205,7 @@ def test_a_search_goes_on_where_it_was_and_makes_what_it_found_the_checkpoints_o
 
 
 def test_a_search_whose_first_evaluation_failed_says_so_and_goes_on(folder, tmp_path, capsys, monkeypatch):
-    from deer_vla_ros.evaluation import evaluation_run
+    from deer_vla_ros.lab.scoring import evaluation_run
 
     real, calls = evaluation_run.evaluate, []
 
@@ -183,7 +216,19 @@ def test_a_search_whose_first_evaluation_failed_says_so_and_goes_on(folder, tmp_
         return real(*arguments)
 
     monkeypatch.setattr(evaluation_run, "evaluate", evaluate)
-    command = ["search", "--checkpoint", str(folder), "--fraction", "1.0", "--chains", "1", "--steps", "6", "--jobs", "1"]
+    command = [
+        "search",
+        "--checkpoint",
+        str(folder),
+        "--fraction",
+        "1.0",
+        "--chains",
+        "1",
+        "--steps",
+        "6",
+        "--jobs",
+        "1",
+    ]
     assert main([*command, "--trials", "2", "--json", str(tmp_path / "found.json")]) == 0
     assert "calibration's thresholds: their evaluation failed; found in trial " in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())["start"] is None

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deer_vla_ros.evaluation.approach import Approach
-from deer_vla_ros.evaluation.chain_run import Decision, run_chains
-from deer_vla_ros.evaluation.chains import (
+from deer_vla_ros.lab.scoring.approach import Approach
+from deer_vla_ros.lab.scoring.chain_run import Decision, run_chains
+from deer_vla_ros.lab.scoring.chains import (
     FIRST_SEED,
     MOST_TRIALS,
     SINGLES_FROM,
@@ -18,10 +18,10 @@ from deer_vla_ros.evaluation.chains import (
     draw_single,
     single_seed,
 )
-from deer_vla_ros.sim.expert import act
-from deer_vla_ros.sim.state import Pose, TableState
-from deer_vla_ros.sim.table import Table
-from deer_vla_ros.sim.tasks import BY_NAME, TASKS
+from deer_vla_ros.lab.sim.expert import act
+from deer_vla_ros.lab.sim.state import Pose, TableState
+from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.tasks import BY_NAME, TASKS
 
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
 
@@ -99,12 +99,16 @@ def test_other_words_make_the_same_chain_and_no_task_comes_twice_in_a_row(chains
 
 
 def test_relations_are_asked_for_as_often_as_other_tasks_though_they_seldom_make_sense(tables):
-    tasks = [task for index in range(20) for task in draw_chain(tables[0], chain_seed(1, index), "training").tasks]
+    tasks = [
+        task for index in range(20) for task in draw_chain(tables[0], chain_seed(1, index), "training").tasks
+    ]
     relations = sum(task.startswith(("lift_nearest", "lift_farthest")) for task in tasks)
     assert 0.11 < relations / len(tasks) < 0.33, "6 of 27 tasks, give or take two standard deviations of 100"
 
 
-@pytest.mark.parametrize("task", ["place_in_drawer", "stack_block", "take_out_of_drawer", "push_red_block_left"])
+@pytest.mark.parametrize(
+    "task", ["place_in_drawer", "stack_block", "take_out_of_drawer", "push_red_block_left"]
+)
 def test_a_single_instruction_can_be_followed_after_what_led_to_it(task, tables):
     single = draw_single(tables[0], task, single_seed(0, task, 0), "held-out")
     assert single.tasks == (task,) and len(single.prefix) <= 3 and single.held_out == (True,)
@@ -135,7 +139,12 @@ def test_a_chain_ends_at_its_first_failure_after_the_steps_it_was_given(chains, 
     results = run_chains(chains, tables, driver, 3)
     for chain, attempts in zip(chains, results):
         (attempt,) = attempts
-        assert (attempt.task, attempt.succeeded, attempt.feasible, attempt.steps) == (chain.tasks[0], False, True, 3)
+        assert (attempt.task, attempt.succeeded, attempt.feasible, attempt.steps) == (
+            chain.tasks[0],
+            False,
+            True,
+            3,
+        )
     assert len(driver.begun) == 3
 
 
@@ -150,7 +159,13 @@ def test_what_is_not_possible_when_it_is_asked_for_is_a_failure_without_steps(ch
     )
     ((first, second),) = run_chains([chain], tables[:1], ExpertDriver(), 80)
     assert first.succeeded
-    assert (second.succeeded, second.feasible, second.steps, second.exits, second.approached) == (False, False, 0, {}, None)
+    assert (second.succeeded, second.feasible, second.steps, second.exits, second.approached) == (
+        False,
+        False,
+        0,
+        {},
+        None,
+    )
 
 
 def _is_shut(table: Table, seed: int) -> bool:
@@ -166,7 +181,14 @@ def state(tcp, opening: float = 0.08, **blocks) -> TableState:
     centres = {"red": (0.4, 0.0, 0.023), "blue": (0.4, 0.2, 0.023), "pink": (0.4, -0.2, 0.023), **blocks}
     poses = {colour: Pose(np.array(centre), np.array([0, 0, 0, 1.0])) for colour, centre in centres.items()}
     return TableState(
-        **poses, drawer=0.0, slider=0.0, led=False, lamp=False, switch=0.0, tcp=Pose(np.array(tcp), DOWN), opening=opening
+        **poses,
+        drawer=0.0,
+        slider=0.0,
+        led=False,
+        lamp=False,
+        switch=0.0,
+        tcp=Pose(np.array(tcp), DOWN),
+        opening=opening,
     )
 
 

@@ -10,8 +10,8 @@ from deer_vla_ros.msg import PolicyStep
 from PIL import Image
 from sensor_msgs.msg import Image as ImageMessage
 
-from deer_vla_ros.evaluation import demo_report as report
-from deer_vla_ros.evaluation.demo_picture import draw, whole_bands
+from deer_vla_ros.lab.demo import demo_report as report
+from deer_vla_ros.lab.demo.demo_picture import draw, whole_bands
 
 EXITS = [1, 3, 5]
 PERIOD_NS = 100_000_000
@@ -22,7 +22,11 @@ def step(number, exit_index=0, **fields):
     nanoseconds = 1_700_000_000 * 10**9 + number * PERIOD_NS
     layers = EXITS[exit_index] + 1
     message = PolicyStep(
-        step=number, exit_index=exit_index, layers_run=layers, exit_layers=EXITS, instruction="lift the red block"
+        step=number,
+        exit_index=exit_index,
+        layers_run=layers,
+        exit_layers=EXITS,
+        instruction="lift the red block",
     )
     message.header.stamp = Time(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)
     message.deltas = [0.01 if index <= exit_index else math.nan for index in range(3)]
@@ -81,7 +85,13 @@ def test_every_stage_has_its_median_and_95th_percentile():
 
 def test_holds_and_drops_of_the_start_up_do_not_count():
     before = {"holds.NO_INSTRUCTION": "1", "holds.NO_POSE": "1", "dropped": "7"}
-    after = {"holds.NO_INSTRUCTION": "1", "holds.NO_POSE": "1", "holds.STATIC_STALE": "2", "dropped": "9", "steps": "40"}
+    after = {
+        "holds.NO_INSTRUCTION": "1",
+        "holds.NO_POSE": "1",
+        "holds.STATIC_STALE": "2",
+        "dropped": "9",
+        "steps": "40",
+    }
     summary = summary_of(step(0), before=before, after=after)
     assert summary["holds"] == {"STATIC_STALE": 2}
     assert summary["dropped"] == 2
@@ -147,7 +157,9 @@ def fail():
     raise RuntimeError("the disk is full")
 
 
-@pytest.mark.parametrize(("moments", "shown"), [(0, 0), (1, 1), (5, 5), (6, 6), (7, 6), (11, 6), (12, 12), (13, 12)])
+@pytest.mark.parametrize(
+    ("moments", "shown"), [(0, 0), (1, 1), (5, 5), (6, 6), (7, 6), (11, 6), (12, 12), (13, 12)]
+)
 def test_no_band_of_the_picture_is_left_half_empty(moments, shown):
     found = whole_bands(list(range(moments)))
     assert len(set(found)) == shown and found == sorted(found)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deer_vla_ros.evaluation import evaluate_command
-from deer_vla_ros.evaluation.chain_report import mean_interval
-from deer_vla_ros.evaluation.depth_curve import EQUAL_WITHIN, Point, draw, headline, measure
+from deer_vla_ros.lab.benchmarks import depth_curve
+from deer_vla_ros.lab.benchmarks.depth_curve import EQUAL_WITHIN, Point, draw, headline, measure
+from deer_vla_ros.lab.scoring import evaluation_run
+from deer_vla_ros.lab.scoring.chain_report import mean_interval
+from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.model.checkpoint import folder_of
 
 
@@ -34,12 +36,20 @@ STATIC = row("static network", "24", LENGTHS, 9.0)
 
 
 def test_without_the_static_network_there_is_no_headline():
-    assert not headline([row("dynamic", "own thresholds", LENGTHS, 1.0), row("static network", "12", LENGTHS, 4.5)])
+    assert not headline(
+        [row("dynamic", "own thresholds", LENGTHS, 1.0), row("static network", "12", LENGTHS, 4.5)]
+    )
 
 
 @pytest.mark.parametrize(
     ("lengths", "is_as_long"),
-    [(longer(50, 1), True), (LENGTHS, True), (longer(3, -1), True), (longer(6, -1), False), (longer(50, -1), False)],
+    [
+        (longer(50, 1), True),
+        (LENGTHS, True),
+        (longer(3, -1), True),
+        (longer(6, -1), False),
+        (longer(50, -1), False),
+    ],
 )
 def test_as_long_is_told_chain_by_chain(lengths, is_as_long):
     """Six of 500 chains that all lose one task are no accident, however much the lengths of either network vary."""
@@ -70,7 +80,11 @@ def test_each_is_compared_with_the_cheapest_dynamic_point_of_its_own_length():
     static, fixed = headline(rows)
     low, high = static.difference_ci
     assert static.difference == -0.004 and low < -0.004 < high
-    assert (static.name, static.dynamic["label"], static.saved) == ("static network 24", "0.3", pytest.approx(7.5))
+    assert (static.name, static.dynamic["label"], static.saved) == (
+        "static network 24",
+        "0.3",
+        pytest.approx(7.5),
+    )
     assert (fixed.name, fixed.dynamic["label"], fixed.saved) == ("fixed exit 4", "0.5", pytest.approx(0.8))
 
 
@@ -85,22 +99,33 @@ def test_a_point_is_measured_again_when_anything_that_it_depends_on_has_changed(
     """A point costs minutes: what `evaluate` reports is made up here, when it is asked for is not."""
     measured = []
 
-    def run(args):
-        measured.append(args.exit)
-        about = evaluate_command.arguments_of(args, folder_of(args.checkpoint))
-        figures = {name: 1.0 for name in ("llm_gmac_mean", "llm_gmac_full", "llm_gmac_static", "average_length", "saved")}
-        lists = {name: [1] for name in ("average_length_ci", "lengths", "success_by_position", "exit_shares", "steps_by_time")}
-        args.json.write_text(json.dumps({**figures, **lists, **about}))
+    def report_of(asked, path):
+        measured.append(asked.choice.exit_layer)
+        figures = {
+            name: 1.0
+            for name in ("llm_gmac_mean", "llm_gmac_full", "llm_gmac_static", "average_length", "saved")
+        }
+        lists = {
+            name: [1]
+            for name in (
+                "average_length_ci",
+                "lengths",
+                "success_by_position",
+                "exit_shares",
+                "steps_by_time",
+            )
+        }
+        path.write_text(json.dumps({**figures, **lists, **asked.identity()}))
 
     def at(layer):
-        return measure(
-            [Point("fixed exit", "deep", folder_of(""), ("--exit", str(layer)))], 8, 0, None, tmp_path, lambda line: None
-        )
+        point = Point("fixed exit", "deep", folder_of(""), ExitChoice(exit_layer=layer))
+        return measure([point], 8, 0, None, tmp_path, lambda line: None)
 
-    monkeypatch.setattr(evaluate_command, "run", run)
+    monkeypatch.setattr(depth_curve, "told", lambda report: "")
+    monkeypatch.setattr(depth_curve, "report_of", report_of)
     assert at(3) == at(3) and measured == [3]
     at(5)
     assert measured == [3, 5]
-    monkeypatch.setattr(evaluate_command, "tasks_sha256", lambda: "of other tasks")
+    monkeypatch.setattr(evaluation_run, "tasks_sha256", lambda: "of other tasks")
     at(5)
     assert measured == [3, 5, 5]

@@ -16,17 +16,17 @@ from processes import wait_until
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.types import Budget
+from deer_vla_ros.commands.evaluate_command import exit_choice
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation import evaluation_run
-from deer_vla_ros.evaluation.chain_report import mean_interval, summary, tell
-from deer_vla_ros.evaluation.chain_run import Attempt
-from deer_vla_ros.evaluation.evaluate_command import exit_choice
-from deer_vla_ros.evaluation.evaluation_run import groups_of
-from deer_vla_ros.evaluation.network_driver import ExitChoice
-from deer_vla_ros.evaluation.resume_file import ResumeFile
+from deer_vla_ros.lab.scoring import evaluation_run
+from deer_vla_ros.lab.scoring.chain_report import mean_interval, summary, tell
+from deer_vla_ros.lab.scoring.chain_run import Attempt
+from deer_vla_ros.lab.scoring.evaluation_run import groups_of
+from deer_vla_ros.lab.scoring.network_driver import ExitChoice
+from deer_vla_ros.lab.scoring.resume_file import ResumeFile
+from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.model.checkpoint import EMBEDDED, load
 from deer_vla_ros.model.config import tabletop
-from deer_vla_ros.sim.tasks import TASKS
 
 SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "5", "--jobs", "1")
 KEYS = """chains average_length average_length_ci success_by_position tasks llm_gmac_mean llm_gmac_static saved exit_shares budget
@@ -69,7 +69,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_very_same_report(report
         process.wait()
     assert not path.exists(), "the kill came before the end"
     before = partial.read_text()
-    partial.write_text(before + '["lift_pink_block 0", [[{"task"')  # as a kill in the middle of a line leaves it
+    partial.write_text(
+        before + '["lift_pink_block 0", [[{"task"'
+    )  # as a kill in the middle of a line leaves it
     assert main([*SHORT, "--exit", "3", "--json", str(path)]) == 1, "other arguments are refused"
     assert partial.read_text().startswith(before)
     assert main([*SHORT, "--json", str(path)]) == 0
@@ -117,7 +119,9 @@ def test_groups_hold_every_chain_and_trial_once_and_do_not_depend_on_the_process
     assert [len(group.indices) for group in groups[:3]] == [8, 8, 3]
     assert sorted(index for group in groups if not group.task for index in group.indices) == list(range(19))
     for task in TASKS:
-        assert [index for group in groups if group.task == task.name for index in group.indices] == list(range(9))
+        assert [index for group in groups if group.task == task.name for index in group.indices] == list(
+            range(9)
+        )
     assert len({group.key for group in groups}) == len(groups)
 
 
@@ -210,5 +214,7 @@ def test_a_resume_file_of_other_arguments_says_which(tmp_path):
     path = tmp_path / "x.jsonl"
     ResumeFile(path, {"seed": 1, "budget": {"exit": 3}}).add("a", [1])
     assert ResumeFile(path, {"seed": 1, "budget": {"exit": 3}}).done == {"a": [1]}
-    with pytest.raises(UserError, match=r"other arguments \(budget: \{'exit': 3\} there, \{'exit': 5\} now\)"):
+    with pytest.raises(
+        UserError, match=r"other arguments \(budget: \{'exit': 3\} there, \{'exit': 5\} now\)"
+    ):
         ResumeFile(path, {"seed": 1, "budget": {"exit": 5}})

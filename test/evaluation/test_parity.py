@@ -16,13 +16,13 @@ import torch
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.calibration import columns, window_deltas
-from deer_vla_ros.evaluation.comparison import compare
-from deer_vla_ros.evaluation.parity_training import reference_losses, step_loss
-from deer_vla_ros.evaluation.recording import read_arrays, read_json, read_model
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.preprocess import ImagePreprocessor, resize_and_crop
 from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.lab.parity.comparison import compare
+from deer_vla_ros.lab.parity.parity_training import reference_losses, step_loss
+from deer_vla_ros.lab.parity.reference_tensors import read_arrays, read_json, read_model
 
 REPOSITORY = Path(__file__).parent.parent.parent
 COMPACT = REPOSITORY / "test" / "golden_compact"
@@ -37,9 +37,7 @@ def golden_folder(environment: Mapping[str, str]) -> Path:
     folder = Path(environment.get("DEER_VLA_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
     if folder.is_dir():
         return folder
-    reason = (
-        f"the reference's whole recording is not at {folder}: set DEER_VLA_GOLDEN (test/golden_compact is checked in any case)"
-    )
+    reason = f"the reference's whole recording is not at {folder}: set DEER_VLA_GOLDEN (test/golden_compact is checked in any case)"
     if environment.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -54,7 +52,18 @@ def test_the_whole_recording_is_within_tolerance():
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
-    for name in ("3b", "9b", "text", "preproc", "shift", "budget", "3b_train", "9b_train", "3b_fp64", "9b_fp64"):
+    for name in (
+        "3b",
+        "9b",
+        "text",
+        "preproc",
+        "shift",
+        "budget",
+        "3b_train",
+        "9b_train",
+        "3b_fp64",
+        "9b_fp64",
+    ):
         assert f"ok   {name} " in result.stdout
 
 
@@ -96,7 +105,9 @@ def state_after(recording, tag: str, steps: int) -> dict[str, np.ndarray]:
     """The head's state after the first steps of a run, which the reference recorded after the last only: our own."""
     settings = recording.info["dynamic"].get(tag) or {"thresholds": {tag.removeprefix("fixed_exit_"): 1e8}}
     thresholds = {int(layer): threshold for layer, threshold in settings["thresholds"].items()}
-    policy = DeerPolicy(recording.model, recording.tokenizer, ExitRule(tuple(thresholds), tuple(thresholds.values())))
+    policy = DeerPolicy(
+        recording.model, recording.tokenizer, ExitRule(tuple(thresholds), tuple(thresholds.values()))
+    )
     policy.reset(recording.info["instruction"])
     for static, gripper in zip(recording.rollout["raw_static"][:steps], recording.rollout["raw_gripper"]):
         policy.step(Observation(static, gripper))
@@ -144,15 +155,23 @@ def light(tmp_path_factory) -> Path:
     shutil.copytree(COMPACT, folder, dirs_exist_ok=True)
     recording = read_model(COMPACT, "9b")
     rollout = {
-        name: cut_rollout(name, array) for name, array in recording.rollout.items() if "/" not in name or name.startswith("t0/")
+        name: cut_rollout(name, array)
+        for name, array in recording.rollout.items()
+        if "/" not in name or name.startswith("t0/")
     }
     for tag in LIGHT_RUNS:
-        rollout |= {name: cut_rollout(name, array) for name, array in recording.rollout.items() if name.startswith(f"{tag}/")}
+        rollout |= {
+            name: cut_rollout(name, array)
+            for name, array in recording.rollout.items()
+            if name.startswith(f"{tag}/")
+        }
         rollout |= state_after(recording, tag, LIGHT_STEPS)
     np.savez(folder / "9b_rollout.npz", **rollout)
     window = {name: cut_window(name, array) for name, array in recording.window.items()}
     np.savez(folder / "9b_window.npz", **window | {"values/values": values_of(recording, window)})
-    (folder / "9b_train.json").write_text(json.dumps(training_of(dataclasses.replace(recording, window=window))))
+    (folder / "9b_train.json").write_text(
+        json.dumps(training_of(dataclasses.replace(recording, window=window)))
+    )
     return folder
 
 
@@ -189,8 +208,14 @@ def test_a_recording_of_other_lengths_passes(folder, capsys):
 
 def test_a_single_recorded_step_passes(folder, capsys):
     recording = read_model(folder, "9b")
-    cut = {name: array if name.startswith("t0/") or "_final" in name else array[:1] for name, array in recording.rollout.items()}
-    np.savez(folder / "9b_rollout.npz", **cut | {k: v for tag in LIGHT_RUNS for k, v in state_after(recording, tag, 1).items()})
+    cut = {
+        name: array if name.startswith("t0/") or "_final" in name else array[:1]
+        for name, array in recording.rollout.items()
+    }
+    np.savez(
+        folder / "9b_rollout.npz",
+        **cut | {k: v for tag in LIGHT_RUNS for k, v in state_after(recording, tag, 1).items()},
+    )
     assert failed(folder, capsys) == set()
 
 
@@ -200,7 +225,9 @@ def test_a_recording_of_another_image_size_passes(folder, capsys):
     raw = arrays["gripper/raw_hwc_uint8"]
     arrays |= {
         "gripper/resized_cropped_chw_uint8": resize_and_crop(raw, 40).transpose(2, 0, 1),
-        "gripper/out_sub16": ImagePreprocessor(40, torch.device("cpu"), torch.float32)([raw])[0, 0, :, ::16, ::16].numpy(),
+        "gripper/out_sub16": ImagePreprocessor(40, torch.device("cpu"), torch.float32)([raw])[
+            0, 0, :, ::16, ::16
+        ].numpy(),
     }
     np.savez(folder / "preproc.npz", **arrays)
     assert failed(folder, capsys) == set()
@@ -316,11 +343,20 @@ def test_another_prompt_fails_the_template(folder, capsys, edit):
 
 def test_another_weight_fails_what_depends_on_it_and_nothing_before_it(folder, capsys):
     change(
-        folder / "9b_weights.npz", "perceiver.latents", lambda array: array * np.linspace(1, 2, array.shape[1], dtype=array.dtype)
+        folder / "9b_weights.npz",
+        "perceiver.latents",
+        lambda array: array * np.linspace(1, 2, array.shape[1], dtype=array.dtype),
     )
     kinds = failed(folder, capsys)
     assert {"resampler", "hidden_states", "pose", "deltas", "lstm_h"} <= kinds
-    assert not kinds & {"images", "input_ids", "vit_tokens", "token_embedding", "template", "preprocess_float"}
+    assert not kinds & {
+        "images",
+        "input_ids",
+        "vit_tokens",
+        "token_embedding",
+        "template",
+        "preprocess_float",
+    }
 
 
 def test_another_threshold_fails_the_exits(folder, capsys):
@@ -348,7 +384,10 @@ def test_a_recording_of_another_shape_fails(folder, capsys):
 
 def test_a_kind_that_nothing_recorded_fails(folder, capsys):
     arrays = read_arrays(folder / "9b_rollout.npz")
-    np.savez(folder / "9b_rollout.npz", **{name: array for name, array in arrays.items() if not name.endswith("/deltas")})
+    np.savez(
+        folder / "9b_rollout.npz",
+        **{name: array for name, array in arrays.items() if not name.endswith("/deltas")},
+    )
     main(["parity", str(folder)])
     assert "FAIL 9b       deltas" in (out := capsys.readouterr().out)
     assert "nothing recorded" in out
@@ -364,7 +403,9 @@ def test_a_kind_without_a_tolerance_must_be_equal(folder, capsys):
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1.0])
 def test_a_value_that_ours_does_not_have_is_no_agreement(value):
     recorded = np.array([value], np.float32)
-    assert compare("pose", "here", recorded, np.zeros(1, np.float32)).value == (1.0 if value == 1.0 else np.inf)
+    assert compare("pose", "here", recorded, np.zeros(1, np.float32)).value == (
+        1.0 if value == 1.0 else np.inf
+    )
     assert compare("pose", "here", recorded, recorded).value == 0
 
 
@@ -449,7 +490,9 @@ def test_a_damaged_array_file_is_refused_with_its_path(folder, capsys, name, dam
     assert str(path) in refusal(folder, capsys)
 
 
-@pytest.mark.parametrize("name", ["9b_keys.json", "9b_info.json", "9b_train.json", "text.json", "tolerances.json"])
+@pytest.mark.parametrize(
+    "name", ["9b_keys.json", "9b_info.json", "9b_train.json", "text.json", "tolerances.json"]
+)
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
 def test_a_damaged_json_file_is_refused_with_its_path(folder, capsys, name, content):
     (folder / name).write_bytes(content)

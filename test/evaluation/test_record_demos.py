@@ -13,15 +13,17 @@ import pytest
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.record_run import Recording, record
+from deer_vla_ros.lab.demonstrations.record_run import Recording, record
+from deer_vla_ros.lab.training.frames import FORMAT, Frames
 from deer_vla_ros.model.checkpoint import EMBEDDED
-from deer_vla_ros.training.frames import FORMAT, Frames
 
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> Recording:
     """Three demonstrations in two shards, made in this process."""
-    recording = Recording(tmp_path_factory.mktemp("demos") / "one", demos=3, seed=3, image_size=16, demos_per_shard=2)
+    recording = Recording(
+        tmp_path_factory.mktemp("demos") / "one", demos=3, seed=3, image_size=16, demos_per_shard=2
+    )
     assert record(recording, jobs=1)[1] == 0
     return recording
 
@@ -70,7 +72,7 @@ def test_what_kill_9_interrupts_in_the_middle_of_a_shard_is_finished_by_the_same
     program = f"""
 import os
 from pathlib import Path
-from deer_vla_ros.evaluation.record_run import *
+from deer_vla_ros.lab.demonstrations.record_run import *
 write = FrameStore.write
 FrameStore.write = lambda self, number, *rest: write(self, number, *rest) if number == 0 else os.kill(os.getpid(), 9)
 record(Recording(Path({str(tmp_path)!r}), 3, 3, 16, demos_per_shard=2), 1)

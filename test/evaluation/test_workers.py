@@ -12,7 +12,7 @@ import pytest
 from processes import gone, wait_until
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.workers import spread
+from deer_vla_ros.lab.scoring.workers import spread
 
 
 def _squarer(power: int):
@@ -39,7 +39,9 @@ def test_jobs_are_spread_over_processes_and_parts_are_told():
     assert list(spread(_squarer, (2,), [], 2)) == []
 
 
-@pytest.mark.parametrize(("job", "says"), [(13, "13 is no job"), (14, "ended with exit code 3.* fewer --jobs")])
+@pytest.mark.parametrize(
+    ("job", "says"), [(13, "13 is no job"), (14, "ended with exit code 3.* fewer --jobs")]
+)
 def test_what_goes_wrong_in_a_process_is_told_and_ends_the_others(job, says):
     with pytest.raises(UserError, match=says):
         list(spread(_squarer, (2,), [15, job], 2))
@@ -59,7 +61,7 @@ def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
     script = tmp_path / "spreader.py"
     script.write_text(
         "import os, time\n"
-        "from deer_vla_ros.evaluation.workers import spread\n"
+        "from deer_vla_ros.lab.scoring.workers import spread\n"
         "def setup():\n"
         "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
         "    return lambda job, tell: time.sleep(0.1)\n"

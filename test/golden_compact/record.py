@@ -39,12 +39,17 @@ DROPPED_RUNS = (
 )
 HIDDEN_STATE_STEPS = 3
 DROPPED_FORWARDS = ("fwd0/",)  # batch1 has the longer texts; training takes both batches
-DROPPED_FROM_TRAINING = ("grad_norm_per_param", "param_delta_l2")  # in float32, where rounding grows from step to step
+DROPPED_FROM_TRAINING = (
+    "grad_norm_per_param",
+    "param_delta_l2",
+)  # in float32, where rounding grows from step to step
 KEPT_PREPROCESSING = ("gripper/", "shift4/")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="the whole recording (shared/golden)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
@@ -67,17 +72,25 @@ def main() -> None:
 
 def without_text_tower(keys: dict) -> dict:
     """The key list without the tensors left out of the weights."""
-    return {**keys, "keys": [entry for entry in keys["keys"] if not entry["stored_as"].startswith(CLIP_TEXT_TOWER)]}
+    return {
+        **keys,
+        "keys": [entry for entry in keys["keys"] if not entry["stored_as"].startswith(CLIP_TEXT_TOWER)],
+    }
 
 
 def without_dropped_runs(info: dict) -> dict:
     """The settings of the runs that are kept."""
-    return {**info, "dynamic": {tag: settings for tag, settings in info["dynamic"].items() if tag not in DROPPED_RUNS}}
+    return {
+        **info,
+        "dynamic": {tag: settings for tag, settings in info["dynamic"].items() if tag not in DROPPED_RUNS},
+    }
 
 
 def without_gradients(record: dict) -> dict:
     """The training record without what was measured parameter by parameter."""
-    stages = [{**kept_of(stage), "steps": [kept_of(step) for step in stage["steps"]]} for stage in record["stages"]]
+    stages = [
+        {**kept_of(stage), "steps": [kept_of(step) for step in stage["steps"]]} for stage in record["stages"]
+    ]
     return {**record, "stages": stages}
 
 
@@ -86,18 +99,25 @@ def kept_of(values: dict) -> dict:
 
 
 def copy_json(source: Path, out: Path, name: str, subset: Callable[[dict], dict]) -> None:
-    (out / name).write_text(json.dumps(subset(json.loads((source / name).read_text())), separators=(",", ":")) + "\n")
+    (out / name).write_text(
+        json.dumps(subset(json.loads((source / name).read_text())), separators=(",", ":")) + "\n"
+    )
 
 
 def copy_arrays(source: Path, out: Path, name: str, keep: Callable[[str], bool]) -> None:
     """The arrays that `keep` names; hidden states of whole runs are cut to their first steps. Same input, same bytes."""
-    with np.load(source / name) as arrays, zipfile.ZipFile(out / name, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+    with (
+        np.load(source / name) as arrays,
+        zipfile.ZipFile(out / name, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file,
+    ):
         for key in filter(keep, arrays.files):
             array = arrays[key][:HIDDEN_STATE_STEPS] if key.endswith("/hidden_states") else arrays[key]
             entry = zipfile.ZipInfo(f"{key}.npy")  # dated 1980, so that a new run changes nothing
             entry.compress_type = zipfile.ZIP_DEFLATED
             with file.open(entry, "w") as member:
-                np.lib.format.write_array(member, np.ascontiguousarray(array) if array.ndim else array, allow_pickle=False)
+                np.lib.format.write_array(
+                    member, np.ascontiguousarray(array) if array.ndim else array, allow_pickle=False
+                )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def test_two_equal_poses_have_no_delta(kind):
 def test_poses_in_half_precision_are_compared_in_full(kind):
     poses = torch.tensor([[0.1, -0.2, 0.3, -0.4, 0.5, -0.6], [0.11, -0.2, 0.3, -0.4, 0.5, -0.59]]).half()
     rule = ExitRule((1,), (0.0,), kind)
-    assert rule.measure(*poses) == pytest.approx(NUMPY_DELTAS[kind](*poses.numpy().astype(np.float64)), abs=1e-6)
+    assert rule.measure(*poses) == pytest.approx(
+        NUMPY_DELTAS[kind](*poses.numpy().astype(np.float64)), abs=1e-6
+    )
 
 
 def test_a_delta_equal_to_its_threshold_agrees():
@@ -64,7 +66,11 @@ def test_nan_never_agrees(threshold):
     assert not ExitRule((1,), (threshold,)).agrees(0, math.nan)
 
 
-@given(deltas=deltas_of_three_exits, thresholds=three_thresholds, raises=st.tuples(*[st.floats(0, 1, width=32)] * 3))
+@given(
+    deltas=deltas_of_three_exits,
+    thresholds=three_thresholds,
+    raises=st.tuples(*[st.floats(0, 1, width=32)] * 3),
+)
 def test_larger_thresholds_never_exit_later(deltas, thresholds, raises):
     strict = ExitRule((1, 3, 5), thresholds)
     generous = ExitRule((1, 3, 5), tuple(threshold + more for threshold, more in zip(thresholds, raises)))
@@ -79,7 +85,10 @@ def test_larger_thresholds_never_exit_later(deltas, thresholds, raises):
         ({"exits": (1, 1), "thresholds": (1.0, 1.0)}, "none twice"),
         ({"exits": (1, 3), "thresholds": (1.0,)}, "1 thresholds for 2 exits"),
         ({"exits": (1,), "thresholds": (math.nan,)}, "contain NaN"),
-        ({"exits": (1,), "thresholds": (1.0,), "delta": "l3"}, "unknown delta 'l3': use one of l2, mean, max, cosine"),
+        (
+            {"exits": (1,), "thresholds": (1.0,), "delta": "l3"},
+            "unknown delta 'l3': use one of l2, mean, max, cosine",
+        ),
         ({"exits": (1,), "thresholds": (1.0,), "steps_per_stage": 0}, "steps_per_stage is 0"),
     ],
 )
@@ -96,4 +105,11 @@ def test_a_stage_probes_on_its_first_step_only():
 
 def test_a_depth_is_kept_as_near_as_the_exits_allow():
     rule = ExitRule((1, 3, 5), (0.0,) * 3)
-    assert [rule.exits[rule.index_not_shallower(layer)] for layer in (-1, 1, 2, 3, 5, 9)] == [1, 1, 3, 3, 5, 5]
+    assert [rule.exits[rule.index_not_shallower(layer)] for layer in (-1, 1, 2, 3, 5, 9)] == [
+        1,
+        1,
+        3,
+        3,
+        5,
+        5,
+    ]

@@ -23,18 +23,26 @@ NEVER = ExitRule(SMALL.exits, (-1.0, -1.0, -1.0))
 
 def mixed_rules(model, tokenizer, **changes) -> list[ExitRule]:
     """A rule for each lane, under which an episode takes every exit."""
-    policy, rules = DeerPolicy(model, tokenizer, dataclasses.replace(NEVER, delta=changes.get("delta", "l2"))), []
+    policy, rules = (
+        DeerPolicy(model, tokenizer, dataclasses.replace(NEVER, delta=changes.get("delta", "l2"))),
+        [],
+    )
     for lane, instruction in enumerate(INSTRUCTIONS):
         policy.reset(instruction)
         deltas = np.array([policy.step(observation).deltas for observation in episode(lane)])
-        rules.append(ExitRule(SMALL.exits, (*np.quantile(deltas[:, :-1], 0.4, axis=0).tolist(), 1e8), **changes))
+        rules.append(
+            ExitRule(SMALL.exits, (*np.quantile(deltas[:, :-1], 0.4, axis=0).tolist(), 1e8), **changes)
+        )
     return rules
 
 
 def episode(lane: int, steps: int = 12) -> list[Observation]:
     random = np.random.default_rng(lane)
     tcp = np.concatenate([random.uniform(0, 0.4, (steps, 3)), np.tile([1.0, 0, 0, 0], (steps, 1))], 1)
-    return [dataclasses.replace(observation, tcp=pose) for observation, pose in zip(observations(steps, lane), tcp)]
+    return [
+        dataclasses.replace(observation, tcp=pose)
+        for observation, pose in zip(observations(steps, lane), tcp)
+    ]
 
 
 def exact_model(config: ModelConfig = SMALL) -> MultiExitVLA:
@@ -81,7 +89,9 @@ def test_lanes_of_different_instructions_rules_and_depths_decide_as_alone(change
 
 def test_a_network_with_grounding_and_proprioception_sees_no_padding_either():
     config = dataclasses.replace(
-        SMALL, grounding=GroundingConfig(channels=8, queries=2), proprioception=ProprioceptionConfig((0.2, 0.0, 0.2), 0.2, 0.5)
+        SMALL,
+        grounding=GroundingConfig(channels=8, queries=2),
+        proprioception=ProprioceptionConfig((0.2, 0.0, 0.2), 0.2, 0.5),
     )
     model, tokenizer = exact_model(config), small_tokenizer()
     together, alone = LockstepPolicy(model, tokenizer, NEVER, 4), DeerPolicy(model, tokenizer, NEVER)
@@ -149,7 +159,9 @@ def test_an_action_that_is_not_finite_leaves_the_memory_of_its_lane_alone():
     for lane in (0, 1):
         together.reset(lane, INSTRUCTIONS[0])
     first, second = episode(0)[:2]
-    hook = model.layers[0].register_forward_hook(lambda module, args, output: output * torch.tensor([[[float("nan")]], [[1.0]]]))
+    hook = model.layers[0].register_forward_hook(
+        lambda module, args, output: output * torch.tensor([[[float("nan")]], [[1.0]]])
+    )
     steps = together.step({0: first, 1: first})
     hook.remove()
     assert [steps[lane].action.is_finite for lane in (0, 1)] == [False, True]

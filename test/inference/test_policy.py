@@ -64,7 +64,11 @@ def test_a_step_stops_at_the_first_exit_whose_delta_is_not_above_its_threshold()
     rule = mixed_rule()
     steps = run(new_policy(rule), 12)
     for step in steps:
-        agreed = [i for i, (delta, threshold) in enumerate(zip(step.deltas[:-1], rule.thresholds)) if delta <= threshold]
+        agreed = [
+            i
+            for i, (delta, threshold) in enumerate(zip(step.deltas[:-1], rule.thresholds))
+            if delta <= threshold
+        ]
         assert step.exit_index == (agreed[0] if agreed else 2)
         assert step.stop == (StopReason.AGREED if agreed else StopReason.DEEPEST)
         assert np.isnan(step.deltas).tolist() == [i > step.exit_index for i in range(3)]
@@ -78,14 +82,20 @@ def test_the_first_exit_is_compared_with_the_layer_just_before_it_and_the_others
     preprocess, tokenizer = ImagePreprocessor(16, model.device, model.dtype), small_tokenizer()
     observation = observations(1)[0]
     text = model.encode_text(*tokenizer.encode([INSTRUCTION]), tokenizer.image_token)
-    hidden = list(model.hidden_states(model.encode_images(preprocess((observation.static, observation.gripper))), text))
-    poses = [model.shared_head(pool(state)[:, None], model.shared_head.initial_state()).pose[0, 0] for state in hidden]
+    hidden = list(
+        model.hidden_states(model.encode_images(preprocess((observation.static, observation.gripper))), text)
+    )
+    poses = [
+        model.shared_head(pool(state)[:, None], model.shared_head.initial_state()).pose[0, 0]
+        for state in hidden
+    ]
     expected = [NEVER.measure(poses[i], poses[before]) for i, before in ((1, 0), (3, 1), (5, 3))]
     assert step.deltas == tuple(expected)
 
 
 @pytest.mark.parametrize(
-    ("rule", "layers"), [(ALWAYS, 2), (NEVER, 6), (ExitRule((1, 3), (-1.0, -1.0)), 4), (ExitRule((3,), (1.0,)), 4)]
+    ("rule", "layers"),
+    [(ALWAYS, 2), (NEVER, 6), (ExitRule((1, 3), (-1.0, -1.0)), 4), (ExitRule((3,), (1.0,)), 4)],
 )
 def test_a_step_runs_no_layer_deeper_than_its_exit(rule, layers):
     model = small_model()
@@ -98,7 +108,11 @@ def test_a_step_runs_no_layer_deeper_than_its_exit(rule, layers):
 
 
 @settings(deadline=None, max_examples=25)
-@given(thresholds=st.tuples(*[st.floats(0, 0.5)] * 2), more=st.tuples(*[st.floats(0, 0.5)] * 2), seed=st.integers(0, 99))
+@given(
+    thresholds=st.tuples(*[st.floats(0, 0.5)] * 2),
+    more=st.tuples(*[st.floats(0, 0.5)] * 2),
+    seed=st.integers(0, 99),
+)
 def test_larger_thresholds_never_make_a_step_deeper(thresholds, more, seed):
     larger = tuple(threshold + extra for threshold, extra in zip(thresholds, more))
     policy = new_policy()
@@ -122,7 +136,11 @@ def test_between_two_probing_steps_the_depth_stays_and_the_head_is_read_once():
     steps = run(new_policy(mixed_rule(steps_per_stage=3)), 12)
     for i, step in enumerate(steps):
         if i % 3:
-            assert (step.stop, step.head_probes, step.exit_layer) == (StopReason.STAGE, 1, steps[i - 1].exit_layer)
+            assert (step.stop, step.head_probes, step.exit_layer) == (
+                StopReason.STAGE,
+                1,
+                steps[i - 1].exit_layer,
+            )
             assert np.isnan(step.deltas).all()
         else:
             assert step.stop != StopReason.STAGE
@@ -216,7 +234,9 @@ def test_a_new_rule_takes_effect_on_the_next_step():
 
 def test_a_rule_with_a_layer_that_is_no_exit_is_refused_and_the_old_one_stays():
     policy = new_policy(NEVER)
-    with pytest.raises(UserError, match=r"layers \[2, 7\] are no exits of this network: choose from \(1, 3, 5\)"):
+    with pytest.raises(
+        UserError, match=r"layers \[2, 7\] are no exits of this network: choose from \(1, 3, 5\)"
+    ):
         policy.rule = ExitRule((1, 2, 7), (0.0, 0.0, 0.0))
     assert policy.rule is NEVER
     assert run(policy, 1)[0].exit_layer == 5
@@ -314,7 +334,9 @@ def test_the_same_inputs_give_the_same_bits_twice():
 
 def test_the_gripper_opens_above_one_half_only():
     action = run(new_policy(), 1)[0].action
-    grippers = [dataclasses.replace(action, gripper_probability=p).gripper for p in (0.0, 0.5, 0.5000001, 1.0)]
+    grippers = [
+        dataclasses.replace(action, gripper_probability=p).gripper for p in (0.0, 0.5, 0.5000001, 1.0)
+    ]
     assert grippers == [-1, -1, 1, 1]
     assert action.pose.shape == (6,) and action.pose.dtype == np.float32
     assert np.abs(action.pose).max() <= 1 and 0 <= action.gripper_probability <= 1
@@ -339,7 +361,12 @@ def test_the_stages_are_not_negative_and_sum_to_about_the_time_of_the_step():
 
 @pytest.mark.parametrize(
     ("part", "stage", "calls"),
-    [("vision", "vision", 1), ("resampler", "vision", 1), ("layers.2", "language", 1), ("shared_head", "head", 4)],
+    [
+        ("vision", "vision", 1),
+        ("resampler", "vision", 1),
+        ("layers.2", "language", 1),
+        ("shared_head", "head", 4),
+    ],
 )
 def test_a_slow_part_is_booked_on_its_own_stage(part, stage, calls):
     model = small_model()

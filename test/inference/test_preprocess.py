@@ -59,7 +59,9 @@ def test_an_image_of_the_right_size_is_taken_as_it_is():
 def test_an_odd_margin_is_rounded_to_the_even_side():
     image = np.zeros((4, 7, 3), np.uint8)
     image[:, :, 0] = np.arange(7)
-    assert resize_and_crop(image, 4)[0, :, 0].tolist() == [2, 3, 4, 5], "a margin of 1.5 pixels becomes 2, as in torchvision"
+    assert resize_and_crop(image, 4)[0, :, 0].tolist() == [2, 3, 4, 5], (
+        "a margin of 1.5 pixels becomes 2, as in torchvision"
+    )
 
 
 @settings(deadline=None, max_examples=200)

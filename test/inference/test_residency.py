@@ -34,14 +34,20 @@ def big_folder(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("big")
     torch.manual_seed(0)
     embedded = load(EMBEDDED)
-    save(folder, Checkpoint(dataclasses.replace(embedded.info, model=BIG), MultiExitVLA(BIG), embedded.tokenizer), "")
+    save(
+        folder,
+        Checkpoint(dataclasses.replace(embedded.info, model=BIG), MultiExitVLA(BIG), embedded.tokenizer),
+        "",
+    )
     yield folder
     (folder / WEIGHTS).unlink()  # pytest would keep half a gigabyte
 
 
 @pytest.fixture
 def small_folder(tmp_path) -> Path:
-    info = CheckpointInfo(SMALL, CALVIN, weights="random", trained=False, delta="l2", thresholds=(0.01, 0.02, 1e8))
+    info = CheckpointInfo(
+        SMALL, CALVIN, weights="random", trained=False, delta="l2", thresholds=(0.01, 0.02, 1e8)
+    )
     save(tmp_path, Checkpoint(info, small_model(), small_tokenizer()), "")
     return tmp_path
 
@@ -69,7 +75,11 @@ def until(condition: Callable[[], bool]) -> None:
 
 def is_in_place(model: MultiExitVLA, count: int) -> bool:
     """Whether exactly the first `count` layers have memory."""
-    return all(parameter.is_meta == (i >= count) for i, layer in enumerate(model.layers) for parameter in layer.parameters())
+    return all(
+        parameter.is_meta == (i >= count)
+        for i, layer in enumerate(model.layers)
+        for parameter in layer.parameters()
+    )
 
 
 def is_as_stored(checkpoint: Checkpoint, count: int) -> bool:
@@ -81,7 +91,10 @@ def is_as_stored(checkpoint: Checkpoint, count: int) -> bool:
         and not any(part.training for layer in layers for part in layer.modules())
         and not any(parameter.requires_grad for parameter in layers.parameters())
         and all(tensor.dtype == dtype for tensor in layers.state_dict().values())
-        and all(torch.equal(tensor, stored[f"layers.{name}"].to(dtype)) for name, tensor in layers.state_dict().items())
+        and all(
+            torch.equal(tensor, stored[f"layers.{name}"].to(dtype))
+            for name, tensor in layers.state_dict().items()
+        )
     )
 
 
@@ -207,7 +220,9 @@ def loading(big_folder, no_collector) -> Iterator[tuple[Checkpoint, ResidentLaye
     resident.keep(2)
     low = resident_bytes()
     resident.keep(12)
-    read = bytes_of(checkpoint.model, 10)  # two layers, each counted twice: in the mapped file and in its own memory
+    read = bytes_of(
+        checkpoint.model, 10
+    )  # two layers, each counted twice: in the mapped file and in its own memory
     until(lambda: resident_bytes() > low + 2 * read)
     assert not resident.absorb(), "the load ended too soon for this test"
     yield checkpoint, resident, low
@@ -296,15 +311,25 @@ def change_tensors(path: Path, change: Callable[[dict], object]) -> None:
         (lambda path: path.unlink(), "No such file"),
         (lambda path: path.write_bytes(b""), "header"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "incomplete"),
-        (lambda path: change_tensors(path, lambda all: all.pop("layers.3.block.up.weight")), "layers.3.block.up.weight"),
-        (lambda path: change_tensors(path, lambda all: all.update({"layers.5.colour": torch.zeros(1)})), "layers.5.colour"),
         (
-            lambda path: change_tensors(path, lambda all: all.update({"layers.5.block.up.weight": torch.zeros(16, 32)})),
+            lambda path: change_tensors(path, lambda all: all.pop("layers.3.block.up.weight")),
+            "layers.3.block.up.weight",
+        ),
+        (
+            lambda path: change_tensors(path, lambda all: all.update({"layers.5.colour": torch.zeros(1)})),
+            "layers.5.colour",
+        ),
+        (
+            lambda path: change_tensors(
+                path, lambda all: all.update({"layers.5.block.up.weight": torch.zeros(16, 32)})
+            ),
             "layers.5.block.up.weight: shape is (16, 32), the network's (32, 16)",
         ),
     ],
 )
-def test_a_load_that_fails_is_told_once_while_control_goes_on_and_may_be_tried_again(small_folder, damage, complaint):
+def test_a_load_that_fails_is_told_once_while_control_goes_on_and_may_be_tried_again(
+    small_folder, damage, complaint
+):
     checkpoint, path = load(small_folder), small_folder / WEIGHTS
     resident = ResidentLayers(checkpoint.model, checkpoint.folder)
     policy, undisturbed = new_policy(checkpoint), new_policy(load(small_folder))
@@ -317,7 +342,9 @@ def test_a_load_that_fails_is_told_once_while_control_goes_on_and_may_be_tried_a
     with pytest.raises(UserError) as failure:
         resident.absorb()
     message = str(failure.value)
-    assert str(path) in message and complaint in message and "layers 2 to 5" in message and "\n" not in message
+    assert (
+        str(path) in message and complaint in message and "layers 2 to 5" in message and "\n" not in message
+    )
     assert not resident.absorb()
     assert (resident.count, resident.wanted) == (2, 2)
     assert is_in_place(checkpoint.model, 2)

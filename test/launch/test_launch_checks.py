@@ -32,7 +32,7 @@ def written(folder: Path, content) -> Path:
     return file
 
 
-@pytest.mark.parametrize("file", ["config/deer_vla.yaml", "deer_vla_ros/sim/assets/guard.yaml"])
+@pytest.mark.parametrize("file", ["config/deer_vla.yaml", "deer_vla_ros/lab/sim/assets/guard.yaml"])
 @pytest.mark.parametrize("node", ["/deer_vla", "/left/deer_vla"])
 def test_the_parameter_files_of_this_package_are_accepted_in_any_namespace(file, node):
     launch_checks.check_parameters(ROOT / file, node)

@@ -31,7 +31,9 @@ FILES = pytest.mark.parametrize("path", ARGUMENTS, ids=lambda path: path.name)
 def calls(path, name):
     """Every call of `name` in the file."""
     tree = ast.parse(path.read_text(), str(path))
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == name]
+    return [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == name
+    ]
 
 
 def keyword(call, name):
@@ -59,7 +61,11 @@ def test_a_launch_file_compiles_and_declares_the_arguments_that_users_are_told(p
 
 @FILES
 def test_every_launch_argument_is_used(path):
-    used = {call.args[0].value for call in calls(path, "LaunchConfiguration") if isinstance(call.args[0], ast.Constant)}
+    used = {
+        call.args[0].value
+        for call in calls(path, "LaunchConfiguration")
+        if isinstance(call.args[0], ast.Constant)
+    }
     table = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assign)]
     used |= {key.value for value in table if isinstance(value, ast.Dict) for key in value.keys}
     assert used == ARGUMENTS[path]
@@ -82,9 +88,13 @@ def test_the_policy_node_keeps_the_name_that_the_parameter_file_gives_it():
 
 
 def test_launch_arguments_set_parameters_that_the_node_declares_and_with_their_type():
-    declared = {declaration.name: type(declaration.default).__name__ for declaration in DECLARATIONS} | {"use_sim_time": "bool"}
+    declared = {declaration.name: type(declaration.default).__name__ for declaration in DECLARATIONS} | {
+        "use_sim_time": "bool"
+    }
     (table,) = [
-        node.value for node in ast.walk(ast.parse(POLICY.read_text())) if isinstance(node, ast.Assign) and is_parameters(node)
+        node.value
+        for node in ast.walk(ast.parse(POLICY.read_text()))
+        if isinstance(node, ast.Assign) and is_parameters(node)
     ]
     for value in table.values:
         parameter, kind = value.elts
@@ -100,7 +110,9 @@ def test_what_launch_gives_wins_over_the_parameter_file(namespace, tmp_path):
     """The command line is the one that launch_ros writes: the file first, then a file of its own under the node's full name."""
     given = tmp_path / "launch_params.yaml"
     full_name = f"{namespace.rstrip('/')}/{NODE_NAME}"
-    given.write_text(yaml.safe_dump({full_name: {"ros__parameters": {"model.path": "/data/mine", "autostart": False}}}))
+    given.write_text(
+        yaml.safe_dump({full_name: {"ros__parameters": {"model.path": "/data/mine", "autostart": False}}})
+    )
     files = ["--params-file", str(ROOT / "config" / "deer_vla.yaml"), "--params-file", str(given)]
     context = Context()
     rclpy.init(context=context)
@@ -128,7 +140,10 @@ def test_a_replay_plays_on_the_recordings_clock_and_keeps_recorded_outputs_apart
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "OUTPUTS"
     )
     published = {"target_pose", "target_twist", "gripper_command", "deer_vla/step", "deer_vla/budget"}
-    assert {each.value for each in outputs} >= {*published, "parameter_events"}  # `replay --follow` obeys those it finds
+    assert {each.value for each in outputs} >= {
+        *published,
+        "parameter_events",
+    }  # `replay --follow` obeys those it finds
     topics = (ROOT / "docs" / "reference" / "topics.md").read_text()
     assert all(name.removeprefix("deer_vla/") in topics for name in published)
     text = REPLAY.read_text()

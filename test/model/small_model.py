@@ -65,7 +65,9 @@ def small_tokenizer(max_tokens: int = SMALL.max_tokens) -> InstructionTokenizer:
     vocabulary = {word: i for i, word in enumerate((END_OF_TEXT, END_OF_CHUNK, IMAGE, PAD, *WORDS))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=END_OF_TEXT))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (END_OF_TEXT, END_OF_CHUNK, IMAGE, PAD)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True) for token in (END_OF_TEXT, END_OF_CHUNK, IMAGE, PAD)]
+    )
     return InstructionTokenizer(tokenizer, max_tokens)
 
 
@@ -73,4 +75,7 @@ def observations(count: int, seed: int = 0) -> list[Observation]:
     """Noise of two sizes, neither of them the network's, and a gripper that points down."""
     random, tcp = np.random.default_rng(seed), np.array([0.4, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0])
     sizes = (20, 24, 3), (12, 10, 3)
-    return [Observation(*(random.integers(0, 256, size, dtype=np.uint8) for size in sizes), tcp) for _ in range(count)]
+    return [
+        Observation(*(random.integers(0, 256, size, dtype=np.uint8) for size in sizes), tcp)
+        for _ in range(count)
+    ]

@@ -31,7 +31,14 @@ from deer_vla_ros.model.checkpoint import (
 )
 from deer_vla_ros.model.config import tabletop
 
-INFO = CheckpointInfo(model=SMALL, action_space=CALVIN, weights="random", trained=False, delta="l2", thresholds=(0.01, 0.02, 1e8))
+INFO = CheckpointInfo(
+    model=SMALL,
+    action_space=CALVIN,
+    weights="random",
+    trained=False,
+    delta="l2",
+    thresholds=(0.01, 0.02, 1e8),
+)
 
 
 @pytest.fixture
@@ -42,7 +49,9 @@ def folder(tmp_path) -> Path:
 
 def poses(checkpoint: Checkpoint) -> list[list[float]]:
     """What a policy with these weights does on four observations."""
-    policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, ExitRule(SMALL.exits, checkpoint.info.thresholds))
+    policy = DeerPolicy(
+        checkpoint.model, checkpoint.tokenizer, ExitRule(SMALL.exits, checkpoint.info.thresholds)
+    )
     policy.reset(INSTRUCTION)
     return [policy.step(observation).action.pose.tolist() for observation in observations(4)]
 
@@ -122,7 +131,10 @@ def change_config(folder: Path, change: Callable[[dict], object]) -> None:
     [
         (lambda tensors: tensors.pop("resampler.latents"), "1 tensors are missing, first resampler.latents"),
         (lambda tensors: tensors.update(colour=torch.zeros(1)), "1 tensors are unknown, first colour"),
-        (lambda tensors: tensors.update({"resampler.latents": torch.zeros(4, 8)}), "resampler.latents has shape (4, 8)"),
+        (
+            lambda tensors: tensors.update({"resampler.latents": torch.zeros(4, 8)}),
+            "resampler.latents has shape (4, 8)",
+        ),
         (lambda tensors: tensors.clear(), "tensors are missing"),
     ],
 )
@@ -166,11 +178,17 @@ def test_a_broken_config_is_refused_with_its_path_or_name(folder, content):
 def test_a_broken_weights_file_is_refused_with_its_path(folder, damage):
     path = folder / WEIGHTS
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "truncated": whole[:-100], "header": whole[:30], "text": b"not a checkpoint " * 10}[damage])
+    path.write_bytes(
+        {"empty": b"", "truncated": whole[:-100], "header": whole[:30], "text": b"not a checkpoint " * 10}[
+            damage
+        ]
+    )
     assert str(path) in refusal_of(folder)
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"{}", b"\x80\x04", b'{"version": "1.0", "model": {"type": "Telepathy"}}'])
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"{}", b"\x80\x04", b'{"version": "1.0", "model": {"type": "Telepathy"}}']
+)
 def test_a_broken_tokenizer_is_refused_with_its_path(folder, content):
     (folder / TOKENIZER).write_bytes(content)
     assert str(folder / TOKENIZER) in refusal_of(folder)
@@ -200,7 +218,8 @@ class Bomb:
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, TOKENIZER])
 @pytest.mark.parametrize(
-    "write", [lambda path, bomb: path.write_bytes(pickle.dumps(bomb)), lambda path, bomb: torch.save(bomb, path)]
+    "write",
+    [lambda path, bomb: path.write_bytes(pickle.dumps(bomb)), lambda path, bomb: torch.save(bomb, path)],
 )
 def test_a_pickle_is_never_loaded(folder, name, write):
     trace = folder / "pickle_was_loaded"

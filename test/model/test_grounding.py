@@ -12,7 +12,9 @@ from deer_vla_ros.model.config import GroundingConfig, ModelConfig, Propriocepti
 from deer_vla_ros.model.grounding import turn_from_down
 
 GROUNDED = dataclasses.replace(
-    SMALL, grounding=GroundingConfig(channels=8, queries=3), proprioception=ProprioceptionConfig((0.4, 0.0, 0.2), 0.3, 0.5)
+    SMALL,
+    grounding=GroundingConfig(channels=8, queries=3),
+    proprioception=ProprioceptionConfig((0.4, 0.0, 0.2), 0.3, 0.5),
 )
 TCP = torch.tensor([[0.5, 0.1, 0.2, 1.0, 0.0, 0.0, 0.0], [0.3, -0.1, 0.1, 0.0, 1.0, 0.0, 0.0]])
 

@@ -14,7 +14,9 @@ def visual_tokens(seed: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, VISUAL_TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def hidden_states(model: MultiExitVLA, ids: list[int], image_token: int, visual: torch.Tensor) -> torch.Tensor:
+def hidden_states(
+    model: MultiExitVLA, ids: list[int], image_token: int, visual: torch.Tensor
+) -> torch.Tensor:
     """(layers, S, width) of one text without padding."""
     text = model.encode_text(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64), image_token)
     return torch.cat(list(model.hidden_states(visual, text)))
@@ -63,7 +65,9 @@ def test_text_before_the_image_token_gets_no_cross_attention():
 
 def test_without_an_image_token_the_images_change_nothing():
     model, tokenizer = small_model(), small_tokenizer()
-    one, other = (hidden_states(model, [5, 6, 7], tokenizer.image_token, visual_tokens(seed)) for seed in (1, 2))
+    one, other = (
+        hidden_states(model, [5, 6, 7], tokenizer.image_token, visual_tokens(seed)) for seed in (1, 2)
+    )
     assert torch.equal(one, other)
 
 
@@ -72,7 +76,9 @@ def test_closed_gates_make_the_network_blind_and_open_ones_do_not():
     ids = tokenizer.encode([INSTRUCTION])[0][0].tolist()
     for gate, blind in ((0.0, True), (0.7, False)):
         model = small_model(with_decoder(SMALL, gate_init=gate))
-        one, other = (hidden_states(model, ids, tokenizer.image_token, visual_tokens(seed)) for seed in (1, 2))
+        one, other = (
+            hidden_states(model, ids, tokenizer.image_token, visual_tokens(seed)) for seed in (1, 2)
+        )
         assert torch.equal(one, other) == blind
 
 
@@ -82,7 +88,9 @@ def test_right_padding_does_not_change_the_hidden_states_of_real_tokens():
     ids, mask = tokenizer.encode([short, long])
     visual = visual_tokens(0)
     together = torch.stack(
-        list(model.hidden_states(visual.expand(2, -1, -1), model.encode_text(ids, mask, tokenizer.image_token)))
+        list(
+            model.hidden_states(visual.expand(2, -1, -1), model.encode_text(ids, mask, tokenizer.image_token))
+        )
     )
     for row, instruction in enumerate((short, long)):
         alone_ids, _ = tokenizer.encode([instruction])
@@ -118,9 +126,13 @@ def test_the_final_norm_is_never_part_of_the_layers():
     config = with_decoder(SMALL, final_norm=True)
     model, tokenizer = small_model(config), small_tokenizer()
     plain = small_model(SMALL)
-    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name != "final_norm.weight"})
+    plain.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if name != "final_norm.weight"}
+    )
     ids = tokenizer.encode([INSTRUCTION])[0][0].tolist()
-    with_norm, without = (hidden_states(m, ids, tokenizer.image_token, visual_tokens(0)) for m in (model, plain))
+    with_norm, without = (
+        hidden_states(m, ids, tokenizer.image_token, visual_tokens(0)) for m in (model, plain)
+    )
     assert torch.equal(with_norm, without)
 
 

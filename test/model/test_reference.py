@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.recording import model_config, read_arrays, read_json, read_model
+from deer_vla_ros.lab.parity.reference_tensors import model_config, read_arrays, read_json, read_model
 from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
 from deer_vla_ros.model.network import MultiExitVLA
@@ -21,7 +21,10 @@ def keys() -> dict:
 
 @pytest.fixture(scope="module")
 def tensors(keys) -> dict[str, torch.Tensor]:
-    stored = {name: torch.from_numpy(array).float() for name, array in read_arrays(RECORDING / "9b_weights.npz").items()}
+    stored = {
+        name: torch.from_numpy(array).float()
+        for name, array in read_arrays(RECORDING / "9b_weights.npz").items()
+    }
     return {entry["key"]: stored[entry["stored_as"]] for entry in keys["keys"]}
 
 
@@ -71,7 +74,11 @@ def test_every_tensor_of_the_reference_has_its_place_or_is_known_to_have_none(ke
     MultiExitVLA.from_reference(Watched(tensors), model_config(keys, tensors))
     pointers = {tensors[name].data_ptr() for name in taken}
     left = {name for name in tensors if tensors[name].data_ptr() not in pointers}
-    assert left == {"vision_encoder.visual.proj", "vision_encoder.visual.ln_post.weight", "vision_encoder.visual.ln_post.bias"}
+    assert left == {
+        "vision_encoder.visual.proj",
+        "vision_encoder.visual.ln_post.weight",
+        "vision_encoder.visual.ln_post.bias",
+    }
 
 
 def test_a_converted_reference_gives_the_same_outputs_after_it_was_saved_and_loaded(tmp_path):
@@ -90,5 +97,7 @@ def test_a_converted_reference_gives_the_same_outputs_after_it_was_saved_and_loa
         head = checkpoint.model.shared_head
         results.append((*hidden, head(hidden[-1].amax(-2)[None], head.initial_state()).pose))
     for before, after in zip(*results):
-        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)  # alignment in the file changes the last bit
+        torch.testing.assert_close(
+            after, before, rtol=0, atol=1e-6
+        )  # alignment in the file changes the last bit
     assert loaded.info == info

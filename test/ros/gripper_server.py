@@ -24,7 +24,9 @@ def main(interface: str, name: str, manner: str) -> None:
         is_refused = manner == "hesitates" and begun[-1] - begun[0] < 3.0
         command = goal.command
         told = (
-            [command.position, command.max_effort] if interface == "GripperCommand" else [list(command.name), *command.position]
+            [command.position, command.max_effort]
+            if interface == "GripperCommand"
+            else [list(command.name), *command.position]
         )
         print("refused" if is_refused else "accepted", told, flush=True)
         if is_refused:

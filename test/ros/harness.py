@@ -43,7 +43,9 @@ class Process:
 
     def __init__(self, command: tuple[str, ...], env: dict[str, str] | None = None):
         self._log = tempfile.NamedTemporaryFile("a")
-        self._popen = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, env=env)
+        self._popen = subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, env=env
+        )
 
     @property
     def pid(self) -> int:
@@ -174,7 +176,10 @@ class Client:
     def change_state(self, node: str, transition: int) -> bool:
         """Asks `node` for a transition, once; whether it was made. For a lost response the state is asked."""
         request = ChangeState.Request(transition=Transition(id=transition))
-        future, sent = self._ask(ChangeState, f"{node}/change_state", request, START_TIMEOUT), time.monotonic()
+        future, sent = (
+            self._ask(ChangeState, f"{node}/change_state", request, START_TIMEOUT),
+            time.monotonic(),
+        )
 
         def made() -> list[bool]:
             if future.done():

@@ -68,8 +68,7 @@ def trial(client: Client, index: int, fault: str) -> float:
 
 
 def end(client: Client, index: int, busy: int) -> float:
-    """Seconds from SIGINT to the end of the process beside so many busy loops; its exit status has to be 0.
-    """
+    """Seconds from SIGINT to the end of the process beside so many busy loops; its exit status has to be 0."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     namespace = f"end{busy}_{index}/"
     try:

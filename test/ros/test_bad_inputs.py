@@ -57,7 +57,9 @@ def holds_because(rig: Rig, node, reason: str) -> None:
 
 def restamped(seconds: float):
     def edit(name, image) -> None:
-        image.header.stamp = Time(nanoseconds=nanoseconds(image.header.stamp) + int(seconds * SECOND)).to_msg()
+        image.header.stamp = Time(
+            nanoseconds=nanoseconds(image.header.stamp) + int(seconds * SECOND)
+        ).to_msg()
 
     return edit
 
@@ -76,8 +78,14 @@ def with_stamp(stamp_ns: int):
         (with_stamp(1_000 * SECOND), "the newest static frame is older"),
         (restamped(+5.0), "the static frame's stamp lies in the future"),
         (restamped(-5.0), "the newest static frame is older"),
-        (lambda name, image: name == "gripper" and restamped(-5.0)(name, image), "the newest gripper frame is older"),
-        (lambda name, image: name == "gripper" and restamped(-0.15)(name, image), "further apart than inputs.max_skew_s"),
+        (
+            lambda name, image: name == "gripper" and restamped(-5.0)(name, image),
+            "the newest gripper frame is older",
+        ),
+        (
+            lambda name, image: name == "gripper" and restamped(-0.15)(name, image),
+            "further apart than inputs.max_skew_s",
+        ),
     ],
     ids=["zero", "of another clock", "future", "backwards", "one camera behind", "skewed"],
 )
@@ -124,20 +132,28 @@ def test_an_image_that_cannot_be_read_is_named_with_its_cause_and_holds(rig, nod
     begin = len(node.output())
     time.sleep(5.0)  # the same line of log is told once in five seconds
     rig.edit_image = edit
-    wait_until(lambda: "camera/static/image_raw: " in node.output()[begin:], what="the line that names the static camera")
+    wait_until(
+        lambda: "camera/static/image_raw: " in node.output()[begin:],
+        what="the line that names the static camera",
+    )
     rig.await_hold()
     told = [line for line in node.output()[begin:].splitlines() if "camera/static/image_raw: " in line]
     assert len(told) == 1 and cause in told[0].partition("image_raw: ")[2], node.output()[begin:]
 
 
 @pytest.mark.parametrize(
-    ("encoding", "channels"), [("rgb8", 3), ("bgr8", 3), ("rgba8", 4), ("bgra8", 4), ("mono8", 1), ("8UC3", 3)]
+    ("encoding", "channels"),
+    [("rgb8", 3), ("bgr8", 3), ("rgba8", 4), ("bgra8", 4), ("mono8", 1), ("8UC3", 3)],
 )
-def test_images_of_every_encoding_with_padded_rows_in_both_byte_orders_are_acted_upon(rig, encoding, channels):
+def test_images_of_every_encoding_with_padded_rows_in_both_byte_orders_are_acted_upon(
+    rig, encoding, channels
+):
     def edit(name, image) -> None:
         image.encoding, image.is_bigendian = encoding, True
         image.step = channels * image.width + 7
-        image.data = array.array("B", bytes(range(256)) * (image.step * image.height // 256 + 1))[: image.step * image.height]
+        image.data = array.array("B", bytes(range(256)) * (image.step * image.height // 256 + 1))[
+            : image.step * image.height
+        ]
 
     rig.edit_image = edit
     time.sleep(PERIOD_S)
@@ -169,7 +185,9 @@ def old(pose) -> None:
         (old, "older than inputs.max_pose_age_s"),
     ],
 )
-def test_with_a_measured_pose_that_cannot_be_built_upon_no_target_is_published_but_the_reason(rig, node, edit, reason):
+def test_with_a_measured_pose_that_cannot_be_built_upon_no_target_is_published_but_the_reason(
+    rig, node, edit, reason
+):
     rig.edit_pose = edit
     holds_because(rig, node, reason)
     targets, twists = len(rig.targets), len(rig.twists)

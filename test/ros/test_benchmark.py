@@ -8,31 +8,48 @@ import pytest
 from harness import spawn
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros import benchmark_figures
+from deer_vla_ros.lab.benchmarks import node_figures as benchmark_figures
 
 MINUTES_S = 240.0
 """Six windows and two starts of the node on a machine that is busy with other things."""
-FIGURES = ("relay_alone_ms", "relay_ms", "command_ms", "compute_ms", "overhead_ms", "arriving_ms", "leaving_ms")
+FIGURES = (
+    "relay_alone_ms",
+    "relay_ms",
+    "command_ms",
+    "compute_ms",
+    "overhead_ms",
+    "arriving_ms",
+    "leaving_ms",
+)
 MILLISECOND = 1_000_000
 
 
 @pytest.mark.alone
 def test_a_short_run_measures_every_condition_and_leaves_no_process(tmp_path):
     report_file = tmp_path / "report.json"
-    with spawn("benchmark", "node", "--seconds", "2", "--json", str(report_file), "--out", str(tmp_path / "logs")) as benchmark:
+    with spawn(
+        "benchmark", "node", "--seconds", "2", "--json", str(report_file), "--out", str(tmp_path / "logs")
+    ) as benchmark:
         status = benchmark.wait(MINUTES_S)
         output = benchmark.output()
     report = json.loads(report_file.read_text())
     rows = report["rows"]
 
     assert status == 0, output
-    assert [(row["condition"], row["cpu_threads"]) for row in rows] == [("idle", 1), ("loaded", 1), ("idle", 0), ("loaded", 0)]
+    assert [(row["condition"], row["cpu_threads"]) for row in rows] == [
+        ("idle", 1),
+        ("loaded", 1),
+        ("idle", 0),
+        ("loaded", 0),
+    ]
     assert (report["p50_ratio"], report["p99_ratio"]) == (rows[0]["p50_ratio"], rows[0]["p99_ratio"])
     for row in rows:
         assert row["samples"] > 0
         assert all(0 < row[name]["p50"] <= row[name]["p99"] < 2000 for name in FIGURES), row
         assert row["command_ms"]["p50"] > row["compute_ms"]["p50"]
-        assert all(0 < row[name] < 100 for name in ("p50_ratio", "p99_ratio", "p50_ratio_alone", "p99_ratio_alone"))
+        assert all(
+            0 < row[name] < 100 for name in ("p50_ratio", "p99_ratio", "p50_ratio_alone", "p99_ratio_alone")
+        )
         assert 0 < row["camera_rate_hz"] < 35
         assert 0 < row["camera_rate_heard_hz"] <= row["camera_rate_hz"] + 1
         assert 0 < row["step_rate_hz"] < 35
@@ -75,7 +92,9 @@ def test_a_window_without_a_command_is_told(tmp_path):
         benchmark_figures.row(benchmark_figures.read(log), "idle", 1, (0, 10), (0, 10))
 
 
-@pytest.mark.parametrize("arguments", [("nodes",), ("node", "--seconds", "0"), ("node", "--seconds", "nan"), ()])
+@pytest.mark.parametrize(
+    "arguments", [("nodes",), ("node", "--seconds", "0"), ("node", "--seconds", "nan"), ()]
+)
 def test_bad_arguments_end_with_status_2(arguments):
     with spawn("benchmark", *arguments) as benchmark:
         assert benchmark.wait(60.0) == 2

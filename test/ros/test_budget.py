@@ -56,11 +56,16 @@ def nothing_asked_for(client, rig):
 def ask(client: Client, **budgets: float):
     """All of them at once, as `ros2 param set` does with one."""
     parameters = [
-        Parameter(name=f"budget.{name}", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
+        Parameter(
+            name=f"budget.{name}",
+            value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value),
+        )
         for name, value in budgets.items()
     ]
     request = SetParametersAtomically.Request(parameters=parameters)
-    return client.call(SetParametersAtomically, f"{NAMESPACE}/deer_vla/set_parameters_atomically", request).result
+    return client.call(
+        SetParametersAtomically, f"{NAMESPACE}/deer_vla/set_parameters_atomically", request
+    ).result
 
 
 def feasible(rig: Rig, name: str) -> tuple[float, float]:
@@ -78,7 +83,8 @@ def test_a_budget_set_live_is_obeyed_told_and_loses_no_step(client, rig, name):
     assert ask(client, **{name: asked}).successful
     accepted = len(rig.steps)
     status = wait_until(
-        lambda: (found := [b for b in rig.budgets if getattr(b, f"requested_{name}") == asked]) and found[0], what="the status"
+        lambda: (found := [b for b in rig.budgets if getattr(b, f"requested_{name}") == asked]) and found[0],
+        what="the status",
     )
     steps = rig.await_steps(10)
     steps = rig.steps[accepted + 1 :]  # one may have been under way when the service answered
@@ -101,12 +107,18 @@ def test_a_budget_set_live_is_obeyed_told_and_loses_no_step(client, rig, name):
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_a_budget_below_the_first_exit_is_refused_with_the_feasible_range_and_nothing_changes(client, rig, name):
+def test_a_budget_below_the_first_exit_is_refused_with_the_feasible_range_and_nothing_changes(
+    client, rig, name
+):
     before = rig.steps[-1].budget_id
     for wrong in (0.5 * feasible(rig, name)[0], math.nan):
         result = ask(client, **{name: wrong})
         assert not result.successful
-        assert f"budget.{name} is" in result.reason and "ask for" in result.reason and "or 0 for no limit" in result.reason
+        assert (
+            f"budget.{name} is" in result.reason
+            and "ask for" in result.reason
+            and "or 0 for no limit" in result.reason
+        )
     assert {step.budget_id for step in rig.await_steps(3)} == {before}
 
 
@@ -116,14 +128,18 @@ def test_several_are_set_together_or_not_at_all(client, rig):
     assert not ask(client, peak_gmac=gmac[1], memory_gib=memory[0] / 2).successful
     assert {step.budget_id for step in rig.await_steps(3)} == {before}
     assert ask(client, peak_gmac=gmac[1] / 2, memory_gib=memory[1], average_fraction=0.3).successful
-    status = wait_until(lambda: rig.budgets[-1].requested_average_fraction == 0.3 and rig.budgets[-1], what="the status")
+    status = wait_until(
+        lambda: rig.budgets[-1].requested_average_fraction == 0.3 and rig.budgets[-1], what="the status"
+    )
     assert (status.requested_peak_gmac, status.requested_memory_gib) == (gmac[1] / 2, memory[1])
     assert status.deepest_exit_layer == 5 and status.binding == "average_fraction"
 
 
 def test_one_far_above_full_depth_is_accepted_and_does_not_bind(client, rig):
     assert ask(client, average_gmac=1000.0, peak_gmac=1000.0).successful
-    status = wait_until(lambda: rig.budgets[-1].requested_average_gmac == 1000.0 and rig.budgets[-1], what="the status")
+    status = wait_until(
+        lambda: rig.budgets[-1].requested_average_gmac == 1000.0 and rig.budgets[-1], what="the status"
+    )
     assert status.binding == "" and status.deepest_exit_layer == 11
     assert {step.layers_run for step in rig.await_steps(5)[1:]} == {12}
 
@@ -132,13 +148,19 @@ def test_a_longer_instruction_clamps_a_budget_that_it_makes_infeasible_and_that_
     low, _ = feasible(rig, "average_gmac")
     assert ask(client, average_gmac=low * 1.001).successful
     rig.instruct("please be so kind as to lift the small red block that lies upon the table there")
-    status = wait_until(lambda: list(rig.budgets[-1].clamped) == ["average_gmac"] and rig.budgets[-1], what="the clamp")
+    status = wait_until(
+        lambda: list(rig.budgets[-1].clamped) == ["average_gmac"] and rig.budgets[-1], what="the clamp"
+    )
     assert status.feasible_min_gmac > low * 1.001
     wait_until(lambda: rig.steps[-1].tokens == status.tokens, what="a step under it")
-    guard = Parameter(name="guard.leash_m", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=0.1))
+    guard = Parameter(
+        name="guard.leash_m", value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=0.1)
+    )
     service = f"{NAMESPACE}/deer_vla/set_parameters_atomically"
     request = SetParametersAtomically.Request(parameters=[guard])
-    assert client.call(SetParametersAtomically, service, request).result.successful, "a clamp refuses nothing else"
+    assert client.call(SetParametersAtomically, service, request).result.successful, (
+        "a clamp refuses nothing else"
+    )
     assert {step.layers_run for step in rig.await_steps(5)} == {2}
     rig.instruct("lift the red block")
     wait_until(lambda: not rig.budgets[-1].clamped, what="no clamp")
@@ -162,7 +184,12 @@ def test_diagnostics_carry_requested_and_achieved(client, rig):
     wait_until(lambda: values().get("budget.average_fraction") == "0.3", what="diagnostics of the budget")
     rig.await_steps(15)
     assert 0.16 < float(values()["budget.achieved_fraction"]) < 0.7
-    assert {"budget.achieved_gmac", "budget.achieved_ms", "budget.correction", "budget.resident_layers"} <= set(values())
+    assert {
+        "budget.achieved_gmac",
+        "budget.achieved_ms",
+        "budget.correction",
+        "budget.resident_layers",
+    } <= set(values())
 
 
 def test_a_deadline_that_is_missed_more_than_rarely_is_a_problem_and_one_miss_is_not():
@@ -177,4 +204,7 @@ def test_a_deadline_that_is_missed_more_than_rarely_is_a_problem_and_one_miss_is
         return budget_problems(SimpleNamespace(problem="", budget_status=keeper.status()))
 
     assert not any("budget.deadline_ms" in problem and "longer" in problem for problem in problems(2))
-    assert any("1.5% of the newest steps took longer than budget.deadline_ms (10 ms)" in problem for problem in problems(3))
+    assert any(
+        "1.5% of the newest steps took longer than budget.deadline_ms (10 ms)" in problem
+        for problem in problems(3)
+    )

@@ -67,7 +67,13 @@ def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
     assert ("NOT TRAINED" in output) == (not summary["trained"])
     with Image.open(out / "cameras.png") as picture:
         assert picture.width > 1000
-    assert {found.name for found in out.iterdir()} == {"summary.json", "steps.jsonl", "cameras.png", "table.log", "node.log"}
+    assert {found.name for found in out.iterdir()} == {
+        "summary.json",
+        "steps.jsonl",
+        "cameras.png",
+        "table.log",
+        "node.log",
+    }
 
 
 @pytest.mark.parametrize(("command", "name"), [("node", "policy node"), ("sim", "table")])

@@ -50,7 +50,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     packages = next(prefix.glob("lib/python3*/site-packages"))
     paths = {"PYTHONPATH": packages, "LD_LIBRARY_PATH": prefix / "lib", "AMENT_PREFIX_PATH": prefix}
-    return {**os.environ, **{name: f"{path}{os.pathsep}{os.environ.get(name, '')}" for name, path in paths.items()}}
+    return {
+        **os.environ,
+        **{name: f"{path}{os.pathsep}{os.environ.get(name, '')}" for name, path in paths.items()},
+    }
 
 
 def darken(name: str, image) -> None:
@@ -80,7 +83,12 @@ def steady_policy(client, environment: dict[str, str], namespace: str) -> Iterat
     ("interface", "action", "parameters", "goal"),
     [
         ("gripper_command", "GripperCommand", {"gripper_max_effort": 12.0}, "[{}, 12.0]"),
-        ("parallel_gripper_command", "ParallelGripperCommand", {"gripper_joint": "finger"}, "[['finger'], {}]"),
+        (
+            "parallel_gripper_command",
+            "ParallelGripperCommand",
+            {"gripper_joint": "finger"},
+            "[['finger'], {}]",
+        ),
     ],
 )
 def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_or_not_answered(
@@ -90,17 +98,29 @@ def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_o
     noise = rig.edit_image
     # Of images that do not change the policy wants one thing: while it is given up, no other goal takes the place of one without answer.
     rig.edit_image = darken
-    given = {"gripper_interface": interface, "gripper_action": "hand", "gripper_open": 0.08, "gripper_closed": 0.01, **parameters}
+    given = {
+        "gripper_interface": interface,
+        "gripper_action": "hand",
+        "gripper_open": 0.08,
+        "gripper_closed": 0.01,
+        **parameters,
+    }
     arguments = [part for name, value in given.items() for part in ("-p", f"action.{name}:={value}")]
     with (
         spawn("node", "--ros-args", "-r", f"__ns:=/{interface}", *arguments, env=environment) as node,
         rig.running(),
     ):
         rig.instruct("lift the red block")
-        wait_until(lambda: "no server of action hand: start the gripper controller" in node.output(), START_TIMEOUT, "a warning")
+        wait_until(
+            lambda: "no server of action hand: start the gripper controller" in node.output(),
+            START_TIMEOUT,
+            "a warning",
+        )
         with server_of(action, interface, "hesitates", environment) as server:
             wait_until(
-                lambda: "hand did not answer within" in node.output(), START_TIMEOUT, "giving up a goal that is not answered"
+                lambda: "hand did not answer within" in node.output(),
+                START_TIMEOUT,
+                "giving up a goal that is not answered",
             )
             wait_until(lambda: server.output().count("accepted") > 1, START_TIMEOUT, "the same goal again")
             rig.edit_image = noise
@@ -112,7 +132,9 @@ def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_o
         told = [line.split(" ", 1)[1] for line in goals]
         lost = node.output().count("hand did not answer within")
         assert set(told) <= {goal.format(0.08), goal.format(0.01)}
-        again = sum(before == after for before, after in zip(told[refused:], told[refused + 1 :], strict=False))
+        again = sum(
+            before == after for before, after in zip(told[refused:], told[refused + 1 :], strict=False)
+        )
         assert again <= lost, "but for what was not answered, only changes are sent"
         assert not rig.grippers, "the topic is silent"
         assert node.stop() == 0
@@ -128,7 +150,9 @@ def test_a_gripper_server_that_was_killed_and_starts_again_is_told_again(client,
         assert told[0] == told[1]
 
 
-def test_a_goal_that_is_aborted_is_sent_three_times_and_then_only_when_a_person_has_looked(client, environment):
+def test_a_goal_that_is_aborted_is_sent_three_times_and_then_only_when_a_person_has_looked(
+    client, environment
+):
     with steady_policy(client, environment, "aborted") as (node, rig):
         with server_of("GripperCommand", "aborted", "aborts", environment) as server:
             wait_until(lambda: "hand aborted the goal" in node.output(), START_TIMEOUT, "a warning")
@@ -147,8 +171,14 @@ def test_a_goal_that_is_aborted_is_sent_three_times_and_then_only_when_a_person_
 
 @pytest.mark.skipif(INSTALLED, reason="control_msgs is installed here")
 def test_a_gripper_action_without_control_msgs_is_a_failing_configure_that_names_the_remedy(client):
-    with spawn("node", "--ros-args", "-r", "__ns:=/grip", "-p", "action.gripper_interface:=gripper_command") as process:
-        wait_until(lambda: "install ros-jazzy-control-msgs, or use 'topic'" in process.output(), START_TIMEOUT, "the remedy")
+    with spawn(
+        "node", "--ros-args", "-r", "__ns:=/grip", "-p", "action.gripper_interface:=gripper_command"
+    ) as process:
+        wait_until(
+            lambda: "install ros-jazzy-control-msgs, or use 'topic'" in process.output(),
+            START_TIMEOUT,
+            "the remedy",
+        )
         assert process.stop() == 0
 
 

@@ -19,20 +19,39 @@ from sensor_msgs.msg import CompressedImage, Image
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import images
 
-CHANNELS = {"rgb8": "rgb", "bgr8": "bgr", "rgba8": "rgba", "bgra8": "bgra", "mono8": "m", "8UC3": "bgr", "8UC1": "m"}
+CHANNELS = {
+    "rgb8": "rgb",
+    "bgr8": "bgr",
+    "rgba8": "rgba",
+    "bgra8": "bgra",
+    "mono8": "m",
+    "8UC3": "bgr",
+    "8UC1": "m",
+}
 CHANNELS |= {"rgb16": "rgb", "bgr16": "bgr", "rgba16": "rgba", "bgra16": "bgra", "mono16": "m"}
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
-SMOOTH = np.stack(np.broadcast_arrays(np.arange(64) * 3, np.arange(48)[:, None] * 4, 40), axis=2).astype(np.uint8)
+SMOOTH = np.stack(np.broadcast_arrays(np.arange(64) * 3, np.arange(48)[:, None] * 4, 40), axis=2).astype(
+    np.uint8
+)
 """Colours that JPEG keeps."""
 END_CHUNK, END_CHUNK_CHECKSUM = 12, 4
 """Bytes at the end of a PNG that say nothing of the picture."""
 
 
-def raw(encoding: str, width: int, height: int, data: bytes, step: int | None = None, is_bigendian: int = 0) -> Image:
+def raw(
+    encoding: str, width: int, height: int, data: bytes, step: int | None = None, is_bigendian: int = 0
+) -> Image:
     depth = 2 if encoding.endswith("16") else 1
     step = width * depth * len(CHANNELS.get(encoding, "m")) if step is None else step
-    message = Image(width=width, height=height, encoding=encoding, step=step, is_bigendian=is_bigendian, data=array("B", data))
+    message = Image(
+        width=width,
+        height=height,
+        encoding=encoding,
+        step=step,
+        is_bigendian=is_bigendian,
+        data=array("B", data),
+    )
     message.header.stamp.sec, message.header.stamp.nanosec = 12, 34
     return message
 
@@ -45,7 +64,9 @@ def compressed(data: bytes, format: str = "jpeg") -> CompressedImage:
 
 def encoded(picture: Picture.Image | np.ndarray, format: str, **options) -> bytes:
     file = io.BytesIO()
-    (picture if isinstance(picture, Picture.Image) else Picture.fromarray(picture)).save(file, format, **options)
+    (picture if isinstance(picture, Picture.Image) else Picture.fromarray(picture)).save(
+        file, format, **options
+    )
     return file.getvalue()
 
 
@@ -55,11 +76,17 @@ def plainly(message: Image) -> list:
     depth = 2 if message.encoding.endswith("16") else 1
 
     def value(row: int, column: int, colour: str) -> int:
-        at = row * message.step + (column * len(names) + names.index(colour if colour in names else "m")) * depth
+        at = (
+            row * message.step
+            + (column * len(names) + names.index(colour if colour in names else "m")) * depth
+        )
         number = int.from_bytes(message.data[at : at + depth].tobytes(), order)
         return number if depth == 1 else round(number * 255 / 65535)
 
-    return [[[value(row, column, c) for c in "rgb"] for column in range(message.width)] for row in range(message.height)]
+    return [
+        [[value(row, column, c) for c in "rgb"] for column in range(message.width)]
+        for row in range(message.height)
+    ]
 
 
 def refusal(convert, message) -> str:
@@ -76,7 +103,14 @@ def layouts(draw) -> Image:
     width, height, padding = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(0, 9))
     step = width * len(CHANNELS[encoding]) * (2 if encoding.endswith("16") else 1) + padding
     size = height * step + draw(st.sampled_from((0, 0, 5)))
-    return raw(encoding, width, height, draw(st.binary(min_size=size, max_size=size)), step, draw(st.sampled_from((0, 1, 255))))
+    return raw(
+        encoding,
+        width,
+        height,
+        draw(st.binary(min_size=size, max_size=size)),
+        step,
+        draw(st.sampled_from((0, 1, 255))),
+    )
 
 
 # --- raw
@@ -98,12 +132,16 @@ def test_all_values_of_16_bits_become_the_nearest_of_8_in_both_byte_orders():
         assert np.array_equal(frame.image, expected)
 
 
-@pytest.mark.parametrize(("encoding", "raw_mode"), [("rgb8", "RGB"), ("bgr8", "BGR"), ("rgba8", "RGBX"), ("bgra8", "BGRX")])
+@pytest.mark.parametrize(
+    ("encoding", "raw_mode"), [("rgb8", "RGB"), ("bgr8", "BGR"), ("rgba8", "RGBX"), ("bgra8", "BGRX")]
+)
 def test_a_camera_sized_image_with_padded_rows_is_what_pillow_reads(encoding, raw_mode):
     step = 640 * len(raw_mode) + 32
     data = RNG.bytes(480 * step)
     expected = Picture.frombuffer("RGB", (640, 480), data, "raw", raw_mode, step, 1)
-    assert np.array_equal(images.frame(raw(encoding, 640, 480, data, step)).image, np.asarray(expected.convert("RGB")))
+    assert np.array_equal(
+        images.frame(raw(encoding, 640, 480, data, step)).image, np.asarray(expected.convert("RGB"))
+    )
 
 
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
@@ -129,7 +167,9 @@ def test_an_encoding_that_is_not_supported_is_named_with_those_that_are(encoding
     assert f"encoding {repr(encoding)[:-1][:40]}" in text and "rgb8, bgr8, rgba8" in text
 
 
-@pytest.mark.parametrize(("width", "height"), [(0, 4), (4, 0), (0, 0), (8193, 1), (1, 8193), (2**32 - 1, 2**32 - 1), (-4, 4)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(0, 4), (4, 0), (0, 0), (8193, 1), (1, 8193), (2**32 - 1, 2**32 - 1), (-4, 4)]
+)
 def test_a_size_that_no_camera_has_is_named_with_the_limit(width, height):
     text = refusal(images.frame, raw("rgb8", width, height, bytes(64), step=12))
     assert f"{width} x {height}" in text and "1 to 8192 pixels" in text
@@ -145,7 +185,9 @@ def test_data_that_end_too_early_are_refused_with_both_sizes(missing):
     assert "needs 48 bytes" in text and f"has {48 - missing}" in text
 
 
-@pytest.mark.parametrize(("encoding", "step"), [("rgb8", 11), ("rgba16", 31), ("mono8", 0), ("rgb8", 2**32 - 1)])
+@pytest.mark.parametrize(
+    ("encoding", "step"), [("rgb8", 11), ("rgba16", 31), ("mono8", 0), ("rgb8", 2**32 - 1)]
+)
 def test_a_step_that_does_not_fit_is_refused(encoding, step):
     assert f"step {step} needs" in refusal(images.frame, raw(encoding, 4, 4, bytes(48), step))
 
@@ -157,14 +199,18 @@ def test_more_data_than_needed_is_accepted():
 # --- compressed
 
 
-@pytest.mark.parametrize("format", ["png", "rgb8; png compressed bgr8", "bgr8; png compressed ", "bgr8; jpeg compressed", ""])
+@pytest.mark.parametrize(
+    "format", ["png", "rgb8; png compressed bgr8", "bgr8; png compressed ", "bgr8; jpeg compressed", ""]
+)
 def test_a_png_is_read_exactly_whatever_the_format_says_of_channel_order(format):
     frame = images.compressed_frame(compressed(encoded(COLOURS, "PNG"), format))
     assert np.array_equal(frame.image, COLOURS) and frame.image.flags.writeable
     assert frame.stamp_ns == 12_000_000_034
 
 
-@pytest.mark.parametrize("format", ["jpeg", "jpg", "rgb8; jpeg compressed bgr8", "bgr8; jpeg compressed rgb8"])
+@pytest.mark.parametrize(
+    "format", ["jpeg", "jpg", "rgb8; jpeg compressed bgr8", "bgr8; jpeg compressed rgb8"]
+)
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_is_rgb_whatever_the_format_says_of_channel_order(format, progressive):
     data = encoded(SMOOTH, "JPEG", quality=95, progressive=progressive)
@@ -180,13 +226,18 @@ def test_files_of_other_colours_become_rgb(kind):
     options = {"quality": 95} if format == "JPEG" else {}
     image = images.compressed_frame(compressed(encoded(picture, format, **options))).image
     assert image.shape == SMOOTH.shape and image.dtype == np.uint8
-    assert np.abs(image.astype(int) - np.asarray(picture.convert("RGB"))).max() < (16 if format == "JPEG" else 1)
+    assert np.abs(image.astype(int) - np.asarray(picture.convert("RGB"))).max() < (
+        16 if format == "JPEG" else 1
+    )
 
 
 def test_a_palette_becomes_its_colours():
     picture = Picture.fromarray(SMOOTH).quantize(16)
     image = images.compressed_frame(compressed(encoded(picture, "PNG"))).image
-    assert np.array_equal(image, np.asarray(picture.convert("RGB"))) and len(np.unique(image.reshape(-1, 3), axis=0)) == 16
+    assert (
+        np.array_equal(image, np.asarray(picture.convert("RGB")))
+        and len(np.unique(image.reshape(-1, 3), axis=0)) == 16
+    )
 
 
 def test_a_grey_png_of_16_bits_has_the_values_of_the_raw_image():
@@ -198,7 +249,8 @@ def test_a_grey_png_of_16_bits_has_the_values_of_the_raw_image():
 @pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("tail", [b"", bytes(4096)])
 @pytest.mark.parametrize(
-    ("format", "options", "needless"), [("JPEG", {}, 0), ("JPEG", {"progressive": True}, 0), ("PNG", {}, END_CHUNK_CHECKSUM)]
+    ("format", "options", "needless"),
+    [("JPEG", {}, 0), ("JPEG", {"progressive": True}, 0), ("PNG", {}, END_CHUNK_CHECKSUM)],
 )
 def test_a_file_cut_anywhere_is_refused_even_when_padded_or_when_pillow_was_told_to_accept_it(
     monkeypatch, format, options, needless, tail, lenient
@@ -213,12 +265,17 @@ def test_a_file_cut_anywhere_is_refused_even_when_padded_or_when_pillow_was_told
 def test_a_png_with_any_byte_of_its_picture_wrong_is_refused():
     data = encoded(COLOURS, "PNG")
     for index in range(len(data) - END_CHUNK):
-        refusal(images.compressed_frame, compressed(data[:index] + bytes([data[index] ^ 0x55]) + data[index + 1 :], "png"))
+        refusal(
+            images.compressed_frame,
+            compressed(data[:index] + bytes([data[index] ^ 0x55]) + data[index + 1 :], "png"),
+        )
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", bytes(1000), b"GIF89a" + bytes(100), encoded(COLOURS, "BMP")])
 def test_bytes_that_are_no_jpeg_or_png_are_refused_with_their_number_and_format(data):
-    assert f"{len(data)} bytes of format 'h264' are no JPEG or PNG" in refusal(images.compressed_frame, compressed(data, "h264"))
+    assert f"{len(data)} bytes of format 'h264' are no JPEG or PNG" in refusal(
+        images.compressed_frame, compressed(data, "h264")
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(8193, 1), (1, 8193), (12000, 12000), (60000, 60000)])
@@ -365,7 +422,9 @@ def test_a_png_of_16_bits_for_a_colour_is_accepted_from_a_4k_camera():
 
 @pytest.mark.parametrize("format", ["16UC1; compressedDepth png", "compressedDepth"])
 def test_a_depth_image_is_refused_with_the_remedy(format):
-    assert "remap to the camera's colour image" in refusal(images.compressed_frame, compressed(encoded(COLOURS, "PNG"), format))
+    assert "remap to the camera's colour image" in refusal(
+        images.compressed_frame, compressed(encoded(COLOURS, "PNG"), format)
+    )
 
 
 # --- whatever comes
@@ -490,7 +549,9 @@ def test_cv_bridge_is_used_where_it_reads_the_layout_rightly(monkeypatch, messag
 
 
 WRONG = "class CvBridge:\n    def imgmsg_to_cv2(self, message, encoding):\n        return "
-NUMPY_1_PAGE = "import sys\nsys.stderr.write('A module that was compiled using NumPy 1.x cannot be run in NumPy 2')\n"
+NUMPY_1_PAGE = (
+    "import sys\nsys.stderr.write('A module that was compiled using NumPy 1.x cannot be run in NumPy 2')\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +564,9 @@ NUMPY_1_PAGE = "import sys\nsys.stderr.write('A module that was compiled using N
         (WRONG + "[[[0, 0, 0]]]", "", "converts rgb8"),
     ],
 )
-def test_a_cv_bridge_that_does_not_work_is_left_out_with_its_reason(monkeypatch, tmp_path, capsys, package, compiled, reason):
+def test_a_cv_bridge_that_does_not_work_is_left_out_with_its_reason(
+    monkeypatch, tmp_path, capsys, package, compiled, reason
+):
     (tmp_path / "cv_bridge" / "boost").mkdir(parents=True)
     (tmp_path / "cv_bridge" / "__init__.py").write_text(package)
     (tmp_path / "cv_bridge" / "boost" / "cv_bridge_boost.py").write_text(compiled)

@@ -102,7 +102,9 @@ def test_an_arm_moved_while_the_node_was_inactive_is_not_sent_back(client):
         rig.await_steps(3)
         begin = len(rig.twists)
         assert client.change_state("moved/deer_vla", Transition.TRANSITION_DEACTIVATE)
-        wait_until(lambda: len(rig.twists) > begin and not moves(rig.twists[-1]), what="the hold of deactivate")
+        wait_until(
+            lambda: len(rig.twists) > begin and not moves(rig.twists[-1]), what="the hold of deactivate"
+        )
         rig.instruct("")
         rig.position = rig.position + [0.0, 0.4, 0.0]
         silent, sent = len(rig.targets), rig.poses_sent
@@ -121,7 +123,10 @@ def test_budgets_set_before_and_between_activations_hold_and_withdrawn_ones_leav
         request = SetParameters.Request(parameters=[Parameter(name="budget.memory_gib", value=parameter)])
         return client.call(SetParameters, f"{node}/set_parameters", request).results[0].successful
 
-    with spawn("node", "--ros-args", "-r", "__ns:=/early", "-p", "autostart:=false") as process, rig.running():
+    with (
+        spawn("node", "--ros-args", "-r", "__ns:=/early", "-p", "autostart:=false") as process,
+        rig.running(),
+    ):
         assert client.state(node) == State.PRIMARY_STATE_UNCONFIGURED
         assert not ask(-1.0), "no amount"
         assert ask(1e-6), "what is feasible only a configured node knows"
@@ -139,7 +144,10 @@ def test_budgets_set_before_and_between_activations_hold_and_withdrawn_ones_leav
 
 def test_a_requested_hold_outlives_a_cleanup_and_may_stand_from_the_start(client):
     rig = Rig(client, "heldup/")
-    with spawn("node", "--ros-args", "-r", "__ns:=/heldup", "-p", "control.start_held:=true") as process, rig.running():
+    with (
+        spawn("node", "--ros-args", "-r", "__ns:=/heldup", "-p", "control.start_held:=true") as process,
+        rig.running(),
+    ):
         client.await_active(process, "heldup/deer_vla")
         rig.instruct("open the drawer")
         wait_until(lambda: "holding: hold was requested" in process.output(), what="the hold from the start")
@@ -165,7 +173,9 @@ with ros_process(None, end_within_s=0.5):
     while True:
         time.sleep(0.1)
 """
-    with subprocess.Popen([sys.executable, "-c", hangs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", hangs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 1
@@ -178,12 +188,18 @@ def test_a_node_killed_and_started_again_does_not_make_the_arm_jump(client):
         rig.instruct("lift the red block")
         for _ in range(2):
             # Held until the test hears the new node: a message that is lost before would count as a jump.
-            with spawn("node", "--ros-args", "-r", "__ns:=/killed", "-p", "control.start_held:=true") as process:
+            with spawn(
+                "node", "--ros-args", "-r", "__ns:=/killed", "-p", "control.start_held:=true"
+            ) as process:
                 begin = len(rig.targets)
-                wait_until(lambda begin=begin: len(rig.targets) > begin + 2, START_TIMEOUT, "the first targets")
+                wait_until(
+                    lambda begin=begin: len(rig.targets) > begin + 2, START_TIMEOUT, "the first targets"
+                )
                 assert client.call(SetBool, "killed/deer_vla/hold", SetBool.Request(data=False)).success
                 rig.await_steps(10)
                 process.send(signal.SIGKILL)
                 process.wait()
-            positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[max(begin - 1, 0) :]]
+            positions = [
+                [getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[max(begin - 1, 0) :]
+            ]
             assert np.linalg.norm(np.diff(positions, axis=0), axis=1).max() <= 0.06 + 1e-6

@@ -36,7 +36,10 @@ PLAYED = {
     "/ee_pose": (PoseStamped, 10),
     "/instruction": (String, LATCHED),
 }
-HEARD = {"/deer_vla/step": (PolicyStep, 100), "/parameter_events": (ParameterEvent, qos_profile_parameter_events)}
+HEARD = {
+    "/deer_vla/step": (PolicyStep, 100),
+    "/parameter_events": (ParameterEvent, qos_profile_parameter_events),
+}
 CLOCK_S = 0.01
 SECONDS = 5.0
 
@@ -50,8 +53,12 @@ class Player:
         self._client = client
         node = client.node
         for topic, (kind, qos) in HEARD.items():
-            node.create_subscription(kind, topic, lambda data, topic=topic: self._hear(topic, data), qos, raw=True)
-        self._publishers = {topic: client.publisher(kind, topic, qos) for topic, (kind, qos) in PLAYED.items()}
+            node.create_subscription(
+                kind, topic, lambda data, topic=topic: self._hear(topic, data), qos, raw=True
+            )
+        self._publishers = {
+            topic: client.publisher(kind, topic, qos) for topic, (kind, qos) in PLAYED.items()
+        }
         self._clock = client.publisher(Clock, "/clock")
 
     def _hear(self, topic: str, data: bytes) -> None:
@@ -78,7 +85,10 @@ def test_what_was_decided_live_is_decided_again_in_lock_step(tmp_path):
     with Recording(TABLE) as recording:
         played = list(recording.messages(set(PLAYED), None, recording.start_ns + round(SECONDS * SECOND)))
 
-    with Client("player") as client, spawn("node", "--ros-args", "-p", "use_sim_time:=true", "-p", "control.rehearsal:=true") as node:
+    with (
+        Client("player") as client,
+        spawn("node", "--ros-args", "-p", "use_sim_time:=true", "-p", "control.rehearsal:=true") as node,
+    ):
         client.await_active(node, "deer_vla")
         player = Player(client, played)
 
@@ -88,7 +98,10 @@ def test_what_was_decided_live_is_decided_again_in_lock_step(tmp_path):
             client.node.create_client(SetParameters, "deer_vla/set_parameters").call_async(asked)
 
         player.play(cheaper)
-        wait_until(lambda: any(each.topic == "/parameter_events" for each in player.heard), what="the parameter event")
+        wait_until(
+            lambda: any(each.topic == "/parameter_events" for each in player.heard),
+            what="the parameter event",
+        )
 
     live = [decode(each) for each in player.heard if each.topic == "/deer_vla/step"]
     assert len(live) >= 20, "a machine too busy for half of the frames tests nothing"

@@ -37,7 +37,9 @@ FRAME = np.full((200, 200, 3), 128, np.uint8)
 def decision(deltas, thresholds, exit_index=0, stop=StopReason.AGREED, limits=()):
     exits = tuple(range(1, 2 * len(deltas), 2))
     action = Action(np.zeros(6, np.float32), 0.7)
-    policy = PolicyStep(action, exits, exit_index, stop, deltas, thresholds, 2, 9, StageTimes(1.0, 12.0, 20.0, 0.5))
+    policy = PolicyStep(
+        action, exits, exit_index, stop, deltas, thresholds, 2, 9, StageTimes(1.0, 12.0, 20.0, 0.5)
+    )
     return Decision(7, 0, 7, "lift", policy, StepCost(1.8, 7.3, 9.9), 1, 0, 0, 0, 0, 0, limits, ())
 
 
@@ -66,7 +68,9 @@ def test_a_frame_that_is_not_contiguous_is_drawn_the_same():
     assert (drawn(static=np.asfortranarray(frame)[..., ::-1][..., ::-1]) == drawn(static=frame)).all()
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "x" * 100_000, "赤いブロック", "Würfel\x00\ud800\n", "\u202eabc", "🤖" * 99])
+@pytest.mark.parametrize(
+    "text", ["", "  \n", "x" * 100_000, "赤いブロック", "Würfel\x00\ud800\n", "\u202eabc", "🤖" * 99]
+)
 def test_every_instruction_is_drawn_within_one_line(text):
     below = overlay.HEADER
     assert (drawn(instruction=text)[below:] == drawn()[below:]).all()
@@ -125,7 +129,11 @@ def test_sixteen_exits_and_two_full_frames_cost_as_little_as_shrinking_the_frame
     drawing, shrinking = [], []
     for _ in range(30):
         drawing.append(seconds(lambda: drawn(frame, frame, "lift the red block " * 9, deep)))
-        shrinking.append(seconds(lambda: [PIL.Image.fromarray(frame).resize((224, 224), PIL.Image.BICUBIC) for _ in range(2)]))
+        shrinking.append(
+            seconds(
+                lambda: [PIL.Image.fromarray(frame).resize((224, 224), PIL.Image.BICUBIC) for _ in range(2)]
+            )
+        )
     assert min(drawing) < 4 * min(shrinking)
 
 
@@ -139,14 +147,21 @@ def test_the_message_carries_the_picture():
     image = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
     message = image_message(image, "camera", 5_000_000_007)
     assert (message.height, message.width, message.step, message.encoding) == (480, 640, 1920, "rgb8")
-    assert (message.header.stamp.sec, message.header.stamp.nanosec, message.header.frame_id) == (5, 7, "camera")
+    assert (message.header.stamp.sec, message.header.stamp.nanosec, message.header.frame_id) == (
+        5,
+        7,
+        "camera",
+    )
     assert bytes(message.data) == image.tobytes()
 
 
 def panels(tree):
     if isinstance(tree, str):
         return [tree]
-    assert set(tree) == {"first", "second", "direction", "splitPercentage"} and tree["direction"] in ("row", "column")
+    assert set(tree) == {"first", "second", "direction", "splitPercentage"} and tree["direction"] in (
+        "row",
+        "column",
+    )
     return panels(tree["first"]) + panels(tree["second"])
 
 
@@ -163,7 +178,9 @@ def test_every_panel_has_a_place_and_every_place_a_panel():
 
 
 def test_every_topic_and_field_that_the_layout_names_exists():
-    named = [text for text in strings(LAYOUT["configById"]) if text.startswith("/") and text != "/deer_vla/hold"]
+    named = [
+        text for text in strings(LAYOUT["configById"]) if text.startswith("/") and text != "/deer_vla/hold"
+    ]
     assert {text.split(".")[0] for text in named} == set(TOPICS)
     for text in named:
         topic, *fields = text.split(".")
@@ -175,7 +192,9 @@ def test_every_plotted_field_is_a_number():
         for path in config.get("paths", ()):
             topic, field = path["value"].split(".")
             kind = TOPICS[topic].get_fields_and_field_types()[field]
-            assert re.fullmatch(r"u?int\d+|float|double|boolean", kind), f"{identifier}: {path['value']} is {kind}"
+            assert re.fullmatch(r"u?int\d+|float|double|boolean", kind), (
+                f"{identifier}: {path['value']} is {kind}"
+            )
             assert path["enabled"]
 
 
@@ -185,4 +204,6 @@ def test_what_the_layout_sends_is_what_the_node_hears():
     String(**json.loads(publish["value"]))
     for name, held in (("CallService!hold", True), ("CallService!engage", False)):
         service = LAYOUT["configById"][name]
-        assert service["serviceName"] == "/deer_vla/hold" and json.loads(service["requestPayload"]) == {"data": held}
+        assert service["serviceName"] == "/deer_vla/hold" and json.loads(service["requestPayload"]) == {
+            "data": held
+        }

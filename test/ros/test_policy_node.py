@@ -41,20 +41,30 @@ def rig(client, node):
 
 
 def set_parameter(client: Client, name: str, value: float):
-    parameter = Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
-    return client.call(SetParameters, "deer_vla/set_parameters", SetParameters.Request(parameters=[parameter])).results[0]
+    parameter = Parameter(
+        name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value)
+    )
+    return client.call(
+        SetParameters, "deer_vla/set_parameters", SetParameters.Request(parameters=[parameter])
+    ).results[0]
 
 
 def test_a_message_in_gives_a_command_out(rig):
     step = rig.await_steps(2)[-1]
     assert step.instruction == "lift the red block"
     assert step.header.frame_id == "base"
-    assert nanoseconds(step.header.stamp) == max(nanoseconds(step.static_stamp), nanoseconds(step.gripper_stamp))
-    target = wait_until(lambda: [t for t in rig.targets if t.header.stamp == step.header.stamp], what="the step's target")[0]
+    assert nanoseconds(step.header.stamp) == max(
+        nanoseconds(step.static_stamp), nanoseconds(step.gripper_stamp)
+    )
+    target = wait_until(
+        lambda: [t for t in rig.targets if t.header.stamp == step.header.stamp], what="the step's target"
+    )[0]
     assert target.header.frame_id == "base"
     moved = [getattr(target.pose.position, axis) for axis in "xyz"] - rig.position
     assert 0 < np.linalg.norm(moved) <= 0.15 + 1e-9
-    assert wait_until(lambda: [t for t in rig.twists if t.header.stamp == step.header.stamp and moves(t)], what="the twist")
+    assert wait_until(
+        lambda: [t for t in rig.twists if t.header.stamp == step.header.stamp and moves(t)], what="the twist"
+    )
     assert rig.grippers[-1].data[0] in (0.0, 0.08)
 
 
@@ -125,15 +135,24 @@ def test_a_peak_budget_is_obeyed_live_and_an_infeasible_one_is_refused_with_the_
     )
     assert high == pytest.approx(status.feasible_max_gmac, rel=1e-3)
     assert set_parameter(client, "budget.peak_gmac", status.feasible_min_gmac).successful
-    capped = wait_until(lambda: [step for step in rig.steps if step.budget_id > status.budget_id], what="a step under the peak")
+    capped = wait_until(
+        lambda: [step for step in rig.steps if step.budget_id > status.budget_id],
+        what="a step under the peak",
+    )
     rig.await_steps(5)
-    assert all(step.language_gmac <= status.feasible_min_gmac for step in rig.steps if step.budget_id > status.budget_id)
+    assert all(
+        step.language_gmac <= status.feasible_min_gmac
+        for step in rig.steps
+        if step.budget_id > status.budget_id
+    )
     assert capped[0].episode_step > 0, "the episode went on"
     assert rig.budgets[-1].requested_peak_gmac == status.feasible_min_gmac
     assert set_parameter(client, "budget.peak_gmac", 0.0).successful
 
 
-@pytest.mark.parametrize(("name", "value"), [("inputs.max_age_s", 100.0), ("guard.leash_m", -1.0), ("control.rate_hz", 20.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("inputs.max_age_s", 100.0), ("guard.leash_m", -1.0), ("control.rate_hz", 20.0)]
+)
 def test_out_of_range_and_read_only_parameters_are_refused(client, node, name, value):
     assert not set_parameter(client, name, value).successful
 

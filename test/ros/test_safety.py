@@ -134,7 +134,7 @@ def test_a_killed_watchdog_is_a_hold_until_there_is_another_one(client):
 
 HANGS = """
 import ctypes
-from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
+from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
 original, steps = BudgetedPolicy.step, []
 def step(self, observation):
     steps.append(1)

@@ -18,7 +18,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import Trigger
 
-from deer_vla_ros.sim.table import Table
+from deer_vla_ros.lab.sim.table import Table
 
 HOME = np.array([0.40, 0.0, 0.26])
 
@@ -118,7 +118,9 @@ def test_image_pairs_arrive_at_10_hz(robot):
 
 def test_both_images_of_a_pair_carry_the_same_stamp_and_say_which_camera_they_are(robot):
     static = robot.fresh(robot.static, 3)[-1]
-    wait_until(lambda: any(m.header.stamp == static.header.stamp for m in robot.gripper_views), 5.0, "its partner")
+    wait_until(
+        lambda: any(m.header.stamp == static.header.stamp for m in robot.gripper_views), 5.0, "its partner"
+    )
     partner = next(m for m in robot.gripper_views if m.header.stamp == static.header.stamp)
     assert (static.height, static.width, static.step, static.encoding) == (200, 200, 600, "rgb8")
     assert (partner.height, partner.width, partner.step, partner.encoding) == (84, 84, 252, "rgb8")
@@ -271,7 +273,10 @@ def test_lock_step_runs_faster_than_real_time_and_its_clock_never_goes_back(lock
     clocks = client.listen(Clock, "/clock")
     start, count = time.monotonic(), len(pairs)
     client.node.create_subscription(
-        Image, "camera/static/image_raw", lambda image: target.publish(answer_to(image)), qos_profile_sensor_data
+        Image,
+        "camera/static/image_raw",
+        lambda image: target.publish(answer_to(image)),
+        qos_profile_sensor_data,
     )
     target.publish(answer_to(pairs[-1]))
     wait_until(lambda: len(pairs) >= count + 60, 20.0, "60 answered pairs")
@@ -295,7 +300,7 @@ def test_a_wrong_parameter_ends_the_table_with_one_line_that_says_why(argument, 
 
 def test_the_table_process_loads_no_torch():
     program = (
-        "import sys, threading, rclpy; rclpy.init(); from deer_vla_ros.ros.table_node import TableNode; "
+        "import sys, threading, rclpy; rclpy.init(); from deer_vla_ros.lab.sim.table_node import TableNode; "
         "TableNode(threading.Event()); "
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers') or "
         "m.startswith(('deer_vla_ros.model', 'deer_vla_ros.inference', 'deer_vla_ros.control'))])"

@@ -9,11 +9,11 @@ from collections import Counter
 
 import numpy as np
 
-from deer_vla_ros.evaluation.demonstrations import BURSTS, SESSION_TASKS, STEP_LIMIT, Disturbance
-from deer_vla_ros.evaluation.table_arm import TableArm
-from deer_vla_ros.sim.expert import act
-from deer_vla_ros.sim.table import Table
-from deer_vla_ros.sim.tasks import TASKS, Task
+from deer_vla_ros.lab.demonstrations.demonstrations import BURSTS, SESSION_TASKS, STEP_LIMIT, Disturbance
+from deer_vla_ros.lab.scoring.table_arm import TableArm
+from deer_vla_ros.lab.sim.expert import act
+from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.tasks import TASKS, Task
 
 FIRST_SEED = 800_000
 
@@ -39,7 +39,9 @@ def measure(trials: int, bursts: float) -> tuple[Counter, Counter]:
             for _ in range(SESSION_TASKS):
                 possible = [task for task in TASKS if task.possible(table.state())]
                 fewest = min(asked[task.name] for task in possible)
-                task = possible[random.choice([i for i, each in enumerate(possible) if asked[each.name] == fewest])]
+                task = possible[
+                    random.choice([i for i, each in enumerate(possible) if asked[each.name] == fewest])
+                ]
                 asked[task.name] += 1
                 if not does(table, task, Disturbance(random, bursts)):
                     break
@@ -48,15 +50,23 @@ def measure(trials: int, bursts: float) -> tuple[Counter, Counter]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=100, help="of each task (default: %(default)s)")
     trials = parser.parse_args().trials
     for name, bursts in (("undisturbed", 0.0), ("disturbed", BURSTS)):
         done, asked = measure(trials, bursts)
         lowest = min(TASKS, key=lambda task: done[task.name] / asked[task.name]).name
-        print(f"{name}: {sum(done.values())} of {sum(asked.values())}; lowest {lowest}, {done[lowest]} of {asked[lowest]}")
+        print(
+            f"{name}: {sum(done.values())} of {sum(asked.values())}; lowest {lowest}, {done[lowest]} of {asked[lowest]}"
+        )
         print(
             "  failed:",
-            ", ".join(f"{task} {asked[task] - done[task]} of {asked[task]}" for task in sorted(asked) if asked[task] > done[task])
+            ", ".join(
+                f"{task} {asked[task] - done[task]} of {asked[task]}"
+                for task in sorted(asked)
+                if asked[task] > done[task]
+            )
             or "none",
         )

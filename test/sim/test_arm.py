@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.sim.kinematics import JOINT_SPEED_LIMIT
-from deer_vla_ros.sim.table import Table
+from deer_vla_ros.lab.sim.kinematics import JOINT_SPEED_LIMIT
+from deer_vla_ros.lab.sim.table import Table
 
 FREE_SPEED = 1.15 * JOINT_SPEED_LIMIT
 COLLIDING_SPEED = 2.0 * JOINT_SPEED_LIMIT  # hitting the table kicks back at the light joints of the wrist
@@ -30,7 +30,9 @@ def fastest_joint(table: Table, seconds: float) -> float:
     return fastest
 
 
-@pytest.mark.parametrize("position", [(0.33, -0.2, 0.15), (0.45, 0.25, 0.12), (0.62, 0.0, 0.30), (0.60, -0.25, 0.15)])
+@pytest.mark.parametrize(
+    "position", [(0.33, -0.2, 0.15), (0.45, 0.25, 0.12), (0.62, 0.0, 0.30), (0.60, -0.25, 0.15)]
+)
 @pytest.mark.parametrize("yaw", [-1.2, 0.0, 1.2])
 def test_the_tcp_settles_on_its_target(table, position, yaw):
     rotation = Rotation.from_euler("z", yaw) * Rotation.from_quat(DOWN)
@@ -54,7 +56,9 @@ def test_without_a_command_the_arm_stays_at_home(table):
     assert np.linalg.norm(table.tcp_pose().position - home) < 1e-3
 
 
-@pytest.mark.parametrize("position", [(0.45, 0.0, -1.0), (-0.6, 0.0, 0.3), (3.0, 0.0, 0.3), (0.0, 0.0, 0.1), (1e30, -1e30, 1e30)])
+@pytest.mark.parametrize(
+    "position", [(0.45, 0.0, -1.0), (-0.6, 0.0, 0.3), (3.0, 0.0, 0.3), (0.0, 0.0, 0.1), (1e30, -1e30, 1e30)]
+)
 def test_an_unreachable_target_neither_jumps_nor_stops_the_arm_from_coming_back(table, position):
     table.set_target(np.array(position), DOWN)
     assert fastest_joint(table, 3.0) < COLLIDING_SPEED

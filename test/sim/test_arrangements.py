@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deer_vla_ros.sim.scene import BLOCK_AREA, BLOCK_DISTANCE
-from deer_vla_ros.sim.state import COLOURS, TableState
-from deer_vla_ros.sim.table import Table
+from deer_vla_ros.lab.sim.scene import BLOCK_AREA, BLOCK_DISTANCE
+from deer_vla_ros.lab.sim.state import COLOURS, TableState
+from deer_vla_ros.lab.sim.table import Table
 
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
 
@@ -136,7 +136,7 @@ def test_a_closed_table_can_render_again():
 def test_without_a_usable_opengl_the_error_names_the_remedy(backend):
     program = (
         "from deer_vla_ros.errors import UserError\n"
-        "try:\n from deer_vla_ros.sim.table import Table\n Table().render()\n"
+        "try:\n from deer_vla_ros.lab.sim.table import Table\n Table().render()\n"
         "except UserError as error: print(error)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"} | {"MUJOCO_GL": backend}
@@ -146,7 +146,7 @@ def test_without_a_usable_opengl_the_error_names_the_remedy(backend):
 
 def test_the_table_needs_neither_torch_nor_ros():
     program = (
-        "import sys; from deer_vla_ros.sim.table import Table; Table().advance(0.1); "
+        "import sys; from deer_vla_ros.lab.sim.table import Table; Table().advance(0.1); "
         "print([m for m in ('torch', 'rclpy', 'transformers') if m in sys.modules])"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.sim.kinematics import ARM_FILE, HOME_JOINTS, JOINT_SPEED_LIMIT, ArmKinematics, rotation_vector
+from deer_vla_ros.lab.sim.kinematics import (
+    ARM_FILE,
+    HOME_JOINTS,
+    JOINT_SPEED_LIMIT,
+    ArmKinematics,
+    rotation_vector,
+)
 
 DOWN = Rotation.from_quat([1.0, 0.0, 0.0, 0.0])
 LOWER, UPPER = mujoco.MjModel.from_xml_path(str(ARM_FILE)).jnt_range[:7].T
@@ -33,7 +39,9 @@ def test_forward_kinematics_is_the_pandas(arm):
     # the TCP 0.1034 m below.
     position, quaternion = arm.forward(np.zeros(7))
     np.testing.assert_allclose(position, [0.088, 0.0, 0.926 - 0.1034], atol=1e-9)
-    assert (Rotation.from_quat(np.roll(quaternion, -1)) * DOWN.inv()).magnitude() == pytest.approx(np.pi / 4, abs=1e-6)
+    assert (Rotation.from_quat(np.roll(quaternion, -1)) * DOWN.inv()).magnitude() == pytest.approx(
+        np.pi / 4, abs=1e-6
+    )
 
 
 @settings(max_examples=25, deadline=None)

@@ -6,14 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from deer_vla_ros.evaluation.demonstrations import demonstrations
-from deer_vla_ros.evaluation.table_arm import TableArm
-from deer_vla_ros.sim.expert import act
-from deer_vla_ros.sim.referee import Referee, task_called
-from deer_vla_ros.sim.scene import BLOCK_HALF
-from deer_vla_ros.sim.state import COLOURS, Pose, TableState
-from deer_vla_ros.sim.table import Table
-from deer_vla_ros.sim.tasks import BY_NAME, TASKS, held, stacked
+from deer_vla_ros.lab.demonstrations.demonstrations import demonstrations
+from deer_vla_ros.lab.scoring.table_arm import TableArm
+from deer_vla_ros.lab.sim.expert import act
+from deer_vla_ros.lab.sim.referee import Referee, task_called
+from deer_vla_ros.lab.sim.scene import BLOCK_HALF
+from deer_vla_ros.lab.sim.state import COLOURS, Pose, TableState
+from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.tasks import BY_NAME, TASKS, held, stacked
 
 SESSIONS = range(40)
 
@@ -103,8 +103,13 @@ def test_a_block_is_held_across_as_well(degrees):
 def standing(**centres) -> TableState:
     """Three blocks on the table by their x and y, the arm far above them."""
     down = Pose(np.array([0.4, 0.0, 0.3]), np.array([1.0, 0.0, 0.0, 0.0]))
-    blocks = {name: Pose(np.array([*xy, BLOCK_HALF]), np.array([0.0, 0.0, 0.0, 1.0])) for name, xy in centres.items()}
-    return TableState(**blocks, drawer=0.0, slider=0.0, led=False, lamp=False, switch=0.0, tcp=down, opening=0.08)
+    blocks = {
+        name: Pose(np.array([*xy, BLOCK_HALF]), np.array([0.0, 0.0, 0.0, 1.0]))
+        for name, xy in centres.items()
+    }
+    return TableState(
+        **blocks, drawer=0.0, slider=0.0, led=False, lamp=False, switch=0.0, tcp=down, opening=0.08
+    )
 
 
 def test_a_relation_is_about_the_block_that_it_does_not_name():
@@ -119,8 +124,16 @@ def test_a_relation_is_about_the_block_that_it_does_not_name():
         block = Pose(up.position, np.array([0.0, 0.0, 0.0, 1.0]))
         return dataclasses.replace(state, tcp=up, opening=2 * BLOCK_HALF, **{colour: block})
 
-    assert [nearest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [False, True, False]
-    assert [farthest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [False, False, True]
+    assert [nearest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [
+        False,
+        True,
+        False,
+    ]
+    assert [farthest.succeeded(state, lifted(colour)) for colour in ("red", "blue", "pink")] == [
+        False,
+        False,
+        True,
+    ]
     assert not nearest.possible(lifted("pink")), "not all stand on the table"
 
 
@@ -133,7 +146,9 @@ def test_demonstrations_go_on_with_a_block_in_the_hand(hand, is_right):
     nearest = BY_NAME["lift_nearest_to_red"]
     assert not nearest.goes_on(state) and not nearest.possible(inside) and nearest.goes_on(inside)
     assert act(nearest.name, inside).open is not is_right, "the right block is kept, a wrong one put back"
-    assert [BY_NAME[f"lift_{colour}_block"].goes_on(inside) for colour in COLOURS] == [colour == hand for colour in COLOURS]
+    assert [BY_NAME[f"lift_{colour}_block"].goes_on(inside) for colour in COLOURS] == [
+        colour == hand for colour in COLOURS
+    ]
 
 
 def test_a_relation_that_is_not_clear_is_not_asked_for():

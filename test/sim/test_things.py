@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.sim.scene import DRAWER_PLACE
-from deer_vla_ros.sim.state import COLOURS
-from deer_vla_ros.sim.table import Table
-from deer_vla_ros.sim.things import NAMES, things
-from deer_vla_ros.training.frames import THINGS
+from deer_vla_ros.lab.sim.scene import DRAWER_PLACE
+from deer_vla_ros.lab.sim.state import COLOURS
+from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.things import NAMES, things
+from deer_vla_ros.lab.training.frames import THINGS
 
 DOWN = Rotation.from_quat([1.0, 0.0, 0.0, 0.0])
 OPEN, CLOSED = 0.08, 0.0
@@ -155,7 +155,9 @@ def test_what_nobody_touches_stays_where_it_is():
     after = table.state()
     for colour in COLOURS:
         np.testing.assert_allclose(after.block(colour).position, before.block(colour).position, atol=1e-3)
-    assert (after.drawer, after.slider, after.switch) == pytest.approx((before.drawer, before.slider, before.switch), abs=1e-3)
+    assert (after.drawer, after.slider, after.switch) == pytest.approx(
+        (before.drawer, before.slider, before.switch), abs=1e-3
+    )
     assert (after.led, after.lamp) == (before.led, before.lamp)
 
 
@@ -169,7 +171,11 @@ def test_things_are_where_tasks_act_upon_them():
         table.reset(3)
         state = table.state()
         there = things(state)
-        assert there.positions.shape == (len(NAMES), 3) and there.yaws.shape == (len(NAMES),) and len(NAMES) == THINGS
+        assert (
+            there.positions.shape == (len(NAMES), 3)
+            and there.yaws.shape == (len(NAMES),)
+            and len(NAMES) == THINGS
+        )
         for colour, position, yaw in zip(COLOURS, there.positions, there.yaws):
             assert np.array_equal(position, state.block(colour).position)
             quarter = (yaw - yaw_of(state.block(colour).quaternion)) % (np.pi / 2)

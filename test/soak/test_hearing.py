@@ -3,10 +3,10 @@ fairly."""
 
 import numpy as np
 
-from deer_vla_ros.soak.bench import Bench
-from deer_vla_ros.soak.heard import SECOND
-from deer_vla_ros.soak.pairing import PATIENCE_NS, Half, Pairing, Publishers
-from deer_vla_ros.soak.silence import Silence
+from deer_vla_ros.lab.soak.bench import Bench
+from deer_vla_ros.lab.soak.heard import SECOND
+from deer_vla_ros.lab.soak.pairing import PATIENCE_NS, Half, Pairing, Publishers
+from deer_vla_ros.lab.soak.silence import Silence
 
 MS = 1_000_000
 

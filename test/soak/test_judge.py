@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deer_vla_ros.soak.geometry import angle_between, twist_between
-from deer_vla_ros.soak.heard import SECOND, HeardCommand, HeardPose, Limits
-from deer_vla_ros.soak.judge import Judge
+from deer_vla_ros.lab.soak.geometry import angle_between, twist_between
+from deer_vla_ros.lab.soak.heard import SECOND, HeardCommand, HeardPose, Limits
+from deer_vla_ros.lab.soak.judge import Judge
 
 HOME = np.array([0.4, 0.0, 0.3])
 UPRIGHT = np.array([1.0, 0.0, 0.0, 0.0])

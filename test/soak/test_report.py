@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from deer_vla_ros.soak.logs import unhandled_lines
-from deer_vla_ros.soak.report import (
+from deer_vla_ros.lab.soak.logs import unhandled_lines
+from deer_vla_ros.lab.soak.report import (
     Seen,
     growth_percent_per_hour,
     longest_lived,
@@ -13,8 +13,8 @@ from deer_vla_ros.soak.report import (
     report,
     summary_lines,
 )
-from deer_vla_ros.soak.sampling import Sample, sample
-from deer_vla_ros.soak.strike import Outcome
+from deer_vla_ros.lab.soak.sampling import Sample, sample
+from deer_vla_ros.lab.soak.strike import Outcome
 
 GOOD = {
     "commands": 100,

@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.soak.fault import Clearing, Door
-from deer_vla_ros.soak.quirks import ARM_QUIRKS, CLOCK_QUIRKS, IMAGE_QUIRKS, POSE_QUIRKS
-from deer_vla_ros.soak.schedule import FAULTS, chosen, in_real_time, in_simulated_time
+from deer_vla_ros.lab.soak.fault import Clearing, Door
+from deer_vla_ros.lab.soak.quirks import ARM_QUIRKS, CLOCK_QUIRKS, IMAGE_QUIRKS, POSE_QUIRKS
+from deer_vla_ros.lab.soak.schedule import FAULTS, chosen, in_real_time, in_simulated_time
 
 ALL = chosen("all", with_table=False)
 

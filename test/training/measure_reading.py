@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from deer_vla_ros.training.calvin import CalvinWindows
-from deer_vla_ros.training.calvin_files import ANNOTATIONS
-from deer_vla_ros.training.dataset import FrameWindows, Windows
-from deer_vla_ros.training.frames import Frames
+from deer_vla_ros.lab.training.calvin import CalvinWindows
+from deer_vla_ros.lab.training.calvin_files import ANNOTATIONS
+from deer_vla_ros.lab.training.dataset import FrameWindows, Windows
+from deer_vla_ros.lab.training.frames import Frames
 
 BATCH, WINDOW, BATCHES = 8, 12, 20
 
@@ -28,9 +28,16 @@ def opened(folder: Path, threads: int) -> Windows:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=int, default=64, help="pixels of the images that the network takes (default: %(default)s)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=64,
+        help="pixels of the images that the network takes (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="that decode (default: %(default)s)")
     args = parser.parse_args()
     windows, random = opened(args.folder, args.threads), np.random.default_rng(0)

@@ -9,10 +9,10 @@ import numpy as np
 import yaml
 
 from deer_vla_ros.__main__ import main
+from deer_vla_ros.commands import train_command
+from deer_vla_ros.lab.training.frames import THINGS, ShardWriter
+from deer_vla_ros.lab.training.trainer import read_log
 from deer_vla_ros.model.checkpoint import load
-from deer_vla_ros.training import train_command
-from deer_vla_ros.training.frames import THINGS, ShardWriter
-from deer_vla_ros.training.trainer import read_log
 
 PHRASINGS = {"lift": ["lift it", "pick it up now"], "push": ["push it away"], "wait": ["wait"]}
 JOINT = {
@@ -22,7 +22,13 @@ JOINT = {
     "batch": 8,
     "window": 1,
     "instructions": 2,
-    "optimiser": {"learning_rate": 3e-3, "head_scale": 1.0, "clip_norm": 8.0, "train_vision": True, "train_decoder": True},
+    "optimiser": {
+        "learning_rate": 3e-3,
+        "head_scale": 1.0,
+        "clip_norm": 8.0,
+        "train_vision": True,
+        "train_decoder": True,
+    },
     "warmup_steps": 2,
     "loss": {"huber_delta": 0.1, "pose": 30.0, "gripper": 0.1},
     "heatmap": 0.2,
@@ -72,7 +78,13 @@ def _frame(random, brightness):
 def recipe_file(folder, *steps, **changes):
     path = folder / "recipe.yaml"
     network = {"preset": "tabletop", "layers": 4, "dropout": 0.0}
-    values = {"name": "small", "network": network, "save_every": 3, "log_every": 1, "steps": [{"train": s} for s in steps]}
+    values = {
+        "name": "small",
+        "network": network,
+        "save_every": 3,
+        "log_every": 1,
+        "steps": [{"train": s} for s in steps],
+    }
     path.write_text(yaml.safe_dump({**values, **changes}))
     return path
 
@@ -82,7 +94,19 @@ def command(config, out, data, processes=1):
     if processes > 1:
         port = str(20000 + os.getpid() % 20000)
         start += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port, "-m"]
-    return [*start, "deer_vla_ros", "train", "--config", str(config), "--out", str(out), "--data", str(data), "--threads", "1"]
+    return [
+        *start,
+        "deer_vla_ros",
+        "train",
+        "--config",
+        str(config),
+        "--out",
+        str(out),
+        "--data",
+        str(data),
+        "--threads",
+        "1",
+    ]
 
 
 def parsed(config, out, data):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deer_vla_ros.training.augmentation import draw_shifts, random_shift, shift
+from deer_vla_ros.lab.training.augmentation import draw_shifts, random_shift, shift
 
 images = st.fixed_dictionaries(
     {
@@ -21,7 +21,9 @@ images = st.fixed_dictionaries(
 
 
 def noise(count: int, channels: int, height: int, width: int, kind: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randint(256, (count, channels, height, width), generator=torch.Generator().manual_seed(seed)).to(kind)
+    return torch.randint(
+        256, (count, channels, height, width), generator=torch.Generator().manual_seed(seed)
+    ).to(kind)
 
 
 @settings(deadline=None)

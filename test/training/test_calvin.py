@@ -10,8 +10,8 @@ import pytest
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.preprocess import resize_and_crop
-from deer_vla_ros.training.calvin import CalvinWindows
-from deer_vla_ros.training.calvin_files import (
+from deer_vla_ros.lab.training.calvin import CalvinWindows
+from deer_vla_ros.lab.training.calvin_files import (
     ANNOTATIONS,
     EPISODES,
     Annotation,
@@ -100,7 +100,9 @@ def test_past_the_end_of_its_interval_a_window_repeats_the_last_step_and_says_so
     batch = draw(windows, [4, 11], 4)
     assert batch.valid.tolist() == [[True, True, False, False], [True, False, False, False]]
     assert windows.valid_steps(np.array([4, 11]), 4) == 3
-    assert (batch.actions[0, 1:] == batch.actions[0, 1]).all() and (batch.images[1] == batch.images[1, 0]).all()
+    assert (batch.actions[0, 1:] == batch.actions[0, 1]).all() and (
+        batch.images[1] == batch.images[1, 0]
+    ).all()
 
 
 def test_angles_become_the_rotation_that_calvin_means(tmp_path):
@@ -110,7 +112,9 @@ def test_angles_become_the_rotation_that_calvin_means(tmp_path):
     write_step(tmp_path, 0, replace(some_step(0), robot_obs=robot_obs))
     write_annotations(tmp_path, [Annotation(0, 1, "a", "b")])
     quaternion = draw(CalvinWindows([tmp_path]), [0], 1).tcp[0, 0, 3:]
-    half = np.sqrt(0.5)  # half a turn about x, then a quarter about z: half a turn about the line between x and y
+    half = np.sqrt(
+        0.5
+    )  # half a turn about x, then a quarter about z: half a turn about the line between x and y
     assert np.allclose(np.abs(quaternion @ [half, half, 0, 0]), 1, atol=1e-6)
 
 
@@ -188,7 +192,10 @@ def test_a_step_of_other_shapes_is_refused(folder):
     [
         ({"language": {"ann": ["a"], "task": ["b"]}, "info": {}}, "'indx'"),
         ({"language": {"ann": ["a"], "task": ["b"]}, "info": {"indx": [(0, 1), (2, 3)]}}, "zip"),
-        ({"language": {"ann": ["a"], "task": ["b"]}, "info": {"indx": [(5, 5)]}}, "steps 5 to 5 are no interval"),
+        (
+            {"language": {"ann": ["a"], "task": ["b"]}, "info": {"indx": [(5, 5)]}},
+            "steps 5 to 5 are no interval",
+        ),
         ({"language": {"ann": [], "task": []}, "info": {"indx": []}}, "annotates nothing"),
         ([1, 2], "not a file of one pickled object"),
     ],
@@ -203,7 +210,11 @@ def test_numpy_s_own_numbers_and_text_are_read(folder):
     found = {"language": language, "info": {"indx": [(np.int64(3), np.int64(9))], "episodes": []}}
     np.save(folder / ANNOTATIONS, np.array(found, dtype=object), allow_pickle=True)
     assert read_annotations(folder) == [Annotation(3, 9, "b", "a")]
-    old = (folder / ANNOTATIONS).read_bytes().replace(b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray")
+    old = (
+        (folder / ANNOTATIONS)
+        .read_bytes()
+        .replace(b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray")
+    )
     at = old.index(b"\x80\x04\x95")  # the frame's length, eight bytes, is one less
     length = int.from_bytes(old[at + 3 : at + 11], "little") - 1
     (folder / ANNOTATIONS).write_bytes(old[: at + 3] + length.to_bytes(8, "little") + old[at + 11 :])
@@ -235,12 +246,19 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(folder, i
 
 
 @pytest.mark.parametrize(
-    "name", ["builtins.eval", "os.system", "numpy.load", "numpy._core.multiarray.fromfile", "builtins.getattr"]
+    "name",
+    ["builtins.eval", "os.system", "numpy.load", "numpy._core.multiarray.fromfile", "builtins.getattr"],
 )
 def test_only_numpy_s_constructors_can_be_named(folder, name):
     module, _, function = name.rpartition(".")
     program = (
-        b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(function)]) + function.encode() + b"\x93."
+        b"\x80\x04\x8c"
+        + bytes([len(module)])
+        + module.encode()
+        + b"\x8c"
+        + bytes([len(function)])
+        + function.encode()
+        + b"\x93."
     )
     with open(folder / ANNOTATIONS, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})

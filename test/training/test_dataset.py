@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.evaluation.demonstrations import demonstrations
-from deer_vla_ros.evaluation.record_run import Recording
-from deer_vla_ros.evaluation.record_store import CalvinStore, FrameStore
+from deer_vla_ros.lab.demonstrations.demonstrations import demonstrations
+from deer_vla_ros.lab.demonstrations.record_run import Recording
+from deer_vla_ros.lab.demonstrations.record_store import CalvinStore, FrameStore
+from deer_vla_ros.lab.sim.tasks import BY_NAME
+from deer_vla_ros.lab.training.batches import Share
+from deer_vla_ros.lab.training.calvin import CalvinWindows
+from deer_vla_ros.lab.training.calvin_files import read_action_space
+from deer_vla_ros.lab.training.dataset import FrameWindows
+from deer_vla_ros.lab.training.frames import Frames
+from deer_vla_ros.lab.training.prefetch import Prefetched
 from deer_vla_ros.model.action_space import TABLETOP
-from deer_vla_ros.sim.tasks import BY_NAME
-from deer_vla_ros.training.batches import Share
-from deer_vla_ros.training.calvin import CalvinWindows
-from deer_vla_ros.training.calvin_files import read_action_space
-from deer_vla_ros.training.dataset import FrameWindows
-from deer_vla_ros.training.frames import Frames
-from deer_vla_ros.training.prefetch import Prefetched
 
 SIZE = 24
 SEED = 5
@@ -60,7 +60,9 @@ def test_the_table_s_demonstrations_are_the_same_through_calvin_s_format_as_thro
     assert np.array_equal(a.actions, b.actions)
     assert np.array_equal(a.valid, b.valid) and not a.valid.all()
     assert np.allclose(a.tcp[..., :3], b.tcp[..., :3], atol=1e-6)
-    assert np.allclose(np.abs((a.tcp[..., 3:] * b.tcp[..., 3:]).sum(-1)), 1, atol=1e-5), "q and -q are one rotation"
+    assert np.allclose(np.abs((a.tcp[..., 3:] * b.tcp[..., 3:]).sum(-1)), 1, atol=1e-5), (
+        "q and -q are one rotation"
+    )
     assert ours.valid_steps(every, 6) == calvins.valid_steps(every, 6) == a.valid.sum()
 
 
@@ -87,7 +89,9 @@ def test_a_window_over_the_end_of_a_demonstration_is_padded_with_its_last_step(b
     last = int(np.flatnonzero(np.diff(frames.episode))[0])  # the next frame is of the next demonstration
     batch = draw(ours, [last - 1], 4)
     assert batch.valid.tolist() == [[True, True, False, False]]
-    assert (batch.images[0, 1:] == batch.images[0, 1]).all() and (batch.actions[0, 1:] == batch.actions[0, 1]).all()
+    assert (batch.images[0, 1:] == batch.images[0, 1]).all() and (
+        batch.actions[0, 1:] == batch.actions[0, 1]
+    ).all()
 
 
 def test_frames_of_another_size_than_the_network_s_are_refused(both):
@@ -97,12 +101,12 @@ def test_frames_of_another_size_than_the_network_s_are_refused(both):
 
 def test_training_imports_neither_ros_nor_the_simulator():
     modules = [
-        path.stem for path in (Path(__file__).parents[2] / "deer_vla_ros/training").glob("*.py") if path.stem != "__init__"
+        path.stem
+        for path in (Path(__file__).parents[2] / "deer_vla_ros/lab/training").glob("*.py")
+        if path.stem != "__init__"
     ]
-    program = "import sys\n" + "".join(f"import deer_vla_ros.training.{name}\n" for name in modules)
-    program += (
-        "print([name for name in ('rclpy', 'mujoco', 'deer_vla_ros.sim', 'deer_vla_ros.evaluation') if name in sys.modules])"
-    )
+    program = "import sys\n" + "".join(f"import deer_vla_ros.lab.training.{name}\n" for name in modules)
+    program += "print([name for name in ('rclpy', 'mujoco', 'deer_vla_ros.lab.sim', 'deer_vla_ros.evaluation') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from deer_vla_ros.lab.training.losses import heatmap_loss, point_loss, turn_loss
 from deer_vla_ros.model.grounding import POINT_UNIT, Found
-from deer_vla_ros.training.losses import heatmap_loss, point_loss, turn_loss
 
 SIDE = 8
 HERE = torch.zeros(1, 1, 3)
@@ -28,15 +28,22 @@ def tcp_turned(yaw, at=(0.0, 0.0, 0.0)):
 def test_a_point_is_counted_from_the_tcp():
     points, tcp = torch.tensor([[[0.5, 0.1, 0.02]]]), tcp_turned(0.3, at=(0.4, 0.0, 0.12))
     right = torch.tensor([[[0.1, 0.1, -0.1]]]) / POINT_UNIT
-    assert point_loss(found(point=right), points, tcp) < 1e-6 < point_loss(found(point=right + 0.1), points, tcp)
+    assert (
+        point_loss(found(point=right), points, tcp) < 1e-6 < point_loss(found(point=right + 0.1), points, tcp)
+    )
 
 
 def test_what_cannot_be_seen_teaches_no_point_and_no_turn():
     points, tcp = torch.tensor([[[0.5, 0.1, 0.02], [float("nan")] * 3]]), tcp_turned(0.3)
     point, turn = torch.randn(1, 2, 3, requires_grad=True), torch.randn(1, 2, 2, requires_grad=True)
-    (point_loss(found(point=point), points, tcp) + turn_loss(found(turn=turn), torch.zeros(1, 2), points, tcp)).backward()
+    (
+        point_loss(found(point=point), points, tcp)
+        + turn_loss(found(turn=turn), torch.zeros(1, 2), points, tcp)
+    ).backward()
     for gradient in (point.grad, turn.grad):
-        assert gradient[0, 0].abs().min() > 0 and torch.equal(gradient[0, 1], torch.zeros_like(gradient[0, 1]))
+        assert gradient[0, 0].abs().min() > 0 and torch.equal(
+            gradient[0, 1], torch.zeros_like(gradient[0, 1])
+        )
 
 
 @given(yaw=st.floats(-1.5, 1.5), fingers=st.floats(-1.5, 1.5), quarters=st.integers(-2, 2))

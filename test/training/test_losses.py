@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from small_model import INSTRUCTION, SMALL, small_model, small_tokenizer, with_decoder
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.model.head import HeadOutput, HeadState, pool
-from deer_vla_ros.training.losses import (
+from deer_vla_ros.lab.training.losses import (
     ActionTargets,
     ExitDraws,
     LossWeights,
@@ -22,6 +21,7 @@ from deer_vla_ros.training.losses import (
     multi_exit_loss,
     segments,
 )
+from deer_vla_ros.model.head import HeadOutput, HeadState, pool
 
 BATCH, WINDOW, EXITS = 2, 4, 3
 STATE = HeadState(torch.zeros(1), torch.zeros(1))
@@ -37,7 +37,9 @@ def some_targets(seed: int = 1) -> ActionTargets:
 
 
 def some_features(rows: int = EXITS, seed: int = 2) -> torch.Tensor:
-    return torch.randn(rows, BATCH, WINDOW, SMALL.decoder.width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        rows, BATCH, WINDOW, SMALL.decoder.width, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def of_one_exit(exit_index: int) -> ExitDraws:
@@ -59,10 +61,14 @@ def test_the_pose_error_is_quadratic_up_to_delta_and_linear_beyond():
 def test_the_gripper_error_is_the_cross_entropy_of_its_probability():
     logits = torch.tensor([[[2.0], [-1.0]]])
     loss = action_loss(
-        output(torch.zeros(1, 2, 6), logits), ActionTargets(torch.zeros(1, 2, 6), torch.tensor([[1.0, 0.0]])), LossWeights()
+        output(torch.zeros(1, 2, 6), logits),
+        ActionTargets(torch.zeros(1, 2, 6), torch.tensor([[1.0, 0.0]])),
+        LossWeights(),
     )
     probabilities = logits.sigmoid()[0, :, 0]
-    assert float(loss.gripper) == pytest.approx(float(-(probabilities[0].log() + (1 - probabilities[1]).log()) / 2))
+    assert float(loss.gripper) == pytest.approx(
+        float(-(probabilities[0].log() + (1 - probabilities[1]).log()) / 2)
+    )
 
 
 def test_the_total_weighs_pose_and_gripper():
@@ -86,9 +92,13 @@ def test_a_step_that_only_pads_its_window_changes_nothing_and_gets_no_gradient()
     targets = ActionTargets(torch.zeros(1, 3, 6), torch.ones(1, 3), valid)
     loss = action_loss(output(pose, logit), targets, LossWeights())
     whole = action_loss(
-        output(pose[:, :2], logit[:, :2]), ActionTargets(targets.pose[:, :2], targets.gripper[:, :2]), LossWeights()
+        output(pose[:, :2], logit[:, :2]),
+        ActionTargets(targets.pose[:, :2], targets.gripper[:, :2]),
+        LossWeights(),
     )
-    torch.testing.assert_close((loss.pose, loss.gripper, loss.total), (whole.pose, whole.gripper, whole.total))
+    torch.testing.assert_close(
+        (loss.pose, loss.gripper, loss.total), (whole.pose, whole.gripper, whole.total)
+    )
     loss.total.backward()
     assert pose.grad[0, 2].abs().sum() == 0 and logit.grad[0, 2] == 0
     assert pose.grad[0, 1].abs().sum() > 0 and logit.grad[0, 1] != 0
@@ -96,7 +106,10 @@ def test_a_step_that_only_pads_its_window_changes_nothing_and_gets_no_gradient()
 
 def test_windows_of_padding_alone_have_no_loss():
     targets = ActionTargets(torch.ones(1, 2, 6), torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool))
-    assert float(action_loss(output(torch.zeros(1, 2, 6), torch.zeros(1, 2, 1)), targets, LossWeights()).total) == 0
+    assert (
+        float(action_loss(output(torch.zeros(1, 2, 6), torch.zeros(1, 2, 1)), targets, LossWeights()).total)
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +122,12 @@ def test_impossible_weights_are_refused_by_name(wrong):
 
 # Draws
 
-sizes = {"exits": st.integers(1, 8), "batch": st.integers(1, 5), "window": st.integers(1, 16), "seed": st.integers(0, 2**31)}
+sizes = {
+    "exits": st.integers(1, 8),
+    "batch": st.integers(1, 5),
+    "window": st.integers(1, 16),
+    "seed": st.integers(0, 2**31),
+}
 
 
 @settings(deadline=None)
@@ -183,8 +201,12 @@ def test_the_shared_head_reads_at_every_step_the_exit_drawn_for_it():
     draws = ExitDraws(torch.tensor([[0, 2, 1, 0], [2, 2, 0, 1]]), torch.tensor([[1, 1, 2, 2], [0, 0, 1, 1]]))
     loss = multi_exit_loss(model, features, targets, draws, LossWeights())
     for part, drawn in zip(loss.shared, (draws.per_step, draws.per_segment), strict=True):
-        read = torch.stack([torch.stack([features[drawn[b, t], b, t] for t in range(WINDOW)]) for b in range(BATCH)])
-        expected = action_loss(model.shared_head(read, model.shared_head.initial_state(BATCH)), targets, LossWeights())
+        read = torch.stack(
+            [torch.stack([features[drawn[b, t], b, t] for t in range(WINDOW)]) for b in range(BATCH)]
+        )
+        expected = action_loss(
+            model.shared_head(read, model.shared_head.initial_state(BATCH)), targets, LossWeights()
+        )
         assert float(part.total) == pytest.approx(float(expected.total))
 
 
@@ -200,7 +222,9 @@ def test_without_random_exits_the_shared_head_sees_the_last_exit_only():
 
 def test_without_auxiliary_heads_only_the_shared_head_trains():
     model, targets = small_model().requires_grad_(True), some_targets()
-    loss = multi_exit_loss(model, some_features(), targets, of_one_exit(1), LossWeights(), auxiliary_heads=False)
+    loss = multi_exit_loss(
+        model, some_features(), targets, of_one_exit(1), LossWeights(), auxiliary_heads=False
+    )
     assert [name for name, _ in loss.parts()] == ["shared_1", "shared_2"]
     loss.total.backward()
     moved = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -240,12 +264,16 @@ def test_a_final_norm_adds_the_last_head_s_own_feature():
     head = model.last_head
     expected = action_loss(head(features[EXITS], head.initial_state(BATCH)), targets, LossWeights())
     assert float(loss.last.total) == pytest.approx(float(expected.total))
-    shared = action_loss(model.shared_head(features[EXITS - 1], model.shared_head.initial_state(BATCH)), targets, LossWeights())
+    shared = action_loss(
+        model.shared_head(features[EXITS - 1], model.shared_head.initial_state(BATCH)), targets, LossWeights()
+    )
     assert float(loss.shared[0].total) == pytest.approx(float(shared.total))
 
 
 def test_dropout_in_training_makes_the_passes_differ():
-    model = small_model(dataclasses.replace(SMALL, head=dataclasses.replace(SMALL.head, mlp_dropout=0.5))).train()
+    model = small_model(
+        dataclasses.replace(SMALL, head=dataclasses.replace(SMALL.head, mlp_dropout=0.5))
+    ).train()
     torch.manual_seed(0)
     loss = multi_exit_loss(model, some_features(), some_targets(), of_one_exit(1), LossWeights())
     assert float(loss.shared[0].total) != float(loss.shared[1].total)

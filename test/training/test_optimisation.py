@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 from small_model import INSTRUCTION, SMALL, small_model, small_tokenizer, with_decoder
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.training.losses import ActionTargets, LossWeights, draw_exits, exit_features, multi_exit_loss
-from deer_vla_ros.training.optimisation import Optimiser, OptimiserSettings, Schedule, Stage, parameter_groups
+from deer_vla_ros.lab.training.losses import (
+    ActionTargets,
+    LossWeights,
+    draw_exits,
+    exit_features,
+    multi_exit_loss,
+)
+from deer_vla_ros.lab.training.optimisation import (
+    Optimiser,
+    OptimiserSettings,
+    Schedule,
+    Stage,
+    parameter_groups,
+)
 
 CONSTANT = Schedule(warmup_steps=0)
 BATCH, WINDOW = 2, 3
@@ -23,7 +35,9 @@ def loss_of(model, seed: int = 0) -> torch.Tensor:
     images = torch.randn(BATCH, WINDOW, 2, 3, 16, 16, generator=random)
     features = exit_features(model, images, *tokenizer.encode([INSTRUCTION] * BATCH), tokenizer.image_token)
     targets = ActionTargets.from_actions(torch.rand(BATCH, WINDOW, 7, generator=random) * 2 - 1)
-    return multi_exit_loss(model, features, targets, draw_exits(len(SMALL.exits), BATCH, WINDOW, random), LossWeights()).total
+    return multi_exit_loss(
+        model, features, targets, draw_exits(len(SMALL.exits), BATCH, WINDOW, random), LossWeights()
+    ).total
 
 
 def part_of(name: str) -> str:
@@ -70,7 +84,9 @@ def test_what_is_frozen_gets_no_gradient():
     model = small_model()
     Optimiser(model, Stage.JOINT, OptimiserSettings(), CONSTANT)
     loss_of(model).backward()
-    with_gradient = {part_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
+    with_gradient = {
+        part_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     assert with_gradient == JOINT_PARTS
 
 
@@ -99,17 +115,25 @@ def test_everything_that_moves_is_in_exactly_one_group(stage):
     settings = OptimiserSettings(train_vision=True, train_decoder=True)
     names = [name for group in parameter_groups(model, stage, settings) for name in group.names]
     assert len(names) == len(set(names))
-    expected = {name for name, _ in model.named_parameters() if stage is Stage.JOINT or part_of(name) in HEAD_PARTS}
+    expected = {
+        name for name, _ in model.named_parameters() if stage is Stage.JOINT or part_of(name) in HEAD_PARTS
+    }
     assert set(names) == expected
 
 
 def test_only_cross_attention_decays_and_the_heads_learn_slower():
-    groups = parameter_groups(small_model(), Stage.JOINT, OptimiserSettings(learning_rate=1e-3, head_scale=0.5, weight_decay=0.2))
+    groups = parameter_groups(
+        small_model(), Stage.JOINT, OptimiserSettings(learning_rate=1e-3, head_scale=0.5, weight_decay=0.2)
+    )
     by_key = {(group.learning_rate, group.weight_decay): group.names for group in groups}
     assert set(by_key) == {(1e-3, 0.2), (1e-3, 0.0), (5e-4, 0.0)}
     assert {part_of(name) for name in by_key[1e-3, 0.2]} == {"cross-attention"}
     assert {part_of(name) for name in by_key[5e-4, 0.0]} == HEAD_PARTS
-    first = {name.removeprefix("layers.0.cross_attention.") for name in by_key[1e-3, 0.2] if name.startswith("layers.0.")}
+    first = {
+        name.removeprefix("layers.0.cross_attention.")
+        for name in by_key[1e-3, 0.2]
+        if name.startswith("layers.0.")
+    }
     assert first == {
         "attention.query.weight",
         "attention.key_value.weight",
@@ -124,7 +148,12 @@ def test_towers_that_train_decay_in_their_matrices():
     settings = OptimiserSettings(train_vision=True, train_decoder=True)
     model = small_model()
     parameters = dict(model.named_parameters())
-    decaying = [name for group in parameter_groups(model, Stage.JOINT, settings) if group.weight_decay for name in group.names]
+    decaying = [
+        name
+        for group in parameter_groups(model, Stage.JOINT, settings)
+        if group.weight_decay
+        for name in group.names
+    ]
     blocks = [name for name in decaying if part_of(name) in ("block", "vision")]
     assert {part_of(name) for name in blocks} == {"block", "vision"}
     assert all(parameters[name].ndim > 1 for name in blocks)
@@ -132,7 +161,9 @@ def test_towers_that_train_decay_in_their_matrices():
 
 
 def test_in_the_exit_stage_the_heads_learn_at_the_whole_rate():
-    (group,) = parameter_groups(small_model(), Stage.EXIT, OptimiserSettings(learning_rate=3e-5, head_scale=0.25))
+    (group,) = parameter_groups(
+        small_model(), Stage.EXIT, OptimiserSettings(learning_rate=3e-5, head_scale=0.25)
+    )
     assert (group.learning_rate, group.weight_decay) == (3e-5, 0.0)
 
 
@@ -141,7 +172,9 @@ def test_in_the_exit_stage_the_heads_learn_at_the_whole_rate():
 
 def test_weight_decay_shrinks_what_it_applies_to():
     model = small_model()
-    optimiser = Optimiser(model, Stage.JOINT, OptimiserSettings(learning_rate=0.1, weight_decay=0.5), CONSTANT)
+    optimiser = Optimiser(
+        model, Stage.JOINT, OptimiserSettings(learning_rate=0.1, weight_decay=0.5), CONSTANT
+    )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in optimiser.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -157,7 +190,9 @@ def test_the_norm_is_told_before_clipping_and_large_gradients_are_clipped(monkey
     optimiser = Optimiser(model, Stage.EXIT, OptimiserSettings(clip_norm=2.0), CONSTANT)
     seen = []
     monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self: seen.extend(p.grad.clone() for g in self.param_groups for p in g["params"])
+        torch.optim.AdamW,
+        "step",
+        lambda self: seen.extend(p.grad.clone() for g in self.param_groups for p in g["params"]),
     )
     for parameter in optimiser.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -193,7 +228,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does():
             loss_of(model, seed).backward()
             optimiser.step()
 
-    settings, schedule = OptimiserSettings(learning_rate=1e-3), Schedule("cosine", warmup_steps=2, total_steps=6)
+    settings, schedule = (
+        OptimiserSettings(learning_rate=1e-3),
+        Schedule("cosine", warmup_steps=2, total_steps=6),
+    )
     model = small_model()
     whole = Optimiser(model, Stage.JOINT, settings, schedule)
     run(whole, model, range(2))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from runs import EXIT, JOINT, parsed, recipe_file, train
 
+from deer_vla_ros.commands import train_command
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.lab.training.calvin_files import RECORDINGS, write_action_space
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP
 from deer_vla_ros.model.checkpoint import CONFIG, README, load, load_info
-from deer_vla_ros.training import train_command
-from deer_vla_ros.training.calvin_files import RECORDINGS, write_action_space
 
 SHORT = {**JOINT, "steps": 2}
 MY_ARM = dataclasses.replace(TABLETOP, frame="tool0", translation_m=0.01)
@@ -52,7 +52,9 @@ def test_fine_tuning_goes_on_from_the_weights_and_the_units_of_a_checkpoint(star
 
 def test_a_checkpoint_of_another_shape_is_refused_before_it_is_loaded(start, data, tmp_path):
     config = from_start(tmp_path, start, EXIT, layers=6)
-    with pytest.raises(UserError, match=r"network has decoder.layers 6, .*checkpoint has 4: give the network that the folder"):
+    with pytest.raises(
+        UserError, match=r"network has decoder.layers 6, .*checkpoint has 4: give the network that the folder"
+    ):
         train_command.run(parsed(config, tmp_path / "out", data))
 
 
@@ -81,7 +83,9 @@ def test_a_stage_that_is_older_than_the_one_before_it_is_refused(data, tmp_path)
     config, run = recipe_file(tmp_path, SHORT, EXIT), tmp_path / "out" / "small"
     train(config, tmp_path / "out", data)
     shutil.rmtree(run / "stage-1-joint")
-    with pytest.raises(UserError, match=r"stage-2-exit came of an older training of the stage before it: remove it"):
+    with pytest.raises(
+        UserError, match=r"stage-2-exit came of an older training of the stage before it: remove it"
+    ):
         train_command.run(parsed(config, tmp_path / "out", data))
     shutil.rmtree(run / "stage-2-exit")
     train(config, tmp_path / "out", data)
@@ -89,7 +93,9 @@ def test_a_stage_that_is_older_than_the_one_before_it_is_refused(data, tmp_path)
 
 def test_what_acts_for_dagger_is_the_network_of_this_training(data, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(train_command._Run, "_other_command", lambda run, arguments: asked.append(arguments[0]))
+    monkeypatch.setattr(
+        train_command._Run, "_other_command", lambda run, arguments: asked.append(arguments[0])
+    )
     config, run = recipe_file(tmp_path, SHORT), tmp_path / "out" / "small"
     steps = [{"train": SHORT}, {"record": {"folder": "demos", "demos": 2, "seed": 2, "with_policy": True}}]
     for seed in (0, 1):

@@ -16,17 +16,17 @@ from processes import children, command_of, gone, wait_until
 from runs import EXIT, JOINT, command, curve, parsed, recipe_file, train
 from small_model import SMALL
 
+from deer_vla_ros.commands import train_command
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.lab.training.batches import FrameBatches, Share, window_rows
+from deer_vla_ros.lab.training.frames import Frames
+from deer_vla_ros.lab.training.optimisation import Stage
+from deer_vla_ros.lab.training.recipe import Recipe, Train
+from deer_vla_ros.lab.training.tokenizer import train_tokenizer
+from deer_vla_ros.lab.training.trainer import StageState, Trainer, read_log
 from deer_vla_ros.model.checkpoint import load, set_thresholds
 from deer_vla_ros.model.config import PRESETS
 from deer_vla_ros.model.network import MultiExitVLA
-from deer_vla_ros.training import train_command
-from deer_vla_ros.training.batches import FrameBatches, Share, window_rows
-from deer_vla_ros.training.frames import Frames
-from deer_vla_ros.training.optimisation import Stage
-from deer_vla_ros.training.recipe import Recipe, Train
-from deer_vla_ros.training.tokenizer import train_tokenizer
-from deer_vla_ros.training.trainer import StageState, Trainer, read_log
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def test_both_stages_lower_their_loss_and_only_the_heads_move_in_the_second(undi
 def test_a_run_that_is_killed_continues_the_same_curve_to_the_same_weights(undisturbed, data, tmp_path):
     config, log = recipe_file(tmp_path, JOINT, EXIT), tmp_path / "out" / "small" / "log.jsonl"
     for lines in (5, 16):  # in the middle of either stage
-        running = subprocess.Popen(command(config, tmp_path / "out", data), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            command(config, tmp_path / "out", data), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 120
         while running.poll() is None and len(read_log(log)) < lines and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -66,12 +68,18 @@ def test_a_recorder_ends_with_the_training_that_was_killed(tmp_path):
     config = recipe_file(tmp_path, JOINT)
     values = yaml.safe_load(config.read_text())
     config.write_text(
-        yaml.safe_dump({**values, "steps": [{"record": {"folder": "many", "demos": 6400, "seed": 1}}, *values["steps"]]})
+        yaml.safe_dump(
+            {**values, "steps": [{"record": {"folder": "many", "demos": 6400, "seed": 1}}, *values["steps"]]}
+        )
     )
-    running = subprocess.Popen(command(config, tmp_path / "out", tmp_path / "data"), stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        command(config, tmp_path / "out", tmp_path / "data"), stdout=subprocess.DEVNULL
+    )
     try:
         recorder = wait_until(
-            lambda: next((pid for pid in children(running.pid) if "record-demos" in command_of(pid)), None), 60, "a recorder"
+            lambda: next((pid for pid in children(running.pid) if "record-demos" in command_of(pid)), None),
+            60,
+            "a recorder",
         )
     finally:
         running.send_signal(signal.SIGKILL)
@@ -101,7 +109,7 @@ def test_a_step_tells_which_share_of_it_went_by_without_a_batch(data, tmp_path, 
             passes(3)
             return source.batch(step, micro, share)
 
-    monkeypatch.setattr("deer_vla_ros.training.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("deer_vla_ros.lab.training.trainer.time.perf_counter", lambda: now[0])
     model = MultiExitVLA(config)
     model.vision.register_forward_hook(lambda *_: passes(1))
     train = Train(Stage.JOINT, ("demos",), 1, 8, instructions=2, window=1, accumulate=2, pool_padding=False)
@@ -113,7 +121,8 @@ def test_a_step_tells_which_share_of_it_went_by_without_a_batch(data, tmp_path, 
 def test_each_guide_teaches_without_the_others(guide, data, tmp_path):
     stage = {**JOINT, "steps": 2, "heatmap": 0.0, "point": 0.0, "turn": 0.0}
     (without, _), (with_it, weights) = (
-        train(recipe_file(tmp_path, {**stage, guide: weight}), tmp_path / f"{weight}", data) for weight in (0.0, 0.5)
+        train(recipe_file(tmp_path, {**stage, guide: weight}), tmp_path / f"{weight}", data)
+        for weight in (0.0, 0.5)
     )
     assert guide not in without[0]["parts"]
     added = 0.5 * with_it[0]["parts"][guide]
@@ -137,11 +146,15 @@ def test_micro_batches_add_up_to_the_whole_batch(data, tmp_path):
         # Every micro-batch draws exits of its own: here all read the last.
         train = Train(Stage.JOINT, ("demos",), 3, 8, instructions=2, window=1, warmup_steps=0, random_exits=False,
                       accumulate=micro_batches, heatmap=0.2, pool_padding=False)  # fmt: skip
-        trainer = Trainer(model, train, batches, tokenizer.image_token, 0, StageState(tmp_path / f"{micro_batches}", {}))
+        trainer = Trainer(
+            model, train, batches, tokenizer.image_token, 0, StageState(tmp_path / f"{micro_batches}", {})
+        )
         outcomes.append(([trainer.step() for _ in range(3)], model.state_dict()))
     (whole, weights), (parts, others) = outcomes
     assert [step.loss for step in parts] == pytest.approx([step.loss for step in whole], rel=1e-5)
-    assert [step.gradient_norm for step in parts] == pytest.approx([step.gradient_norm for step in whole], rel=1e-4)
+    assert [step.gradient_norm for step in parts] == pytest.approx(
+        [step.gradient_norm for step in whole], rel=1e-4
+    )
     for name, value in weights.items():
         assert torch.allclose(value, others[name], atol=1e-4), name
 
@@ -151,14 +164,20 @@ def test_a_stage_of_another_recipe_is_refused_and_left_as_it_was(data, tmp_path)
     state = tmp_path / "out" / "small" / "stage-1-joint" / "state.safetensors"
     before = state.read_bytes()
     with pytest.raises(
-        UserError, match=r"stage-1-joint was trained with step 1 turn 0.2, the recipe now says 0.3: give another --out"
+        UserError,
+        match=r"stage-1-joint was trained with step 1 turn 0.2, the recipe now says 0.3: give another --out",
     ):
-        train_command.run(parsed(recipe_file(tmp_path, {**JOINT, "steps": 2, "turn": 0.3}), tmp_path / "out", data))
+        train_command.run(
+            parsed(recipe_file(tmp_path, {**JOINT, "steps": 2, "turn": 0.3}), tmp_path / "out", data)
+        )
     assert state.read_bytes() == before
 
 
 def test_a_finished_run_repeated_keeps_the_thresholds_that_its_checkpoint_got(data, tmp_path):
-    config, checkpoint = recipe_file(tmp_path, {**JOINT, "steps": 2}), tmp_path / "out" / "small" / "checkpoint"
+    config, checkpoint = (
+        recipe_file(tmp_path, {**JOINT, "steps": 2}),
+        tmp_path / "out" / "small" / "checkpoint",
+    )
     log, _ = train(config, tmp_path / "out", data)
     thresholds = tuple(0.1 for _ in load(checkpoint).info.thresholds)
     set_thresholds(checkpoint, thresholds)
@@ -177,7 +196,9 @@ def test_a_frame_is_shown_with_its_own_task_first_and_only_with_tasks_that_make_
     assert torch.equal(whole.ids, again.ids) and torch.equal(whole.images, again.images)
     assert torch.equal(whole.ids, torch.cat([half.ids for half in halves]))
     assert torch.equal(whole.targets.pose, torch.cat([half.targets.pose for half in halves]))
-    assert whole.images.shape == (16, 2, 3, 64, 64) and whole.ids.shape[0] == 48 and whole.points.shape[0] == 16
+    assert (
+        whole.images.shape == (16, 2, 3, 64, 64) and whole.ids.shape[0] == 48 and whole.points.shape[0] == 16
+    )
     with pytest.raises(UserError, match="does not divide among 3"):
         source.batch(0, 0, Share(0, 3))
 
@@ -189,7 +210,10 @@ def test_what_seldom_makes_sense_is_asked_for_most_where_it_does(data):
     frames.valid[:] = [True, True, True]
     frames.valid[frames.episode > 0, 2] = False  # "wait" in the first episode only
     frames.task[:] = 0
-    batches = [FrameBatches(frames, tokenizer, count=512, instructions=2, seed=0).batch(step, 0, Share()) for step in range(4)]
+    batches = [
+        FrameBatches(frames, tokenizer, count=512, instructions=2, seed=0).batch(step, 0, Share())
+        for step in range(4)
+    ]
     others = [tuple(ids.tolist()) for batch in batches for ids in batch.ids[1::2]]
     waits = others.count(tuple(tokenizer.encode(frames.all_phrasings())[0][-1].tolist()))
     share = (frames.episode == 0).mean()
@@ -216,7 +240,10 @@ def test_windows_end_where_their_episode_ends():
         ({"steps": [{"train": {**JOINT, "stage": "third"}}]}, "use one of joint, exit"),
         ({"steps": [{"cook": {}}]}, "give one of `record:` and `train:`"),
         ({"steps": 3}, "no list of steps"),
-        ({"steps": [{"record": {"folder": "d", "demos": 1, "seed": 1, "with_policy": True}}]}, "there is no policy yet"),
+        (
+            {"steps": [{"record": {"folder": "d", "demos": 1, "seed": 1, "with_policy": True}}]},
+            "there is no policy yet",
+        ),
         ({"log_every": 0}, "log_every is 0: give 1 or more"),
         ({"save_every": 0}, "save_every is 0"),
         ({"evaluate_every": -1}, "evaluate_every is -1: give 0 or more"),
@@ -239,11 +266,13 @@ def test_the_recipes_that_ship_can_be_read():
 
 def test_an_early_evaluation_asks_for_the_network_as_it_is(data, tmp_path, monkeypatch):
     """By the command that a person would give, whose arguments are checked here; what it measures is evaluate's own test."""
-    from deer_vla_ros.evaluation import evaluate_command
-    from deer_vla_ros.training.train_command import _Run
+    from deer_vla_ros.commands import evaluate_command
+    from deer_vla_ros.commands.train_command import _Run
 
     asked = []
-    monkeypatch.setattr(_Run, "_other_command", lambda self, arguments: asked.append(list(map(str, arguments))))
+    monkeypatch.setattr(
+        _Run, "_other_command", lambda self, arguments: asked.append(list(map(str, arguments)))
+    )
     recipe = recipe_file(tmp_path, {**JOINT, "steps": 4}, evaluate_every=2)
     train(recipe, tmp_path, data)
     assert len(asked) == 2
@@ -252,7 +281,9 @@ def test_an_early_evaluation_asks_for_the_network_as_it_is(data, tmp_path, monke
         parser = argparse.ArgumentParser()
         evaluate_command.add_arguments(parser)
         args = parser.parse_args(arguments[1:])
-        evaluate_command.check(args)
+        evaluate_command.asked_for(args)
         assert load(Path(args.checkpoint)).info.trained and args.trials > 0 and args.full_depth
     first, second = (load(Path(arguments[arguments.index("--checkpoint") + 1])).model for arguments in asked)
-    assert any((one != other).any() for one, other in zip(first.parameters(), second.parameters())), "it trained in between"
+    assert any((one != other).any() for one, other in zip(first.parameters(), second.parameters())), (
+        "it trained in between"
+    )

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from deer_vla_ros.evaluation.comparison import compare_relative, judge
-from deer_vla_ros.evaluation.parity_training import TRAINING64_KINDS, check_training64
-from deer_vla_ros.evaluation.recording import read_arrays, read_json, read_model
-from deer_vla_ros.training.augmentation import shift
+from deer_vla_ros.lab.parity.comparison import compare_relative, judge
+from deer_vla_ros.lab.parity.parity_training import TRAINING64_KINDS, check_training64
+from deer_vla_ros.lab.parity.reference_tensors import read_arrays, read_json, read_model
+from deer_vla_ros.lab.training.augmentation import shift
 
 COMPACT = Path(__file__).parent.parent / "golden_compact"
 TOLERANCES = read_json(COMPACT / "tolerances.json")["train64"]
@@ -21,7 +21,9 @@ def test_every_step_of_both_stages_agrees_in_double():
     verdicts = list(judge("9b", check_training64(COMPACT, "9b"), TRAINING64_KINDS, TOLERANCES))
     assert [verdict.kind for verdict in verdicts] == list(TRAINING64_KINDS)
     assert not [verdict for verdict in verdicts if not verdict.passed]
-    assert max(verdict.worst.value for verdict in verdicts) < 1e-10  # far below the tolerances: the same arithmetic
+    assert (
+        max(verdict.worst.value for verdict in verdicts) < 1e-10
+    )  # far below the tolerances: the same arithmetic
 
 
 def test_each_number_beyond_its_tolerance_is_noticed_and_no_other(tmp_path):
@@ -68,7 +70,9 @@ def test_the_names_of_trained_parameters_go_back_to_the_reference_s():
     )
     assert names["shared_head.pose.out.bias"] == "extra_exit.actions.mlp.5.bias"
     assert names["auxiliary_heads.5.lstms.0.weight_hh_l0"] == "lm_exit_modules.2.rnn.layers.0.weight_hh_l0"
-    assert not [name for name in names if ".self_attn." in name and "out_proj" not in name]  # cut out of one matrix
+    assert not [
+        name for name in names if ".self_attn." in name and "out_proj" not in name
+    ]  # cut out of one matrix
     assert len(set(names.values())) == len(names)
 
 

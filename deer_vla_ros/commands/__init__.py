@@ -1,0 +1,1 @@
+"""The commands that a person runs, one file each. They import lazily, and nothing imports them."""

@@ -1,0 +1,54 @@
+"""Arguments that several commands share: numbers above 0, and how a recording is read."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from deer_vla_ros.errors import UserError
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no finite number above 0")
+    return value
+
+
+def add_recording_arguments(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """of: what stands before each help, where a command has other sources than recordings."""
+    parser.add_argument(
+        "--params", type=Path, metavar="FILE", help=f"{of}the node's parameter file (default: its defaults)"
+    )
+    parser.add_argument(
+        "--topic",
+        action="append",
+        default=[],
+        metavar="NAME:=TOPIC",
+        help=f"{of}what the node's topic is called there; repeat",
+    )
+    parser.add_argument("--instruction", metavar="TEXT", help=f"{of}in place of the recorded ones")
+    parser.add_argument(
+        "--clock",
+        choices=("receive", "header"),
+        default="receive",
+        help=f"{of}bag time: when messages were received, or the newest stamp among them (default: %(default)s)",
+    )
+
+
+def topics_of(args: argparse.Namespace) -> dict[str, str]:
+    """Recorded topic by the node's, of --topic arguments; UserError."""
+    found = {}
+    for text in args.topic:
+        name, mark, topic = text.partition(":=")
+        if not (mark and name and topic):
+            raise UserError(
+                f"--topic is {text!r}: give NAME:=TOPIC, such as camera/static/image_raw:=/cam0/image_raw"
+            )
+        found[name.strip("/")] = topic
+    return found

@@ -1,0 +1,321 @@
+"""Times the node, checks that budgets are kept, and shows what depth buys in closed loop.
+
+Example: as the documentation's figures were measured, and a quick look:
+
+    python -m deer_vla_ros benchmark node --json out/node-latency.json
+    python -m deer_vla_ros benchmark node --seconds 5
+    python -m deer_vla_ros benchmark budgets --json out/budgets.json
+    python -m deer_vla_ros benchmark budgets --episodes 20
+    python -m deer_vla_ros benchmark latency --json out/latency.json
+    python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint --plot docs/images/curve.png
+    python -m deer_vla_ros benchmark ablations --chains 200 --data out/train/data --json out/ablations.json
+
+node: how long is it from a camera's stamp to the command? The policy node beside a bare rclpy relay, in one run.
+Two 640x480 rgb8 cameras at 30 Hz, real processes over real DDS. Overhead is the node's stamp-to-command less the policy's own
+compute; the ratio is overhead to the relay's stamp-to-pose. Measured idle and with every core loaded, with model.cpu_threads 1
+and 0 (torch's choice); p50_ratio and p99_ratio of the JSON are those of idle with 1. Logs of all processes are in `--out`.
+
+budgets: `--budgets` averages across the feasible range, governor off, requested against achieved mean over `--episodes` of 50 steps of
+the simulated table that the calibration never saw; the same in a world that differs from it, the worst window of 200 steps with and
+without the governor; and whether a peak is ever passed.
+
+latency: milliseconds of every stage of a step on this machine, as --json writes them the table that `replay --latency-table` goes by.
+
+curve: average length of `--chains` chains against the language part's MACs: the dynamic network under its own thresholds, under
+several budgets and at each fixed exit, and every `--static` network at its full depth, in the wordings of training or in others. Each point is a
+run of `evaluate`, kept in `--out` and not repeated.
+
+ablations: trains the `--recipe` with all parts of the method and without each, calibrates, and scores `--chains` chains at one average
+budget; criteria and thresholds are compared on the network with all parts, or on that of `--checkpoint` alone, and then nothing is trained. It can
+be interrupted and goes on from there.
+
+`camera`, `relay`, `listener` and `load` are the processes that `node` starts. Without ROS_DOMAIN_ID it takes a random one, and
+without FASTRTPS_DEFAULT_PROFILES_FILE a shared memory segment that holds such images: Fast DDS's own loses most of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from deer_vla_ros.commands.arguments import positive
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import write_json
+from deer_vla_ros.processes import keep_off_other_robots
+
+STEPS = 50
+"""Of an episode of the table."""
+SHIFTED_EPISODES = 12
+"""For the settling time and two windows."""
+FIRST_SEED = 500_000
+"""Far from the calibration's."""
+PARTS = ("camera", "relay", "listener", "load")
+ENOUGH_SAMPLES = 300
+"""With fewer, the 99th percentile rests on two or three of them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        choices=("node", "budgets", "latency", "curve", "ablations", *PARTS),
+        metavar="WHAT",
+        help=f"node, budgets, latency, curve, ablations; {', '.join(PARTS)}: see above",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument(
+        "--seconds", type=positive, default=15.0, help="node: time of each condition (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="",
+        metavar="DIR",
+        help="budgets, latency, curve: checkpoint folder (default: the embedded one); ablations: see above",
+    )
+    parser.add_argument(
+        "--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)"
+    )
+    parser.add_argument("--budgets", type=int, default=12, help="budgets: how many (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="budgets, curve: workers (default: all cores)"
+    )
+    parser.add_argument(
+        "--chains",
+        type=int,
+        default=500,
+        help="curve, ablations: chains of every point (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="curve, ablations: which set of chains (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--static",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="curve: checkpoint of a network without exits; repeat",
+    )
+    parser.add_argument(
+        "--phrasings",
+        choices=PHRASINGS,
+        default="training",
+        help="curve: wordings of the instructions, both: half and half (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="latency: default %(default)s"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="latency: default %(default)s",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="latency: of torch on a CPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        default=Path("config/training/ablation.yaml"),
+        help="ablations: default %(default)s",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("out/train/data"),
+        help="ablations: the recipe's data (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fraction", type=float, default=0.35, help="ablations: of full depth (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, default=Path("out/curve.png"), metavar="PNG", help="curve: default %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/benchmark"),
+        metavar="DIR",
+        help="folder of logs (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 where all conditions were measured, whatever the figures; UserError otherwise. No process is left behind either way."""
+    if args.what in PARTS:
+        from deer_vla_ros.lab.benchmarks import (
+            node_parts as benchmark_parts,  # only here: what starts the processes has no thread of rclpy to fork
+        )
+
+        getattr(benchmark_parts, args.what)()
+        return 0
+    started = time.monotonic()
+    report = {
+        "ablations": _ablations,
+        "budgets": _budgets,
+        "curve": _curve,
+        "latency": _latency,
+        "node": _node,
+    }[args.what](args)
+    if args.json:
+        write_json(args.json, report)
+    print(f"measured in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _node(args: argparse.Namespace) -> dict[str, object]:
+    """Latency of the policy node."""
+    from deer_vla_ros.lab.benchmarks.node_run import measure
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the processes in order
+    args.out.mkdir(parents=True, exist_ok=True)
+    keep_off_other_robots()
+    rows = measure(args.seconds, args.out)
+    quiet = rows[0]
+    report = {
+        "p50_ratio": quiet.p50_ratio,
+        "p99_ratio": quiet.p99_ratio,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    print(
+        f"idle: the node's overhead is {quiet.p50_ratio:.2f} x the relay beside it at p50, {quiet.p99_ratio:.2f} x at p99; "
+        f"{quiet.p50_ratio_alone:.2f} x and {quiet.p99_ratio_alone:.2f} x the relay alone"
+    )
+    if min(row.samples for row in rows) < ENOUGH_SAMPLES:
+        print(f"fewer than {ENOUGH_SAMPLES} samples in a condition: take p99 as a hint, or measure longer")
+    return report
+
+
+def _budgets(args: argparse.Namespace) -> dict[str, object]:
+    """Requested against achieved means."""
+    from deer_vla_ros.lab.benchmarks import budget_benchmark
+    from deer_vla_ros.model.checkpoint import folder_of
+
+    if args.budgets < 2:
+        raise UserError(f"benchmark: --budgets is {args.budgets}: give 2 or more, for both ends of the range")
+    if args.episodes < SHIFTED_EPISODES:
+        raise UserError(
+            f"benchmark: --episodes is {args.episodes}: give {SHIFTED_EPISODES} or more, for a window of 200 steps"
+        )
+    seeds = range(FIRST_SEED, FIRST_SEED + args.episodes)
+    others = range(seeds.stop, seeds.stop + max(SHIFTED_EPISODES, args.episodes // 8))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, violations = budget_benchmark.measure(
+            folder_of(args.checkpoint),
+            seeds,
+            STEPS,
+            others,
+            args.budgets,
+            Path(scratch),
+            args.processes,
+            lambda line: print(line, flush=True),
+        )
+    named = {
+        "held_out": f"{seeds.start} to {seeds.stop - 1}",
+        "shifted": f"{others.start} to {others.stop - 1}",
+    }
+    report = budget_benchmark.report(rows, violations, named)
+    print(
+        f"worst error of a mean over {args.episodes * STEPS} steps: {report['worst_relative_error']:.1%}; worst window in another "
+        f"world ({report['shift']}): {report['worst_relative_error_shifted_governed']:.1%} with governor, "
+        f"{report['worst_relative_error_shifted_ungoverned']:.1%} without; peaks passed: {violations}"
+    )
+    return report
+
+
+def _latency(args: argparse.Namespace) -> dict[str, object]:
+    """A latency table."""
+    import torch
+    from rich.progress import Progress
+
+    from deer_vla_ros.lab.benchmarks.latency_benchmark import measure
+    from deer_vla_ros.model.checkpoint import folder_of
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("benchmark: --device is cuda, but torch sees no GPU here: give cpu")
+    torch.set_num_threads(max(1, args.threads))
+    with Progress() as bar:
+        task = bar.add_task("measuring", total=1.0)
+        table = measure(
+            folder_of(args.checkpoint),
+            args.device,
+            getattr(torch, args.dtype),
+            lambda share: bar.update(task, completed=share),
+        )
+    before, layer, probe = (sum(parts) / len(table.parts) for parts in zip(*table.parts))
+    print(
+        f"{table.about}: {before:.2f} ms before the layers, {layer:.3f} ms per layer, {probe:.3f} ms per probe of the head"
+    )
+    return {"about": table.about, "parts": table.parts}
+
+
+def _curve(args: argparse.Namespace) -> dict[str, object]:
+    """Length against cost."""
+    from deer_vla_ros.lab.benchmarks import depth_curve
+    from deer_vla_ros.model.checkpoint import folder_of, load_info
+
+    folder = folder_of(args.checkpoint)
+    found = depth_curve.points(folder, args.static)
+    rows = depth_curve.measure(
+        found,
+        args.chains,
+        args.seed,
+        args.processes,
+        args.out / "curve",
+        lambda line: print(f"\n--- {line}", flush=True),
+        args.phrasings,
+    )
+    wording = "" if args.phrasings == "training" else f", {args.phrasings} wordings"
+    depth_curve.draw(
+        rows, f"{args.chains} chains of five{wording}, {load_info(folder).weights[:60]}", args.plot
+    )
+    print(f"\n{'':32}length   95%            MMAC per step")
+    for row in rows:
+        low, high = row["average_length_ci"]
+        name = f"{row['kind']} {row['label']}"
+        print(
+            f"{name:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['llm_gmac_mean'] * 1e3:.2f}"
+        )
+    comparisons = depth_curve.headline(rows)
+    for each in comparisons:
+        if each.dynamic is None:
+            print(f"no dynamic point is as long as {each.name}")
+            continue
+        low, high = each.difference_ci
+        print(
+            f"against {each.name}: dynamic, {each.dynamic['label']}, takes {each.saved:.2f} times fewer MACs; its chains are "
+            f"longer by {each.difference:+.3f} (95%, chain by chain: {low:+.3f} to {high:+.3f})"
+        )
+    print(f"plot: {args.plot}")
+    return {"rows": rows, "headline": [dataclasses.asdict(each) for each in comparisons if each.dynamic]}
+
+
+def _ablations(args: argparse.Namespace) -> dict[str, object]:
+    """What each part of the method contributes."""
+    from deer_vla_ros.lab.benchmarks import ablations, depth_curve
+
+    def tell(line: str) -> None:
+        print(f"\n--- {line}", flush=True)
+
+    def score(found: list[depth_curve.Point]) -> list[dict]:
+        return depth_curve.measure(
+            found, args.chains, args.seed, args.processes, args.out / "ablations", tell
+        )
+
+    setting = ablations.Setting(args.recipe, args.data, args.out / "ablations", args.processes, args.fraction)
+    folders = (
+        {ablations.ALL_PARTS: Path(args.checkpoint)} if args.checkpoint else ablations.networks(setting, tell)
+    )
+    rows = score(ablations.points(setting, folders, score, tell))
+    print(f"\n{'':32}length   95%            share of the language part's full depth")
+    for row in rows:
+        low, high = row["average_length_ci"]
+        print(
+            f"{row['label']:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['fraction']:.3f}"
+        )
+    return {"rows": rows, "recipe": str(args.recipe), "fraction": args.fraction}

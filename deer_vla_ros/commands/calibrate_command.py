@@ -1,0 +1,188 @@
+"""Measures the deltas and actions of all exits on recordings, and writes them into a checkpoint folder.
+
+Example: the embedded checkpoint on the simulated table, as it ships, and your own:
+
+    python -m deer_vla_ros calibrate table
+    python -m deer_vla_ros calibrate table --checkpoint /data/my_checkpoint --episodes 200
+    python -m deer_vla_ros calibrate bags/monday bags/tuesday --checkpoint /data/my_checkpoint --topic ee_pose:=/arm/tcp
+
+SOURCE is 'table', or rosbag2 recordings of your robot at work: frames are paired and paced as the policy node would. Average budgets are solved
+from the file that this writes (calibration.safetensors). It is replaced in one piece: interrupted, the old one stays. How the deltas differ
+from the ones that were stored is told: the larger the distance, the further the robot's scenes are from what was calibrated on before.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deer_vla_ros.commands import arguments
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import write_json
+
+if TYPE_CHECKING:
+    from deer_vla_ros.budget.calibration import Calibration, Episode
+    from deer_vla_ros.model.action_space import ActionSpace
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="'table': the simulated table, where the scripted expert shows the tasks; or recordings",
+    )
+    parser.add_argument(
+        "--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)"
+    )
+    parser.add_argument("--episodes", type=int, default=144, help="table: sessions (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="table: steps of each (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first session at the table, and of what is drawn (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--default-fraction",
+        type=float,
+        metavar="F",
+        help="also make this budget.average_fraction the checkpoint's own thresholds",
+    )
+    arguments.add_recording_arguments(parser, of="recordings: ")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the file is written."""
+    import numpy as np
+    from rich.progress import track
+
+    from deer_vla_ros.budget.calibration import CALIBRATION, measure
+    from deer_vla_ros.lab.scoring.table_episodes import table_episodes
+    from deer_vla_ros.model.checkpoint import folder_of, load
+
+    if "table" in args.source and len(args.source) > 1:
+        raise UserError(
+            f"calibrate: 'table' and {len(args.source) - 1} more: calibrate on the table or on recordings"
+        )
+    for name in ("episodes", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"calibrate: --{name} is {getattr(args, name)}: give 1 or more")
+    folder = folder_of(args.checkpoint)
+    checkpoint = load(folder)
+    left_out: list[str] = []
+    if args.source == ["table"]:
+        seeds = range(args.seed, args.seed + args.episodes)
+        source = f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, {args.steps} steps of the scripted expert each"
+        sessions = track(seeds, description="calibrating")
+        episodes = (
+            episode for seed in sessions for episode in table_episodes(range(seed, seed + 1), args.steps)
+        )
+    else:
+        source = f"recordings {', '.join(Path(name).name for name in args.source)}"
+        episodes = _recorded(args, checkpoint.info.action_space, left_out)
+    stored = _stored(folder)
+    calibration = measure(checkpoint, episodes, {"source": source}, args.seed)
+    differences = distances(calibration, stored)
+    calibration.save(folder)
+    if args.default_fraction is not None:
+        set_default(folder, args.default_fraction)
+    rows = [
+        {
+            "layer": layer,
+            "delta_p50": float(np.median(calibration.deltas[:, index])),
+            "delta_p95": float(np.quantile(calibration.deltas[:, index], 0.95)),
+            "window_delta_p50": float(np.median(calibration.window_deltas[:, index]))
+            if len(calibration.window_deltas)
+            else None,
+            "deviation": float(calibration.deviations[:, index].mean()),
+            "distance_from_stored": differences[index] if differences else None,
+        }
+        for index, layer in enumerate(calibration.exits)
+    ]
+    print(
+        f"{folder / CALIBRATION}: {len(calibration.deltas)} steps, {len(calibration.window_deltas)} window positions; {source}"
+    )
+    print("layer  delta p50   p95      in windows p50   deviation from full depth")
+    for row in rows:
+        window = "-" if row["window_delta_p50"] is None else f"{row['window_delta_p50']:.4f}"
+        print(
+            f"{row['layer']:>5}  {row['delta_p50']:.4f}     {row['delta_p95']:.4f}   {window:<14}   {row['deviation']:.4f}"
+        )
+    if differences:
+        told = "  ".join(f"{row['layer']}: {row['distance_from_stored']:.3f}" for row in rows)
+        print(
+            f"from the deltas that were stored ({stored.provenance.get('source', 'unknown')}), by layer: {told}; 0 is the same, 1 is apart"
+        )
+    for line in left_out:
+        print(f"left out: {line}")
+    if args.json:
+        write_json(args.json, {"exits": rows, "provenance": calibration.provenance, "left_out": left_out})
+    return 0
+
+
+def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str]) -> Iterator[Episode]:
+    """Episodes of recordings, read as they are needed; left_out is filled when they have been."""
+    from itertools import groupby
+
+    from rich.progress import track
+
+    from deer_vla_ros.bag.observed import Account, observed
+    from deer_vla_ros.budget.calibration import Episode
+    from deer_vla_ros.ros import parameters
+
+    given = parameters.from_file(args.params)
+    settings, frame = parameters.controller_settings(given), parameters.action_space(given, space).frame
+    account, topics = Account(), arguments.topics_of(args)
+    for path in track(args.source, description="calibrating"):
+        seen = observed(
+            Path(path),
+            account,
+            settings.rate_hz,
+            settings.inputs,
+            frame,
+            topics,
+            args.clock,
+            args.instruction,
+        )
+        for text, moments in groupby(seen, key=lambda moment: moment.instruction):
+            yield Episode(text, (moment.observation for moment in moments))
+    left_out += account.lines()
+
+
+def _stored(folder: Path) -> Calibration | None:
+    """The folder's calibration, whatever weights it was measured on; None where there is none that can be read."""
+    from deer_vla_ros.budget.calibration import Calibration
+
+    try:
+        return Calibration.load(folder)
+    except UserError:
+        return None
+
+
+def distances(new: Calibration, stored: Calibration | None) -> list[float] | None:
+    """By exit, how far the distributions of the deltas are apart: the largest difference of their cumulated shares, 0 to 1
+    (Kolmogorov and Smirnov). None where there is nothing to compare with."""
+    from scipy.stats import ks_2samp
+
+    if stored is None or stored.exits != new.exits or stored.delta != new.delta:
+        return None
+    return [float(ks_2samp(new.deltas[:, i], stored.deltas[:, i]).statistic) for i in range(len(new.exits))]
+
+
+def set_default(folder: Path, fraction: float) -> None:
+    """Makes the thresholds of an average budget the checkpoint's own."""
+    from deer_vla_ros.budget.keeper import BudgetKeeper
+    from deer_vla_ros.budget.types import Budget
+    from deer_vla_ros.model.checkpoint import load, set_thresholds
+
+    budget, keeper = Budget(average_fraction=fraction, governor=False), BudgetKeeper.of(load(folder))
+    keeper.check(budget)
+    keeper.set(budget)
+    set_thresholds(folder, keeper.rule.thresholds)
+    print(
+        f"{folder}: thresholds {', '.join(f'{value:.4g}' for value in keeper.rule.thresholds)}, {fraction:g} of full depth"
+    )

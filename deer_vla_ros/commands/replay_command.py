@@ -1,0 +1,246 @@
+"""Runs the policy over a recording: what would it have done, at which cost, under this budget or that?
+
+Example: three budgets on one recording, and a regression test of its decisions:
+
+    python -m deer_vla_ros replay test/data/table --out out/replay --budget average_fraction=0.3 --budget average_fraction=0.6
+    python -m deer_vla_ros replay test/data/table --golden out/golden.csv
+    python -m deer_vla_ros replay test/data/table --check out/golden.csv --tolerance 1e-4
+
+BAG is a rosbag2 folder or one of its files, MCAP or sqlite3, compressed or not. The node's own controller hears it in lock step on bag time:
+no DDS, no wall clock, as fast as the machine allows. --follow: along the inputs that recorded ~/step messages name, to see whether a live run
+decides the same once more.
+
+--out DIR gets report.html, report.json, and for each budget a folder with steps.csv (every decision, the same to the byte in every run on one
+machine), timings.csv, holds.csv and bag/ (MCAP: the input's topics and target_pose, gripper_command, deer_vla/step). It appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deer_vla_ros.commands import arguments
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_folder
+
+OWN = "own thresholds"
+MARK = "report.json"
+"""By which a folder is known to be a replay's, and may be replaced."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bag", type=Path, metavar="BAG", help="rosbag2 folder, or one of its files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where tables, recordings and the report go")
+    parser.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE[,NAME=VALUE]",
+        help="a run under this budget, without `budget.` before its name (several: repeat); recorded changes of budgets are not obeyed then",
+    )
+    arguments.add_recording_arguments(parser)
+    parser.add_argument(
+        "--start",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds into the recording (default: %(default)s)",
+    )
+    parser.add_argument("--duration", type=float, metavar="S", help="seconds (default: to the end)")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="along recorded ~/step messages; exit 1 where a decision differs",
+    )
+    parser.add_argument(
+        "--latency-table",
+        type=Path,
+        metavar="FILE",
+        help="how long an inference takes, needed for budgets in ms (default: latency.json of the checkpoint folder, if there is one)",
+    )
+    parser.add_argument(
+        "--no-inputs", action="store_true", help="leave the input's topics out of the recordings in --out"
+    )
+    parser.add_argument("--golden", type=Path, metavar="FILE", help="write the decisions there")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="compare with decisions that --golden wrote; exit 1 where one differs",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="by how much numbers may differ in --check (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report's figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when replayed, and nothing differs that was to be compared; 1 where it does. UserError for what cannot be replayed."""
+    from deer_vla_ros.bag import golden, report
+    from deer_vla_ros.files import write_json
+
+    _check(args)
+    if args.check:
+        next(golden.read_rows(args.check), None)  # now, not after a long replay
+    requests = requests_of(args)
+    if args.out and args.out.exists() and not (args.out / MARK).is_file():
+        raise UserError(f"--out is {args.out}, which is there and not a replay's: give another folder")
+    rows: list[dict[str, Any]] = []
+    on_row = rows.append if args.golden or args.check else _forget
+    with whole_folder(args.out) if args.out else contextlib.nullcontext() as folder:
+        results = [
+            _run(request, label, folder and folder / _slug(label), on_row)
+            for label, request in requests.items()
+        ]
+        full = _full_depth(requests) if folder or args.json else None
+        reference = _run(full, report.FULL_DEPTH, None, _forget) if full else None
+        figures = {"bag": str(args.bag), "runs": [report.summary(result, reference) for result in results]}
+        for result, figure in zip(results, figures["runs"]):
+            _tell(result, figure)
+        if folder:
+            (folder / "report.html").write_text(
+                report.page(f"Replay of {args.bag.name}", results, figures["runs"], reference)
+            )
+            (folder / MARK).write_text(json.dumps(figures, indent=2) + "\n")
+    if args.out:
+        print(f"{args.out / 'report.html'}")
+    if args.json:
+        write_json(args.json, figures)
+    if args.golden:
+        golden.write(rows, args.golden)
+        print(f"{args.golden}: {len(rows)} decisions")
+    failed = False
+    if args.check:
+        differs = golden.compare(rows, args.check, args.tolerance)
+        print(differs or f"{args.check}: all {len(rows)} decisions agree within {args.tolerance:g}")
+        failed = bool(differs)
+    return int(failed or (args.follow and any(result.differences for result in results)))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not (args.out or args.golden or args.check or args.json):
+        raise UserError("replay: nothing is asked for: give --out DIR, --golden FILE or --check FILE")
+    if (args.golden or args.check) and len(args.budget) > 1:
+        raise UserError(
+            f"replay: {len(args.budget)} --budget, but decisions are kept or compared of one: give one, or none"
+        )
+    if args.golden and args.check:
+        raise UserError("replay: --golden writes what --check reads: give one of them")
+    for name in ("golden", "check"):
+        path = getattr(args, name)
+        if path and args.out and args.out.resolve() in path.resolve().parents:
+            raise UserError(
+                f"replay: --{name} is {path}, in --out, which is replaced as a whole: give it another place"
+            )
+    for name, low in (("start", 0.0), ("duration", 0.0), ("tolerance", 0.0)):
+        value = getattr(args, name)
+        if (
+            value is not None
+            and not (math.isfinite(value) and value >= low)
+            or (name == "duration" and value == 0)
+        ):
+            raise UserError(
+                f"replay: --{name} is {value:g}: give {'a number above 0' if name == 'duration' else '0 or more'}"
+            )
+
+
+def requests_of(args: argparse.Namespace):
+    """What to replay, by label: one run for each --budget, or one as the parameters say."""
+    from deer_vla_ros.bag.request import request
+
+    common = {
+        "params": args.params,
+        "topics": arguments.topics_of(args),
+        "clock": args.clock,
+        "start_s": args.start,
+        "duration_s": args.duration,
+        "instruction": args.instruction,
+        "follow": args.follow,
+        "latency_table": args.latency_table,
+        "with_inputs": not args.no_inputs,
+    }
+    return {text or OWN: request(args.bag, budget=text, **common) for text in args.budget or [""]}
+
+
+def _full_depth(requests):
+    """The same recording with every step to the last layer; None where the checkpoint cannot tell how (it has no calibration)."""
+    import dataclasses
+
+    from deer_vla_ros.bag.request import no_budget
+    from deer_vla_ros.budget.calibration import Calibration
+    from deer_vla_ros.model.checkpoint import folder_of
+
+    first = next(iter(requests.values()))
+    if Calibration.load(folder_of(first.given["model.path"])) is None:
+        return None
+    given = {**first.given, **no_budget(), "budget.average_fraction": 1.0}
+    return dataclasses.replace(first, given=given, latencies=None, keep=("budget.",))
+
+
+def _run(request, label: str, folder: Path | None, on_row: Callable[[dict], None]):
+    """One run, with a progress bar."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from deer_vla_ros.bag.run import run as replay
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task(label, total=1.0, speed="")
+
+        def on_progress(seconds: float, of: float) -> None:
+            elapsed = bar.tasks[task].elapsed or 0.0
+            bar.update(
+                task,
+                completed=seconds,
+                total=of,
+                speed=f"{seconds / elapsed:.1f} x real time" if elapsed else "",
+            )
+
+        result = replay(request, label, folder, on_row, on_progress)
+        bar.update(task, completed=result.seconds, total=result.seconds)
+    return result
+
+
+def _tell(result, figures: dict[str, Any]) -> None:
+    """The figures for people."""
+    shares = "  ".join(
+        f"{int(layer) + 1}: {share:.0%}" for layer, share in figures["exit_shares"].items() if share
+    )
+    away = figures["deviation_from_full_depth"]
+    print(
+        f"{result.label}: {figures['steps']} steps, {figures['language_gmac_mean']:.4g} GMAC each "
+        f"({figures['language_gmac_mean'] / figures['language_gmac_full']:.0%} of full depth), after layers {shares}"
+        + (f", {away['mean']:.3g} from full depth on average" if away else "")
+        + f"; {figures['seconds'] / max(figures['wall_s'], 1e-9):.1f} x real time"
+    )
+    for reason, count in figures["holds"].items():
+        print(f"  held {count} times: {reason}")
+    for line in (*figures["left_out"], *figures["notes"]):
+        print(f"  {line}")
+    if figures["followed_differently"]:
+        print(
+            f"  decided differently in {len(figures['followed_differently'])} steps, first: {figures['followed_differently'][0]}"
+        )
+
+
+def _forget(row: dict[str, Any]) -> None:
+    """A row that nobody asked for."""
+
+
+def _slug(label: str) -> str:
+    return "".join(character if character.isalnum() or character in "._=-" else "_" for character in label)

@@ -1,0 +1,127 @@
+"""Attacks the running policy node with random faults over real DDS, and judges it from outside.
+
+Example: two minutes of everything, one fault for long, and the simulated table in place of the fake robot:
+
+    python -m deer_vla_ros soak --minutes 2 --json out/soak.json
+    python -m deer_vla_ros soak --minutes 10 --faults pose_frozen,node_killed --seed 3
+    python -m deer_vla_ros soak --minutes 60 --robot table
+
+Starts the policy node, a fake robot (two cameras, a measured pose, an arm that follows), an operator that
+calls the services, and an observer that hears every command and judges it by limits of its own. Faults come
+one at a time with healthy motion between them, and now and then two at once; the order is the same for the
+same seed. After each the arm has to move again: by itself, or where the hold is a serious one when ~/hold is
+called with false.
+
+Exit status 1 where a goal is missed: a command outside its limits, a stale one, a silence of more than 0.5 s,
+an exception that nobody handled, a promise that was broken, a recovery that did not come, half of them after
+more than 1 s or one in 20 after more than 3 s, or memory that grows by more than 1% per hour (in five minutes
+or more). Logs and events of all processes are in `--out`. Without ROS_DOMAIN_ID it takes a random one, so
+that no robot nearby obeys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deer_vla_ros.commands.arguments import positive
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import write_json
+from deer_vla_ros.processes import TABLE_GUARD, keep_off_other_robots, leave_out_shared_memory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=positive, default=2.0, help="how long (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the order of the faults (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--faults",
+        default="all",
+        metavar="NAMES",
+        help="all, or names parted by commas; a wrong one lists them all",
+    )
+    parser.add_argument(
+        "--robot",
+        choices=("fake", "table"),
+        default="fake",
+        help="what the node moves (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/soak"),
+        metavar="DIR",
+        help="folder of logs (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 where all goals are met, 1 where one is missed or the run was interrupted; UserError where nothing
+    can run."""
+    from deer_vla_ros.lab.soak import schedule
+    from deer_vla_ros.lab.soak.report import Seen, missed, report, summary_lines
+    from deer_vla_ros.lab.soak.run import limits_for, soak
+
+    faults = schedule.chosen(args.faults, args.robot == "table")
+    table_parameters = TABLE_GUARD if args.robot == "table" else None
+    _prepare(args.out)
+    seen = Seen(args.seed, args.minutes)
+    try:
+        with _progress(args.minutes * 60) as tell:
+            soak(seen, faults, limits_for(table_parameters), args.out, table_parameters, tell)
+    except KeyboardInterrupt:
+        seen.interrupted = True
+    except UserError as error:
+        if not seen.outcomes:
+            raise
+        seen.broken.append({"at_ns": 0, "message": str(error)})
+    figures = report(seen)
+    if args.json:
+        write_json(args.json, figures)
+    print(*summary_lines(figures), sep="\n")
+    failures = [*(["interrupted"] if seen.interrupted else []), *missed(figures)]
+    if failures:
+        print(f"failed: {'; '.join(failures)}; logs in {args.out}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _prepare(out: Path) -> None:
+    """A folder without the logs of an earlier soak, and an environment in which no robot nearby obeys."""
+    out.mkdir(parents=True, exist_ok=True)
+    for log in out.glob("*.log"):
+        log.unlink()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the processes in order
+    keep_off_other_robots()
+    leave_out_shared_memory()
+
+
+@contextlib.contextmanager
+def _progress(total_s: float) -> Iterator[Any]:
+    """A bar where stdout is a terminal; a line for every attack everywhere else."""
+    if not sys.stdout.isatty():
+        yield lambda gone_s, outcome: print(_line(gone_s, outcome), flush=True)
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("soaking", total=total_s)
+
+        def tell(gone_s: float, outcome: Any) -> None:
+            bar.update(task, completed=min(gone_s, total_s), description=" + ".join(outcome.faults))
+            if outcome.recovered_s is None:
+                bar.console.print(_line(gone_s, outcome))
+
+        yield tell
+
+
+def _line(gone_s: float, outcome: Any) -> str:
+    back = "not recovered" if outcome.recovered_s is None else f"recovered in {outcome.recovered_s:.2f} s"
+    cleared = ", cleared" if outcome.cleared else ""
+    return f"{gone_s:7.1f} s  {' + '.join(outcome.faults)}: {back}{cleared}"

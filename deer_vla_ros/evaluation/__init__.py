@@ -1,1 +1,0 @@
-"""How good, how cheap, how exact is it? Parity with the reference, reports."""

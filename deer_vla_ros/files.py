@@ -1,0 +1,80 @@
+"""Files and folders that a command reads or writes: whole or not at all, and with errors of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deer_vla_ros.errors import UserError
+
+
+def read_yaml(path: Path, example: str) -> Any:
+    """What is in a YAML file that a person named.
+
+    Raises UserError where it cannot be read or is no YAML; `example` is a file to compare it with.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"{path} cannot be read ({reason}): give a file such as {example}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def write_json(path: Path, report: Any) -> None:
+    """Writes `report` as `write_text` writes a text."""
+    write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` in one piece, and makes the folders that lead to it.
+
+    An older file stays as it was when this is interrupted. Devices and pipes (/dev/stdout) are written to, they
+    are not replaced. Raises UserError where it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            path.write_text(text)
+            return
+        scratch = path.with_name(f".{path.name}.new")
+        scratch.write_text(text)
+        scratch.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): give another place") from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a path of the same name that does not exist yet. The folder that is made there takes the place of
+    `path` at the end; after an exception nothing is left.
+
+    What a killed process left of an earlier attempt is removed. Raises UserError where the folder cannot be
+    made.
+    """
+    own = str(os.getpid())
+    for old in path.parent.glob(f".{path.name}.partial-*"):
+        number = old.name.rpartition("-")[2]
+        # Of its own number, too: in a container the next process often has the same.
+        if number == own or not Path("/proc", number).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    scratch = path.parent / f".{path.name}.partial-{own}"
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror}): give another place") from error
+    try:
+        yield scratch / path.name
+        if path.exists():
+            path.rename(scratch / "before")  # it is removed once the new one stands in its place
+        (scratch / path.name).rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The lab: what makes, scores and shows policies. Nothing that runs beside an arm imports it."""

@@ -1,0 +1,228 @@
+"""What does depth buy in closed loop? Average chain length against the language part's MACs: dynamic, fixed exits, static networks.
+
+Every point is one run of `evaluate` on the same chains, kept as a file of its own: what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deer_vla_ros.budget.types import Budget
+from deer_vla_ros.lab.scoring.chain_report import STATIC_LAYERS, mean_interval
+from deer_vla_ros.lab.scoring.chain_report import tell as told
+from deer_vla_ros.lab.scoring.evaluation_run import Evaluation, report_of
+from deer_vla_ros.lab.scoring.network_driver import ExitChoice
+from deer_vla_ros.model.checkpoint import load_info
+
+FRACTIONS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+"""Of full depth: average budgets of the dynamic points, beside the checkpoint's own thresholds."""
+EQUAL_WITHIN = 0.2
+"""Instructions: what an average length may lack, at the lower end of its 95% interval, and still be called equal."""
+KINDS = {"dynamic": "#0d9488", "fixed exit": "#7c3aed", "static network": "#d97706"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation. kind: of KINDS. label: which one of that kind. folder: of the checkpoint. choice: what
+    decides how deep it thinks."""
+
+    kind: str
+    label: str
+    folder: Path
+    choice: ExitChoice
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.label}".translate(str.maketrans(" .:", "-__"))
+
+
+def points(folder: Path, statics: Iterable[Path], fractions: Iterable[float] = FRACTIONS) -> list[Point]:
+    """The dynamic network under budgets and at each of its exits, and networks that were trained to run to their end."""
+    exits = load_info(folder).model.exits
+    return [
+        Point("dynamic", "own thresholds", folder, ExitChoice()),
+        *(
+            Point("dynamic", f"{share:g}", folder, ExitChoice(budget=Budget(average_fraction=share)))
+            for share in fractions
+        ),
+        *(Point("fixed exit", str(layer + 1), folder, ExitChoice(exit_layer=layer)) for layer in exits),
+        *(
+            Point(
+                "static network",
+                str(load_info(static).model.decoder.layers),
+                static,
+                ExitChoice(full_depth=True),
+            )
+            for static in statics
+        ),
+    ]
+
+
+def measure(
+    found: Iterable[Point],
+    chains: int,
+    seed: int,
+    jobs: int | None,
+    out: Path,
+    tell: Callable[[str], None],
+    phrasings: str = "training",
+) -> list[dict]:
+    """The figures of every point. phrasings: of PHRASINGS."""
+    rows = []
+    for point in found:
+        wording = "" if phrasings == "training" else f"-{phrasings}"
+        path = out / f"{point.name}-{chains}x{seed}{wording}.json"
+        asked = Evaluation(point.folder, point.choice, chains, 0, seed, phrasings=phrasings, jobs=jobs)
+        if not _is_there(path, asked.identity()):
+            tell(f"{point.kind} {point.label}")
+            asked.check()
+            print(f"{point.folder}: {load_info(point.folder).weights}\n{told(report_of(asked, path))}")
+        report = json.loads(path.read_text())
+        kept = (
+            "average_length",
+            "average_length_ci",
+            "lengths",
+            "success_by_position",
+            "llm_gmac_mean",
+            "llm_gmac_static",
+            "saved",
+            "exit_shares",
+            "steps_by_time",
+        )
+        fraction = report["llm_gmac_mean"] / report["llm_gmac_full"]
+        rows.append(
+            {
+                "kind": point.kind,
+                "label": point.label,
+                "fraction": fraction,
+                **{name: report[name] for name in kept},
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The cheapest dynamic point that is as long as `other`, None where none is; saved: how many times fewer MACs it takes.
+
+    difference, difference_ci: by how much its chains are longer, mean and 95% interval, chain by chain.
+    """
+
+    other: dict[str, Any]
+    dynamic: dict[str, Any] | None = None
+    difference: float = math.nan
+    difference_ci: tuple[float, float] = (math.nan, math.nan)
+    saved: float = math.nan
+
+    @property
+    def name(self) -> str:
+        return f"{self.other['kind']} {self.other['label']}"
+
+
+def headline(rows: list[dict[str, Any]]) -> list[Comparison]:
+    """The dynamic network against the static one of STATIC_LAYERS layers, and against the best fixed exit: the cheapest that is as long as the
+    static network. Empty without such a network, one entry where no fixed exit is as long.
+
+    As long: the 95% interval of the mean difference, chain by chain (all points run the same chains), reaches zero and stays above
+    -EQUAL_WITHIN.
+    """
+    static = next(
+        (r for r in rows if r["kind"] == "static network" and r["label"] == str(STATIC_LAYERS)), None
+    )
+    if static is None:
+        return []
+    fixed = _cheapest("fixed exit", rows, static)
+    return [_compare(rows, other) for other in (static, fixed) if other is not None]
+
+
+def _compare(rows: list[dict[str, Any]], other: dict[str, Any]) -> Comparison:
+    dynamic = _cheapest("dynamic", rows, other)
+    if dynamic is None:
+        return Comparison(other)
+    found = np.subtract(dynamic["lengths"], other["lengths"])
+    return Comparison(
+        other,
+        dynamic,
+        float(found.mean()),
+        mean_interval(found),
+        other["llm_gmac_mean"] / dynamic["llm_gmac_mean"],
+    )
+
+
+def _cheapest(kind: str, rows: list[dict[str, Any]], other: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of this kind that takes the fewest MACs of those that are as long as `other`."""
+    equal = (row for row in rows if row["kind"] == kind and _is_as_long(row, other))
+    return min(equal, key=lambda row: row["llm_gmac_mean"], default=None)
+
+
+def _is_as_long(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    low, high = mean_interval(np.subtract(row["lengths"], other["lengths"]))
+    return low > -EQUAL_WITHIN and high >= 0
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    for kind, colour in KINDS.items():
+        own = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["llm_gmac_mean"])
+        if not own:
+            continue
+        cost, length = [row["llm_gmac_mean"] * 1e3 for row in own], [row["average_length"] for row in own]
+        spread = [
+            [row["average_length"] - row["average_length_ci"][0] for row in own],
+            [row["average_length_ci"][1] - row["average_length"] for row in own],
+        ]
+        axes.errorbar(
+            cost,
+            length,
+            spread,
+            label=kind,
+            color=colour,
+            marker="o",
+            capsize=3,
+            linestyle="-" if kind != "static network" else ":",
+        )
+        for x, y, row in zip(cost, length, own):
+            below = kind == "fixed exit"
+            axes.annotate(
+                row["label"].replace("own thresholds", "own"),
+                (x, y),
+                textcoords="offset points",
+                xytext=(4, -6) if below else (-4, 5),
+                ha="left" if below else "right",
+                va="top" if below else "bottom",
+                fontsize=7,
+                color=colour,
+            )
+    lowest = min((row["average_length_ci"][0] for row in rows), default=0.0)
+    axes.set(
+        xscale="log", xlabel="language part, MMAC per step (mean)", ylabel="average length of 5", title=title
+    )
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_ylim(max(0.0, lowest - 0.5), 5.0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _is_there(path: Path, about: dict[str, Any]) -> bool:
+    """Whether the point was measured so. about: all that its figures depend on."""
+    if not path.is_file():
+        return False
+    report = json.loads(path.read_text())
+    return all(report.get(name) == value for name, value in json.loads(json.dumps(about)).items())

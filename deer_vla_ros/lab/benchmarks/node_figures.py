@@ -1,0 +1,119 @@
+"""What do the listener's lines say? Samples matched by camera stamp, and their percentiles."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deer_vla_ros.errors import UserError
+
+PERCENTILES = (50, 99)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Everything the listener heard, by camera stamp [ns]; each stamp once, as it came first.
+
+    relay, command, camera: arrival [ns]. step: arrival [ns], then compute and static_age [ms] as the node says.
+    """
+
+    relay: dict[int, list[float]]
+    command: dict[int, list[float]]
+    camera: dict[int, list[float]]
+    step: dict[int, list[float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition. Each `_ms` holds p50 and p99.
+
+    relay_ms: stamp to the relay's pose at the listener; command_ms: stamp to the node's; compute_ms: the policy's own;
+    overhead_ms: command less compute, sample by sample, and its two parts: arriving_ms: from the stamp to the begin of the
+    control tick; leaving_ms: everything else of that tick, and the command's way to the listener.
+    relay_alone_ms: the relay's before there was a node beside it, under the same load.
+    Ratios: overhead to relay, p50 to p50 and p99 to p99; `_alone`: to relay_alone_ms. Rates, per second: steps, frames published,
+    and frames heard by the relay. camera_gap_ms: the longest time between two frames at the publisher.
+    """
+
+    condition: str
+    cpu_threads: int
+    seconds: float
+    samples: int
+    p50_ratio: float
+    p99_ratio: float
+    p50_ratio_alone: float
+    p99_ratio_alone: float
+    relay_alone_ms: dict[str, float]
+    relay_ms: dict[str, float]
+    command_ms: dict[str, float]
+    compute_ms: dict[str, float]
+    overhead_ms: dict[str, float]
+    arriving_ms: dict[str, float]
+    leaving_ms: dict[str, float]
+    step_rate_hz: float
+    camera_rate_hz: float
+    camera_rate_heard_hz: float
+    camera_gap_ms: float
+
+
+def read(log: Path) -> Heard:
+    """What the listener wrote so far; a last line that is not complete is left out, and so is what others print on stderr."""
+    heard = Heard({}, {}, {}, {})
+    for line in log.read_text(errors="replace").splitlines(keepends=True):
+        if line.startswith('["') and line.endswith("\n"):
+            what, stamp, *figures = json.loads(line)
+            getattr(heard, what).setdefault(stamp, figures)
+    return heard
+
+
+def row(
+    heard: Heard, condition: str, cpu_threads: int, window: tuple[int, int], alone: tuple[int, int]
+) -> Row:
+    """The figures of frames stamped in `window`, and of the relay in `alone` [ns]; raises UserError where nothing came."""
+
+    def within(stamps: dict[int, list[float]], window: tuple[int, int] = window) -> list[int]:
+        return sorted(stamp for stamp in stamps if window[0] <= stamp < window[1])
+
+    quiet = within(heard.relay, alone)
+    stamps = [stamp for stamp in within(heard.step) if stamp in heard.relay and stamp in heard.command]
+    if not stamps or not quiet:
+        raise UserError(
+            f"no frame came through both node and relay while {condition}: see their logs, or measure for longer than --seconds"
+        )
+    relay_alone = np.array([heard.relay[stamp][0] - stamp for stamp in quiet]) / 1e6
+    relay = np.array([heard.relay[stamp][0] - stamp for stamp in stamps]) / 1e6
+    command = np.array([heard.command[stamp][0] - stamp for stamp in stamps]) / 1e6
+    compute, static_age = np.array([heard.step[stamp][1:] for stamp in stamps]).T
+    overhead = command - compute
+    p50, p99 = np.percentile(overhead, PERCENTILES) / np.percentile(relay, PERCENTILES)
+    p50_alone, p99_alone = np.percentile(overhead, PERCENTILES) / np.percentile(relay_alone, PERCENTILES)
+    seconds = (window[1] - window[0]) / 1e9
+    frames = within(heard.camera)
+    return Row(
+        condition=condition,
+        cpu_threads=cpu_threads,
+        seconds=seconds,
+        samples=len(stamps),
+        p50_ratio=float(p50),
+        p99_ratio=float(p99),
+        p50_ratio_alone=float(p50_alone),
+        p99_ratio_alone=float(p99_alone),
+        relay_alone_ms=_percentiles(relay_alone),
+        relay_ms=_percentiles(relay),
+        command_ms=_percentiles(command),
+        compute_ms=_percentiles(compute),
+        overhead_ms=_percentiles(overhead),
+        arriving_ms=_percentiles(static_age),
+        leaving_ms=_percentiles(overhead - static_age),
+        step_rate_hz=len(within(heard.step)) / seconds,
+        camera_rate_hz=len(frames) / seconds,
+        camera_rate_heard_hz=len(within(heard.relay)) / seconds,
+        camera_gap_ms=float(np.diff(frames).max(initial=0) / 1e6),
+    )
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}

@@ -1,0 +1,129 @@
+"""What does the demo hear and say? A node that gives instructions, keeps every step, and a few images to look at.
+
+It belongs to a process without torch, so it stays away from the modules that talk to the policy itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.node import Node
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image
+from std_msgs.msg import String
+
+from deer_vla_ros.lab.demo.demo_report import Moment, Told, image_array, row_of, seconds_of
+from deer_vla_ros.msg import PolicyStep
+from deer_vla_ros.ros.qos import LATCHED
+from deer_vla_ros.ros.stamped import SECOND, nanoseconds
+
+POLICY_NODE, TABLE_NODE = "deer_vla", "table"
+CAMERAS = ("static", "gripper")
+IMAGES_WAITING = 30
+"""Images kept per camera until the step that used them is heard: 3 s at 10 Hz."""
+EVERY_STEP = QoSProfile(depth=1000, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.RELIABLE)
+IMAGES = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+class DemoRecorder(Node):
+    """Hears both cameras, `~/step`, `/diagnostics` and what the table says was done; says `instruction`. All of it from one thread,
+    the one that spins.
+
+    moment_interval_s: distance of the moments whose images are kept [s].
+    """
+
+    def __init__(self, moment_interval_s: float):
+        super().__init__("demo")
+        self.rows: list[dict] = []
+        self.moments: list[Moment] = []
+        self.first_step_at: float | None = None  # time.monotonic()
+        self.recording = True
+        self.figures: dict[str, str] = {}  # the policy node's own, newest
+        self.figures_stamp_s = 0.0
+        self.status = ""  # the policy node's state in its own words
+        self.told: list[Told] = []
+        self._waits_for_instruction = False
+        self._moment_interval_s = moment_interval_s
+        self._images: dict[str, OrderedDict[int, Image]] = {camera: OrderedDict() for camera in CAMERAS}
+
+        self._instruction = self.create_publisher(String, "instruction", LATCHED)
+        self.create_subscription(String, f"{TABLE_NODE}/succeeded", self._on_success, EVERY_STEP)
+        self.create_subscription(PolicyStep, f"{POLICY_NODE}/step", self._on_step, EVERY_STEP)
+        self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
+        for camera in CAMERAS:
+            topic = f"camera/{camera}/image_raw"
+            self.create_subscription(
+                Image, topic, lambda image, camera=camera: self._on_image(camera, image), IMAGES
+            )
+
+    def say(self, instruction: str) -> None:
+        self.told.append(Told(instruction))
+        self._instruction.publish(String(data=instruction))
+
+    def ready(self) -> bool:
+        """Both cameras and the policy node are heard, it holds for want of an instruction, and `~/step` has matched.
+
+        Only then does every hold of the start-up lie in `figures`, and no step gets lost.
+        """
+        return self._waits_for_instruction and all(self._images.values()) and self.policies() > 0
+
+    def missing(self) -> str:
+        """What `ready` still waits for, for people."""
+        waits = [f"the {camera} camera" for camera in CAMERAS if not self._images[camera]]
+        return ", ".join(
+            waits if self._waits_for_instruction and self.policies() else [*waits, "the policy node"]
+        )
+
+    def policies(self) -> int:
+        """How many policy nodes publish steps in this ROS domain; more than one means that somebody else's is here too."""
+        return self.count_publishers(f"{POLICY_NODE}/step")
+
+    def _on_image(self, camera: str, image: Image) -> None:
+        waiting = self._images[camera]
+        waiting[nanoseconds(image.header.stamp)] = image
+        if len(waiting) > IMAGES_WAITING:
+            waiting.popitem(last=False)
+
+    def _on_step(self, message: PolicyStep) -> None:
+        if not self.recording:
+            return
+        if self.first_step_at is None:
+            self.first_step_at = time.monotonic()
+        row = row_of(message)
+        told = self._pending(row["instruction"])
+        if told:
+            told.steps += 1
+        self.rows.append(row)
+        newest = self.moments[-1].row if self.moments else None
+        if newest is None or _stamp_s(row) - _stamp_s(newest) >= self._moment_interval_s:
+            static = self._images["static"].get(nanoseconds(message.static_stamp))
+            gripper = self._images["gripper"].get(nanoseconds(message.gripper_stamp))
+            if (
+                static and gripper
+            ):  # otherwise an image got lost on its way here: the next step will do as well
+                self.moments.append(Moment(row, image_array(static), image_array(gripper)))
+
+    def _on_success(self, message: String) -> None:
+        told = self._pending(message.data)
+        if self.recording and told:
+            told.done = True
+
+    def _pending(self, instruction: str) -> Told | None:
+        """The instruction that was given last, where it is this one and not done yet."""
+        last = self.told[-1] if self.told else None
+        return last if last and last.instruction == instruction and not last.done else None
+
+    def _on_diagnostics(self, array: DiagnosticArray) -> None:
+        for status in array.status:
+            if status.hardware_id != POLICY_NODE:
+                continue
+            self.status = status.message
+            self.figures = {pair.key: pair.value for pair in status.values}
+            self.figures_stamp_s = nanoseconds(array.header.stamp) / SECOND
+            self._waits_for_instruction = status.level == DiagnosticStatus.WARN
+
+
+def _stamp_s(row: dict) -> float:
+    return seconds_of(row["header"]["stamp"])

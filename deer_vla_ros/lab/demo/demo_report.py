@@ -1,0 +1,190 @@
+"""What happened in a demo? Its steps as rows, and the summary of them. Plain functions of plain data, without ROS.
+
+A row is one `~/step` message as a dictionary with the message's field names; README and tests read `steps.jsonl` the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONTROL_RATE_HZ = 10.0
+ENOUGH = 0.9
+"""Share of the steps expected at the control rate below which a demo has failed."""
+STAGES = {
+    "preprocess": "preprocess_ms",
+    "vision": "vision_ms",
+    "language": "language_ms",
+    "head": "head_ms",
+    "total": "total_ms",
+    "stamp_to_publish": "stamp_to_publish_ms",
+}
+STOPS = ("agreed", "deepest", "stage")
+"""What the values of `stop_reason` mean, in the order of PolicyStep's STOP_ constants."""
+VERDICTS = ("accepted", "limited", "held")
+"""What the values of `verdict` mean, in the order of PolicyStep's VERDICT_ constants."""
+HOLDS = "holds."
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A step and the two images it acted on: (H, W, 3) uint8 RGB."""
+
+    row: dict[str, Any]
+    static: np.ndarray
+    gripper: np.ndarray
+
+
+@dataclass
+class Told:
+    """An instruction that was given: whether the table showed it to be done, and the steps until then, or until the next one."""
+
+    instruction: str
+    done: bool = False
+    steps: int = 0
+
+
+def row_of(message: Any) -> dict[str, Any]:
+    """A ROS message as JSON can say it: nested messages as dictionaries (stamps: sec, nanosec), NaN and infinity as None."""
+    return {name: _plain(getattr(message, name)) for name in message.get_fields_and_field_types()}
+
+
+def image_array(message: Any) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a sensor_msgs/Image in rgb8, which is what the simulated table publishes."""
+    if message.encoding != "rgb8":
+        raise ValueError(f"encoding '{message.encoding}': the demo draws rgb8")
+    rows = np.frombuffer(message.data, np.uint8).reshape(message.height, message.step)
+    return rows[:, : 3 * message.width].reshape(message.height, message.width, 3).copy()
+
+
+def seconds_of(stamp: dict[str, int]) -> float:
+    """A row's stamp [s]; a double keeps the present epoch to better than 1 us."""
+    return stamp["sec"] + stamp["nanosec"] * 1e-9
+
+
+def depth_of(row: dict[str, Any]) -> int:
+    """Layer at which the exit taken reads its action, from 0."""
+    return row["exit_layers"][row["exit_index"]]
+
+
+def rate_hz(rows: list[dict[str, Any]]) -> float:
+    """Steps per second by their camera stamps; 0 before the second step."""
+    if len(rows) < 2:
+        return 0.0
+    span = seconds_of(rows[-1]["header"]["stamp"]) - seconds_of(rows[0]["header"]["stamp"])
+    return (len(rows) - 1) / span if span > 0 else 0.0
+
+
+def lost_steps(rows: list[dict[str, Any]]) -> int:
+    """How many steps the policy ran whose message did not arrive: gaps in the numbers, which begin with 0."""
+    numbers = [-1] + [row["step"] for row in rows]
+    return sum(max(0, later - earlier - 1) for earlier, later in zip(numbers, numbers[1:]))
+
+
+def verdict_on(rows: list[dict[str, Any]], seconds: float) -> str:
+    """Why a demo of `seconds` of control has failed, in one line; empty where enough steps came."""
+    expected = seconds * CONTROL_RATE_HZ
+    if len(rows) >= ENOUGH * expected:
+        return ""
+    slowest = percentiles(row["total_ms"] for row in rows)["p95"] if rows else math.nan
+    return (
+        f"{len(rows)} steps in {seconds:g} s, at least {math.ceil(ENOUGH * expected)} are expected at {CONTROL_RATE_HZ:g} Hz "
+        f"(a step takes up to {slowest:.0f} ms): is something else using the machine?"
+    )
+
+
+def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
+    """p50 and p95 of what was measured; None where nothing was."""
+    known = [value for value in values if value is not None]
+    return {
+        f"p{share}": round(float(np.percentile(known, share)), 3) if known else None for share in (50, 95)
+    }
+
+
+def counted_since(before: dict[str, str], after: dict[str, str], prefix: str) -> dict[str, int]:
+    """How far the counters of `/diagnostics` whose key begins with `prefix` went up between two messages, where they did."""
+    grown = {
+        key: int(value) - int(before.get(key, 0)) for key, value in after.items() if key.startswith(prefix)
+    }
+    return {key.removeprefix(prefix): count for key, count in grown.items() if count}
+
+
+def summarise(
+    rows: list[dict[str, Any]], before: dict[str, str], after: dict[str, str], told: list[Told], **facts: Any
+) -> dict[str, Any]:
+    """`summary.json` of at least one step.
+
+    before, after: the policy node's values of `/diagnostics` when the first instruction was given and after the last step, so that
+    the holds of the start-up (no instruction, no frame yet) do not count. told: the instructions in their order. facts: what the steps
+    cannot tell, taken over as it is.
+    """
+    layers = rows[0]["exit_layers"]
+    taken = Counter(depth_of(row) for row in rows)
+    stops = Counter(row["stop_reason"] for row in rows)
+    verdicts = Counter(row["verdict"] for row in rows)
+    full = layers[-1] + 1
+    language = sum(row["language_gmac"] for row in rows)
+    return {
+        "steps": len(rows),
+        "rate_hz": round(rate_hz(rows), 3),
+        "exits": {str(layer): taken[layer] for layer in layers},
+        "exits_readable": {
+            f"exit {index + 1} of {len(layers)}, after layer {layer} ({layer + 1} of {full} layers run)": f"{taken[layer] / len(rows):.1%}"
+            for index, layer in enumerate(layers)
+        },
+        "stops": {name: stops[value] for value, name in enumerate(STOPS)},
+        "mean_layers_run": round(sum(row["layers_run"] for row in rows) / len(rows), 3),
+        "macs_fraction": round(language / sum(row["language_gmac_full"] for row in rows), 4),
+        "language_gmac_mean": round(language / len(rows), 6),
+        "latency_ms": {stage: percentiles(row[field] for row in rows) for stage, field in STAGES.items()},
+        "holds": counted_since(before, after, HOLDS),
+        "dropped": counted_since(before, after, "dropped").get("", 0),
+        "lost_steps": lost_steps(rows),
+        "verdicts": {name: verdicts[value] for value, name in enumerate(VERDICTS)},
+        "limits": dict(Counter(reason for row in rows for reason in row["reasons"]).most_common()),
+        "done": sum(each.done for each in told),
+        "instructions": [asdict(each) for each in told],
+        "episodes": len({row["episode"] for row in rows}),
+        **facts,
+    }
+
+
+def write_steps(rows: list[dict[str, Any]], path: Path) -> None:
+    """One JSON object a line, one line a step."""
+    write_whole(
+        path, lambda part: part.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    )
+
+
+def write_summary(summary: dict[str, Any], path: Path) -> None:
+    write_whole(path, lambda part: part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Under `path` stands either all that `write` writes, or what stood there before."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "get_fields_and_field_types"):
+        return row_of(value)
+    if isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(item) for item in value]

@@ -1,0 +1,1 @@
+"""Demonstrations of the scripted expert on the table, as training data."""

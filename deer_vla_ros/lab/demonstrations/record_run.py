@@ -1,0 +1,180 @@
+"""How are demonstrations made on all cores? In shards, each from a seed of its own, so that nothing depends on who made which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.lab.demonstrations.demonstrations import Episode, demonstrations
+from deer_vla_ros.lab.demonstrations.record_store import (
+    CALVIN_SHARDS,
+    CalvinStore,
+    FrameStore,
+    Settings,
+    Store,
+)
+from deer_vla_ros.lab.scoring.workers import Work, spread
+from deer_vla_ros.lab.sim.tasks import TASKS
+from deer_vla_ros.lab.training.frames import FORMAT
+
+DEMOS_PER_SHARD = 100
+SEEDS_PER_RUN = 1_000
+FIRST_FOREIGN_SEED = 1_000_000
+"""Seeds from here on are for evaluation."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What to record. image_size: pixels, None: CALVIN's format. policy: checkpoint whose network acts first; None: the expert alone."""
+
+    folder: Path
+    demos: int
+    seed: int
+    image_size: int | None
+    policy: Path | None = None
+    demos_per_shard: int = DEMOS_PER_SHARD
+
+    def __post_init__(self) -> None:
+        if self.image_size is None and len(self.shard_sizes) > CALVIN_SHARDS:
+            most = CALVIN_SHARDS * self.demos_per_shard
+            raise UserError(
+                f"record-demos: --demos is {self.demos}, but CALVIN's seven digits number {most} at most: give fewer"
+            )
+        last = self.seed * SEEDS_PER_RUN + len(self.shard_sizes) - 1
+        if (
+            not 0 <= self.seed * SEEDS_PER_RUN <= last < FIRST_FOREIGN_SEED
+            or len(self.shard_sizes) > SEEDS_PER_RUN
+        ):
+            raise UserError(
+                f"record-demos: --seed {self.seed} with --demos {self.demos} needs seeds {self.seed * SEEDS_PER_RUN} to {last}: give "
+                f"--seed 0 to {FIRST_FOREIGN_SEED // SEEDS_PER_RUN - 1} and at most {SEEDS_PER_RUN * self.demos_per_shard} --demos, "
+                f"since seeds from {FIRST_FOREIGN_SEED} on are for evaluation"
+            )
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Demonstrations in each shard: the last one may be smaller."""
+        whole, rest = divmod(self.demos, self.demos_per_shard)
+        return [self.demos_per_shard] * whole + [rest] * (rest > 0)
+
+    def store(self) -> Store:
+        return (
+            CalvinStore(self.folder) if self.image_size is None else FrameStore(self.folder, self.image_size)
+        )
+
+    def settings(self) -> Settings:
+        """What every shard depends on, besides its own seed."""
+        return {
+            "format": None if self.image_size is None else FORMAT,
+            "image_size": self.image_size,
+            "policy": None if self.policy is None else _policy_driver().fingerprint(self.policy),
+            "tasks": [task.name for task in TASKS],
+            "phrasings": {task.name: list(task.phrasings) for task in TASKS},
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Demonstrations that are made together, by one process. settings: with the shard's own seed."""
+
+    number: int
+    demos: int
+    settings: Settings
+
+
+def record(recording: Recording, jobs: int) -> tuple[int, int]:
+    """Records what is not there yet: (frames recorded now, demonstrations that were there). UserError for a folder of something else."""
+    store, settings = recording.store(), recording.settings()
+    shards = [
+        Shard(number, demos, {"seed": recording.seed * SEEDS_PER_RUN + number, **settings})
+        for number, demos in enumerate(recording.shard_sizes)
+    ]
+    try:
+        recording.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"record-demos: {recording.folder} cannot be made ({error.strerror}): give another --out"
+        ) from error
+    found = store.found()
+    _check(recording, shards, found)
+    missing = [shard for shard in shards if found.get(shard.number, {}).get("episodes") != shard.demos]
+    kept, frames = recording.demos - sum(shard.demos for shard in missing), 0
+    with _progress() as progress:
+        bar = progress.add_task("recording", total=recording.demos, completed=kept)
+        for _, recorded in spread(
+            _worker, (store, recording.policy), missing, jobs, lambda: progress.advance(bar)
+        ):
+            frames += recorded
+    store.finish()
+    return frames, kept
+
+
+def _check(recording: Recording, shards: list[Shard], found: dict[int, Settings]) -> None:
+    """Raises UserError where the folder holds shards that do not belong to this recording."""
+    remedy = f"give another --out, or remove {recording.folder}"
+    for number, settings in sorted(found.items()):
+        if number >= len(shards) or settings["episodes"] > shards[number].demos:
+            raise UserError(
+                f"{recording.folder} holds more than {recording.demos} demonstrations: {remedy}, or give a larger --demos"
+            )
+        for name, wanted in shards[number].settings.items():
+            if settings.get(name) != wanted:
+                short = isinstance(wanted, str | int | None)
+                both = f": {json.dumps(settings.get(name))}, and now {json.dumps(wanted)}" if short else ""
+                raise UserError(
+                    f"{recording.folder}: shard {number} was recorded with another {name}{both}: {remedy}"
+                )
+
+
+def _worker(store: Store, policy: Path | None) -> Work:
+    """Records shards in this process."""
+    torch.set_num_threads(1)
+    new_driver = None if policy is None else _policy_driver().new_driver(policy)
+
+    def work(shard: Shard, tell: Callable[[], None]) -> int:
+        episodes = demonstrations(shard.demos, shard.settings["seed"], new_driver)
+        try:
+            return store.write(shard.number, shard.settings, _told(episodes, tell))
+        except OSError as error:
+            raise UserError(
+                f"record-demos: shard {shard.number} cannot be written ({error}): make room, and repeat this"
+            ) from error
+
+    return work
+
+
+def _told(episodes: Iterator[Episode], tell: Callable[[], None]) -> Iterator[Episode]:
+    for episode in episodes:
+        yield episode
+        tell()
+
+
+def _policy_driver() -> ModuleType:
+    """Imported where it is needed: the network brings seconds of imports, and the expert alone needs none of it."""
+    from deer_vla_ros.lab.demonstrations import policy_driver
+
+    return policy_driver
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

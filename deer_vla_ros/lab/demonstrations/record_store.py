@@ -1,0 +1,164 @@
+"""How do shards of demonstrations come onto the disk? In our own format or in CALVIN's, each shard whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from deer_vla_ros.control.motion import euler_of, motion_of, moved
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.preprocess import resize_and_crop
+from deer_vla_ros.lab.demonstrations.demonstrations import Episode, Moment
+from deer_vla_ros.lab.sim.state import COLOURS, TableState
+from deer_vla_ros.lab.sim.tasks import TASKS
+from deer_vla_ros.lab.training.calvin_files import (
+    LARGEST_NUMBER,
+    Annotation,
+    CalvinStep,
+    write_action_space,
+    write_annotations,
+    write_step,
+)
+from deer_vla_ros.lab.training.frames import ShardWriter
+from deer_vla_ros.model.action_space import TABLETOP
+
+Settings = dict[str, Any]
+"""What a shard depends on. Its names and values go into the shard, as JSON."""
+
+
+_STEPS_PER_SHARD = 10_000
+"""In CALVIN's numbering: more than demonstrations.STEP_LIMIT of all demonstrations of a shard."""
+CALVIN_SHARDS = (LARGEST_NUMBER + 1) // _STEPS_PER_SHARD
+
+
+class Store(Protocol):
+    """Where shards lie. It is told to worker processes, so it is plain data."""
+
+    def found(self) -> dict[int, Settings]:
+        """The settings of every complete shard by its number, with `episodes`: how many it holds. Removes what a killed run left."""
+
+    def write(self, number: int, settings: Settings, episodes: Iterable[Episode]) -> int:
+        """One shard; the number of its frames."""
+
+    def finish(self) -> None:
+        """After the last shard."""
+
+
+@dataclass(frozen=True)
+class FrameStore:
+    """training.frames: a folder per shard, images at the network's size."""
+
+    folder: Path
+    image_size: int
+
+    def found(self) -> dict[int, Settings]:
+        for leftover in self.folder.glob(".shard-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        metas = {_number(path.parent): path for path in self.folder.glob("shard-[0-9]*/meta.json")}
+        return {number: {"policy": None, **_read_json(path)} for number, path in metas.items()}
+
+    def write(self, number: int, settings: Settings, episodes: Iterable[Episode]) -> int:
+        about = {name: settings[name] for name in ("seed", "policy", "phrasings")}
+        writer = ShardWriter(
+            self.folder / f"shard-{number:04d}", tuple(settings["tasks"]), self.image_size, about
+        )
+        frames = 0
+        for episode in episodes:
+            writer.add_episode(self._frame(episode, moment) for moment in episode.moments)
+            frames += len(episode.moments)
+        writer.close()
+        return frames
+
+    def _frame(self, episode: Episode, moment: Moment) -> dict[str, np.ndarray]:
+        images = [
+            resize_and_crop(image, self.image_size) for image in (moment.views.static, moment.views.gripper)
+        ]
+        task = np.asarray(TASKS.index(episode.task))
+        return {"images": np.stack(images), "tcp": moment.tcp, "task": task, **vars(moment.labels)}
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class CalvinStore:
+    """training.calvin_files: a file per step, as the cameras give the images, and `shard-*.json` beside them.
+
+    Shard k has the numbers from 10,000 k on. Its .json is written after its steps; from all of them `finish` makes the annotations.
+    """
+
+    folder: Path
+
+    def found(self) -> dict[int, Settings]:
+        return {_number(path): _read_json(path) for path in self.folder.glob("shard-[0-9]*.json")}
+
+    def write(self, number: int, settings: Settings, episodes: Iterable[Episode]) -> int:
+        start = first = number * _STEPS_PER_SHARD
+        random = np.random.default_rng([settings["seed"], 1])
+        annotations = []
+        for episode in episodes:
+            for step, moment in enumerate(episode.moments, start=first):
+                write_step(self.folder, step, calvin_step(episode, moment))
+            end = first + len(episode.moments)
+            annotations.append((first, end, episode.task.name, str(random.choice(episode.task.phrasings))))
+            first = end
+        path = self.folder / f"shard-{number:04d}.json"
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(
+            json.dumps({**settings, "episodes": len(annotations), "annotations": annotations}) + "\n"
+        )
+        partial.replace(path)
+        return first - start
+
+    def finish(self) -> None:
+        shards = (settings for _, settings in sorted(self.found().items()))
+        write_annotations(
+            self.folder, (Annotation(*each) for settings in shards for each in settings["annotations"])
+        )
+        write_action_space(self.folder, TABLETOP)
+
+
+def calvin_step(episode: Episode, moment: Moment) -> CalvinStep:
+    """One moment as training.calvin_files describes it."""
+    wanted = moment.labels.actions[TASKS.index(episode.task)].astype(np.float64)
+    target = moved(Pose(moment.tcp[:3], moment.tcp[3:]), *motion_of(wanted, TABLETOP))
+    state = moment.state
+    gripper = 1.0 if moment.gripper_open else -1.0
+    return CalvinStep(
+        rgb_static=moment.views.static,
+        rgb_gripper=moment.views.gripper,
+        rel_actions=wanted,
+        actions=np.array([*target.position, *euler_of(target.quaternion), wanted[6]]),
+        robot_obs=np.array(
+            [*moment.tcp[:3], *euler_of(moment.tcp[3:]), state.opening, *moment.joints[:7], gripper]
+        ),
+        scene_obs=_scene_obs(state),
+    )
+
+
+def _scene_obs(state: TableState) -> np.ndarray:
+    blocks = (state.block(colour) for colour in COLOURS)
+    poses = [value for block in blocks for value in (*block.position, *euler_of(block.quaternion))]
+    return np.array(
+        [state.slider, state.drawer, 0.0, state.switch, float(state.lamp), float(state.led), *poses]
+    )
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("shard-"))
+
+
+def _read_json(path: Path) -> Settings:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not readable ({error}): remove this shard, and it is recorded again"
+        ) from error

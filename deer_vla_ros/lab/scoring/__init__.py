@@ -1,0 +1,1 @@
+"""Scores of policies on chains of instructions on the simulated table."""

@@ -1,0 +1,48 @@
+"""What has an interrupted evaluation done already? A JSON-lines file that outlives a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import write_text
+
+
+class ResumeFile:
+    """First line: `arguments`, all that the results depend on; then a line [key, value] for each part done.
+
+    UserError where the file is of other arguments. A last line that a kill cut short is dropped, and its part done again.
+    """
+
+    def __init__(self, path: Path, arguments: dict[str, Any]):
+        self._path = path
+        self.done: dict[str, Any] = {}
+        header = json.dumps(arguments)
+        lines = path.read_text(errors="replace").split("\n")[:-1] if path.is_file() else []
+        if lines:
+            _check(path, json.loads(lines[0]), json.loads(header))
+            self.done = dict(json.loads(line) for line in lines[1:])
+        write_text(path, "".join(line + "\n" for line in lines or [header]))
+
+    def add(self, key: str, value: Any) -> None:
+        """Enters a part done; it is on the disk when this returns."""
+        with self._path.open("a") as file:
+            file.write(json.dumps([key, value]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self._path.unlink()
+
+
+def _check(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if found != wanted:
+        names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+        first = names[0]
+        raise UserError(
+            f"{path} is of an interrupted run with other arguments ({first}: {found.get(first)} there, {wanted.get(first)} now"
+            f"{', and ' + ', '.join(names[1:]) if names[1:] else ''}): repeat that run to finish it, or delete the file"
+        )

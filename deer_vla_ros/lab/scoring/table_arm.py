@@ -1,0 +1,44 @@
+"""How does an action move the simulated arm? As the node's controller would: guarded, from the last target on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deer_vla_ros.control.guard import GuardLimits, guard
+from deer_vla_ros.control.motion import motion_of
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.model.action_space import TABLETOP
+
+LIMITS = GuardLimits(0.06, 0.3, 0.15, 0.6, (-0.8, -0.8, 0.0), (0.8, 0.8, 1.2))
+"""The node's defaults (config/deer_vla.yaml)."""
+
+STEP_S = 1 / TABLETOP.rate_hz
+
+
+class TableArm:
+    """Steps of a table by actions of the TABLETOP action space."""
+
+    def __init__(self, table: Table):
+        self.table = table
+        self._last_target: Pose | None = None
+
+    def measured(self) -> np.ndarray:
+        """(7,) TCP pose, position and quaternion xyzw, as an observation holds it."""
+        pose = self.table.tcp_pose()
+        return np.concatenate([pose.position, pose.quaternion])
+
+    def step(self, action: np.ndarray, gripper_open: bool) -> Pose:
+        """One control step of STEP_S seconds: action (6,) in -1..1; returns the target that the arm was given."""
+        measured = self.table.tcp_pose()
+        measured = Pose(measured.position, measured.quaternion)
+        guarded = guard(LIMITS, self._last_target or measured, measured, *motion_of(action, TABLETOP))
+        if guarded.arm_moved:  # the node holds a step and starts again from where the arm is
+            self._last_target = None
+            target = measured
+        else:
+            target = self._last_target = guarded.target
+            self.table.set_gripper(TABLETOP.gripper_open if gripper_open else TABLETOP.gripper_closed)
+        self.table.set_target(target.position, target.quaternion)
+        self.table.advance(STEP_S)
+        return target

@@ -1,0 +1,1 @@
+"""The search for thresholds in closed loop."""

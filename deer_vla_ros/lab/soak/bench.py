@@ -1,0 +1,219 @@
+"""This file brings what was heard into the order of time for the judge, and keeps the record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deer_vla_ros.lab.soak.heard import SECOND, HeardCommand, HeardPose, Limits, Violation
+from deer_vla_ros.lab.soak.judge import Judge
+from deer_vla_ros.lab.soak.pairing import PATIENCE_NS, Half, Pairing
+from deer_vla_ros.lab.soak.silence import Silence
+
+SILENCE_LIMIT_S = 0.5
+"""The longest time without a command that is no violation."""
+STALL_AROUND_NS = SECOND // 5
+"""A stall of the observer excuses what it may have done to what came just before and after."""
+
+
+CLOCK_DELIVERY_NS = SECOND // 10
+"""How long /clock may take to the node."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the observer has heard. violations: each with the faults that were in progress."""
+
+    commands: int
+    motions: int
+    commands_outside_limits: int
+    stale_commands: int
+    longest_silence_s: float
+    stalls: int
+    longest_stall_s: float
+    violations: list[dict[str, Any]]
+
+
+@dataclass
+class _Trouble:
+    """A fault from its begin to the recovery; end_ns is None while it goes on."""
+
+    name: str
+    begin_ns: int
+    end_ns: int | None = None
+
+
+@dataclass
+class _Window:
+    """A time in which the arm had to hold; looked at once everything up to its end was judged."""
+
+    name: str
+    begin_ns: int
+    end_ns: int
+    by_decisions: bool
+
+
+@dataclass
+class Bench:
+    """Everything comes as it is heard; `judge_until` brings the judge up to date. tell: where news goes, as
+    keywords."""
+
+    tell: Callable[..., None]
+    _judge: Judge = field(default_factory=lambda: Judge(Limits()))
+    _pairing: Pairing = field(default_factory=Pairing)
+    _silence: Silence = field(default_factory=Silence)
+    _poses: list[HeardPose] = field(default_factory=list)
+    _offsets: list[tuple[int, int]] = field(default_factory=list)
+    _troubles: list[_Trouble] = field(default_factory=list)
+    _windows: list[_Window] = field(default_factory=list)
+    _violations: list[dict[str, Any]] = field(default_factory=list)
+    _outside: int = 0
+    _stale: int = 0
+    _stalls: list[float] = field(default_factory=list)
+    _now_ns: int = 0
+
+    def set_limits(self, limits: Limits) -> None:
+        """Before anything is judged."""
+        self._judge.limits = limits
+
+    # --- what was heard
+
+    def pose(self, pose: HeardPose) -> None:
+        """Measured or true."""
+        self._poses.append(pose)
+
+    def clock(self, said_ns: int, offset_ns: int) -> None:
+        """The node's clock was so far ahead of the wall clock at `said_ns`. Never told: they are the same."""
+        self._offsets.append((said_ns, offset_ns))
+
+    def half(self, half: Half) -> None:
+        """A twist or a target. A twist tells the soak command at once whether the arm moves."""
+        self._pairing.put(half)
+        if half.is_twist:
+            moves = bool(half.first.any() or half.second.any())
+            self.tell(**{"motion" if moves else "hold": half.said_ns})
+
+    def step(self, said_ns: int, held: bool, reasons: list[str]) -> None:
+        """The node's account of one inference."""
+        self._judge.decision(said_ns, held)
+        self.tell(step=said_ns, held=held, reasons=reasons)
+
+    def status(self, said_ns: int, level: int, message: str) -> None:
+        """The node's line in /diagnostics."""
+        self.tell(status=said_ns, level=level, message=message)
+
+    # --- what the soak command says
+
+    def fault(self, name: str, at_ns: int) -> None:
+        """A fault begins."""
+        self._troubles.append(_Trouble(name, at_ns))
+
+    def over(self, name: str, at_ns: int) -> None:
+        """The node has recovered from it, or was given up."""
+        for trouble in self._troubles:
+            if trouble.name == name and trouble.end_ns is None:
+                trouble.end_ns = at_ns
+
+    def must_have_held(self, name: str, begin_ns: int, end_ns: int, by_decisions: bool) -> None:
+        """No motion was allowed in that time."""
+        self._windows.append(_Window(name, begin_ns, end_ns, by_decisions))
+
+    def mute(self, begin_ns: int, end_ns: int) -> None:
+        """Nobody was there to say anything, or to hear it."""
+        self._silence.excuse(begin_ns, end_ns)
+
+    def stalled(self, begin_ns: int, end_ns: int) -> None:
+        """The observer itself did not come to listen."""
+        self._stalls.append((end_ns - begin_ns) / SECOND)
+        self._silence.excuse(begin_ns - STALL_AROUND_NS, end_ns + STALL_AROUND_NS)
+
+    def lose_arm(self) -> None:
+        """The robot is gone, and with it the places that targets may be near to."""
+        self.judge_until(self._now_ns + PATIENCE_NS)
+        self._judge.lose_arm()
+
+    def forget(self) -> None:
+        """The next command does not follow the last one."""
+        self.judge_until(self._now_ns + PATIENCE_NS)
+        self._judge.forget()
+
+    # --- judging
+
+    def judge_until(self, now_ns: int) -> None:
+        """Judges what is old enough to be in order."""
+        self._now_ns = max(now_ns, self._now_ns)
+        commands = self._pairing.take(self._now_ns)
+        until = self._now_ns - PATIENCE_NS
+        self._poses.sort(key=lambda pose: pose.said_ns)
+        for command in commands:
+            self._poses_until(command.said_ns)
+            self._command(command)
+        self._poses_until(until)
+        for window in [window for window in self._windows if window.end_ns < until]:
+            self._windows.remove(window)
+            for violation in self._judge.check_held(window.begin_ns, window.end_ns, window.by_decisions):
+                self._outside += 1
+                self._record(violation, [window.name])
+
+    def _poses_until(self, until_ns: int) -> None:
+        count = sum(pose.said_ns <= until_ns for pose in self._poses)
+        for pose in self._poses[:count]:
+            self._judge.pose(pose)
+        del self._poses[:count]
+
+    def _command(self, command: HeardCommand) -> None:
+        self._silence.heard(command.said_ns)
+        found = self._judge.command(self._by_the_nodes_clock(command))
+        self._stale += any(violation.what == "stale" for violation in found)
+        self._outside += any(violation.what != "stale" for violation in found)
+        for violation in found:
+            self._record(violation, self._in_progress(violation.at_ns))
+
+    def _by_the_nodes_clock(self, command: HeardCommand) -> HeardCommand:
+        """With the time that the node's clock showed; just after a jump, of the two that it may have shown
+        the older."""
+        if not self._offsets:
+            return command
+        self._offsets.sort()
+        before = [entry for entry in self._offsets if entry[0] <= command.said_ns]
+        recent = [entry for entry in before if entry[0] > command.said_ns - CLOCK_DELIVERY_NS] or before[-1:]
+        self._offsets = [*before[-10:], *self._offsets[len(before) :]]
+        offset_ns = min((offset for _, offset in recent), default=0)
+        return dataclasses.replace(command, clock_ns=command.said_ns + offset_ns)
+
+    def _in_progress(self, at_ns: int, until_ns: int | None = None) -> list[str]:
+        """The faults that were not over at a time, or at any time of a stretch."""
+        return [
+            trouble.name
+            for trouble in self._troubles
+            if trouble.begin_ns <= (until_ns or at_ns) and (trouble.end_ns is None or at_ns <= trouble.end_ns)
+        ]
+
+    def _record(self, violation: Violation, faults: list[str]) -> None:
+        told = dataclasses.asdict(violation) | {"faults": faults}
+        self._violations.append(told)
+        self.tell(violation=told)
+
+    def summary(self) -> Summary:
+        """Everything up to now."""
+        stretches = self._silence.stretches(self._now_ns - PATIENCE_NS)
+        silences = [
+            dataclasses.asdict(
+                Violation(quiet.begin_ns, "silence", quiet.seconds, SILENCE_LIMIT_S, "no command [s]")
+            )
+            | {"faults": self._in_progress(quiet.begin_ns, quiet.end_ns)}
+            for quiet in stretches
+            if quiet.seconds > SILENCE_LIMIT_S
+        ]
+        return Summary(
+            commands=self._judge.commands,
+            motions=self._judge.motions,
+            commands_outside_limits=self._outside,
+            stale_commands=self._stale,
+            longest_silence_s=max((quiet.seconds for quiet in stretches), default=0.0),
+            stalls=len(self._stalls),
+            longest_stall_s=max(self._stalls, default=0.0),
+            violations=[*self._violations, *silences],
+        )

@@ -1,0 +1,90 @@
+"""What do demonstrations look like to a trainer, whatever format they lie in? Windows of consecutive steps, by number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.lab.training.batches import window_rows
+from deer_vla_ros.lab.training.frames import Frames
+
+
+@dataclass(frozen=True, eq=False)
+class WindowBatch:
+    """B windows of T consecutive steps, each window of one instruction.
+
+    images (B, T, cameras, size, size, 3) uint8: static and gripper camera. tcp (B, T, 7) float32: measured pose, position [m] and
+    quaternion xyzw; None where it is not known. actions (B, T, 7) float32: pose in -1..1 and gripper, 1 open, -1 closed.
+    valid (B, T) bool: False past the end of the demonstration, where the last step is repeated. instructions: B texts.
+    """
+
+    images: np.ndarray
+    tcp: np.ndarray | None
+    actions: np.ndarray
+    valid: np.ndarray
+    instructions: list[str]
+
+
+class Windows(Protocol):
+    """One window begins at every step; the reference takes whole ones only, and so sees the ends of demonstrations less often."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Every instruction that a batch may bring."""
+
+    def __len__(self) -> int:
+        """How many windows there are."""
+
+    def valid_steps(self, indices: np.ndarray, window: int) -> int:
+        """Steps of these windows that are not padding."""
+
+    def batch(self, indices: np.ndarray, window: int, size: int, random: np.random.Generator) -> WindowBatch:
+        """The windows of these numbers, images at `size` pixels.
+
+        What is drawn of `random` does not depend on how many windows there are: processes that share a batch agree on what is in it.
+        """
+
+
+class FrameWindows:
+    """Windows over shards: the task that was asked for, in words drawn anew for every window."""
+
+    def __init__(self, frames: Frames):
+        self._frames = frames
+
+    @property
+    def texts(self) -> list[str]:
+        return self._frames.all_phrasings()
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def valid_steps(self, indices: np.ndarray, window: int) -> int:
+        return int(window_rows(self._frames.episode, indices, window)[1].sum())
+
+    def batch(self, indices: np.ndarray, window: int, size: int, random: np.random.Generator) -> WindowBatch:
+        """UserError for another size than the recorded one."""
+        frames = self._frames
+        if size != frames.image_size:
+            raise UserError(
+                f"the network takes images of {size} pixels, the demonstrations have {frames.image_size}: record them again with "
+                f"`record-demos --image-size {size}`"
+            )
+        rows, valid = window_rows(frames.episode, indices, window)
+        tasks = frames.task[indices]
+        actions = np.take_along_axis(frames.gather("actions", rows), tasks[:, None, None, None], 2)[:, :, 0]
+        return WindowBatch(
+            frames.gather("images", rows),
+            frames.gather("tcp", rows),
+            actions,
+            valid,
+            self._words(indices, random),
+        )
+
+    def _words(self, indices: np.ndarray, random: np.random.Generator) -> list[str]:
+        key = int(random.integers(2**62))
+        phrasings = [self._frames.phrasings[self._frames.tasks[task]] for task in self._frames.task[indices]]
+        draws = (np.random.default_rng([key, int(index)]) for index in indices)
+        return [texts[draw.integers(len(texts))] for texts, draw in zip(phrasings, draws)]

@@ -1,0 +1,149 @@
+"""How do demonstrations of the table lie on disk? Shards of plain arrays, mapped into memory, images at the network's size.
+
+One folder per shard: `meta.json` and one `.npy` per array of `ARRAYS`. Reading a batch is one gather; nothing is decoded.
+Beside what the demonstrator did, every frame holds what the scripted expert would do in it for every other task: one frame then
+teaches many instructions (counterfactual labels), and a policy cannot get by without reading them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from deer_vla_ros.errors import UserError
+
+FORMAT = 6
+THINGS = 7
+"""How many things of the table are told of, in the order of sim.things.NAMES."""
+POSE, GRIPPER = slice(0, 6), 6
+
+ARRAYS = {
+    "images": np.uint8,  # (N, 2, size, size, 3): static and gripper camera
+    "tcp": np.float32,  # (N, 7): measured pose, position [m] and quaternion xyzw, base frame
+    "task": np.int16,  # (N,): index into meta's tasks of what was asked for
+    "episode": np.int32,  # (N,): number of the episode within the shard, ascending
+    "actions": np.float32,  # (N, tasks, 7): pose in -1..1 and gripper, 1 open, -1 closed
+    "valid": np.bool_,  # (N, tasks): whether that task makes sense in this frame
+    "points": np.float32,  # (N, THINGS, 3): where things are [m], base frame; NaN where it cannot be seen
+    "yaws": np.float32,  # (N, THINGS): how they are turned about z [rad], a quarter turn makes no difference
+    "pixels": np.float32,  # (N, THINGS, 2, 2): where each camera sees them, x and y, 0..1 inside the image, else or NaN not in it
+}
+
+
+@dataclass
+class ShardWriter:
+    """Collects the frames of one shard; `close` puts it under its final name, whole or not at all."""
+
+    folder: Path
+    tasks: tuple[str, ...]
+    image_size: int
+    about: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
+        self._episodes = 0
+
+    @property
+    def episodes(self) -> int:
+        return self._episodes
+
+    def add_episode(self, frames: Iterable[dict[str, np.ndarray]]) -> None:
+        """Frames of one episode in order, each a dict of ARRAYS' names without `episode`."""
+        for frame in frames:
+            for name in ARRAYS:
+                self._rows[name].append(
+                    np.asarray(self._episodes if name == "episode" else frame[name], ARRAYS[name])
+                )
+        self._episodes += 1
+
+    def close(self) -> None:
+        partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+        partial.mkdir(parents=True)
+        for name, rows in self._rows.items():
+            np.save(partial / f"{name}.npy", np.stack(rows))
+        meta = {
+            "format": FORMAT,
+            "tasks": self.tasks,
+            "image_size": self.image_size,
+            "episodes": self._episodes,
+            **self.about,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        partial.rename(self.folder)
+
+
+class Frames:
+    """All shards of one or several folders as one sequence of frames; arrays stay on disk until they are read."""
+
+    def __init__(self, folders: Iterable[Path]):
+        """Raises UserError for a folder without shards, an unknown format, or shards of different tasks or image sizes."""
+        folders = list(folders)
+        shards = [shard for folder in folders for shard in sorted(folder.glob("shard-*")) if shard.is_dir()]
+        for folder in folders:
+            if not any(shard.parent == folder for shard in shards):
+                raise UserError(
+                    f"{folder}: no shard-* folders: record some with `python -m deer_vla_ros record-demos --out {folder}`"
+                )
+        metas = [_read_meta(shard) for shard in shards]
+        self.tasks = tuple(metas[0]["tasks"])
+        self.image_size = int(metas[0]["image_size"])
+        self.phrasings: dict[str, list[str]] = metas[0]["phrasings"]
+        for shard, meta in zip(shards, metas):
+            if tuple(meta["tasks"]) != self.tasks or meta["image_size"] != self.image_size:
+                raise UserError(
+                    f"{shard}: other tasks or image size than {shards[0]}: train on one kind of recording"
+                )
+        self._shards = [
+            {name: np.load(shard / f"{name}.npy", mmap_mode="r") for name in ARRAYS} for shard in shards
+        ]
+        lengths = [len(shard["task"]) for shard in self._shards]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = np.concatenate([[0], np.cumsum([meta["episodes"] for meta in metas])])
+        self.task = np.concatenate([shard["task"] for shard in self._shards]).astype(np.int64)
+        self.episode = np.concatenate(
+            [shard["episode"] + offset for shard, offset in zip(self._shards, offsets)]
+        )
+        self.valid = np.concatenate([shard["valid"] for shard in self._shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def episodes(self) -> int:
+        return int(self.episode[-1]) + 1
+
+    def all_phrasings(self) -> list[str]:
+        """What the tasks are called in training, task by task."""
+        return [text for task in self.tasks for text in self.phrasings[task]]
+
+    def gather(self, name: str, frames: np.ndarray) -> np.ndarray:
+        """Rows of an array of ARRAYS for frame numbers of any shape."""
+        flat = np.asarray(frames).ravel()
+        shard_of = np.searchsorted(self._starts, flat, side="right") - 1
+        result = np.empty((len(flat), *self._shards[0][name].shape[1:]), ARRAYS[name])
+        for shard in np.unique(shard_of):
+            mine = shard_of == shard
+            result[mine] = self._shards[shard][name][flat[mine] - self._starts[shard]]
+        return result.reshape(*np.shape(frames), *result.shape[1:])
+
+
+def _read_meta(shard: Path) -> dict:
+    try:
+        meta = json.loads((shard / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shard}: meta.json is not readable ({error}): record this shard again") from error
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{shard}: format {meta.get('format')}, this version reads {FORMAT}: record it again")
+    missing = [name for name in ("tasks", "image_size", "episodes", "phrasings") if name not in meta]
+    if missing:
+        raise UserError(
+            f"{shard}: meta.json says nothing of {', '.join(missing)}: an older version recorded it, record it again"
+        )
+    return meta

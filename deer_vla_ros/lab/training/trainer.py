@@ -1,0 +1,341 @@
+"""How does one stage of training run? Optimiser steps on batches drawn by number, on one process or many, that can be killed at any time.
+
+What a step draws (batches, exits, dropout) depends on the seed and the step's number alone, and the state is written whole or not
+at all: a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import write_text
+from deer_vla_ros.inference.preprocess import normalised
+from deer_vla_ros.lab.training.batches import Batch, BatchSource, Share, rng_of
+from deer_vla_ros.lab.training.losses import (
+    ExitDraws,
+    draw_exits,
+    features_of,
+    heatmap_loss,
+    multi_exit_loss,
+    point_loss,
+    turn_loss,
+)
+from deer_vla_ros.lab.training.optimisation import Optimiser, Stage
+from deer_vla_ros.lab.training.recipe import Train
+from deer_vla_ros.model.grounding import Found
+from deer_vla_ros.model.network import MultiExitVLA
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One optimiser step: its number from 1, the loss before its update, every part by name, and what it took.
+
+    waited: share of the step's time in which this process had no batch to learn from.
+    """
+
+    step: int
+    loss: float
+    parts: dict[str, float]
+    gradient_norm: float
+    learning_rate: float
+    samples_per_second: float
+    waited: float
+
+
+class StageState:
+    """A stage's tensors and steps in one file of its folder, which says by what recipe they came to be."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]):
+        """recipe: all that the stage's result depends on; what lies there by another one is refused, not continued."""
+        self._path, self._recipe = folder / "state.safetensors", json.loads(json.dumps(recipe))
+
+    @property
+    def is_there(self) -> bool:
+        return self._path.is_file()
+
+    def read(self) -> tuple[dict[str, Tensor], int]:
+        """The tensors and how many steps were done; nothing and 0 where nothing was saved. UserError for another recipe's."""
+        if not self.is_there:
+            return {}, 0
+        with safe_open(self._path, framework="pt") as file:
+            saved = file.metadata()
+            self._compare(json.loads(saved.get("recipe", "{}")))
+            return {name: file.get_tensor(name) for name in file.keys()}, int(saved["steps"])
+
+    def write(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """In place of what was there, at once and on the disk."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(f".{os.getpid()}")
+        save_file(tensors, partial, {"steps": str(steps), "recipe": json.dumps(self._recipe)})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self._path)
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        names = [
+            name for name in self._recipe.keys() | saved.keys() if self._recipe.get(name) != saved.get(name)
+        ]
+        if names:
+            name = min(names)
+            raise UserError(
+                f"{self._path.parent} was trained with {name} {saved.get(name)}, the recipe now says {self._recipe.get(name)}: "
+                f"give another --out, or remove {self._path.parents[1]} to train anew"
+            )
+
+
+class StageLoss(nn.Module):
+    """The loss of a batch as one module, so that DistributedDataParallel sees a forward pass."""
+
+    def __init__(self, model: MultiExitVLA, train: Train, image_token: int, compiled: bool):
+        super().__init__()
+        self.model, self._train, self._image_token = model, train, image_token
+        self._features = torch.compile(features_of) if compiled else features_of
+
+    def forward(self, batch: Batch, draws: ExitDraws) -> dict[str, Tensor]:
+        """Scalars by name; `total` is what is minimised."""
+        train, features, found = self._train, batch.features, None
+        if features is None:
+            with torch.set_grad_enabled(train.stage is Stage.JOINT):
+                features, found = self._look(batch)
+        loss = self._of_features(features, batch, draws)
+        if train.is_guided and found is not None and batch.pixels is not None:
+            loss["heatmap"] = heatmap_loss(found, batch.pixels)
+            loss["point"] = point_loss(found, batch.points, batch.tcp)
+            loss["turn"] = turn_loss(found, batch.yaws, batch.points, batch.tcp)
+            guides = train.heatmap * loss["heatmap"] + train.point * loss["point"] + train.turn * loss["turn"]
+            loss["total"] = loss["total"] + guides
+        return loss
+
+    def _look(self, batch: Batch) -> tuple[Tensor, Found | None]:
+        images = normalised(batch.images, self.model.dtype)
+        text = (batch.ids, batch.mask, self._image_token)
+        features, found = self._features(self.model, images, *text, batch.tcp, self._train.pool_padding)
+        return features.unflatten(1, batch.targets.gripper.shape), found
+
+    def _of_features(self, features: Tensor, batch: Batch, draws: ExitDraws) -> dict[str, Tensor]:
+        loss = multi_exit_loss(
+            self.model,
+            features,
+            batch.targets,
+            draws,
+            self._train.loss,
+            auxiliary_heads=self._train.auxiliary_heads,
+            random_exits=self._train.random_exits,
+        )
+        scalars = {"total": loss.total}
+        for name, part in loss.parts():
+            scalars[f"{name}/pose"], scalars[f"{name}/gripper"] = part.pose, part.gripper
+        return scalars
+
+
+class Trainer:
+    """One stage of a recipe on a network, which it changes in place."""
+
+    def __init__(
+        self,
+        model: MultiExitVLA,
+        train: Train,
+        source: BatchSource,
+        image_token: int,
+        seed: int,
+        state: StageState,
+        share: Share = Share(),
+        compiled: bool = False,
+    ):
+        """state: where this stage is kept; what lies there is taken up."""
+        self._model, self._train, self._source, self._seed, self._share = (
+            model.train(),
+            train,
+            source,
+            seed,
+            share,
+        )
+        self._optimiser = Optimiser(model, train.stage, train.optimiser, train.schedule_of())
+        self._loss: nn.Module = StageLoss(model, train, image_token, compiled)
+        if share.world > 1:
+            self._loss = DistributedDataParallel(self._loss, find_unused_parameters=not train.auxiliary_heads)
+        self._state = state
+        if state.is_there:
+            self._load()
+
+    @property
+    def steps_done(self) -> int:
+        return self._optimiser.steps
+
+    def run(self, save_every: int, on_step: Callable[[Progress], Any]) -> None:
+        """All steps that are left; the state is saved every so many, and after the last."""
+        while self.steps_done < self._train.steps:
+            on_step(self.step())
+            if self.steps_done % save_every == 0 or self.steps_done == self._train.steps:
+                self.save()
+
+    def step(self) -> Progress:
+        """One optimiser step over all its micro-batches."""
+        began, number, parts = time.perf_counter(), self.steps_done, {}
+        micro_batches, samples, waited = self._train.accumulate, 0, 0.0
+        for micro in range(micro_batches):
+            asked = time.perf_counter()
+            batch = self._source.batch(number, micro, self._share)
+            waited += time.perf_counter() - asked
+            batch = _on_device(batch, self._model.device)
+            samples += batch.targets.gripper.numel() * self._share.world
+            self._seed_dropout(number, micro)
+            with self._without_exchange(micro + 1 < micro_batches), self._autocast():
+                loss = self._loss(batch, self._draws(number, micro, batch))
+                (loss["total"] / micro_batches).backward()
+            for name, value in loss.items():
+                parts[name] = parts.get(name, 0.0) + value.detach() / micro_batches
+        rate = max(self._optimiser.rates)
+        norm = self._optimiser.step()
+        scalars = self._over_all(parts)
+        seconds = time.perf_counter() - began
+        return Progress(
+            self.steps_done, scalars.pop("total"), scalars, norm, rate, samples / seconds, waited / seconds
+        )
+
+    def save(self) -> None:
+        """Everything a resumed run needs, in one file that replaces the last one at once."""
+        if self._share.rank != 0:
+            return
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self._model.state_dict().items()}
+        optimiser = self._optimiser.state_dict()
+        for index, state in optimiser["adamw"]["state"].items():
+            tensors |= {f"adamw.{index}.{name}": value.contiguous() for name, value in state.items()}
+        self._state.write(tensors, optimiser["steps"])
+
+    def _load(self) -> None:
+        tensors, steps = self._state.read()
+        self._model.load_state_dict(network_of(tensors))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adamw."):
+                _, index, field = name.split(".")
+                state.setdefault(int(index), {})[field] = tensor
+        groups = self._optimiser.state_dict()["adamw"]["param_groups"]
+        self._optimiser.load_state_dict({"adamw": {"state": state, "param_groups": groups}, "steps": steps})
+
+    def _draws(self, number: int, micro: int, batch: Batch) -> ExitDraws:
+        """This process's rows of exits drawn for the whole batch."""
+        rows, window = batch.targets.gripper.shape
+        generator = torch.Generator().manual_seed(int(rng_of(self._seed, number, micro, 2).integers(2**62)))
+        drawn = draw_exits(len(self._model.config.exits), rows * self._share.world, window, generator)
+        mine = slice(self._share.rank * rows, (self._share.rank + 1) * rows)
+        return ExitDraws(drawn.per_step[mine], drawn.per_segment[mine])
+
+    def _seed_dropout(self, number: int, micro: int) -> None:
+        torch.manual_seed(int(rng_of(self._seed, number, micro, 3, self._share.rank).integers(2**62)))
+
+    def _without_exchange(self, wanted: bool) -> contextlib.AbstractContextManager:
+        """Gradients of all but the last micro-batch are summed here before processes exchange them."""
+        return self._loss.no_sync() if wanted and self._share.world > 1 else contextlib.nullcontext()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """bfloat16 products on a GPU; CPUs are slower with them."""
+        if self._model.device.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _over_all(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """Means over all processes."""
+        values = torch.stack([value.float() for value in parts.values()])
+        if self._share.world > 1:
+            dist.all_reduce(values)
+            values /= self._share.world
+        return dict(zip(parts, values.tolist()))
+
+
+def network_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's state dict among the tensors of a stage."""
+    return {
+        name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")
+    }
+
+
+class Log:
+    """The loss curve: one JSON object per logged step in `log.jsonl`, and the same for TensorBoard.
+
+    What a killed run had logged beyond the state it resumes from is taken back.
+    """
+
+    def __init__(self, folder: Path, stage: str, resumed_at: int):
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= resumed_at]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file, self._stage = path.open("a"), stage
+        self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_at + 1)
+
+    def add(self, progress: Progress) -> None:
+        line = {"stage": self._stage, **vars(progress)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._board.add_scalar("loss", progress.loss, progress.step)
+        self._board.add_scalar("learning_rate", progress.learning_rate, progress.step)
+        self._board.add_scalar("gradient_norm", progress.gradient_norm, progress.step)
+        self._board.add_scalar("waited", progress.waited, progress.step)
+        for name, value in progress.parts.items():
+            self._board.add_scalar(name, value, progress.step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Lines of a log, without a last one that a killed run left half written."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    targets = batch.targets
+    moved = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in vars(targets).items()
+    }
+    rest = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(batch).items()
+    }
+    return Batch(**{**rest, "targets": type(targets)(**moved)})
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[Share, torch.device]]:
+    """The share of this process under torchrun and its device, the process group open meanwhile; one of one elsewhere.
+
+    device: `cpu`, or `cuda`: then this machine's processes take a GPU each.
+    """
+    if "RANK" not in os.environ:
+        yield Share(), torch.device(device)
+        return
+    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    # While the first process records demonstrations, the others wait for hours.
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    try:
+        yield Share(dist.get_rank(), dist.get_world_size()), own
+    finally:
+        dist.destroy_process_group()
