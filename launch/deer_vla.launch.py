@@ -15,7 +15,7 @@ from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
-from deer_vla_ros.ros import launch_checks
+from deer_vla_ros.commands import launch_checks
 from launch import LaunchContext, LaunchDescription
 
 PARAMETERS = {

@@ -18,8 +18,8 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 import deer_vla_ros
+from deer_vla_ros.commands import launch_checks
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros import launch_checks
 from launch import LaunchContext, LaunchDescription
 
 TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "sim" / "assets" / "guard.yaml"

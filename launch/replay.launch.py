@@ -33,8 +33,8 @@ from launch_ros.substitutions import FindPackageShare
 from lifecycle_msgs.msg import State
 from lifecycle_msgs.srv import GetState
 
+from deer_vla_ros.commands import launch_checks
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros import launch_checks
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 
 OUTPUTS = (

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from deer_vla_ros.errors import UserError
 
+PHRASINGS = ("training", "held-out", "both")
+"""Wordings of the instructions; both: half and half."""
+
 
 def positive(text: str) -> float:
     """A finite number above 0."""

@@ -43,7 +43,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from deer_vla_ros.commands.arguments import positive
+from deer_vla_ros.commands.arguments import PHRASINGS, positive
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_json
 from deer_vla_ros.processes import keep_off_other_robots

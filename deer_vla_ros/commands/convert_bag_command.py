@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     """0 when the dataset is there."""
     from rich.progress import track
 
-    from deer_vla_ros.bag.conversion import convert
     from deer_vla_ros.bag.observed import Account, observed
     from deer_vla_ros.files import write_json
+    from deer_vla_ros.lab.demonstrations.bag_conversion import convert
     from deer_vla_ros.model.checkpoint import folder_of, load_info
     from deer_vla_ros.ros import parameters
 

@@ -17,13 +17,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deer_vla_ros.commands.arguments import PHRASINGS
 from deer_vla_ros.errors import UserError
 
 if TYPE_CHECKING:
     from deer_vla_ros.lab.scoring.evaluation_run import Evaluation
     from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 
-PHRASINGS = ("training", "held-out", "both")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ import rclpy
 import yaml
 from rclpy.context import Context
 
+from deer_vla_ros.commands import launch_checks
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros import launch_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 BAG = ROOT / "test" / "data" / "table"
@@ -151,7 +151,7 @@ def test_checks_that_fail_themselves_do_not_pass(monkeypatch, tmp_path):
 
 
 def test_what_ros2_launch_imports_is_light():
-    code = "import deer_vla_ros.ros.launch_checks, sys; print(*sys.modules)"
+    code = "import deer_vla_ros.commands.launch_checks, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "rclpy", "numpy", "rosbags", "yaml"} & set(done.stdout.split())
 

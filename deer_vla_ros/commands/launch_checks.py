@@ -29,7 +29,7 @@ def check(**given: str) -> None:
     """
     options = [f"--{name}={value}" for name, value in given.items()]
     python = shutil.which("python3") or sys.executable
-    command = [python, "-m", "deer_vla_ros.ros.launch_checks", *options]
+    command = [python, "-m", "deer_vla_ros.commands.launch_checks", *options]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         if reason := done.stdout.strip():
