@@ -26,15 +26,15 @@ except ImportError as error:
     )
 
 _LONGEST = (
-    "evaluation/test_budget_commands.py",
+    "commands/test_budget_commands.py",
     "ros/test_lifecycle.py",
-    "training/test_trainer.py",
+    "lab/training/test_trainer.py",
     "ros/test_manners.py",
     "bag/test_replay.py",
     "ros/test_gripper_action.py",
-    "evaluation/test_evaluate.py",
-    "ros/test_demo.py",
-    "evaluation/test_parity.py",
+    "lab/scoring/test_evaluate.py",
+    "lab/demo/test_demo.py",
+    "lab/parity/test_parity.py",
     "inference/test_long_episode.py",
 )
 """Files that take the most time, as measured: they go first, so that two workers end together."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import rclpy
 import yaml
+from paths import ROOT
 from rclpy.context import Context
 
 from deer_vla_ros.commands import launch_checks
 from deer_vla_ros.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 BAG = ROOT / "test" / "data" / "table"
 GIVEN = {"ros__parameters": {"control.rate_hz": 5.0}}
 

@@ -5,19 +5,18 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import rclpy
 import yaml
+from paths import ROOT
 from rclpy.context import Context
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
 
-ROOT = Path(__file__).resolve().parents[2]
 POLICY, DEMO, REPLAY = (ROOT / "launch" / f"{name}.launch.py" for name in ("deer_vla", "demo", "replay"))
 ARGUMENTS = {
     POLICY: {"params_file", "model_path", "namespace", "device", "use_sim_time", "autostart", "rehearsal"},

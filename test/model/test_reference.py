@@ -1,9 +1,9 @@
 """Do weights under the reference's names find their places, and is one that is missing named?"""
 
-from pathlib import Path
 
 import pytest
 import torch
+from paths import GOLDEN_COMPACT
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.parity.reference_tensors import model_config, read_arrays, read_json, read_model
@@ -11,7 +11,7 @@ from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
 from deer_vla_ros.model.network import MultiExitVLA
 
-RECORDING = Path(__file__).parent.parent / "golden_compact"
+RECORDING = GOLDEN_COMPACT
 
 
 @pytest.fixture(scope="module")

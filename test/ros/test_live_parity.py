@@ -5,12 +5,12 @@ is changed as `ros2 param set` would; the recorded parameter event changes it in
 """
 
 import time
-from pathlib import Path
 
 import pytest
 from deer_vla_ros.msg import PolicyStep
 from geometry_msgs.msg import PoseStamped
 from harness import Client, spawn, wait_until
+from paths import TABLE_RECORDING
 from rcl_interfaces.msg import Parameter, ParameterEvent, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
 from rclpy.qos import qos_profile_parameter_events, qos_profile_sensor_data
@@ -29,7 +29,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.stamped import SECOND, stamp
 
-TABLE = Path(__file__).parents[1] / "data" / "table"
+TABLE = TABLE_RECORDING
 PLAYED = {
     "/camera/static/image_raw": (Image, qos_profile_sensor_data),
     "/camera/gripper/image_raw": (Image, qos_profile_sensor_data),

@@ -4,12 +4,12 @@ import json
 import math
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray
+from paths import ROOT
 from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
@@ -20,7 +20,7 @@ from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopRea
 from deer_vla_ros.ros import overlay
 from deer_vla_ros.ros.stamped import image_message
 
-LAYOUT = json.loads((Path(__file__).parents[2] / "config" / "foxglove_layout.json").read_text())
+LAYOUT = json.loads((ROOT / "config" / "foxglove_layout.json").read_text())
 TOPICS = {
     "/camera/static/image_raw": Image,
     "/camera/gripper/image_raw": Image,

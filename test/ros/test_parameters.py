@@ -1,11 +1,11 @@
 """Parameters are what their declarations say: in the YAML that people edit, given at start, set live, dumped and given back."""
 
 import contextlib
-from pathlib import Path
 
 import pytest
 import rclpy
 import yaml
+from paths import ROOT
 from rclpy.context import Context
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -14,7 +14,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import parameters
 from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
 
-CONFIG = Path(__file__).parents[2] / "config" / "deer_vla.yaml"
+CONFIG = ROOT / "config" / "deer_vla.yaml"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from harness import START_TIMEOUT, Client, spawn, spawn_python, wait_until
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState
+from paths import ROOT
 from processes import children, command_of, gone
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
@@ -437,7 +437,7 @@ def test_an_arm_led_by_hand_during_a_hold_is_never_far_from_its_target(client, b
 
 
 def test_an_instruction_published_as_the_readme_says_arrives_though_others_listen_too(client):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     (times,) = set(re.findall(r"ros2 topic pub --times (\d) /instruction", text))
     assert "--once /instruction" not in text
     client.listen(String, "told/instruction")  # the simulated table, say: it is matched at once

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from paths import ROOT
 from processes import children, command_of, gone, wait_until
 from runs import EXIT, JOINT, command, curve, parsed, recipe_file, train
 from small_model import SMALL
@@ -256,7 +257,7 @@ def test_a_recipe_that_makes_no_sense_is_refused_by_name(change, message, tmp_pa
 
 
 def test_the_recipes_that_ship_can_be_read():
-    folder = Path(__file__).parents[2] / "config" / "training"
+    folder = ROOT / "config" / "training"
     recipes = [Recipe.read(path) for path in sorted(folder.glob("*.yaml"))]
     assert len(recipes) >= 4
     for recipe in recipes:

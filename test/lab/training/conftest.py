@@ -1,11 +1,6 @@
-"""The small network of test/model serves here too; demonstrations that all trainings of these tests share."""
-
-import sys
-from pathlib import Path
+"""Demonstrations that all trainings of these tests share."""
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "model"))
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from paths import TABLE_RECORDING
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from std_msgs.msg import String
 
 from deer_vla_ros.bag.cdr import to_cdr, type_of, types
 from deer_vla_ros.bag.recording import Record, Recording
 
-TABLE = Path(__file__).parents[1] / "data" / "table"
+TABLE = TABLE_RECORDING
 STATIC, GRIPPER, POSE, INSTRUCTION = (
     "/camera/static/image_raw",
     "/camera/gripper/image_raw",

@@ -1,4 +1,4 @@
-"""How surely does the scripted expert do each task? Not a test: run it by hand, `python test/sim/measure_expert.py --trials 100`.
+"""How surely does the scripted expert do each task? Not a test: run it by hand, `python test/lab/sim/measure_expert.py --trials 100`.
 
 Asks for every task that often, with and without the bursts of noise of `record-demos`, in sessions without a reset as those of the demonstrations
 (seeds from 800,000 on: no recording's, no calibration's), and prints the rates.

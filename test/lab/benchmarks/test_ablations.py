@@ -1,12 +1,12 @@
 """Do the ablations change what they say, and nothing else?"""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 
 from deer_vla_ros.budget.calibration import Calibration
 from deer_vla_ros.errors import UserError
@@ -14,7 +14,7 @@ from deer_vla_ros.lab.benchmarks import ablations
 from deer_vla_ros.lab.training.recipe import Recipe, Train
 from deer_vla_ros.model.checkpoint import EMBEDDED, load_info
 
-RECIPE = Path(__file__).parents[2] / "config" / "training" / "ablation.yaml"
+RECIPE = ROOT / "config" / "training" / "ablation.yaml"
 
 
 @given(

@@ -1,6 +1,6 @@
 """Measures what the embedded network still does when its command reaches the arm some time after the image.
 
-    . scripts/env.sh; python test/evaluation/measure_command_delay.py
+    . scripts/env.sh; python test/lab/demo/measure_command_delay.py
 
 On a robot, and in `make demo`, the network sees an image, thinks, and the arm hears of it tens of milliseconds later.
 Training and `evaluate` wait for the command instead. Two tables are printed, both by delay: the demo's instructions on

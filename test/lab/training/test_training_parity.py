@@ -2,18 +2,18 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from paths import GOLDEN_COMPACT
 
 from deer_vla_ros.lab.parity.comparison import compare_relative, judge
 from deer_vla_ros.lab.parity.parity_training import TRAINING64_KINDS, check_training64
 from deer_vla_ros.lab.parity.reference_tensors import read_arrays, read_json, read_model
 from deer_vla_ros.lab.training.augmentation import shift
 
-COMPACT = Path(__file__).parent.parent / "golden_compact"
+COMPACT = GOLDEN_COMPACT
 TOLERANCES = read_json(COMPACT / "tolerances.json")["train64"]
 
 

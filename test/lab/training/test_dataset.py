@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.demonstrations import demonstrations
@@ -102,7 +103,7 @@ def test_frames_of_another_size_than_the_network_s_are_refused(both):
 def test_training_imports_neither_ros_nor_the_simulator():
     modules = [
         path.stem
-        for path in (Path(__file__).parents[2] / "deer_vla_ros/lab/training").glob("*.py")
+        for path in (ROOT / "deer_vla_ros/lab/training").glob("*.py")
         if path.stem != "__init__"
     ]
     program = "import sys\n" + "".join(f"import deer_vla_ros.lab.training.{name}\n" for name in modules)

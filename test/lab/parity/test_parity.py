@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.calibration import columns, window_deltas
@@ -24,7 +25,7 @@ from deer_vla_ros.lab.parity.comparison import compare
 from deer_vla_ros.lab.parity.parity_training import reference_losses, step_loss
 from deer_vla_ros.lab.parity.reference_tensors import read_arrays, read_json, read_model
 
-REPOSITORY = Path(__file__).parent.parent.parent
+REPOSITORY = ROOT
 COMPACT = REPOSITORY / "test" / "golden_compact"
 COMPACT_LIMIT = 2_600_000
 

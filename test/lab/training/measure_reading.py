@@ -1,7 +1,7 @@
 """How fast are demonstrations read, from disk to a batch's arrays? By hand: they have to be recorded first.
 
     python -m deer_vla_ros record-demos --demos 300 --seed 9 --format calvin --out out/calvin/training
-    python test/training/measure_reading.py out/calvin/training --size 224
+    python test/lab/training/measure_reading.py out/calvin/training --size 224
 
 Nothing is remembered between batches, so what CALVIN's format needs is the decoding of every step. Whether a training has to wait for that is in
 its own log (`waited`).
