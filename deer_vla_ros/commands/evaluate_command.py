@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chains", type=int, default=200, metavar="N", help="chains of five (default: %(default)s)"

@@ -123,7 +123,8 @@ class PolicyNode(LifecycleNode):
         # volatile one. Listening both ways hears both; the same text twice changes nothing, and no mismatch
         # is worth a warning.
         quiet = SubscriptionEventCallbacks(use_default_callbacks=False)
-        self.create_subscription(String, "instruction", self._on_instruction, 10)
+        # Depth 1: the newest counts, and DDS keeps memory for the longest text in every place of the queue.
+        self.create_subscription(String, "instruction", self._on_instruction, 1)
         self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
         if self._value("control.enable_timeout_s"):
             self.create_subscription(Bool, "enable", self._on_enable, 1)  # an old one must not be heard late

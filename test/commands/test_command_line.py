@@ -22,7 +22,9 @@ def probe(monkeypatch):
     module.add_arguments = lambda parser: parser.add_argument("--number", type=int)
     module.run = run
     monkeypatch.setitem(sys.modules, "probe_command", module)
-    monkeypatch.setitem(command_line.COMMANDS, "probe", command_line.Command("probe_command", "a probe", True))
+    monkeypatch.setitem(
+        command_line.COMMANDS, "probe", command_line.Command("probe_command", "a probe", True)
+    )
     return module
 
 
@@ -47,7 +49,9 @@ def test_a_defect_keeps_its_traceback(probe):
         command_line.main(["probe"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["probe", "--number", "x"], ["parity", "--ros-args"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["no-such-command"], ["probe", "--number", "x"], ["parity", "--ros-args"]]
+)
 def test_bad_arguments_exit_with_status_2(probe, arguments):
     with pytest.raises(SystemExit) as left:
         command_line.main(arguments)
@@ -59,10 +63,14 @@ def test_every_command_explains_itself_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as left:
         command_line.main([command, "--help"])
     assert left.value.code == 0
-    assert f"python -m deer_vla_ros {command}" in capsys.readouterr().out.split("options:")[0].split("\n", 1)[1]
+    assert (
+        f"python -m deer_vla_ros {command}" in capsys.readouterr().out.split("options:")[0].split("\n", 1)[1]
+    )
 
 
-@pytest.mark.parametrize("arguments, absent", [(["--help"], ["torch", "rclpy", "numpy"]), (["sim", "--help"], ["torch"])])
+@pytest.mark.parametrize(
+    "arguments, absent", [(["--help"], ["torch", "rclpy", "numpy"]), (["sim", "--help"], ["torch"])]
+)
 def test_help_imports_nothing_heavy(arguments, absent):
     code = (
         "import sys\nfrom deer_vla_ros.__main__ import main\n"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from paths import ROOT
 
-NOT_SOURCES = shutil.ignore_patterns(".git", ".venv", "build", "install", "log", "out", "__pycache__", "*.egg-info")
+NOT_SOURCES = shutil.ignore_patterns(
+    ".git", ".venv", "build", "install", "log", "out", "__pycache__", "*.egg-info"
+)
 
 # Publishing makes the middleware load its own type support, which an import alone would not.
 USE_MESSAGES = """
@@ -29,7 +31,10 @@ def copy_sources(folder: Path) -> Path:
     # test/build is this folder's name as well as the build folder's: only the one at the top is no source.
     copy = folder / "deer_vla_ros"
     shutil.copytree(
-        ROOT, copy, symlinks=True, ignore=lambda path, names: NOT_SOURCES(path, names) if Path(path) == ROOT else {"__pycache__"}
+        ROOT,
+        copy,
+        symlinks=True,
+        ignore=lambda path, names: NOT_SOURCES(path, names) if Path(path) == ROOT else {"__pycache__"},
     )
     return copy
 
@@ -52,7 +57,12 @@ def clean_environment() -> dict[str, str]:
 def run(*command, cwd: Path, env: dict[str, str]) -> str:
     """Run to the end and return what it printed; a failure shows the same."""
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, f"{command} in {cwd} exited with {done.returncode}:\n{done.stdout[-6000:]}"
     return done.stdout

@@ -1,6 +1,5 @@
 """Do weights under the reference's names find their places, and is one that is missing named?"""
 
-
 import pytest
 import torch
 from paths import GOLDEN_COMPACT

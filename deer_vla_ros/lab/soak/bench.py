@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deer_vla_ros.lab.soak.heard import SECOND, HeardCommand, HeardPose, Limits, Violation
-from deer_vla_ros.lab.soak.judge import Judge
+from deer_vla_ros.lab.soak.judge import CLOCK_STEP_NS, Judge
 from deer_vla_ros.lab.soak.pairing import PATIENCE_NS, Half, Pairing
 from deer_vla_ros.lab.soak.silence import Silence
 
@@ -180,8 +180,9 @@ class Bench:
         before = [entry for entry in self._offsets if entry[0] <= command.said_ns]
         recent = [entry for entry in before if entry[0] > command.said_ns - CLOCK_DELIVERY_NS] or before[-1:]
         self._offsets = [*before[-10:], *self._offsets[len(before) :]]
-        offset_ns = min((offset for _, offset in recent), default=0)
-        return dataclasses.replace(command, clock_ns=command.said_ns + offset_ns)
+        offsets = [offset for _, offset in recent] or [0]
+        just_set = max(offsets) - min(offsets) > CLOCK_STEP_NS
+        return dataclasses.replace(command, clock_ns=command.said_ns + min(offsets), clock_just_set=just_set)
 
     def _in_progress(self, at_ns: int, until_ns: int | None = None) -> list[str]:
         """The faults that were not over at a time, or at any time of a stretch."""

@@ -45,7 +45,8 @@ class HeardCommand:
 
     said_ns: when it left its publisher, wall clock. heard_ns: when the middleware of the observer had it,
     wall clock. clock_ns: the time of the node's own clock at `said_ns`; equal to it unless the node lives in
-    simulated time. stamp_ns: its header's stamp. position (3,) [m] and quaternion (4,) of the target; None
+    simulated time. clock_just_set: that clock was set so shortly before that the node may not have heard of
+    it. stamp_ns: its header's stamp. position (3,) [m] and quaternion (4,) of the target; None
     where none was published. linear (3,) [m/s] and angular (3,) [rad/s] of the twist; None where no twist of
     that stamp came. after_loss: the observer missed something before it, so that it cannot be compared with
     the command before. publisher: which one it came from, numbered by the observer; a node and its watchdog
@@ -62,6 +63,7 @@ class HeardCommand:
     angular: np.ndarray | None
     after_loss: bool = False
     publisher: int = 0
+    clock_just_set: bool = False
 
     @property
     def moves(self) -> bool:

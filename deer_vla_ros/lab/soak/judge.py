@@ -98,6 +98,8 @@ class Judge:
             return []
         if abs((command.clock_ns - command.said_ns) - (last.clock_ns - last.said_ns)) > CLOCK_STEP_NS:
             return []  # the node's own clock was set
+        if last.clock_just_set:
+            return []  # the last command may still have been stamped by the clock from before
         value = (last.stamp_ns - command.stamp_ns) / SECOND
         return [
             Violation(

@@ -83,6 +83,7 @@ def report(seen: Seen) -> dict[str, Any]:
         "rss_mib": {
             name: spread(samples, lambda each: each.rss_kib / 1024) for name, samples in _lives(seen)
         },
+        "node_rss_mib_by_minute": by_minute(node),
         "threads": {name: spread(samples, lambda each: each.threads) for name, samples in _lives(seen)},
         "fds": {name: spread(samples, lambda each: each.fds) for name, samples in _lives(seen)},
         "left_behind": seen.left_behind,
@@ -142,6 +143,14 @@ def growth_percent_per_hour(life: Sequence[Sample]) -> tuple[float | None, str]:
     first, second = np.triu_indices(len(warm), 1)
     slope = float(np.median((sizes[second] - sizes[first]) / (times[second] - times[first])))
     return round(slope * 3600 / float(np.median(sizes)) * 100, 3), ""
+
+
+def by_minute(life: Sequence[Sample]) -> list[float]:
+    """The resident memory [MiB] of one process at the end of each minute of its life."""
+    last: dict[int, float] = {}
+    for each in life:
+        last[int((each.at_s - life[0].at_s) // 60)] = round(each.rss_kib / 1024, 1)
+    return list(last.values())
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:

@@ -168,6 +168,13 @@ def test_stamps_may_go_back_with_the_nodes_own_clock_and_between_two_publishers(
     assert node.hold(stamp_ns=node.now_ns, publisher=2) == []
 
 
+def test_a_command_that_was_stamped_before_the_node_heard_of_a_new_time_is_no_reason_to_blame_the_next(node):
+    past_ns = node.now_ns + 2 * PERIOD_NS - 20 * SECOND
+    assert node.hold(clock_ns=past_ns, clock_just_set=True) == []
+    assert node.hold(stamp_ns=past_ns, clock_ns=past_ns) == []
+    assert node.hold(stamp_ns=past_ns - SECOND, clock_ns=past_ns + PERIOD_NS) == ["stamp_back"]
+
+
 def test_after_a_loss_nothing_is_compared_with_what_came_before(node):
     assert node.step(way=(0.0, 0.0, 0.059), turn=0.0) == []
     node.judge.pose(HeardPose(node.now_ns, node.target + np.array([0.0, 0.0, 0.1]), UPRIGHT))

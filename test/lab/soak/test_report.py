@@ -7,6 +7,7 @@ import pytest
 from deer_vla_ros.lab.soak.logs import unhandled_lines
 from deer_vla_ros.lab.soak.report import (
     Seen,
+    by_minute,
     growth_percent_per_hour,
     longest_lived,
     missed,
@@ -55,6 +56,11 @@ def test_a_good_run_misses_no_goal_and_restarts_are_told_apart():
 def test_each_goal_that_is_missed_is_named(changes, told):
     (line,) = missed(report(Seen(1, 2.0, [outcome()], GOOD | changes)))
     assert told in line
+
+
+def test_memory_is_told_by_the_minute():
+    life = [Sample(10.0 + at_s, 7, 1024 * kib, 1, 1) for at_s, kib in ((0, 1), (59, 2), (61, 3), (130, 4))]
+    assert by_minute(life) == [2.0, 3.0, 4.0] and by_minute([]) == []
 
 
 def test_recoveries_that_take_too_long_are_missed_goals():

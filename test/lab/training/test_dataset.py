@@ -102,12 +102,10 @@ def test_frames_of_another_size_than_the_network_s_are_refused(both):
 
 def test_training_imports_neither_ros_nor_the_simulator():
     modules = [
-        path.stem
-        for path in (ROOT / "deer_vla_ros/lab/training").glob("*.py")
-        if path.stem != "__init__"
+        path.stem for path in (ROOT / "deer_vla_ros/lab/training").glob("*.py") if path.stem != "__init__"
     ]
     program = "import sys\n" + "".join(f"import deer_vla_ros.lab.training.{name}\n" for name in modules)
-    program += "print([name for name in ('rclpy', 'mujoco', 'deer_vla_ros.lab.sim', 'deer_vla_ros.evaluation') if name in sys.modules])"
+    program += "print([name for name in ('rclpy', 'mujoco', 'deer_vla_ros.lab.sim', 'deer_vla_ros.lab.scoring') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
