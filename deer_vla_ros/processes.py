@@ -15,8 +15,6 @@ from typing import NoReturn
 
 from deer_vla_ros.errors import UserError
 
-TABLE_GUARD = Path(__file__).parent / "lab" / "sim" / "assets" / "guard.yaml"
-"""Parameter file: the policy node's limits on the simulated table."""
 HIGHEST_PORTABLE_DOMAIN = 101
 """Above this ROS_DOMAIN_ID, a domain's ports reach into the range that Linux gives to other programs."""
 END_TIMEOUT_S = 15.0

@@ -6,8 +6,11 @@ import argparse
 import math
 from pathlib import Path
 
+import deer_vla_ros
 from deer_vla_ros.errors import UserError
 
+TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "lab" / "sim" / "assets" / "guard.yaml"
+"""Parameter file: the policy node's limits on the simulated table. It is found without importing MuJoCo."""
 PHRASINGS = ("training", "held-out", "both")
 """Wordings of the instructions; both: half and half."""
 

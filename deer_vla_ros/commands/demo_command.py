@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import deer_vla_ros
-from deer_vla_ros.commands.arguments import positive
+from deer_vla_ros.commands.arguments import TABLE_GUARD, positive
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.processes import (
-    TABLE_GUARD,
     ChildProcess,
     keep_off_other_robots,
     kept,

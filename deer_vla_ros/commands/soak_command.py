@@ -29,10 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deer_vla_ros.commands.arguments import positive
+from deer_vla_ros.commands.arguments import TABLE_GUARD, positive
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_json
-from deer_vla_ros.processes import TABLE_GUARD, keep_off_other_robots, leave_out_shared_memory
+from deer_vla_ros.processes import keep_off_other_robots, leave_out_shared_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
