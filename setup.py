@@ -132,6 +132,7 @@ setup(
         "test": [
             "greenlet",
             "hypothesis",
+            "import-linter",
             "matplotlib",
             "mujoco>=3.10",
             "optuna>=5",

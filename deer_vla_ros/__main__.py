@@ -8,70 +8,15 @@ Exit status: 0, 1 (the thing failed), 2 (bad arguments).
 import argparse
 import importlib
 import sys
-from dataclasses import dataclass
 from types import ModuleType
 
 import deer_vla_ros
+from deer_vla_ros.commands import COMMANDS, PROGRAM, Command
 from deer_vla_ros.errors import UserError
 
-PROGRAM = "python -m deer_vla_ros"
 PIP_MODULES = ("matplotlib", "mujoco", "optuna", "rich", "rosbags", "tensorboardX")
 """What some commands need and others do not, from PyPI."""
 ROS_MODULES = ("rclpy", "deer_vla_ros", "std_msgs", "sensor_msgs", "geometry_msgs")
-
-
-@dataclass(frozen=True)
-class Command:
-    """Where a command lives, what `--help` says about it, and whether `--ros-args` mean something to it."""
-
-    module: str
-    summary: str
-    takes_ros_args: bool = False
-
-
-COMMANDS = {
-    "node": Command("deer_vla_ros.commands.node_command", "the policy node", takes_ros_args=True),
-    "sim": Command(
-        "deer_vla_ros.commands.sim_command", "the simulated table as a ROS 2 node", takes_ros_args=True
-    ),
-    "demo": Command(
-        "deer_vla_ros.commands.demo_command",
-        "table and policy in closed loop: prints and plots what happened",
-    ),
-    "benchmark": Command(
-        "deer_vla_ros.commands.benchmark_command", "times the node, checks budgets, shows what depth buys"
-    ),
-    "replay": Command(
-        "deer_vla_ros.commands.replay_command", "runs the policy over a recording in lock step"
-    ),
-    "budget": Command("deer_vla_ros.commands.budget_command", "cost against deviation: what a budget buys"),
-    "calibrate": Command(
-        "deer_vla_ros.commands.calibrate_command",
-        "measures the deltas of all exits for a checkpoint's budgets",
-    ),
-    "record-demos": Command(
-        "deer_vla_ros.commands.record_demos_command", "demonstrations on the simulated table, for training"
-    ),
-    "convert-bag": Command(
-        "deer_vla_ros.commands.convert_bag_command", "recordings of a robot as a training dataset"
-    ),
-    "train": Command(
-        "deer_vla_ros.commands.train_command",
-        "makes a network by a recipe, from demonstrations to a checkpoint",
-    ),
-    "evaluate": Command(
-        "deer_vla_ros.commands.evaluate_command", "scores chains of instructions on the simulated table"
-    ),
-    "search": Command(
-        "deer_vla_ros.commands.search_command", "Bayesian optimisation of thresholds in closed loop"
-    ),
-    "soak": Command(
-        "deer_vla_ros.commands.soak_command", "attacks the running node with random faults and judges it"
-    ),
-    "parity": Command(
-        "deer_vla_ros.commands.parity_command", "checks the network against recorded reference tensors"
-    ),
-}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The node's parameters, declared once, here: type, range, unit, description.
 
-`python -m deer_vla_ros.ros.reference` writes config/deer_vla.yaml and docs/reference from them.
+`python -m deer_vla_ros.commands.reference_pages` writes config/deer_vla.yaml and docs/reference from them.
 """
 
 from __future__ import annotations
@@ -599,7 +599,7 @@ def render_yaml() -> str:
     """The text of `config/deer_vla.yaml`: every parameter with its default, unit, range and meaning."""
     lines = [
         "# Parameters of the deer_vla node, all at their defaults: copy, change what your robot needs, pass it as params_file.",
-        "# Written by `python -m deer_vla_ros.ros.reference`; a test keeps it equal to what the node declares.",
+        "# Written by `python -m deer_vla_ros.commands.reference_pages`; a test keeps it equal to what the node declares.",
         "# live: may change while the node runs (`ros2 param set`), between two steps. The others are read when it starts.",
         "/**:",
         f"  {NODE_NAME}:",

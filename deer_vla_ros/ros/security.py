@@ -1,6 +1,6 @@
 """What must the node be allowed to use on a secured ROS graph? The SROS2 policy, from the declarations.
 
-`python -m deer_vla_ros.ros.reference` writes config/sros2/deer_vla.policy.xml from it. On a robot there are a
+`python -m deer_vla_ros.commands.reference_pages` writes config/sros2/deer_vla.policy.xml from it. On a robot there are a
 namespace and remaps:
 
     python -m deer_vla_ros.ros.security --namespace /left --remap target_pose:=/motion_controller/target_frame
@@ -49,7 +49,7 @@ MANAGED_SERVED = (
 
 HEADER = """\
 <!-- SROS2 policy of the deer_vla node and of its watchdog process: what they may use, and nothing else.
-     Written by `python -m deer_vla_ros.ros.reference`; a test compares it with the running node.
+     Written by `python -m deer_vla_ros.commands.reference_pages`; a test compares it with the running node.
      Names are those without a namespace and without remaps; ~ is the name of the node.
      docs/how-to/secure-with-sros2.md tells how to write this file for your robot. -->
 """

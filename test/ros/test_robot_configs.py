@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
+from deer_vla_ros.commands.reference_pages import ROOT
 from deer_vla_ros.ros import parameters
-from deer_vla_ros.ros.reference import ROOT
 
 FILES = sorted((ROOT / "config" / "robots").glob("*.yaml"))
 ALL = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

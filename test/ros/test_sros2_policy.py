@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 from harness import Client, spawn, wait_until
 
+from deer_vla_ros.commands.reference_pages import ROOT
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import security
 from deer_vla_ros.ros.interface import INPUTS, OUTPUTS, SERVICES
-from deer_vla_ros.ros.reference import ROOT
 
 POLICY = ROOT / "config" / "sros2" / "deer_vla.policy.xml"
 NODE, WATCHDOG = "deer_vla", "deer_vla_watchdog"

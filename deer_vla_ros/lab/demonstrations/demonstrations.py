@@ -15,10 +15,10 @@ from itertools import islice
 import numpy as np
 
 from deer_vla_ros.inference.types import Action, Observation
-from deer_vla_ros.lab.scoring.table_arm import TableArm
 from deer_vla_ros.lab.sim.expert import act
 from deer_vla_ros.lab.sim.state import TableState, Views
 from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.lab.sim.tasks import RELEASED_M, TASKS, Task
 from deer_vla_ros.lab.sim.things import things
 

@@ -27,9 +27,9 @@ from deer_vla_ros.lab.demonstrations.record_store import (
     Settings,
     Store,
 )
-from deer_vla_ros.lab.scoring.workers import Work, spread
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.lab.training.frames import FORMAT
+from deer_vla_ros.lab.workers import Work, spread
 
 DEMOS_PER_SHARD = 100
 SEEDS_PER_RUN = 1_000

@@ -15,8 +15,8 @@ import numpy as np
 
 from deer_vla_ros.lab.scoring.approach import Approach
 from deer_vla_ros.lab.scoring.chains import Chain, set_up
-from deer_vla_ros.lab.scoring.table_arm import TableArm
 from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.lab.sim.tasks import BY_NAME
 
 

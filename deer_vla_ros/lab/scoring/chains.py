@@ -13,9 +13,9 @@ import numpy as np
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.demonstrations import STEP_LIMIT
-from deer_vla_ros.lab.scoring.table_arm import TableArm
 from deer_vla_ros.lab.sim.expert import act
 from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.lab.sim.tasks import BY_NAME, NEEDS_HELD_BLOCK, TASKS, Task
 
 CHAIN_LENGTH = 5

@@ -37,9 +37,9 @@ from deer_vla_ros.lab.scoring.chains import (
 )
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice, NetworkDriver
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
-from deer_vla_ros.lab.scoring.workers import Work, spread
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.tasks import TASKS
+from deer_vla_ros.lab.workers import Work, spread
 from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load
 
 Results = list[tuple[Attempt, ...]]

@@ -15,7 +15,7 @@ from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.lockstep import LockstepPolicy
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.scoring.chain_run import Decision
-from deer_vla_ros.lab.scoring.table_arm import TableArm
+from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo
 
 RuleOf = Callable[[int, int], ExitRule]

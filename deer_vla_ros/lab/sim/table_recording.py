@@ -16,10 +16,10 @@ from deer_vla_ros.bag.cdr import to_cdr, type_of
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
-from deer_vla_ros.lab.scoring.table_arm import STEP_S, TableArm
 from deer_vla_ros.lab.sim.expert import act
 from deer_vla_ros.lab.sim.referee import task_called
 from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.table_arm import STEP_S, TableArm
 from deer_vla_ros.lab.sim.tasks import Task
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.ros.stamped import image_message, pose_message, stamp

@@ -16,9 +16,9 @@ from deer_vla_ros.control.guard import guard
 from deer_vla_ros.control.motion import motion_of
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.inference.types import Observation
-from deer_vla_ros.lab.scoring.table_arm import LIMITS, STEP_S
 from deer_vla_ros.lab.sim.referee import Referee
 from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.table_arm import LIMITS, STEP_S
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.model.checkpoint import load
 

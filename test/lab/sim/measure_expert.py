@@ -10,9 +10,9 @@ from collections import Counter
 import numpy as np
 
 from deer_vla_ros.lab.demonstrations.demonstrations import BURSTS, SESSION_TASKS, STEP_LIMIT, Disturbance
-from deer_vla_ros.lab.scoring.table_arm import TableArm
 from deer_vla_ros.lab.sim.expert import act
 from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.lab.sim.tasks import TASKS, Task
 
 FIRST_SEED = 800_000

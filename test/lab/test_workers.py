@@ -12,7 +12,7 @@ import pytest
 from processes import gone, wait_until
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.scoring.workers import spread
+from deer_vla_ros.lab.workers import spread
 
 
 def _squarer(power: int):
@@ -61,7 +61,7 @@ def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
     script = tmp_path / "spreader.py"
     script.write_text(
         "import os, time\n"
-        "from deer_vla_ros.lab.scoring.workers import spread\n"
+        "from deer_vla_ros.lab.workers import spread\n"
         "def setup():\n"
         "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
         "    return lambda job, tell: time.sleep(0.1)\n"

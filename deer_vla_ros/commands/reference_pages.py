@@ -1,4 +1,4 @@
-"""What does `docs/reference` say? Written from the declarations: `python -m deer_vla_ros.ros.reference` writes it anew."""
+"""What does `docs/reference` say? Written from the declarations: `python -m deer_vla_ros.commands.reference_pages` writes it anew."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from deer_vla_ros.__main__ import COMMANDS, PROGRAM
+from deer_vla_ros.commands import COMMANDS, PROGRAM
 from deer_vla_ros.ros.graph import type_name
 from deer_vla_ros.ros.interface import INPUTS, OUTPUTS, SERVICES, Topic
 from deer_vla_ros.ros.parameters import DECLARATIONS, render_yaml
 from deer_vla_ros.ros.security import render_policy
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTE = "<!-- Written by `python -m deer_vla_ros.ros.reference`; a test keeps it current. -->"
+NOTE = "<!-- Written by `python -m deer_vla_ros.commands.reference_pages`; a test keeps it current. -->"
 HELP_WIDTH = 100
 
 
