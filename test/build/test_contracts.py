@@ -1,0 +1,33 @@
+"""Which room imports which: the contracts of `.importlinter`, and what a running node has loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from paths import ROOT
+
+
+def test_every_import_keeps_the_contracts():
+    program = Path(sys.executable).parent / "lint-imports"
+    done = subprocess.run([program, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_command_stands_in_the_contract_that_keeps_commands_apart():
+    listed = (ROOT / ".importlinter").read_text()
+    commands = [path.stem for path in (ROOT / "deer_vla_ros" / "commands").glob("*_command.py")]
+    assert commands
+    assert [name for name in commands if f"deer_vla_ros.commands.{name}\n" not in listed] == []
+
+
+def test_the_node_with_its_network_loads_nothing_of_the_lab():
+    code = """
+import sys
+from deer_vla_ros.commands import node_command
+from deer_vla_ros.ros import loading, policy_node
+heavy = ("mujoco", "optuna", "matplotlib", "rich", "tensorboardX")
+found = [name for name in sys.modules if name.startswith("deer_vla_ros.lab") or name.split(".")[0] in heavy]
+sys.exit(f"loaded: {found}" if found else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
