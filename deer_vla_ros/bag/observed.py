@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deer_vla_ros.bag.inputs import GRIPPER_COMMAND, INSTRUCTION, TARGET, Stamps, Tally, find_topics, messages
+from deer_vla_ros.bag.input_topics import (
+    GRIPPER_COMMAND,
+    INSTRUCTION,
+    TARGET,
+    Stamps,
+    Tally,
+    find_topics,
+    messages,
+)
 from deer_vla_ros.bag.recording import Recording
 from deer_vla_ros.bag.replay import arrivals
 from deer_vla_ros.control.inputs import InputGate, InputLimits
@@ -18,7 +26,7 @@ from deer_vla_ros.ros.motions import measured_pose
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ObservedStep:
     """One moment at which the controller would have stepped. stamp_ns: of the static frame. gripper: newest gripper command by then, None
     where there was none. target: newest target of the arm, likewise."""
 
@@ -30,7 +38,7 @@ class Seen:
 
 
 @dataclass
-class Account:
+class ObservedCounts:
     """What was and was not used. holds: moments at which the controller would have held, by reason; dropped: camera pairs that a newer one
     replaced before they could be used."""
 
@@ -49,14 +57,14 @@ class Account:
 
 def observed(
     path: Path,
-    account: Account,
+    account: ObservedCounts,
     rate_hz: float,
     limits: InputLimits,
     frame: str,
     topics: dict[str, str],
     clock: str = "receive",
     instruction: str | None = None,
-) -> Iterator[Seen]:
+) -> Iterator[ObservedStep]:
     """Every moment of a recording at which a controller of this rate, these limits and this action frame would step.
 
     topics: recorded topic by the node's, where its name is another. UserError for a recording that cannot be read or lacks an input.
@@ -81,7 +89,7 @@ def observed(
             pace.take(inputs.pair[0].stamp_ns)
             account.seen += 1
             static, gripper = inputs.pair
-            yield Seen(
+            yield ObservedStep(
                 inputs.instruction,
                 Observation(static.image, gripper.image, inputs.pose.pose.as_array()),
                 static.stamp_ns,

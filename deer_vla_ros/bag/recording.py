@@ -26,7 +26,7 @@ METADATA = "metadata.yaml"
 
 
 @dataclass(frozen=True)
-class Record:
+class RecordedMessage:
     """One recorded message, not decoded: its topic and type, when it was received [ns], and its CDR bytes."""
 
     topic: str
@@ -76,7 +76,7 @@ class Recording:
 
     def messages(
         self, topics: set[str], start_ns: int | None = None, stop_ns: int | None = None
-    ) -> Iterator[Record]:
+    ) -> Iterator[RecordedMessage]:
         """Messages of these topics, received from `start_ns` on and before `stop_ns`, in the order in which they were received.
 
         What lies before is not read: index or database lead to the first one.
@@ -99,7 +99,7 @@ class Recording:
                     f"{self.path}: damaged{so_far} ({_one_line(error)}): {_remedy(self.path)}"
                 ) from error
             last_ns = int(time_ns)
-            yield Record(connection.topic, connection.msgtype, last_ns, bytes(data))
+            yield RecordedMessage(connection.topic, connection.msgtype, last_ns, bytes(data))
 
     def _guarded(self, call: Callable[[], Result]) -> Result:
         """UserError for whatever a parser raises when it is fed with arbitrary bytes."""
@@ -123,7 +123,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def decode(record: Record) -> Any:
+def decode(record: RecordedMessage) -> Any:
     """The message; its fields are those of the ROS class. UserError where the bytes do not fit the type."""
     try:
         return from_cdr(record.data, record.type)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deer_vla_ros.bag.inputs import (
+from deer_vla_ros.bag.input_topics import (
     CAMERAS,
     GRIPPER,
     INSTRUCTION,
@@ -29,7 +29,7 @@ from deer_vla_ros.bag.inputs import (
     image,
     stamp_of,
 )
-from deer_vla_ros.bag.recording import Record
+from deer_vla_ros.bag.recording import RecordedMessage
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.types import Command
 from deer_vla_ros.errors import UserError
@@ -37,7 +37,7 @@ from deer_vla_ros.inference.types import StageTimes
 from deer_vla_ros.ros.motions import measured_pose
 from deer_vla_ros.ros.stamped import nanoseconds
 
-Messages = Iterator[tuple[str, Record, Any]]
+Messages = Iterator[tuple[str, RecordedMessage, Any]]
 """What `inputs.messages` gives."""
 SILENCE_NS = 15_000_000_000
 """After so much time without a message everything is stale, and a hold is all that could be repeated."""
@@ -46,7 +46,7 @@ REMEMBERED_NS = 3_000_000_000
 
 
 @dataclass(frozen=True)
-class Moment:
+class ReplayMoment:
     """Something that the controller said.
 
     now_ns: the controller's time; received_ns: when the newest recorded message was received by then.
@@ -79,7 +79,7 @@ def arrivals(
 ) -> Iterator[Arrival]:
     """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left
     out. What comes before it is known what time it is, arrives then."""
-    waiting: list[tuple[Record, Callable[[Controller], bool]]] = []
+    waiting: list[tuple[RecordedMessage, Callable[[Controller], bool]]] = []
     for name, record, message in messages:
         put, time_ns = (
             _put(name, record, message, tally, on_parameters),
@@ -95,7 +95,7 @@ def arrivals(
 
 
 def _put(
-    name: str, record: Record, message: Any, tally: Tally, on_parameters: ParameterChange
+    name: str, record: RecordedMessage, message: Any, tally: Tally, on_parameters: ParameterChange
 ) -> Callable[[Controller], bool] | None:
     if name in CAMERAS:
         try:
@@ -116,7 +116,7 @@ def _put(
 
 def lockstep(
     controller: Controller, coming: Iterator[Arrival], inference_takes_time: bool
-) -> Iterator[Moment]:
+) -> Iterator[ReplayMoment]:
     """Everything that the controller says while the recording goes by.
 
     inference_takes_time: as long as the steps' times say; what arrives meanwhile waits, and the newest wins,
@@ -149,7 +149,7 @@ def lockstep(
             began = time.perf_counter()
             command = controller.tick(clock.now_ns, finished)
             if command is not None:
-                yield Moment(clock.now_ns, clock.received_ns, command, (time.perf_counter() - began) * 1e3)
+                yield ReplayMoment(clock.now_ns, clock.received_ns, command, (time.perf_counter() - began) * 1e3)
 
 
 class _Clock:
@@ -178,7 +178,7 @@ class _Clock:
 
 def along_steps(
     controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange
-) -> Iterator[Moment]:
+) -> Iterator[ReplayMoment]:
     """The recorded steps once more, each on the inputs that it names.
 
     A step whose inputs are not in the recording, or that is missing there itself, is counted and left out,
@@ -186,7 +186,7 @@ def along_steps(
     event is heard before the node obeys it: it is obeyed at the step whose budget id says so.
     """
     budget = _FollowedBudget(controller, on_parameters)
-    recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {
+    recent: dict[str, OrderedDict[int, tuple[RecordedMessage, Any]]] = {
         name: OrderedDict() for name in (STATIC, GRIPPER, POSE)
     }
     is_known = False
@@ -252,7 +252,7 @@ class _FollowedBudget:
         while self._waiting and (self._ahead is None or step.budget_id - self._ahead > self._coming_id(step)):
             self._apply(self._controller, self._waiting.pop(0))
 
-    def after(self, moment: Moment) -> None:
+    def after(self, moment: ReplayMoment) -> None:
         if self._ahead is None and moment.command.decision is not None:
             self._ahead = moment.recorded.budget_id - moment.command.decision.budget_id
 
@@ -268,11 +268,11 @@ class _Missing(Exception):
 
 def _again(
     controller: Controller,
-    record: Record,
+    record: RecordedMessage,
     step: Any,
-    recent: Mapping[str, OrderedDict[int, tuple[Record, Any]]],
+    recent: Mapping[str, OrderedDict[int, tuple[RecordedMessage, Any]]],
     tally: Tally,
-) -> Moment:
+) -> ReplayMoment:
     named = {GRIPPER: step.gripper_stamp, STATIC: step.static_stamp, POSE: step.pose_stamp}
     found = {name: recent[name].get(nanoseconds(stamp)) for name, stamp in named.items()}
     for name, one in found.items():
@@ -298,7 +298,7 @@ def _again(
     wall_ms = (time.perf_counter() - began) * 1e3
     if command is None:
         raise _Missing(f"what made the live node step on {GRIPPER} and {STATIC} in step {step.step}")
-    return Moment(now_ns, record.time_ns, command, wall_ms, recorded=step)
+    return ReplayMoment(now_ns, record.time_ns, command, wall_ms, recorded=step)
 
 
 def _no_parameters(controller: Controller, event: Any) -> bool:

@@ -99,7 +99,7 @@ def _number(kind: str, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Difference:
+class RowDifference:
     """Where two decisions part. index: of the step, from 0; by: how far apart two numbers are, infinite for anything else."""
 
     index: int
@@ -116,7 +116,7 @@ class Difference:
 
 def difference(
     index: int, ours: Row, theirs: Row, tolerance: float, fields: Iterable[str] = DECIDED
-) -> Difference | None:
+) -> RowDifference | None:
     """The first field, in the order of `fields`, in which two decisions differ by more than `tolerance`; None where they agree.
 
     Whole numbers, words and the lengths of lists have to be equal. NaN equals NaN.
@@ -124,7 +124,7 @@ def difference(
     for name in fields:
         by = _distance(ours[name], theirs[name])
         if by > tolerance:
-            return Difference(index, ours["stamp"], name, ours[name], theirs[name], by)
+            return RowDifference(index, ours["stamp"], name, ours[name], theirs[name], by)
     return None
 
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """0 when the dataset is there."""
     from rich.progress import track
 
-    from deer_vla_ros.bag.observed import Account, observed
+    from deer_vla_ros.bag.observed import ObservedCounts, observed
     from deer_vla_ros.files import write_json
     from deer_vla_ros.lab.demonstrations.bag_conversion import convert
     from deer_vla_ros.model.checkpoint import folder_of, load_info
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     given = parameters.from_file(args.params)
     space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
-    settings, account = parameters.controller_settings(given), Account()
+    settings, account = parameters.controller_settings(given), ObservedCounts()
     topics = arguments.topics_of(args)
     recordings = (
         (

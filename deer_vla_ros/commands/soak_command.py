@@ -66,13 +66,13 @@ def run(args: argparse.Namespace) -> int:
     """0 where all goals are met, 1 where one is missed or the run was interrupted; UserError where nothing
     can run."""
     from deer_vla_ros.lab.soak import schedule
-    from deer_vla_ros.lab.soak.report import Seen, missed, report, summary_lines
-    from deer_vla_ros.lab.soak.run import limits_for, soak
+    from deer_vla_ros.lab.soak.soak_report import SoakFindings, missed, report, summary_lines
+    from deer_vla_ros.lab.soak.soak_run import limits_for, soak
 
     faults = schedule.chosen(args.faults, args.robot == "table")
     table_parameters = TABLE_GUARD if args.robot == "table" else None
     _prepare(args.out)
-    seen = Seen(args.seed, args.minutes)
+    seen = SoakFindings(args.seed, args.minutes)
     try:
         with _progress(args.minutes * 60) as tell:
             soak(seen, faults, limits_for(table_parameters), args.out, table_parameters, tell)

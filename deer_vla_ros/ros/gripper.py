@@ -58,7 +58,7 @@ class TopicGripper:
 
 
 @dataclass(frozen=True)
-class Told:
+class SentGoal:
     """The goal that was sent last. number: counts goals; sent_at [s]; servers: which servers there were."""
 
     value: float
@@ -90,7 +90,7 @@ class ActionGripper:
         self._client = ActionClient(node, self._type, action)
         self._name = action
         self._lock = threading.Lock()  # guards what follows; answers do not arrive in the thread of `send`
-        self._told: Told | None = None
+        self._told: SentGoal | None = None
         self._number = 0
         self._failures = 0
         self._failed_at = 0.0
@@ -116,7 +116,7 @@ class ActionGripper:
                 return
             self._number += 1
             number = self._number
-            self._told = Told(value, number, now, self._servers)
+            self._told = SentGoal(value, number, now, self._servers)
         self._answer = self._client.send_goal_async(self._goal(value))
         self._answer.add_done_callback(functools.partial(self._on_answer, number))
 
@@ -160,7 +160,7 @@ class ActionGripper:
             return self._failures < MAX_TRIES and time.monotonic() - self._failed_at >= wait_s
         return self._is_lost(told)
 
-    def _is_lost(self, told: Told) -> bool:
+    def _is_lost(self, told: SentGoal) -> bool:
         """Whether the goal waits for its answer for too long; it is then given up."""
         if told.is_answered or time.monotonic() - told.sent_at < ANSWER_S:
             return False

@@ -25,8 +25,8 @@ from std_srvs.srv import SetBool, Trigger
 from deer_vla_ros.control.types import Camera, Command, Frame, HoldReason
 from deer_vla_ros.errors import UserError, one_line
 from deer_vla_ros.ros import images, parameters
-from deer_vla_ros.ros.decoder import Decoder
 from deer_vla_ros.ros.graph import OtherCommanders, watchdog_name
+from deer_vla_ros.ros.image_decoder import Decoder
 from deer_vla_ros.ros.motions import measured_pose
 from deer_vla_ros.ros.outputs import Outputs
 from deer_vla_ros.ros.qos import LATCHED, NEWEST, SERVICES

@@ -22,11 +22,11 @@ from std_msgs.msg import String
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.bag import assert_replays, decisions
 from deer_vla_ros.bag.cdr import to_cdr
-from deer_vla_ros.bag.inputs import Stamps, Tally, find_topics
-from deer_vla_ros.bag.recording import Record, Recording, decode
+from deer_vla_ros.bag.input_topics import Stamps, Tally, find_topics
+from deer_vla_ros.bag.recording import RecordedMessage, Recording, decode
+from deer_vla_ros.bag.replay_run import run
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
-from deer_vla_ros.bag.run import run
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.ros.stamped import nanoseconds
@@ -84,7 +84,7 @@ def test_every_static_frame_is_stepped_on_and_told_with_every_field_of_policy_st
     )
 
 
-def decoded_stamp(each: Record) -> int:
+def decoded_stamp(each: RecordedMessage) -> int:
     return nanoseconds(decode(each).header.stamp)
 
 
@@ -238,7 +238,7 @@ def test_renamed_topics_and_a_given_instruction(short, tmp_path):
 
 
 def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path):
-    def as_png(each: Record) -> Record:
+    def as_png(each: RecordedMessage) -> RecordedMessage:
         raw = decode(each)
         message = CompressedImage(format="png")
         message.header.stamp.sec, message.header.stamp.nanosec = (
@@ -268,7 +268,7 @@ def test_a_part_of_it(short):
         decisions(short, start_s=99.0)
 
 
-def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> Record:
+def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> RecordedMessage:
     event = ParameterEvent(node=node)
     for name, value in values.items():
         event.changed_parameters.append(
@@ -277,7 +277,7 @@ def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> R
                 value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value),
             )
         )
-    return Record("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
+    return RecordedMessage("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
 
 
 def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(short, tmp_path):
@@ -405,7 +405,7 @@ def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
     assert len(decisions(path, instruction="lift the red block")) == len(decisions(short))
 
 
-def restamped(found: list[Record], shift) -> list[Record]:
+def restamped(found: list[RecordedMessage], shift) -> list[RecordedMessage]:
     """Messages with other header stamps; shift: of a message's index and stamp [ns] -> stamp [ns]."""
     from deer_vla_ros.bag.cdr import types
 

@@ -36,7 +36,7 @@ SHIFT = f"images at {SHIFT_BRIGHTNESS:g} of their brightness, Gaussian noise of 
 
 
 @dataclass(frozen=True)
-class Row:
+class BudgetRow:
     """One budget: requested and achieved mean share of full depth, and the exits' shares.
 
     expected: on the calibration. shifted: relative error of the worst window of RECENT steps, governor on and off.
@@ -79,7 +79,7 @@ def measure(
     scratch: Path,
     processes: int,
     tell: Callable[[str], None],
-) -> tuple[list[Row], int]:
+) -> tuple[list[BudgetRow], int]:
     """Rows of that many budgets, and how often a peak was passed. seeds: `steps` steps of demonstrations each; scratch: for features."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         tell(f"{len(seeds)} episodes of {steps} steps, every layer of each")
@@ -168,7 +168,7 @@ def _walk(checkpoint: Checkpoint, job: _Job, budget: Budget) -> Iterator[tuple[f
         begin += length
 
 
-def report(rows: list[Row], violations: int, seeds: dict[str, str]) -> dict[str, object]:
+def report(rows: list[BudgetRow], violations: int, seeds: dict[str, str]) -> dict[str, object]:
     """What `--json` writes."""
     return {
         "worst_relative_error": max(abs(row.relative_error) for row in rows),
@@ -181,7 +181,7 @@ def report(rows: list[Row], violations: int, seeds: dict[str, str]) -> dict[str,
     }
 
 
-def _row(job: tuple[_Job, _Job, float]) -> Row:
+def _row(job: tuple[_Job, _Job, float]) -> BudgetRow:
     usual, other, fraction = job
     checkpoint = load(usual.folder)
     keeper = _keeper(checkpoint)
@@ -197,7 +197,7 @@ def _row(job: tuple[_Job, _Job, float]) -> Row:
         )
         for governed in (True, False)
     }
-    return Row(
+    return BudgetRow(
         requested=float(fraction),
         expected=keeper.status().expected_gmac / high,
         achieved=achieved,

@@ -27,7 +27,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Row:
+class LatencyRow:
     """One condition. Each `_ms` holds p50 and p99.
 
     relay_ms: stamp to the relay's pose at the listener; command_ms: stamp to the node's; compute_ms: the policy's own;
@@ -71,7 +71,7 @@ def read(log: Path) -> Heard:
 
 def row(
     heard: Heard, condition: str, cpu_threads: int, window: tuple[int, int], alone: tuple[int, int]
-) -> Row:
+) -> LatencyRow:
     """The figures of frames stamped in `window`, and of the relay in `alone` [ns]; raises UserError where nothing came."""
 
     def within(stamps: dict[int, list[float]], window: tuple[int, int] = window) -> list[int]:
@@ -92,7 +92,7 @@ def row(
     p50_alone, p99_alone = np.percentile(overhead, PERCENTILES) / np.percentile(relay_alone, PERCENTILES)
     seconds = (window[1] - window[0]) / 1e9
     frames = within(heard.camera)
-    return Row(
+    return LatencyRow(
         condition=condition,
         cpu_threads=cpu_threads,
         seconds=seconds,

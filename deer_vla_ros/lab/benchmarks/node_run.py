@@ -11,7 +11,7 @@ from ament_index_python.packages import get_package_share_directory
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.benchmarks import node_figures as benchmark_figures
-from deer_vla_ros.lab.benchmarks.node_figures import Row
+from deer_vla_ros.lab.benchmarks.node_figures import LatencyRow
 from deer_vla_ros.processes import ChildProcess, kept
 
 CPU_THREADS = (1, 0)
@@ -31,7 +31,7 @@ HEAD = (
 )
 
 
-def measure(seconds: float, out: Path) -> list[Row]:
+def measure(seconds: float, out: Path) -> list[LatencyRow]:
     """All conditions, `seconds` each, told line by line as they are done; raises UserError where a process fails.
 
     Nothing is drawn while a condition is measured: a progress bar would run on the cores whose latency is the question.
@@ -118,7 +118,7 @@ def _pause(seconds: float, processes: Iterable[ChildProcess]) -> None:
             process.check()
 
 
-def _line(row: Row) -> str:
+def _line(row: LatencyRow) -> str:
     def pair(values: dict[str, float]) -> str:
         return f"{values['p50']:.2f} / {values['p99']:.2f}"
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Patch
 
-from deer_vla_ros.lab.demo.demo_report import Moment, depth_of, seconds_of, write_whole
+from deer_vla_ros.lab.demo.demo_report import PictureMoment, depth_of, seconds_of, write_whole
 
 COLUMNS = 6
 """Moments per band: six images in a row are still recognisable at the width of a README."""
@@ -25,7 +25,7 @@ INK, FAINT = "#1f2933", "#7b8794"
 INSTRUCTION_COLOURS = ("#c2410c", "#0f766e", "#6d28d9", "#a16207", "#be185d", "#1d4ed8")
 
 
-def draw(rows: list[dict[str, Any]], moments: list[Moment], weights: dict[str, Any], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], moments: list[PictureMoment], weights: dict[str, Any], path: Path) -> None:
     """Writes the picture: the moments in bands, static camera above gripper camera, and below them the depth of every step.
 
     weights: the checkpoint's `config.json`.
@@ -66,7 +66,7 @@ def draw(rows: list[dict[str, Any]], moments: list[Moment], weights: dict[str, A
     write_whole(path, lambda part: figure.savefig(part, dpi=DPI))
 
 
-def whole_bands(moments: list[Moment]) -> list[Moment]:
+def whole_bands(moments: list[PictureMoment]) -> list[PictureMoment]:
     """As many moments as fill their bands, the first and the last among them; all of them where they do not fill one."""
     kept = len(moments) // COLUMNS * COLUMNS or len(moments)
     return [moments[round(place)] for place in np.linspace(0, len(moments) - 1, kept)]
@@ -78,7 +78,7 @@ def _title(rows: list[dict[str, Any]]) -> str:
 
 
 def _draw_moment(
-    figure: Figure, grid: GridSpec, column: int, moment: Moment, began_s: float, colour: str
+    figure: Figure, grid: GridSpec, column: int, moment: PictureMoment, began_s: float, colour: str
 ) -> None:
     row = moment.row
     for line, (image, name) in enumerate(
@@ -117,7 +117,7 @@ def _draw_moment(
 
 
 def _draw_depth(
-    axes: Any, rows: list[dict[str, Any]], moments: list[Moment], began_s: float, colours: dict[str, str]
+    axes: Any, rows: list[dict[str, Any]], moments: list[PictureMoment], began_s: float, colours: dict[str, str]
 ) -> None:
     """The depth of every step over time; those of the moments above are ringed."""
     for row in rows:

@@ -14,7 +14,13 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
-from deer_vla_ros.lab.demo.demo_report import Moment, Told, image_array, row_of, seconds_of
+from deer_vla_ros.lab.demo.demo_report import (
+    InstructionResult,
+    PictureMoment,
+    image_array,
+    row_of,
+    seconds_of,
+)
 from deer_vla_ros.msg import PolicyStep
 from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.stamped import SECOND, nanoseconds
@@ -37,13 +43,13 @@ class DemoRecorder(Node):
     def __init__(self, moment_interval_s: float):
         super().__init__("demo")
         self.rows: list[dict] = []
-        self.moments: list[Moment] = []
+        self.moments: list[PictureMoment] = []
         self.first_step_at: float | None = None  # time.monotonic()
         self.recording = True
         self.figures: dict[str, str] = {}  # the policy node's own, newest
         self.figures_stamp_s = 0.0
         self.status = ""  # the policy node's state in its own words
-        self.told: list[Told] = []
+        self.told: list[InstructionResult] = []
         self._waits_for_instruction = False
         self._moment_interval_s = moment_interval_s
         self._images: dict[str, OrderedDict[int, Image]] = {camera: OrderedDict() for camera in CAMERAS}
@@ -59,7 +65,7 @@ class DemoRecorder(Node):
             )
 
     def say(self, instruction: str) -> None:
-        self.told.append(Told(instruction))
+        self.told.append(InstructionResult(instruction))
         self._instruction.publish(String(data=instruction))
 
     def ready(self) -> bool:
@@ -103,14 +109,14 @@ class DemoRecorder(Node):
             if (
                 static and gripper
             ):  # otherwise an image got lost on its way here: the next step will do as well
-                self.moments.append(Moment(row, image_array(static), image_array(gripper)))
+                self.moments.append(PictureMoment(row, image_array(static), image_array(gripper)))
 
     def _on_success(self, message: String) -> None:
         told = self._pending(message.data)
         if self.recording and told:
             told.done = True
 
-    def _pending(self, instruction: str) -> Told | None:
+    def _pending(self, instruction: str) -> InstructionResult | None:
         """The instruction that was given last, where it is this one and not done yet."""
         last = self.told[-1] if self.told else None
         return last if last and last.instruction == instruction and not last.done else None

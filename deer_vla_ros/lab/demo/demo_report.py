@@ -35,7 +35,7 @@ HOLDS = "holds."
 
 
 @dataclass(frozen=True)
-class Moment:
+class PictureMoment:
     """A step and the two images it acted on: (H, W, 3) uint8 RGB."""
 
     row: dict[str, Any]
@@ -44,7 +44,7 @@ class Moment:
 
 
 @dataclass
-class Told:
+class InstructionResult:
     """An instruction that was given: whether the table showed it to be done, and the steps until then, or until the next one."""
 
     instruction: str
@@ -118,7 +118,7 @@ def counted_since(before: dict[str, str], after: dict[str, str], prefix: str) ->
 
 
 def summarise(
-    rows: list[dict[str, Any]], before: dict[str, str], after: dict[str, str], told: list[Told], **facts: Any
+    rows: list[dict[str, Any]], before: dict[str, str], after: dict[str, str], told: list[InstructionResult], **facts: Any
 ) -> dict[str, Any]:
     """`summary.json` of at least one step.
 

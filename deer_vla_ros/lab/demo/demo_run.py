@@ -11,7 +11,7 @@ from rclpy.executors import SingleThreadedExecutor
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demo.demo_recorder import DemoRecorder
-from deer_vla_ros.lab.demo.demo_report import Moment, Told
+from deer_vla_ros.lab.demo.demo_report import InstructionResult, PictureMoment
 from deer_vla_ros.lab.demo.demo_view import DemoView
 from deer_vla_ros.processes import ChildProcess
 from deer_vla_ros.ros.process import ros_process
@@ -29,12 +29,12 @@ class Recorded:
     """
 
     rows: list[dict[str, Any]]
-    moments: list[Moment]
+    moments: list[PictureMoment]
     before: dict[str, str]
     after: dict[str, str]
     first_step_s: float
     seconds: float
-    told: list[Told]
+    told: list[InstructionResult]
     view: DemoView
 
 

@@ -21,7 +21,7 @@ from deer_vla_ros.lab.sim.tasks import BY_NAME
 
 
 @dataclass(frozen=True, eq=False)
-class Decision:
+class LaneDecision:
     """pose: (6,) action in -1..1. open: whether the gripper is to be open. exit_layer: where it was read; -1: at no layer."""
 
     pose: np.ndarray
@@ -35,7 +35,7 @@ class Driver(Protocol):
     def begin(self, lane: int, task: str, instruction: str) -> int:
         """A new instruction in a lane; returns its tokens, specials included, 0 where there is no text."""
 
-    def decide(self, arms: Mapping[int, TableArm]) -> Mapping[int, Decision]:
+    def decide(self, arms: Mapping[int, TableArm]) -> Mapping[int, LaneDecision]:
         """The next step of every lane named, from where its arm and table are."""
 
 
@@ -78,7 +78,7 @@ def run_chains(
     together, and every number is the same.
     """
     runs = {
-        lane: _Run(chain, set_up(chain, table))
+        lane: _ChainRun(chain, set_up(chain, table))
         for lane, (chain, table) in enumerate(zip(chains, tables, strict=True))
     }
     going = {lane: run for lane, run in runs.items() if run.begin(driver, lane)}
@@ -91,7 +91,7 @@ def run_chains(
 
 
 @dataclass
-class _Run:
+class _ChainRun:
     """A chain on its way."""
 
     chain: Chain
@@ -111,7 +111,7 @@ class _Run:
             return False
         return True
 
-    def step(self, decision: Decision, step_limit: int) -> bool:
+    def step(self, decision: LaneDecision, step_limit: int) -> bool:
         """One control step; whether the instruction is still being followed."""
         self.arm.step(decision.pose, decision.open)
         self.steps += 1

@@ -14,7 +14,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.lockstep import LockstepPolicy
 from deer_vla_ros.inference.types import Observation
-from deer_vla_ros.lab.scoring.chain_run import Decision
+from deer_vla_ros.lab.scoring.chain_run import LaneDecision
 from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo
 
@@ -94,7 +94,7 @@ class NetworkDriver:
         self._tokens[lane], self._steps[lane] = self._policy.reset(lane, instruction), 0
         return self._tokens[lane]
 
-    def decide(self, arms: Mapping[int, TableArm]) -> dict[int, Decision]:
+    def decide(self, arms: Mapping[int, TableArm]) -> dict[int, LaneDecision]:
         """UserError where an action is not finite: such a network cannot be scored."""
         for lane in arms:
             self._policy.set_rule(self._rule_of(self._tokens[lane], self._steps[lane]), lane)
@@ -106,7 +106,7 @@ class NetworkDriver:
                     "evaluate: the network's action is not finite: its weights are damaged, or training diverged"
                 )
         return {
-            lane: Decision(step.action.pose, step.action.gripper > 0, step.exit_layer)
+            lane: LaneDecision(step.action.pose, step.action.gripper > 0, step.exit_layer)
             for lane, step in steps.items()
         }
 

@@ -21,7 +21,7 @@ HOLD_TOLD_S = 0.3
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StrikeOutcome:
     """What came of one attack.
 
     at_s: since the soak began. recovered_s: from the end of the faults, or from the clearing where one was
@@ -47,7 +47,7 @@ class _Struck:
     end_ns: int = 0
 
 
-def strike(arena: Arena, faults: Sequence[Fault], gap_s: float, started_ns: int) -> Outcome:
+def strike(arena: Arena, faults: Sequence[Fault], gap_s: float, started_ns: int) -> StrikeOutcome:
     """Lets the faults begin, `gap_s` apart, last as long as the longest of them, and end; then waits for
     motion."""
     struck = []
@@ -68,7 +68,7 @@ def strike(arena: Arena, faults: Sequence[Fault], gap_s: float, started_ns: int)
         arena.observer.say(do="over", name=each.fault.name, at=moved_ns or time.time_ns())
         if each.fault.is_silent:
             arena.observer.say(do="mute", begin=each.begin_ns, end=moved_ns or time.time_ns())
-    return Outcome(
+    return StrikeOutcome(
         faults=tuple(fault.name for fault in faults),
         at_s=round((struck[0].begin_ns - started_ns) / SECOND, 2),
         recovered_s=None

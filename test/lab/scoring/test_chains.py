@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deer_vla_ros.lab.scoring.approach import Approach
-from deer_vla_ros.lab.scoring.chain_run import Decision, run_chains
+from deer_vla_ros.lab.scoring.chain_run import LaneDecision, run_chains
 from deer_vla_ros.lab.scoring.chains import (
     FIRST_SEED,
     MOST_TRIALS,
@@ -39,14 +39,14 @@ class ExpertDriver:
 
     def decide(self, arms):
         intents = {lane: act(self.tasks[lane], arm.table.state()) for lane, arm in arms.items()}
-        return {lane: Decision(intent.pose, intent.open) for lane, intent in intents.items()}
+        return {lane: LaneDecision(intent.pose, intent.open) for lane, intent in intents.items()}
 
 
 class IdleDriver(ExpertDriver):
     """Stays where it is."""
 
     def decide(self, arms):
-        return {lane: Decision(np.zeros(6), True) for lane in arms}
+        return {lane: LaneDecision(np.zeros(6), True) for lane in arms}
 
 
 @pytest.fixture(scope="module")

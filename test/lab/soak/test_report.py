@@ -5,8 +5,9 @@ import json
 import pytest
 
 from deer_vla_ros.lab.soak.logs import unhandled_lines
-from deer_vla_ros.lab.soak.report import (
-    Seen,
+from deer_vla_ros.lab.soak.sampling import Sample, sample
+from deer_vla_ros.lab.soak.soak_report import (
+    SoakFindings,
     by_minute,
     growth_percent_per_hour,
     longest_lived,
@@ -14,8 +15,7 @@ from deer_vla_ros.lab.soak.report import (
     report,
     summary_lines,
 )
-from deer_vla_ros.lab.soak.sampling import Sample, sample
-from deer_vla_ros.lab.soak.strike import Outcome
+from deer_vla_ros.lab.soak.strike import StrikeOutcome
 
 GOOD = {
     "commands": 100,
@@ -30,11 +30,11 @@ GOOD = {
 
 
 def outcome(name="pose_nan", recovered_s=0.1, restarted=False):
-    return Outcome((name,), 1.0, recovered_s, False, restarted, ())
+    return StrikeOutcome((name,), 1.0, recovered_s, False, restarted, ())
 
 
 def test_a_good_run_misses_no_goal_and_restarts_are_told_apart():
-    seen = Seen(1, 2.0, [outcome(), outcome(recovered_s=0.3), outcome("node_killed", 8.0, True)], GOOD)
+    seen = SoakFindings(1, 2.0, [outcome(), outcome(recovered_s=0.3), outcome("node_killed", 8.0, True)], GOOD)
     figures = report(seen)
     assert missed(figures) == []
     assert figures["faults"] == {"node_killed": 1, "pose_nan": 2}
@@ -54,7 +54,7 @@ def test_a_good_run_misses_no_goal_and_restarts_are_told_apart():
     ],
 )
 def test_each_goal_that_is_missed_is_named(changes, told):
-    (line,) = missed(report(Seen(1, 2.0, [outcome()], GOOD | changes)))
+    (line,) = missed(report(SoakFindings(1, 2.0, [outcome()], GOOD | changes)))
     assert told in line
 
 
@@ -64,7 +64,7 @@ def test_memory_is_told_by_the_minute():
 
 
 def test_recoveries_that_take_too_long_are_missed_goals():
-    figures = report(Seen(1, 2.0, [outcome(recovered_s=4.0)], GOOD))
+    figures = report(SoakFindings(1, 2.0, [outcome(recovered_s=4.0)], GOOD))
     assert missed(figures) == [
         "a median recovery of 4 s where 1 s are allowed",
         "a 95th percentile of the recoveries of 4 s where 3 s are allowed",
@@ -72,12 +72,12 @@ def test_recoveries_that_take_too_long_are_missed_goals():
 
 
 def test_memory_that_grows_is_a_missed_goal():
-    figures = report(Seen(1, 60.0, [outcome()], GOOD)) | {"memory_growth_percent_per_hour": 1.5}
+    figures = report(SoakFindings(1, 60.0, [outcome()], GOOD)) | {"memory_growth_percent_per_hour": 1.5}
     assert missed(figures) == ["the node's memory grew per hour by 1.5% where 1% are allowed"]
 
 
 def test_a_recovery_that_did_not_come_and_an_exception_are_missed_goals():
-    figures = report(Seen(1, 2.0, [outcome(recovered_s=None)], GOOD, exceptions=["node.log: KeyError: 1"]))
+    figures = report(SoakFindings(1, 2.0, [outcome(recovered_s=None)], GOOD, exceptions=["node.log: KeyError: 1"]))
     assert missed(figures) == ["1 unhandled exceptions", "0 of 1 recoveries"]
 
 
@@ -90,7 +90,7 @@ def test_numbers_that_json_does_not_know_are_null():
         "message": "",
         "faults": [],
     }
-    figures = report(Seen(1, 2.0, [], GOOD | {"violations": [violation]}))
+    figures = report(SoakFindings(1, 2.0, [], GOOD | {"violations": [violation]}))
     assert json.loads(json.dumps(figures, allow_nan=False))["violations"][0]["value"] is None
 
 

@@ -16,9 +16,9 @@ from deer_vla_ros.lab.soak.arena import Arena, opened
 from deer_vla_ros.lab.soak.fault import Door, Fault
 from deer_vla_ros.lab.soak.heard import Limits
 from deer_vla_ros.lab.soak.logs import unhandled
-from deer_vla_ros.lab.soak.report import Seen
 from deer_vla_ros.lab.soak.sampling import Sampler
-from deer_vla_ros.lab.soak.strike import Outcome, strike
+from deer_vla_ros.lab.soak.soak_report import SoakFindings
+from deer_vla_ros.lab.soak.strike import StrikeOutcome, strike
 
 CLOCK_SHARE, CLOCK_LEAST_S, CLOCK_MOST_S = 0.2, 25.0, 120.0
 """How much of the time, at the end, belongs to simulated time, where faults of the clock were asked for."""
@@ -30,12 +30,12 @@ OURS = "DEER_VLA_SOAK"
 
 
 def soak(
-    seen: Seen,
+    seen: SoakFindings,
     faults: Sequence[Fault],
     limits: Limits,
     out: Path,
     table_parameters: Path | None,
-    progress: Callable[[float, Outcome | None], None],
+    progress: Callable[[float, StrikeOutcome | None], None],
 ) -> None:
     """Attacks for `seen.minutes` and fills `seen`, also where it is interrupted. progress: seconds gone,
     newest outcome.
@@ -56,7 +56,7 @@ def soak(
 
 
 def _attack(
-    arena: Arena, seen: Seen, faults: Sequence[Fault], progress: Callable[[float, Outcome | None], None]
+    arena: Arena, seen: SoakFindings, faults: Sequence[Fault], progress: Callable[[float, StrikeOutcome | None], None]
 ) -> None:
     started_s, started_ns = time.monotonic(), time.time_ns()
     total_s = seen.minutes * 60
@@ -119,7 +119,7 @@ def _pids(arena: Arena) -> dict[str, int]:
     return {"node": arena.node.pid} | ({"watchdog": watchdog} if watchdog else {})
 
 
-def _collect(arena: Arena, seen: Seen) -> None:
+def _collect(arena: Arena, seen: SoakFindings) -> None:
     """What was seen so far."""
     arena.observer.say(do="sum")
     seen.summary = arena.news.await_summary(SUMMARY_S) or {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from deer_vla_ros.lab.soak.bench import SILENCE_LIMIT_S
 from deer_vla_ros.lab.soak.sampling import Sample
-from deer_vla_ros.lab.soak.strike import Outcome
+from deer_vla_ros.lab.soak.strike import StrikeOutcome
 
 TOLD = 50
 """Violations that the report tells one by one."""
@@ -35,12 +35,12 @@ MOST = (
 
 
 @dataclass
-class Seen:
+class SoakFindings:
     """Everything that a soak has found. summary: the observer's, empty where it has told none."""
 
     seed: int
     minutes: float
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[StrikeOutcome] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     broken: list[dict[str, Any]] = field(default_factory=list)
     exceptions: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Seen:
     interrupted: bool = False
 
 
-def report(seen: Seen) -> dict[str, Any]:
+def report(seen: SoakFindings) -> dict[str, Any]:
     """What `--json` writes."""
     node = longest_lived(seen.samples.get("node", []))
     growth, reason = growth_percent_per_hour(node)
@@ -190,12 +190,12 @@ def summary_lines(figures: dict[str, Any]) -> list[str]:
     return lines + [f"  exception: {line}" for line in figures["exceptions"][:TOLD]]
 
 
-def _lives(seen: Seen) -> list[tuple[str, list[Sample]]]:
+def _lives(seen: SoakFindings) -> list[tuple[str, list[Sample]]]:
     """The longest-living process of each kind that was sampled."""
     return [(name, life) for name, samples in seen.samples.items() if (life := longest_lived(samples))]
 
 
-def _times(outcomes: Sequence[Outcome]) -> list[float]:
+def _times(outcomes: Sequence[StrikeOutcome]) -> list[float]:
     return [outcome.recovered_s for outcome in outcomes if outcome.recovered_s is not None]
 
 

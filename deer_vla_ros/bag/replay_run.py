@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deer_vla_ros.bag.cdr import from_cdr, to_cdr
-from deer_vla_ros.bag.inputs import (
+from deer_vla_ros.bag.input_topics import (
     GRIPPER_COMMAND,
     INSTRUCTION,
     PARAMETERS,
@@ -29,9 +29,9 @@ from deer_vla_ros.bag.inputs import (
     messages,
 )
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
-from deer_vla_ros.bag.recording import Record, Recording
-from deer_vla_ros.bag.replay import Messages, Moment, along_steps, arrivals, lockstep
-from deer_vla_ros.bag.rows import AGES, DECIDED, STEP_TYPE, Difference, Row, difference, row_of
+from deer_vla_ros.bag.recording import RecordedMessage, Recording
+from deer_vla_ros.bag.replay import Messages, ReplayMoment, along_steps, arrivals, lockstep
+from deer_vla_ros.bag.rows import AGES, DECIDED, STEP_TYPE, Row, RowDifference, difference, row_of
 from deer_vla_ros.bag.writing import RunFolder
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.controller import Controller
@@ -104,7 +104,7 @@ class Result:
     recorded_targets: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     notes: list[str] = field(default_factory=list)
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[RowDifference] = field(default_factory=list)
     seconds: float = 0.0
     wall_s: float = 0.0
     exits: tuple[int, ...] = ()
@@ -157,7 +157,7 @@ def run(
             if folder
             else None
         )
-        _Run(request, recording, topics, window, controller, files, result).finish(on_row, on_progress)
+        _Replaying(request, recording, topics, window, controller, files, result).finish(on_row, on_progress)
         return result
 
 
@@ -173,7 +173,7 @@ def _window(request: Request, recording: Recording) -> tuple[int, int]:
     return start_ns, stop_ns
 
 
-class _Run:
+class _Replaying:
     """One run in progress."""
 
     def __init__(
@@ -214,7 +214,7 @@ class _Run:
         result.dropped, result.parameter_events = self._controller.dropped, self._events.applied
         result.notes += sorted(self._events.notes)
 
-    def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[Moment]:
+    def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[ReplayMoment]:
         request = self._request
         self._obey_earlier_changes()
         heard = self._heard(on_progress)
@@ -260,7 +260,7 @@ class _Run:
                 self._result.recorded_targets[pose.stamp_ns] = pose.pose.position, pose.pose.quaternion
             yield name, record, message
 
-    def _thumbnail(self, record: Record, message: Any) -> None:
+    def _thumbnail(self, record: RecordedMessage, message: Any) -> None:
         self._next_thumbnail += 1
         with contextlib.suppress(UserError):  # one that cannot be decoded is counted elsewhere
             self._result.thumbnails.append(
@@ -270,7 +270,7 @@ class _Run:
     def _seconds(self, received_ns: int) -> float:
         return (received_ns - self._window[0]) / 1e9
 
-    def _take(self, moment: Moment, on_row: Callable[[Row], None]) -> None:
+    def _take(self, moment: ReplayMoment, on_row: Callable[[Row], None]) -> None:
         """Enters what the controller said."""
         command, seconds = moment.command, self._seconds(moment.received_ns)
         if command.error:
@@ -286,7 +286,7 @@ class _Run:
         if self._files:
             self._files.said(command, step, self._controller.action_space.frame, moment.received_ns)
 
-    def _enter(self, moment: Moment, seconds: float, on_row: Callable[[Row], None]) -> bytes:
+    def _enter(self, moment: ReplayMoment, seconds: float, on_row: Callable[[Row], None]) -> bytes:
         """One decision; its `~/step` message."""
         command, result, decision = moment.command, self._result, moment.command.decision
         data = to_cdr(step_message(decision, self._controller.action_space.frame, _published(moment)))
@@ -317,7 +317,7 @@ class _Run:
         return data
 
 
-def _published(moment: Moment) -> int:
+def _published(moment: ReplayMoment) -> int:
     """When the command went out, in bag time."""
     recorded = moment.recorded
     if recorded is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deer_vla_ros.bag.recording import Record, Recording, decode
+from deer_vla_ros.bag.recording import RecordedMessage, Recording, decode
 from deer_vla_ros.control.types import Camera, Frame
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import images
@@ -160,7 +160,7 @@ def stamp_of(message: Any) -> int | None:
     return nanoseconds(message.header.stamp) if hasattr(message, "header") else None
 
 
-def image(record: Record, message: Any) -> Frame:
+def image(record: RecordedMessage, message: Any) -> Frame:
     """A camera's message as the frame that the node would make of it; UserError."""
     return (images.compressed_frame if record.type == COMPRESSED else images.frame)(message)
 
@@ -170,8 +170,8 @@ def messages(
     topics: Mapping[str, str],
     tally: Tally,
     window: tuple[int | None, int | None] = (None, None),
-    copy: Callable[[Record], None] | None = None,
-) -> Iterator[tuple[str, Record, Any]]:
+    copy: Callable[[RecordedMessage], None] | None = None,
+) -> Iterator[tuple[str, RecordedMessage, Any]]:
     """The node's name of a topic, the record and its message; what cannot be decoded is counted and left out.
 
     window: first time of receipt and the one at which it ends [ns]. copy: is given every record of every topic on the way.
