@@ -8,7 +8,7 @@ from deer_vla_ros import msg
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, BudgetStatus
 from deer_vla_ros.control.types import Decision
 from deer_vla_ros.inference.types import StopReason
-from deer_vla_ros.ros.stamped import stamp
+from deer_vla_ros.ros.messages import stamp
 
 STOP_REASONS = {
     StopReason.AGREED: msg.PolicyStep.STOP_AGREED,

@@ -14,7 +14,7 @@ from rclpy.subscription import Subscription
 from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 from deer_vla_ros.control.types import HoldReason
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 FOUND_WITHIN_S = 4.0
 """How long DDS may take to find a publisher: where the first announcements are lost, Fast DDS repeats them

@@ -16,7 +16,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from deer_vla_ros.control.types import Frame
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 if TYPE_CHECKING:
     from cv_bridge import CvBridge

@@ -37,8 +37,8 @@ def warm_controller(given: dict[str, Any], log: Log, latencies: LatencyTable | N
     space = parameters.action_space(given, loaded.info.action_space)
     controller = Controller(loaded, parameters.controller_settings(given), space, latencies)
     controller.warm_up()
-    controller.check_budget(budget)
-    controller.set_budget(budget)
+    controller.policy.check(budget)
+    controller.policy.set(budget)
     log.info(
         f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}"
     )

@@ -14,8 +14,7 @@ from std_msgs.msg import Float64MultiArray
 from deer_vla_ros.control.continuity import Continuity
 from deer_vla_ros.control.types import Command
 from deer_vla_ros.ros.gripper import ActionGripper, Gripper, TopicGripper
-from deer_vla_ros.ros.motions import twist_message
-from deer_vla_ros.ros.stamped import pose_message
+from deer_vla_ros.ros.messages import pose_message, twist_message
 
 REMEMBERED = 256
 """Stamps of own commands by which those of others are told apart."""

@@ -25,7 +25,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import read_yaml
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.ros.gripper import INTERFACES
-from deer_vla_ros.ros.stamped import SECOND
+from deer_vla_ros.ros.messages import SECOND
 
 if TYPE_CHECKING:  # launch files check parameters before anything starts, and have no use for torch
     from deer_vla_ros.control.controller import Controller
@@ -547,7 +547,7 @@ def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable
         found["settings"] = lambda controller: setattr(controller, "settings", settings)
     if budget_names(changed) or "budget.governor" in changed:
         asked = budget(given)
-        found["budget"] = lambda controller: controller.set_budget(asked)
+        found["budget"] = lambda controller: controller.policy.set(asked)
     return found
 
 

@@ -27,9 +27,8 @@ from deer_vla_ros.errors import UserError, one_line
 from deer_vla_ros.ros import images, parameters
 from deer_vla_ros.ros.graph import OtherCommanders, watchdog_name
 from deer_vla_ros.ros.image_decoder import Decoder
-from deer_vla_ros.ros.motions import measured_pose
+from deer_vla_ros.ros.messages import LATCHED, NEWEST, SERVICES, measured_pose
 from deer_vla_ros.ros.outputs import Outputs
-from deer_vla_ros.ros.qos import LATCHED, NEWEST, SERVICES
 from deer_vla_ros.ros.reports import Reports
 from deer_vla_ros.ros.watchdog import Beat, WatchdogSettings
 from deer_vla_ros.ros.watchdog_client import WatchdogClient
@@ -170,9 +169,9 @@ class PolicyNode(LifecycleNode):
         from deer_vla_ros.ros import loading  # torch takes seconds: others find the node meanwhile
 
         controller = loading.warm_controller(given, self.get_logger())
-        controller.put_instruction(self._instruction)
+        controller.gate.put_instruction(self._instruction)
         if self._hold_requested:
-            controller.request_hold(True)
+            controller.gate.request_hold(True)
         self._frame_id = controller.action_space.frame
         self._changes.clear()  # all of them are in what was given
         self._controller = controller
@@ -264,7 +263,7 @@ class PolicyNode(LifecycleNode):
 
     def _release(self) -> None:
         if self._controller is not None:
-            self._controller.close()
+            self._controller.policy.close()
         self._controller = None
         self._reports.close()
         self._outputs.close()
@@ -283,7 +282,7 @@ class PolicyNode(LifecycleNode):
                 self._apply_changes()
                 self._demand_holds(controller)
                 if self._value("control.rehearsal"):
-                    controller.clear()
+                    controller.gate.clear()
                 command = controller.tick(self._now_ns(), lambda times: self._now_ns(), time.monotonic_ns())
                 with self._output_lock:
                     if command is not None:
@@ -291,7 +290,7 @@ class PolicyNode(LifecycleNode):
                         command = controller.confirm(command, self._now_ns(), time.monotonic_ns())
                         say = self._publish if self._running else self._reports.thrown_away
                         say(command)
-                    controller.demand_hold(
+                    controller.gate.demand_hold(
                         HoldReason.CALLBACK_FAILED, False
                     )  # it is serious: the controller keeps it
                     if self._running:
@@ -319,12 +318,13 @@ class PolicyNode(LifecycleNode):
 
     def _demand_holds(self, controller: Controller) -> None:
         """What only the node can see speaks for or against a hold."""
-        controller.demand_hold(HoldReason.WATCHDOG_LOST, not self._watchdog.is_alive())
+        gate = controller.gate
+        gate.demand_hold(HoldReason.WATCHDOG_LOST, not self._watchdog.is_alive())
         may_begin = controller.has_moved or self._other is not HoldReason.OTHER_PUBLISHER
-        controller.demand_hold(HoldReason.OTHER_PUBLISHER, not may_begin)
-        controller.demand_hold(HoldReason.OTHER_COMMANDER, self._other is HoldReason.OTHER_COMMANDER)
-        controller.demand_hold(HoldReason.COMMANDS_UNHEARD, not self._is_heard)
-        controller.demand_hold(HoldReason.NOT_ENABLED, not self._is_enabled())
+        gate.demand_hold(HoldReason.OTHER_PUBLISHER, not may_begin)
+        gate.demand_hold(HoldReason.OTHER_COMMANDER, self._other is HoldReason.OTHER_COMMANDER)
+        gate.demand_hold(HoldReason.COMMANDS_UNHEARD, not self._is_heard)
+        gate.demand_hold(HoldReason.NOT_ENABLED, not self._is_enabled())
 
     def _is_enabled(self) -> bool:
         timeout_s = self._value("control.enable_timeout_s")
@@ -382,7 +382,7 @@ class PolicyNode(LifecycleNode):
         """A callback has raised: a defect of ours, and the arm holds until somebody has looked at it."""
         with self._output_lock:
             if self._running:
-                self._controller.demand_hold(HoldReason.CALLBACK_FAILED, True)
+                self._controller.gate.demand_hold(HoldReason.CALLBACK_FAILED, True)
                 self._publish(self._controller.hold_now(self._now_ns(), HoldReason.CALLBACK_FAILED))
         self._wake.set()
         self.get_logger().error(
@@ -398,7 +398,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_frame(self, camera: Camera, frame: Frame) -> None:
         controller = self._controller
-        if controller is not None and controller.put_frame(camera, frame):
+        if controller is not None and controller.gate.put_frame(camera, frame):
             self._wake.set()  # for less than a pair, a tick would only keep the other image from the interpreter
 
     def _on_bad_image(self, camera: Camera, reason: str) -> None:
@@ -411,7 +411,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_pose(self, message: PoseStamped) -> None:
         if self._controller is not None:
-            self._controller.put_pose(measured_pose(message))
+            self._controller.gate.put_pose(measured_pose(message))
 
     def _on_instruction(self, message: String) -> None:
         text = message.data
@@ -425,7 +425,7 @@ class PolicyNode(LifecycleNode):
             self._outputs.resume()
         self._instruction = text  # a latched text comes once, perhaps before the node is configured
         if self._controller is not None:
-            self._controller.put_instruction(text)
+            self._controller.gate.put_instruction(text)
             self._wake.set()
 
     def _on_enable(self, message: Bool) -> None:
@@ -437,14 +437,14 @@ class PolicyNode(LifecycleNode):
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         return self._ask(
-            response, lambda controller: controller.request_reset(), "the next step starts a new episode"
+            response, lambda controller: controller.gate.request_reset(), "the next step starts a new episode"
         )
 
     def _on_hold(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         if request.data or self._controller is not None:
             self._hold_requested = request.data  # outlives a cleanup, as the instruction does
         done = "the arm holds" if request.data else "holds that were requested or need a person are lifted"
-        answer = self._ask(response, lambda controller: controller.request_hold(request.data), done)
+        answer = self._ask(response, lambda controller: controller.gate.request_hold(request.data), done)
         if request.data:
             self._hold_at_once(HoldReason.REQUESTED)
         else:
@@ -481,7 +481,7 @@ class PolicyNode(LifecycleNode):
                 parameters.budget(given),
                 parameters.budget_names(parameter.name for parameter in changed),
             )
-            asked.check() if self._controller is None else self._controller.check_budget(asked, names)
+            asked.check() if self._controller is None else self._controller.policy.check(asked, names)
         except UserError as error:
             return SetParametersResult(successful=False, reason=str(error))
         except Exception as error:  # rclpy would answer nobody

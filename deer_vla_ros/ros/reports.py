@@ -17,9 +17,8 @@ from deer_vla_ros.budget.types import UNITS
 from deer_vla_ros.control.types import Command, Decision, HoldReason
 from deer_vla_ros.ros import conversions, overlay
 from deer_vla_ros.ros.graph import neighbours
+from deer_vla_ros.ros.messages import LATCHED, image_message
 from deer_vla_ros.ros.outputs import Outputs
-from deer_vla_ros.ros.qos import LATCHED
-from deer_vla_ros.ros.stamped import image_message
 from deer_vla_ros.ros.telemetry import Telemetry, told_hold
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Reports:
     def command(self, command: Command) -> None:
         """One command has gone out: its step as a message, and changes of state (not every repeat) in the
         log."""
-        if self._controller.budget_id != self._told_id:
+        if self._controller.policy.budget_id != self._told_id:
             self.budget()  # before any step that ran under it
         if command.decision is not None:
             self._step(command.decision)
@@ -100,7 +99,7 @@ class Reports:
 
     def budget(self) -> None:
         """The budget as it stands."""
-        status = self._controller.budget_status
+        status = self._controller.policy.status
         self._told_id = status.budget_id
         if status.clamped and status.budget_id != self._clamped_id:
             self._clamped_id = status.budget_id
@@ -131,13 +130,14 @@ class Reports:
         """Draws in the executor's thread, where it delays no inference, and not at all for nobody."""
         if self._controller is None or self._overlay.get_subscription_count() == 0:
             return
-        frames = [frame.image if frame else NO_IMAGE for frame in self._controller.newest_frames]
+        inputs = self._controller.gate.snapshot()
+        frames = [frame.image if frame else NO_IMAGE for frame in (inputs.static, inputs.gripper)]
         picture = overlay.draw(
             *frames,
-            self._controller.instruction,
+            inputs.instruction,
             self._newest,
             self._controller.holding,
-            self._controller.budget_status,
+            self._controller.policy.status,
         )
         self._overlay.publish(image_message(picture, "", self._now_ns()))
 

@@ -13,9 +13,10 @@ from deer_vla_ros.budget.types import AVERAGES, PEAKS, BudgetStatus
 from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.ros.conversions import milliseconds
 from deer_vla_ros.ros.graph import Neighbours
-from deer_vla_ros.ros.stamped import SECOND, stamp
+from deer_vla_ros.ros.messages import SECOND, stamp
 
 if TYPE_CHECKING:
+    from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
     from deer_vla_ros.control.controller import Controller
 
 LATENCY_STEPS = 100
@@ -61,7 +62,7 @@ class Telemetry:
         elif controller.holding:
             level = DiagnosticStatus.ERROR if controller.serious else DiagnosticStatus.WARN
             message = told_hold(controller.holding, controller.serious)
-        elif problems := [*budget_problems(controller), *around.problems]:
+        elif problems := [*budget_problems(controller.policy), *around.problems]:
             level, message = DiagnosticStatus.WARN, "; ".join(problems)
         figures = {f"publishers.{topic}": str(count) for topic, count in around.publishers.items()}
         figures |= {f"problem.{i}": problem for i, problem in enumerate(around.problems)}
@@ -80,13 +81,13 @@ class Telemetry:
         figures = {
             "steps": str(controller.steps),
             "rate_hz": f"{self.rate_hz(now_ns):.2f}",
-            "dropped": str(controller.dropped),
+            "dropped": str(controller.gate.snapshot().dropped),
         }
         if latency:
             for percentile in (50, 95, 99):
                 figures[f"stamp_to_publish_ms.p{percentile}"] = f"{np.percentile(latency, percentile):.1f}"
         figures |= {f"holds.{reason.name}": str(count) for reason, count in controller.holds.items()}
-        figures |= _budget_figures(controller.budget_status)
+        figures |= _budget_figures(controller.policy.status)
         figures |= {
             f"action.{name}": str(value)
             for name, value in dataclasses.asdict(controller.action_space).items()
@@ -102,9 +103,9 @@ def told_hold(holding: tuple[HoldReason, ...], serious: tuple[HoldReason, ...]) 
     return "holding: " + "; ".join(reason.value for reason in holding) + needs
 
 
-def budget_problems(controller: Controller) -> list[str]:
+def budget_problems(policy: BudgetedPolicy) -> list[str]:
     """What keeps the budget from being kept."""
-    problems, status = [controller.problem] if controller.problem else [], controller.budget_status
+    problems, status = [policy.problem] if policy.problem else [], policy.status
     if status.achieved.recent_miss_rate > RARE:
         problems.append(
             f"{status.achieved.recent_miss_rate:.1%} of the newest steps took longer than budget.deadline_ms "

@@ -29,9 +29,7 @@ from rclpy.signals import SignalHandlerOptions
 from deer_vla_ros.control.continuity import Continuity
 from deer_vla_ros.control.inputs import InputGate, InputLimits
 from deer_vla_ros.control.types import Command, HoldReason, Pose, Twist
-from deer_vla_ros.ros.motions import measured_pose, twist_message
-from deer_vla_ros.ros.qos import NEWEST
-from deer_vla_ros.ros.stamped import pose_message
+from deer_vla_ros.ros.messages import NEWEST, measured_pose, pose_message, twist_message
 
 MARGIN_S = 0.05
 """How much longer than inputs.max_age_s a beat may be missing: as long as the node may wait between a beat

@@ -12,7 +12,7 @@ from rclpy.time import Time
 from rig import PERIOD_S, Rig, moves
 from std_msgs.msg import String
 
-from deer_vla_ros.ros.stamped import SECOND, nanoseconds
+from deer_vla_ros.ros.messages import SECOND, nanoseconds
 
 NAMESPACE = "faulty"
 

@@ -201,7 +201,7 @@ def test_a_deadline_that_is_missed_more_than_rarely_is_a_problem_and_one_miss_is
             times = StageTimes(preprocess=1.0, vision=1.0, language=total - 3.0, head=1.0)
             action = Action(np.zeros(6, np.float32), 0.5)
             keeper.book(PolicyStep(action, (1,), 0, StopReason.DEEPEST, (0.1,), (1e8,), 2, 10, times))
-        return budget_problems(SimpleNamespace(problem="", budget_status=keeper.status()))
+        return budget_problems(SimpleNamespace(problem="", status=keeper.status()))
 
     assert not any("budget.deadline_ms" in problem and "longer" in problem for problem in problems(2))
     assert any(

@@ -26,8 +26,7 @@ from deer_vla_ros.bag.replay_run import FOLLOWED, run
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import row_of
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.qos import LATCHED
-from deer_vla_ros.ros.stamped import SECOND, stamp
+from deer_vla_ros.ros.messages import LATCHED, SECOND, stamp
 
 TABLE = TABLE_RECORDING
 PLAYED = {

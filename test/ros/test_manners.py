@@ -23,7 +23,7 @@ from deer_vla_ros.model.checkpoint import EMBEDDED, Checkpoint, load, save
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.ros.graph import type_name
 from deer_vla_ros.ros.interface import INPUTS, OUTPUTS, SERVICES
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 NAMESPACE = "manners"
 

@@ -18,7 +18,7 @@ from deer_vla_ros.budget.types import StepCost
 from deer_vla_ros.control.types import Decision, HoldReason, Limit
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason
 from deer_vla_ros.ros import overlay
-from deer_vla_ros.ros.stamped import image_message
+from deer_vla_ros.ros.messages import image_message
 
 LAYOUT = json.loads((ROOT / "config" / "foxglove_layout.json").read_text())
 TOPICS = {

@@ -12,7 +12,7 @@ from rcl_interfaces.srv import DescribeParameters, SetParameters
 from rig import Rig, moves
 from std_srvs.srv import SetBool, Trigger
 
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 
 @pytest.fixture(scope="module")

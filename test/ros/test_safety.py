@@ -25,7 +25,7 @@ from rosgraph_msgs.msg import Clock
 from std_msgs.msg import Bool, String
 from std_srvs.srv import SetBool, Trigger
 
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 MAX_AGE_NS = 300_000_000
 

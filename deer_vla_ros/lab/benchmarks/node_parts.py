@@ -22,9 +22,8 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
 from deer_vla_ros.msg import PolicyStep
+from deer_vla_ros.ros.messages import LATCHED, NEWEST, image_message, nanoseconds, stamp
 from deer_vla_ros.ros.process import ros_process
-from deer_vla_ros.ros.qos import LATCHED, NEWEST
-from deer_vla_ros.ros.stamped import image_message, nanoseconds, stamp
 
 NAMESPACE = "deer_vla_benchmark"
 """Of all topics: whatever else is in the ROS domain, no robot obeys what is commanded here."""

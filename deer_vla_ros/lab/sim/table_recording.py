@@ -22,7 +22,7 @@ from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.table_arm import STEP_S, TableArm
 from deer_vla_ros.lab.sim.tasks import Task
 from deer_vla_ros.model.action_space import TABLETOP
-from deer_vla_ros.ros.stamped import image_message, pose_message, stamp
+from deer_vla_ros.ros.messages import image_message, pose_message, stamp
 
 FRAME = "base"
 TYPES = {
@@ -53,7 +53,7 @@ LATCHED_QOS = Qos(
     _FOREVER,
     False,
 )
-"""As ros.qos.LATCHED, for the player: a node that begins to listen after the instruction was played still hears it."""
+"""As LATCHED in ros.messages, for the player: a node that begins to listen after the instruction was played still hears it."""
 
 
 class TableRecorder:

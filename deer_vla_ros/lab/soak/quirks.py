@@ -11,7 +11,7 @@ import numpy as np
 from geometry_msgs.msg import PoseStamped
 from sensor_msgs.msg import Image
 
-from deer_vla_ros.ros.stamped import SECOND, image_message, nanoseconds, stamp
+from deer_vla_ros.ros.messages import SECOND, image_message, nanoseconds, stamp
 
 ImageQuirk = Callable[[str, Image], "Image | None"]
 """Takes the camera's name and a good image; gives what is published instead, None for nothing."""

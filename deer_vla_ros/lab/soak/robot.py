@@ -20,8 +20,8 @@ from sensor_msgs.msg import Image
 
 from deer_vla_ros.lab.soak import jsonlines, quirks
 from deer_vla_ros.lab.soak.arm import Arm
+from deer_vla_ros.ros.messages import SECOND, image_message, pose_message, stamp
 from deer_vla_ros.ros.process import ros_process
-from deer_vla_ros.ros.stamped import SECOND, image_message, pose_message, stamp
 
 POSE_HZ = 30
 SILENT_TICKS = 15
