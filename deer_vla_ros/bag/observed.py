@@ -22,7 +22,7 @@ from deer_vla_ros.control.inputs import InputGate, InputLimits
 from deer_vla_ros.control.pace import Pace
 from deer_vla_ros.control.types import HoldReason, Pose
 from deer_vla_ros.inference.types import Observation
-from deer_vla_ros.ros.motions import measured_pose
+from deer_vla_ros.ros.messages import measured_pose
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def observed(
             gate.put_instruction(instruction)
         newest = _Newest()
         heard = newest.watch(messages(recording, found, account.tally))
-        for arrival in arrivals(heard, stamps, account.tally, lambda *_: False):
+        for arrival in arrivals(heard, stamps, account.tally, lambda event: False):
             if not arrival.put(gate):
                 continue
             inputs = gate.snapshot()

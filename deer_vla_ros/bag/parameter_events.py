@@ -45,10 +45,10 @@ class ParameterEvents:
         self.given |= changed
         asked = parameters.budget(self.given)
         check_clock(self.given, self._has_clock)
-        controller.check_budget(asked, parameters.budget_names(changed))
+        controller.policy.check(asked, parameters.budget_names(changed))
         for change in parameters.changes(changed, self.given).values():
             change(controller)
-        controller.wait_for_layers()
+        controller.policy.wait_for_layers()
         self.applied += 1
         return True
 

@@ -31,11 +31,11 @@ from deer_vla_ros.bag.input_topics import (
 )
 from deer_vla_ros.bag.recording import RecordedMessage
 from deer_vla_ros.control.controller import Controller
+from deer_vla_ros.control.inputs import InputGate
 from deer_vla_ros.control.types import Command
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import StageTimes
-from deer_vla_ros.ros.motions import measured_pose
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import measured_pose, nanoseconds
 
 Messages = Iterator[tuple[str, RecordedMessage, Any]]
 """What `inputs.messages` gives."""
@@ -67,10 +67,10 @@ class Arrival:
 
     time_ns: int
     received_ns: int
-    put: Callable[[Controller], bool]
+    put: Callable[[InputGate], bool]
 
 
-ParameterChange = Callable[[Controller, Any], bool]
+ParameterChange = Callable[[Any], bool]
 """Applies a parameter event; whether it changed anything."""
 
 
@@ -79,7 +79,7 @@ def arrivals(
 ) -> Iterator[Arrival]:
     """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left
     out. What comes before it is known what time it is, arrives then."""
-    waiting: list[tuple[RecordedMessage, Callable[[Controller], bool]]] = []
+    waiting: list[tuple[RecordedMessage, Callable[[InputGate], bool]]] = []
     for name, record, message in messages:
         put, time_ns = (
             _put(name, record, message, tally, on_parameters),
@@ -96,21 +96,21 @@ def arrivals(
 
 def _put(
     name: str, record: RecordedMessage, message: Any, tally: Tally, on_parameters: ParameterChange
-) -> Callable[[Controller], bool] | None:
+) -> Callable[[InputGate], bool] | None:
     if name in CAMERAS:
         try:
             frame = image(record, message)
         except UserError as error:
             tally.skip(record.topic, str(error))
             return None
-        return lambda controller: controller.put_frame(CAMERAS[name], frame)
+        return lambda gate: gate.put_frame(CAMERAS[name], frame)
     if name == POSE:
         pose = measured_pose(message)
-        return lambda controller: controller.put_pose(pose) or False
+        return lambda gate: gate.put_pose(pose) or False
     if name == INSTRUCTION:
-        return lambda controller: controller.put_instruction(message.data) or True
+        return lambda gate: gate.put_instruction(message.data) or True
     if name == PARAMETERS:
-        return lambda controller: on_parameters(controller, message)
+        return lambda gate: on_parameters(message)
     return None
 
 
@@ -145,7 +145,7 @@ def lockstep(
             clock.take(controller)
         while clock.woken:
             clock.woken = False
-            controller.clear()  # no person looks at a serious hold here, and without one it would never end
+            controller.gate.clear()  # nobody is here to look at a serious hold: it would never end
             began = time.perf_counter()
             command = controller.tick(clock.now_ns, finished)
             if command is not None:
@@ -165,7 +165,7 @@ class _Clock:
         """Hands over the next message; time goes on to it, or back."""
         self.now_ns = self.heard_ns = self.next.time_ns
         self.received_ns = self.next.received_ns
-        self.woken = self.next.put(controller) or self.woken
+        self.woken = self.next.put(controller.gate) or self.woken
         self.next = next(self._coming, None)
 
     def advance(self, duration_ns: int, controller: Controller) -> None:
@@ -245,12 +245,12 @@ class _FollowedBudget:
         if any(each.name.startswith("budget.") for each in event.changed_parameters):
             self._waiting.append(event)
         else:  # nothing that counts on the id
-            self._apply(self._controller, event)
+            self._apply(event)
 
     def before(self, step: Any) -> None:
         """Obeys what the live node had obeyed by this step."""
         while self._waiting and (self._ahead is None or step.budget_id - self._ahead > self._coming_id(step)):
-            self._apply(self._controller, self._waiting.pop(0))
+            self._apply(self._waiting.pop(0))
 
     def after(self, moment: ReplayMoment) -> None:
         if self._ahead is None and moment.command.decision is not None:
@@ -259,7 +259,8 @@ class _FollowedBudget:
     def _coming_id(self, step: Any) -> int:
         """The replay's budget id in this step, if nothing were obeyed: another number of tokens makes a new
         rule."""
-        return self._controller.budget_id + int(step.tokens != self._controller.budget_status.tokens)
+        policy = self._controller.policy
+        return policy.budget_id + int(step.tokens != policy.status.tokens)
 
 
 class _Missing(Exception):
@@ -279,20 +280,20 @@ def _again(
         put = _put(name, *one, tally, _no_parameters) if one else None
         if put is None:
             raise _Missing(f"{name} of step {step.step}")
-        put(controller)
-    controller.put_instruction(step.instruction)
+        put(controller.gate)
+    controller.gate.put_instruction(step.instruction)
     if step.episode_step == 0:
-        controller.request_reset()
+        controller.gate.request_reset()
     published_ns = nanoseconds(step.header.stamp) + round(step.stamp_to_publish_ms * 1e6)
 
     def finished(times: StageTimes) -> int:
         newest = [message for its, message in recent[POSE].values() if its.time_ns <= record.time_ns]
         if newest:
-            controller.put_pose(measured_pose(newest[-1]))
+            controller.gate.put_pose(measured_pose(newest[-1]))
         return published_ns
 
     now_ns = nanoseconds(step.static_stamp) + round(step.static_age_ms * 1e6)
-    controller.clear()  # the live node went on, so somebody had cleared what it held for
+    controller.gate.clear()  # the live node went on, so somebody had cleared what it held for
     began = time.perf_counter()
     command = controller.tick(now_ns, finished)
     wall_ms = (time.perf_counter() - began) * 1e3
@@ -301,5 +302,5 @@ def _again(
     return ReplayMoment(now_ns, record.time_ns, command, wall_ms, recorded=step)
 
 
-def _no_parameters(controller: Controller, event: Any) -> bool:
+def _no_parameters(event: Any) -> bool:
     return False

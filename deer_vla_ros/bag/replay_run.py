@@ -4,6 +4,7 @@ would have said."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections import Counter
@@ -40,8 +41,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import parameters
 from deer_vla_ros.ros.conversions import step_message
 from deer_vla_ros.ros.loading import warm_controller
-from deer_vla_ros.ros.motions import measured_pose
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import measured_pose, nanoseconds
 
 THUMBNAILS = 8
 FOLLOWED = tuple(
@@ -150,7 +150,7 @@ def run(
         # Along recorded steps it is the live arm's pose that is measured, and only the holds between them are not known.
         feedback = {"guard.follow_timeout_s": 0.0} if request.follow else parameters.NO_FEEDBACK
         controller = warm_controller(request.given | feedback, logging.getLogger(__name__), request.latencies)
-        stack.callback(controller.close)
+        stack.callback(controller.policy.close)
         result.seconds = (window[1] - window[0]) / 1e9
         files = (
             stack.enter_context(RunFolder(folder, recording, result.tally, request.with_inputs))
@@ -211,18 +211,20 @@ class _Replaying:
                 f"{self._request.bag}: no step was taken: {held}{'; ' + left_out if left_out else ''}"
             )
         result.wall_s = time.perf_counter() - began
-        result.dropped, result.parameter_events = self._controller.dropped, self._events.applied
+        result.dropped = self._controller.gate.snapshot().dropped
+        result.parameter_events = self._events.applied
         result.notes += sorted(self._events.notes)
 
     def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[ReplayMoment]:
         request = self._request
+        apply = functools.partial(self._events.apply, self._controller)
         self._obey_earlier_changes()
         heard = self._heard(on_progress)
         if request.follow:
-            return along_steps(self._controller, heard, self._result.tally, self._events.apply)
-        self._controller.put_instruction(self._first_instruction())
+            return along_steps(self._controller, heard, self._result.tally, apply)
+        self._controller.gate.put_instruction(self._first_instruction())
         stamps = Stamps(request.clock, request.bag)
-        coming = arrivals(heard, stamps, self._result.tally, self._events.apply)
+        coming = arrivals(heard, stamps, self._result.tally, apply)
         return lockstep(self._controller, coming, inference_takes_time=request.latencies is not None)
 
     def _first_instruction(self) -> str:

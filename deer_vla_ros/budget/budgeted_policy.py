@@ -12,7 +12,7 @@ import numpy as np
 from deer_vla_ros.budget.cost import layers_within
 from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.latency import LatencyTable
-from deer_vla_ros.budget.types import Budget, BudgetStatus, StepCost
+from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
@@ -60,7 +60,7 @@ class BudgetedPolicy:
         """Of the next step."""
         return self._keeper.budget_id
 
-    def check(self, budget: Budget, names: Iterable[str]) -> None:
+    def check(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
         """Raises UserError where one of `names` in `budget` cannot be kept; changes nothing."""
         self._keeper.check(budget, names)
         if budget.memory_gib and not self._can_reload:

@@ -1,19 +1,17 @@
-"""The controller: newest frames, poses and words in, one guarded command out at every tick; time is an
-argument.
+"""The controller: it turns the newest frames, pose and instruction into one guarded command per tick.
 
-The node and the bag replay both drive this class, which is why they cannot disagree.
+The node and the bag replay both drive this class, so they cannot disagree. Time is an argument.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy, BudgetedStep
 from deer_vla_ros.budget.latency import LatencyTable
-from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus
 from deer_vla_ros.control.following import Following
 from deer_vla_ros.control.gripper import GripperSwitch
 from deer_vla_ros.control.guard import StepTiming, guard, is_beyond_workspace, is_near
@@ -24,12 +22,9 @@ from deer_vla_ros.control.settings import ControllerSettings
 from deer_vla_ros.control.types import (
     COMMANDED_BY_OTHERS,
     SERIOUS,
-    Camera,
     Command,
     Decision,
-    Frame,
     HoldReason,
-    MeasuredPose,
     Pose,
     Twist,
 )
@@ -40,18 +35,22 @@ from deer_vla_ros.model.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class _Held:
-    """A hold in progress: the pose that is held, for which reasons, and when it was last repeated, by the
-    steady clock."""
+    """A hold in progress.
+
+    pose: the pose that is held. sent_ns: steady time at which the hold was last sent.
+    """
 
     pose: Pose | None
     reasons: tuple[HoldReason, ...]
-    repeated_ns: int
+    sent_ns: int
 
 
 @dataclass(frozen=True)
 class _Moved:
-    """The newest motion: its target, how fast the target moved, the stamp of its frames, and how many came
-    since the last hold."""
+    """The newest motion.
+
+    velocity: how fast the target moved. stamp_ns: of the static frame. count: motions since the last hold.
+    """
 
     target: Pose
     velocity: Twist
@@ -61,16 +60,22 @@ class _Moved:
 
 @dataclass(frozen=True)
 class _Time:
-    """now_ns: ROS time, by which inputs are judged. steady_ns: of a clock that never stops or jumps."""
+    """now_ns: ROS time, which inputs are judged by. steady_ns: time of a clock that never stops or jumps."""
 
     now_ns: int
     steady_ns: int
 
 
 class Controller:
-    """One arm's control, from newest inputs to guarded command.
+    """The control of one arm.
 
-    Inputs may be given from any thread; `start`, `tick` and the budget from one thread at a time.
+    Threads: any thread may call the methods of `gate` that put, request, demand, clear or take a snapshot;
+    call `hold_now` and `policy.check`; and read `holding`, `serious`, `has_moved`, `is_silent`, `steps`,
+    `holds`, `policy.status`, `policy.budget_id` and `policy.problem`. Everything else belongs to the control
+    thread; another thread may use it only while no control thread runs.
+
+    gate: the inputs. policy: the network and its budget. steps: inferences so far. serious: the reasons among
+    `holding` that a person has to clear. has_moved: whether a motion has been sent since control started.
     """
 
     def __init__(
@@ -80,63 +85,30 @@ class Controller:
         action_space: ActionSpace | None = None,
         latencies: LatencyTable | None = None,
     ):
-        """action_space: units, frame and gripper values of this robot, where they are not the checkpoint's.
-        latencies: taken for those of every step, in place of what it really takes (replay)."""
+        """action_space: this robot's units, frame and gripper values; None: those of the checkpoint.
+        latencies: replace the measured latencies of every step (for a replay)."""
         self.action_space = action_space or checkpoint.info.action_space
-        self._policy = BudgetedPolicy(checkpoint, latencies)
-        self._gate = InputGate(settings.inputs, self.action_space.frame)
+        self.policy = BudgetedPolicy(checkpoint, latencies)
+        self.gate = InputGate(settings.inputs, self.action_space.frame)
+        self.steps = 0
+        self.serious: tuple[HoldReason, ...] = ()
+        self.has_moved = False
         self._settings = settings
         self._instruction = ""
         self._resets = 0
-        self._step = 0
         self._episode = -1
         self._episode_step = 0
         self._pace = Pace(settings.rate_hz)
         self._last_tick: _Time | None = None
-        self._clock_moved_ns = 0  # when ROS time last went on, by the steady clock
+        self._clock_moved_ns = 0  # steady time at which ROS time last went on
         self._moved: _Moved | None = None
         self._following = Following()
         self._gripper = GripperSwitch(settings.gripper_hysteresis, settings.gripper_dwell_ns)
         self._last_gripper: float | None = None
         self._held: _Held | None = None
         self._holds: Counter[HoldReason] = Counter()
-        self._serious: tuple[HoldReason, ...] = ()
         self._clearances = self._holds_obeyed = 0
-        self._has_moved = False
         self._gripper_before: tuple[object, float | None] = (self._gripper.state, None)
-
-    # --- inputs, from any thread
-
-    def put_frame(self, camera: Camera, frame: Frame) -> bool:
-        """Returns whether there is a pair of frames that no tick has seen: then a tick may have something to
-        do."""
-        return self._gate.put_frame(camera, frame)
-
-    def put_pose(self, pose: MeasuredPose) -> None:
-        self._gate.put_pose(pose)
-
-    def put_instruction(self, text: str) -> None:
-        """A new text starts a new episode at the next step; the same text does not; an empty one means hold."""
-        self._gate.put_instruction(text)
-
-    def request_hold(self, hold: bool) -> None:
-        """Holds, or lets go: of a hold requested before, and of serious reasons, which a person has looked at
-        then."""
-        self._gate.request_hold(hold)
-
-    def demand_hold(self, reason: HoldReason, stands: bool) -> None:
-        """Holds for a reason that only the caller sees, as long as it stands."""
-        self._gate.demand_hold(reason, stands)
-
-    def clear(self) -> None:
-        """Serious reasons do not hold any longer: a person has looked at them."""
-        self._gate.clear()
-
-    def request_reset(self) -> None:
-        """Clears the temporal state: the next step starts a new episode."""
-        self._gate.request_reset()
-
-    # --- settings, between two ticks
 
     @property
     def settings(self) -> ControllerSettings:
@@ -145,52 +117,11 @@ class Controller:
     @settings.setter
     def settings(self, settings: ControllerSettings) -> None:
         if settings.loosened_from(self._settings):
-            self._moved = (
-                None  # what was a small motion by the old limits starts again from the measured pose
-            )
+            self._moved = None  # under looser limits, the next motion starts at the measured pose
         self._settings = settings
-        self._gate.limits = settings.inputs
-        self._gripper.hysteresis, self._gripper.dwell_ns = (
-            settings.gripper_hysteresis,
-            settings.gripper_dwell_ns,
-        )
-
-    def check_budget(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
-        """Raises UserError where one of `names`, what is asked for now, cannot be kept; changes nothing."""
-        self._policy.check(budget, names)
-
-    def set_budget(self, budget: Budget) -> None:
-        """Asks for a budget that `check_budget` accepted: the next step obeys it, the temporal state stays."""
-        self._policy.set(budget)
-
-    def wait_for_layers(self) -> None:
-        """Until layers that a new budget has room for are loaded: the next step may go there."""
-        self._policy.wait_for_layers()
-
-    def close(self) -> None:
-        """Ends what goes on in the background; no tick comes after it."""
-        self._policy.close()
-
-    # --- what is going on
-
-    @property
-    def budget_status(self) -> BudgetStatus:
-        return self._policy.status
-
-    @property
-    def budget_id(self) -> int:
-        """Of the next step."""
-        return self._policy.budget_id
-
-    @property
-    def problem(self) -> str:
-        """What keeps the network from being as deep as the budget allows; empty for nothing."""
-        return self._policy.problem
-
-    @property
-    def dropped(self) -> int:
-        """Camera pairs that were replaced by newer ones before a tick saw them."""
-        return self._gate.snapshot().dropped
+        self.gate.limits = settings.inputs
+        self._gripper.hysteresis = settings.gripper_hysteresis
+        self._gripper.dwell_ns = settings.gripper_dwell_ns
 
     @property
     def holds(self) -> dict[HoldReason, int]:
@@ -198,91 +129,76 @@ class Controller:
         return dict(self._holds)
 
     @property
-    def newest_frames(self) -> tuple[Frame | None, Frame | None]:
-        """The newest static and gripper frame, whether or not a step acts on them."""
-        inputs = self._gate.snapshot()
-        return inputs.static, inputs.gripper
-
-    @property
-    def instruction(self) -> str:
-        """The newest instruction, whether or not a step has acted on it."""
-        return self._gate.snapshot().instruction
-
-    @property
-    def steps(self) -> int:
-        return self._step
-
-    @property
     def holding(self) -> tuple[HoldReason, ...]:
-        """Why the arm holds now; empty when it does not."""
-        return self._held.reasons if self._held else ()
-
-    @property
-    def serious(self) -> tuple[HoldReason, ...]:
-        """Those of `holding` that a person has to clear."""
-        return self._serious
-
-    @property
-    def has_moved(self) -> bool:
-        """Whether a motion has left since control began."""
-        return self._has_moved
+        """Why the arm holds now; empty when it does not hold."""
+        held = self._held
+        return held.reasons if held else ()
 
     @property
     def is_silent(self) -> bool:
-        """Whether another one commands the arm, so that even a hold of ours would disturb it. One that has
-        moved the arm itself is never silent: what it began, it ends."""
-        return not self.has_moved and not COMMANDED_BY_OTHERS.isdisjoint(self._gate.snapshot().demands)
+        """Whether the arm gets no commands, not even a hold, because somebody else commands it.
 
-    # --- the tick
+        A controller that has moved the arm is never silent: it ends its own motion with a hold.
+        """
+        return not self.has_moved and not COMMANDED_BY_OTHERS.isdisjoint(self.gate.snapshot().demands)
+
+    def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
+        """Runs every exit a few times, so that the first real step is not slow. Only latencies stay."""
+        self.policy.warm_up(image_shape)
+        self._instruction = ""
 
     def start(self) -> None:
-        """Control begins, or begins again: nothing of an earlier time is remembered, held or repeated."""
+        """Control starts, or starts again: every earlier motion, hold and time is forgotten."""
         self._held = self._moved = self._last_gripper = self._last_tick = None
-        self._serious = ()
-        self._has_moved = False
+        self.serious = ()
+        self.has_moved = False
         self._following.begin()
         self._gripper = GripperSwitch(self._settings.gripper_hysteresis, self._settings.gripper_dwell_ns)
         self._pace.forget()
-        self._gate.request_reset()
-        self._policy.begin()
+        self.gate.request_reset()
+        self.policy.begin()
 
     def tick(
-        self, now_ns: int, finished: Callable[[StageTimes], int] | None = None, steady_ns: int | None = None
+        self,
+        now_ns: int,
+        inference_end_ns: Callable[[StageTimes], int] | None = None,
+        steady_ns: int | None = None,
     ) -> Command | None:
-        """One look at the newest inputs at `now_ns`: a step, a hold (begun or due to be repeated), or None:
-        nothing to say.
+        """Looks at the newest inputs once. Returns a motion, a new or repeated hold, or None for no command.
 
-        finished: tells the time when the inference, which took so long, is over, for then the inputs are
-        judged once more; without it an inference takes no time. steady_ns: time of a clock that never stops,
-        by which a `now_ns` that stands still is seen; without it `now_ns` is such a clock.
+        inference_end_ns: returns ROS time at the end of an inference, from the times that it took; the inputs
+        are judged again at that time. None: an inference takes no time. steady_ns: time of a clock that never
+        stops, which shows whether `now_ns` stands still. None: `now_ns` is such a clock.
         """
-        self._policy.absorb()
+        self.policy.absorb()
         time = _Time(now_ns, now_ns if steady_ns is None else steady_ns)
-        inputs, before = self._gate.snapshot(), self._last_tick
+        inputs, before = self.gate.snapshot(), self._last_tick
         self._last_tick = time
         if before is not None and now_ns < before.now_ns - self._settings.inputs.max_skew_ns:
             return self._start_over(time)
         late = self._judge_time(before, time) if steady_ns is not None else ()
         reasons = tuple(dict.fromkeys((*late, *self._judge(inputs, now_ns))))
         if reasons:
-            self._gate.mark_seen(inputs.pair)
-            return None if self._is_repeated(reasons, time) else self._hold(inputs, reasons, time)
+            self.gate.mark_seen(inputs.pair)
+            return self._hold_or_wait(inputs, reasons, time)
         if self._pace.admits(inputs.pair[0].stamp_ns):
-            return self._act(inputs, time, finished or (lambda times: now_ns))
-        reasons = self.holding  # a hold whose reason is gone lasts until the next step
-        return None if not reasons or self._is_repeated(reasons, time) else self._hold(inputs, reasons, time)
+            return self._act(inputs, time, inference_end_ns or (lambda times: now_ns))
+        if self.holding:  # the reasons are gone, but the hold lasts until the next step
+            return self._hold_or_wait(inputs, self.holding, time)
+        return None
 
     def confirm(self, command: Command, now_ns: int, steady_ns: int) -> Command:
-        """The last look before a motion leaves; a hold in its place where anything speaks against it by now.
+        """Judges the newest inputs again before a command is sent. Returns the command, or a hold instead.
 
-        The caller lets nobody else tell the arm anything until it has left. steady_ns: as `tick` takes it.
+        The caller must not let any other command reach the arm between this call and sending. steady_ns: see
+        `tick`.
         """
         decision, time = command.decision, _Time(now_ns, steady_ns)
-        # A clock that jumped meanwhile is seen by the next tick, which forgets what was before.
+        # now_ns stays that of the tick: the next tick then sees a clock that jumped meanwhile.
         self._last_tick = dataclasses.replace(self._last_tick, steady_ns=steady_ns)
         if command.holds or decision is None:
             return command
-        inputs, limits = self._gate.snapshot(), self._settings.inputs
+        inputs, limits = self.gate.snapshot(), self._settings.inputs
         reasons = self._judge(inputs, now_ns)
         if now_ns < decision.tick_ns - limits.max_skew_ns:
             reasons = (*reasons, HoldReason.CLOCK_JUMPED)
@@ -290,25 +206,31 @@ class Controller:
         if not reasons and max(age_ns, steady_ns - decision.steady_ns) > limits.max_age_ns:
             reasons = (HoldReason.TOO_SLOW,)
         if not reasons:
-            self._has_moved = True
+            self.has_moved = True
             return command
-        self._gripper.state, self._last_gripper = self._gripper_before  # the fingers were not told either
+        self._gripper.state, self._last_gripper = self._gripper_before  # the gripper got no command either
         return self._refuse(inputs, reasons, time, decision)
 
+    def hold_now(self, now_ns: int, reason: HoldReason) -> Command:
+        """A hold at the arm's present pose. It changes nothing, so any thread may call it during a tick."""
+        inputs = self.gate.snapshot()
+        pose = self._pose_to_hold(inputs, now_ns)
+        return Command(now_ns, pose, Twist.zero(), None, holds=(reason,), is_silent=self.is_silent)
+
     def _judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
-        """Why the arm must not be moved on these inputs; empty when it may."""
+        """Why these inputs must not move the arm; empty when they may."""
         if inputs.clearances > self._clearances:
-            self._clearances, self._serious = inputs.clearances, ()
+            self._clearances, self.serious = inputs.clearances, ()
             self._following.begin()
-        reasons = [*self._serious, *self._gate.judge(inputs, now_ns)]
-        if inputs.holds_requested != self._holds_obeyed:  # one that was lifted before any tick is a hold, too
+        reasons = [*self.serious, *self.gate.judge(inputs, now_ns)]
+        if inputs.holds_requested != self._holds_obeyed:  # also a request that was lifted before any tick
             reasons.append(HoldReason.REQUESTED)
         if not reasons and is_beyond_workspace(self._settings.guard, inputs.pose.pose):
             reasons.append(HoldReason.BEYOND_WORKSPACE)
         return tuple(dict.fromkeys(reasons))
 
     def _judge_time(self, before: _Time | None, time: _Time) -> list[HoldReason]:
-        """A clock that stands still while the steady one goes on, or control that stood still itself."""
+        """Whether ROS time stands still while steady time goes on, and whether the ticks paused."""
         limit_ns, reasons = self._settings.inputs.max_age_ns, []
         if before is None or time.now_ns != before.now_ns:
             self._clock_moved_ns = time.steady_ns
@@ -318,54 +240,69 @@ class Controller:
             reasons.append(HoldReason.STALLED)
         return reasons
 
-    def hold_now(self, now_ns: int, reason: HoldReason) -> Command:
-        """A hold where the arm is, whatever a tick in another thread is about; changes nothing, so
-        any thread may ask."""
-        inputs = self._gate.snapshot()
-        pose = self._pose_to_hold(inputs, now_ns)
-        return Command(now_ns, pose, Twist.zero(), None, holds=(reason,), is_silent=self.is_silent)
-
-    def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
-        """Runs every exit once and more, so that the first real step is not the slow one; leaves no trace but
-        latencies."""
-        self._policy.warm_up(image_shape)
-        self._instruction = ""
-
     def _start_over(self, time: _Time) -> Command:
-        """Holds; nothing from before the jump is acted upon, the measured pose neither, and a new episode
-        follows."""
-        self._gate.forget()
-        self._gate.request_reset()
+        """Holds after a jump of the clock. Earlier frames and poses are forgotten; a new episode follows."""
+        self.gate.forget()
+        self.gate.request_reset()
         self._pace.forget()
         self._held = None
-        return self._hold(self._gate.snapshot(), (HoldReason.CLOCK_JUMPED,), time)
+        return self._hold(self.gate.snapshot(), (HoldReason.CLOCK_JUMPED,), time)
 
-    def _act(self, inputs: Inputs, time: _Time, finished: Callable[[StageTimes], int]) -> Command:
+    def _act(self, inputs: Inputs, time: _Time, inference_end_ns: Callable[[StageTimes], int]) -> Command:
+        """One inference, and the command that follows from it."""
         static, gripper = inputs.pair
-        self._gate.mark_seen(inputs.pair)
+        self.gate.mark_seen(inputs.pair)
         self._pace.take(static.stamp_ns)
         try:
             if inputs.instruction != self._instruction or inputs.resets != self._resets:
                 self._begin_episode(inputs)
-            step = self._policy.step(Observation(static.image, gripper.image, inputs.pose.pose.as_array()))
+            step = self.policy.step(Observation(static.image, gripper.image, inputs.pose.pose.as_array()))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of Rust code is no Exception; whatever it is, the arm holds
-            return self._hold(
-                inputs, (HoldReason.INFERENCE_FAILED,), time, error=f"{type(error).__name__}: {error}"
-            )
+        except BaseException as error:  # also a panic of Rust code, which is no Exception
+            text = f"{type(error).__name__}: {error}"
+            return self._hold(inputs, (HoldReason.INFERENCE_FAILED,), time, error=text)
         decision = self._decide(inputs, step, time)
-        after = _Time(finished(step.policy.times), time.steady_ns)
-        newest = self._gate.snapshot()
+        after = _Time(inference_end_ns(step.policy.times), time.steady_ns)
+        newest = self.gate.snapshot()
         if not step.policy.action.is_finite:
             return self._refuse(newest, (HoldReason.NOT_FINITE,), after, decision)
-        # Much may have happened during the inference: what it decided is given only to an arm that may still
-        # be moved.
+        # Inputs may have changed during the inference: they are judged again before the arm moves.
         if reasons := self._judge(newest, after.now_ns):
             return self._refuse(newest, reasons, after, decision)
-        if self._gate.is_outdated(inputs.pair, after.now_ns):
+        if self.gate.is_outdated(inputs.pair, after.now_ns):
             return self._refuse(newest, (HoldReason.TOO_SLOW,), after, decision)
         return self._move(newest, after, decision)
+
+    def _begin_episode(self, inputs: Inputs) -> None:
+        """Clears the policy's memory and makes the exit rule for the instruction's length."""
+        self.policy.reset(inputs.instruction)
+        self._instruction, self._resets = inputs.instruction, inputs.resets
+        self._episode += 1
+        self._episode_step = 0
+
+    def _decide(self, inputs: Inputs, step: BudgetedStep, time: _Time) -> Decision:
+        """The record of one inference; the counters go on."""
+        static, gripper = inputs.pair
+        decision = Decision(
+            step=self.steps,
+            episode=self._episode,
+            episode_step=self._episode_step,
+            instruction=self._instruction,
+            policy=step.policy,
+            cost=step.cost,
+            budget_id=step.budget_id,
+            static_stamp_ns=static.stamp_ns,
+            gripper_stamp_ns=gripper.stamp_ns,
+            pose_stamp_ns=inputs.pose.stamp_ns,
+            tick_ns=time.now_ns,
+            steady_ns=time.steady_ns,
+            limits=(),
+            held=(),
+        )
+        self.steps += 1
+        self._episode_step += 1
+        return decision
 
     def _move(self, inputs: Inputs, time: _Time, decision: Decision) -> Command:
         """The decision as a command, within the guard's limits around the newest measured pose."""
@@ -398,7 +335,7 @@ class Controller:
         )
 
     def _stands_still(self, target: Pose, measured: Pose, decision: Decision) -> bool:
-        """Whether the arm has stood still for longer than it may although its target is ahead of it."""
+        """Whether the arm has stood still for longer than allowed although its target is ahead of it."""
         limits, timeout_ns = self._settings.guard, self._settings.follow_timeout_ns
         still_ns = self._following.still_ns(
             decision.static_stamp_ns, target, measured, limits, self._pace.period_ns
@@ -408,58 +345,28 @@ class Controller:
     def _refuse(
         self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time, decision: Decision
     ) -> Command:
-        """A hold in place of what was decided."""
+        """A hold instead of the decided motion."""
         return dataclasses.replace(
             self._hold(inputs, reasons, time), decision=dataclasses.replace(decision, held=reasons)
         )
 
-    def _begin_episode(self, inputs: Inputs) -> None:
-        """Clears the temporal state and makes the exit rule for the instruction's length."""
-        self._policy.reset(inputs.instruction)
-        self._instruction, self._resets = inputs.instruction, inputs.resets
-        self._episode += 1
-        self._episode_step = 0
-
-    def _decide(self, inputs: Inputs, step: BudgetedStep, time: _Time) -> Decision:
-        static, gripper = inputs.pair
-        decision = Decision(
-            step=self._step,
-            episode=self._episode,
-            episode_step=self._episode_step,
-            instruction=self._instruction,
-            policy=step.policy,
-            cost=step.cost,
-            budget_id=step.budget_id,
-            static_stamp_ns=static.stamp_ns,
-            gripper_stamp_ns=gripper.stamp_ns,
-            pose_stamp_ns=inputs.pose.stamp_ns,
-            tick_ns=time.now_ns,
-            steady_ns=time.steady_ns,
-            limits=(),
-            held=(),
-        )
-        self._step += 1
-        self._episode_step += 1
-        return decision
-
-    def _is_repeated(self, reasons: tuple[HoldReason, ...], time: _Time) -> bool:
-        """Whether this very hold was told less than a control period ago."""
+    def _hold_or_wait(self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time) -> Command | None:
+        """A hold; None where the same hold was sent less than a control period ago."""
         held = self._held
-        interval_ns = self._pace.period_ns - self._pace.slack_ns
-        return (
-            held is not None
-            and reasons == held.reasons
-            and 0 <= time.steady_ns - held.repeated_ns < interval_ns
-        )
+        if held is not None and reasons == held.reasons:
+            interval_ns = self._pace.period_ns - self._pace.slack_ns
+            if 0 <= time.steady_ns - held.sent_ns < interval_ns:
+                return None
+        return self._hold(inputs, reasons, time)
 
     def _hold(self, inputs: Inputs, reasons: tuple[HoldReason, ...], time: _Time, error: str = "") -> Command:
-        """Begins or goes on with a hold."""
+        """Begins a hold or goes on with it."""
         if HoldReason.NO_INSTRUCTION in reasons:
             self._instruction = ""  # the same text given again starts a new episode
         was_moving = self._moved is not None
-        self._moved = None  # whatever comes next starts from the measured pose
+        self._moved = None  # the next motion starts from the measured pose
         self._holds_obeyed = inputs.holds_requested
-        self._be_serious(
+        self._add_serious(
             [r for r in reasons if r in SERIOUS and (was_moving or r is not HoldReason.COMMANDS_UNHEARD)]
         )
         self._holds.update(set(reasons) - set(self.holding))
@@ -475,18 +382,21 @@ class Controller:
             is_silent=self.is_silent,
         )
 
-    def _be_serious(self, reasons: list[HoldReason]) -> None:
-        """These hold until a clearance that is given from now on: one from before did not know of them."""
-        if not set(reasons) <= set(self._serious):
-            self._clearances = self._gate.snapshot().clearances
-        self._serious = tuple(dict.fromkeys((*self._serious, *reasons)))
+    def _add_serious(self, reasons: list[HoldReason]) -> None:
+        """These reasons hold until a person clears them. An earlier clearance does not count."""
+        if not set(reasons) <= set(self.serious):
+            self._clearances = self.gate.snapshot().clearances
+        self.serious = tuple(dict.fromkeys((*self.serious, *reasons)))
 
     def _pose_to_hold(self, inputs: Inputs, now_ns: int) -> Pose | None:
-        """The pose that was held before, as long as the arm is within a step of it; else where the arm is
-        measured to be; None where that is not known. A controller that joins finds nothing to jump to, and an
-        arm that sags a little is not let down bit by bit.
+        """The pose that a hold sends: the one held before while the arm is within a step of it, else the
+        measured one; None where that is not known.
+
+        An arm controller that joins gets no distant target, and an arm that sags is not lowered bit by bit.
         """
-        if self._gate.judge_pose(inputs, now_ns):
+        if self.gate.judge_pose(inputs, now_ns):
             return None
-        held, measured = self._held.pose if self._held else None, inputs.pose.pose
-        return held if held is not None and is_near(self._settings.guard, held, measured) else measured
+        held, measured = self._held, inputs.pose.pose
+        if held and held.pose is not None and is_near(self._settings.guard, held.pose, measured):
+            return held.pose
+        return measured

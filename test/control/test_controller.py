@@ -47,7 +47,7 @@ class Robot:
         self.pose = Pose(np.array([0.4, 0.0, 0.3]), DOWN)
         self._random = np.random.default_rng(0)
         if instruction:
-            controller.put_instruction(instruction)
+            controller.gate.put_instruction(instruction)
 
     def image(self) -> np.ndarray:
         return self._random.integers(0, 255, (60, 80, 3), dtype=np.uint8)
@@ -64,9 +64,9 @@ class Robot:
     def perceive(self, now: int, cameras=tuple(Camera), with_pose=True) -> None:
         """New inputs stamped `now`."""
         for camera in cameras:
-            self.controller.put_frame(camera, Frame(self.image(), now))
+            self.controller.gate.put_frame(camera, Frame(self.image(), now))
         if with_pose:
-            self.controller.put_pose(MeasuredPose(self.pose, "base", now))
+            self.controller.gate.put_pose(MeasuredPose(self.pose, "base", now))
 
     def tick_until(self, condition, timeout: float = 10.0) -> list[int]:
         """Ticks until the background has done `condition`; how many layers each of the steps ran."""
@@ -82,7 +82,7 @@ class Robot:
         its end."""
         self.now += PERIOD
         self.perceive(self.now)
-        policy, end = self.controller._policy, self.now + lasts
+        policy, end = self.controller.policy, self.now + lasts
         original = policy.step
         policy.step = lambda observation: (happens(end), original(observation))[1]
         try:
@@ -108,7 +108,7 @@ def test_one_static_frame_gives_one_step(controller):
     robot = Robot(controller)
     robot.tick()
     assert controller.tick(robot.now + 2 * MS) is None
-    robot.controller.put_frame(Camera.GRIPPER, Frame(robot.image(), robot.now + 10 * MS))
+    robot.controller.gate.put_frame(Camera.GRIPPER, Frame(robot.image(), robot.now + 10 * MS))
     assert controller.tick(robot.now + 11 * MS) is None
 
 
@@ -119,12 +119,12 @@ def test_a_fast_camera_is_stepped_at_the_control_rate(controller):
     for i in range(1, 31):
         now = robot.now + i * PERIOD // 3
         for camera in Camera:
-            controller.put_frame(camera, Frame(robot.image(), now))
-        controller.put_pose(MeasuredPose(robot.pose, "base", now))
+            controller.gate.put_frame(camera, Frame(robot.image(), now))
+        controller.gate.put_pose(MeasuredPose(robot.pose, "base", now))
         if controller.tick(now) is not None:
             stepped.append(i)
     assert stepped == list(range(3, 31, 3))
-    assert controller.dropped == 20
+    assert controller.gate.snapshot().dropped == 20
 
 
 def test_a_stale_camera_holds_where_the_arm_was_and_recovery_starts_from_there(controller):
@@ -133,7 +133,7 @@ def test_a_stale_camera_holds_where_the_arm_was_and_recovery_starts_from_there(c
         robot.tick(follow=False)
     for _ in range(4):
         held = robot.tick(cameras=())
-    assert controller.dropped == 0
+    assert controller.gate.snapshot().dropped == 0
     assert set(held.holds) == {HoldReason.STATIC_STALE, HoldReason.GRIPPER_STALE}
     np.testing.assert_array_equal(held.target.position, robot.pose.position)
     assert not held.twist.linear.any() and not held.twist.angular.any()
@@ -153,9 +153,9 @@ def test_a_clock_that_jumps_back_holds_forgets_and_starts_a_new_episode(controll
     assert jumped.holds == (HoldReason.CLOCK_JUMPED,)
     assert HoldReason.NO_STATIC_FRAME in controller.tick(robot.now + PERIOD).holds
     assert HoldReason.CLOCK_JUMPED in robot.tick().holds, "a person has to clear it"
-    controller.put_instruction("lift the red block")
+    controller.gate.put_instruction("lift the red block")
     assert HoldReason.CLOCK_JUMPED in robot.tick().holds, "the same words again are no other instruction"
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     resumed = robot.tick()
     assert resumed.decision.episode == 1 and resumed.decision.episode_step == 0
 
@@ -174,8 +174,8 @@ def test_a_frozen_stamp_gives_no_steps_and_then_a_hold(controller):
     told = []
     for i in range(1, 5):
         for camera in Camera:
-            controller.put_frame(camera, Frame(robot.image(), frozen))
-        controller.put_pose(MeasuredPose(robot.pose, "base", frozen + i * PERIOD))
+            controller.gate.put_frame(camera, Frame(robot.image(), frozen))
+        controller.gate.put_pose(MeasuredPose(robot.pose, "base", frozen + i * PERIOD))
         told.append(controller.tick(frozen + i * PERIOD + MS))
     assert told[:2] == [None, None]
     assert set(told[-1].holds) == {HoldReason.STATIC_STALE, HoldReason.GRIPPER_STALE}
@@ -185,7 +185,7 @@ def test_a_frame_older_than_the_last_one_stepped_on_is_not_acted_upon(controller
     robot = Robot(controller)
     robot.tick()
     for camera in Camera:
-        controller.put_frame(camera, Frame(robot.image(), robot.now - 50 * MS))
+        controller.gate.put_frame(camera, Frame(robot.image(), robot.now - 50 * MS))
     assert controller.tick(robot.now + 2 * MS) is None
 
 
@@ -197,18 +197,20 @@ def test_a_hold_is_repeated_at_the_control_rate_and_no_faster(controller):
 def test_a_hold_keeps_the_pose_measured_when_it_began_while_the_arm_sags(controller):
     robot = Robot(controller)
     robot.tick()
-    controller.request_hold(True)
+    controller.gate.request_hold(True)
     first = robot.tick(follow=False)
     for _ in range(5):
         robot.pose = Pose(robot.pose.position - [0.0, 0.0, 0.01], DOWN)
         later = robot.tick(follow=False)
     np.testing.assert_array_equal(later.target.position, first.target.position)
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     assert robot.tick().holds == ()
 
 
 @pytest.mark.parametrize(
-    "hold", [lambda c: c.request_hold(True), lambda c: c.put_instruction("")], ids=["requested", "no words"]
+    "hold",
+    [lambda c: c.gate.request_hold(True), lambda c: c.gate.put_instruction("")],
+    ids=["requested", "no words"],
 )
 def test_the_target_of_a_hold_stays_within_a_step_of_an_arm_that_is_led_by_hand(controller, hold):
     robot = Robot(controller)
@@ -238,16 +240,16 @@ def test_a_hold_without_a_measured_pose_publishes_no_target(controller):
 def test_a_hold_leaves_the_gripper_as_it_is(controller):
     robot = Robot(controller)
     moving = robot.tick()
-    controller.request_hold(True)
+    controller.gate.request_hold(True)
     assert robot.tick().gripper == moving.gripper
 
 
 def test_a_new_instruction_starts_an_episode_and_the_same_one_does_not(controller):
     robot = Robot(controller)
     first, second = robot.tick().decision, robot.tick().decision
-    controller.put_instruction(" lift the red block ")
+    controller.gate.put_instruction(" lift the red block ")
     same = robot.tick().decision
-    controller.put_instruction("open the drawer")
+    controller.gate.put_instruction("open the drawer")
     new = robot.tick().decision
     assert [d.episode for d in (first, second, same, new)] == [0, 0, 0, 1]
     assert [d.episode_step for d in (first, second, same, new)] == [0, 1, 2, 0]
@@ -256,9 +258,9 @@ def test_a_new_instruction_starts_an_episode_and_the_same_one_does_not(controlle
 def test_an_empty_instruction_holds_and_the_old_one_given_again_starts_anew(controller):
     robot = Robot(controller)
     robot.tick()
-    controller.put_instruction("")
+    controller.gate.put_instruction("")
     assert robot.tick().holds == (HoldReason.NO_INSTRUCTION,)
-    controller.put_instruction("lift the red block")
+    controller.gate.put_instruction("lift the red block")
     assert robot.tick().decision.episode == 1
 
 
@@ -266,7 +268,7 @@ def test_a_reset_clears_the_memory(checkpoint):
     fresh, used = Robot(Controller(checkpoint, SETTINGS)), Robot(Controller(checkpoint, SETTINGS))
     for _ in range(3):
         used.tick(follow=False)  # the arm stays where the fresh one's is: the network looks at its pose, too
-    used.controller.request_reset()
+    used.controller.gate.request_reset()
     used._random = np.random.default_rng(0)
     np.testing.assert_array_equal(
         used.tick().decision.policy.action.pose, fresh.tick().decision.policy.action.pose
@@ -288,7 +290,7 @@ BUDGETS = ("average_gmac", "average_fraction", "average_ms", "peak_gmac", "memor
 
 
 def middle(controller: Controller, name: str) -> float:
-    low, high = controller.budget_status.feasible[name]
+    low, high = controller.policy.status.feasible[name]
     return (low + high) / 2
 
 
@@ -298,14 +300,14 @@ def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(name
     controller = Controller(checkpoint, SETTINGS)
     controller.warm_up()
     robot, seen = Robot(controller), []
-    original = controller._policy.step
-    controller._policy.step = lambda observation: (seen.append(observation), original(observation))[1]
+    original = controller.policy.step
+    controller.policy.step = lambda observation: (seen.append(observation), original(observation))[1]
     decisions = [robot.tick().decision for _ in range(4)]
-    before = controller.budget_status
+    before = controller.policy.status
     budget = Budget(**{name: middle(controller, name)}, governor=False)
-    controller.check_budget(budget)
-    controller.set_budget(budget)
-    rule = controller.budget_status.rule
+    controller.policy.check(budget)
+    controller.policy.set(budget)
+    rule = controller.policy.status.rule
     decisions += [robot.tick().decision for _ in range(4)]
 
     # The same observations by a policy alone, whose rule changes after four steps and nothing else.
@@ -322,55 +324,55 @@ def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(name
         )
     assert rule != before.rule
     assert {d.budget_id for d in decisions[:4]} == {before.budget_id} != {d.budget_id for d in decisions[4:]}
-    assert {d.budget_id for d in decisions[4:]} == {controller.budget_status.budget_id}
-    controller.close()
+    assert {d.budget_id for d in decisions[4:]} == {controller.policy.status.budget_id}
+    controller.policy.close()
 
 
 def test_a_memory_budget_drops_layers_at_once_and_control_goes_on_while_they_come_back():
     checkpoint = load(EMBEDDED)
     controller = Controller(checkpoint, SETTINGS)
     robot = Robot(controller)
-    controller.set_budget(Budget(memory_gib=controller.budget_status.feasible["memory_gib"][0]))
-    assert controller.budget_status.resident_layers == 2
+    controller.policy.set(Budget(memory_gib=controller.policy.status.feasible["memory_gib"][0]))
+    assert controller.policy.status.resident_layers == 2
     assert all(parameter.is_meta for parameter in checkpoint.model.layers[2].parameters())
     assert robot.tick().decision.policy.layers_run == 2
-    controller.set_budget(Budget(average_fraction=1.0))
-    depths = robot.tick_until(lambda: controller.budget_status.resident_layers == 12)
+    controller.policy.set(Budget(average_fraction=1.0))
+    depths = robot.tick_until(lambda: controller.policy.status.resident_layers == 12)
     assert set(depths) <= {2, 12}
-    assert robot.tick().decision.policy.layers_run == 12 and not controller.problem
-    controller.close()
+    assert robot.tick().decision.policy.layers_run == 12 and not controller.policy.problem
+    controller.policy.close()
 
 
 def test_a_memory_budget_of_a_network_without_a_folder_is_refused(checkpoint):
     controller = Controller(dataclasses.replace(checkpoint, folder=None), SETTINGS)
     with pytest.raises(UserError, match="no folder to load layers back from"):
-        controller.check_budget(Budget(memory_gib=1000.0))
+        controller.policy.check(Budget(memory_gib=1000.0))
 
 
 def test_layers_that_cannot_come_back_are_told_and_control_goes_on(tmp_path):
     folder = shutil.copytree(EMBEDDED, tmp_path / "checkpoint")
     controller = Controller(load(folder), SETTINGS)
     robot = Robot(controller)
-    controller.set_budget(Budget(memory_gib=controller.budget_status.feasible["memory_gib"][0]))
+    controller.policy.set(Budget(memory_gib=controller.policy.status.feasible["memory_gib"][0]))
     (folder / "model.safetensors").unlink()
-    controller.set_budget(Budget())
-    assert set(robot.tick_until(lambda: controller.problem)) == {2}
-    assert "model.safetensors" in controller.problem
-    controller.close()
+    controller.policy.set(Budget())
+    assert set(robot.tick_until(lambda: controller.policy.problem)) == {2}
+    assert "model.safetensors" in controller.policy.problem
+    controller.policy.close()
 
 
 def test_layers_of_other_weights_are_never_mixed_in(tmp_path):
     folder = shutil.copytree(EMBEDDED, tmp_path / "checkpoint")
     controller = Controller(load(folder), SETTINGS)
     robot = Robot(controller)
-    controller.set_budget(Budget(memory_gib=controller.budget_status.feasible["memory_gib"][0]))
+    controller.policy.set(Budget(memory_gib=controller.policy.status.feasible["memory_gib"][0]))
     shutil.copyfile(EMBEDDED / "model.safetensors", folder / "new")
     (folder / "new").replace(folder / "model.safetensors")
-    controller.set_budget(Budget())
-    robot.tick_until(lambda: controller.problem)
-    assert "another one than the network was loaded from" in controller.problem
-    assert controller.budget_status.resident_layers == 2
-    controller.close()
+    controller.policy.set(Budget())
+    robot.tick_until(lambda: controller.policy.problem)
+    assert "another one than the network was loaded from" in controller.policy.problem
+    assert controller.policy.status.resident_layers == 2
+    controller.policy.close()
 
 
 def test_a_network_of_which_only_some_layers_were_loaded_acts_and_grows():
@@ -379,20 +381,20 @@ def test_a_network_of_which_only_some_layers_were_loaded_acts_and_grows():
     controller = Controller(checkpoint, SETTINGS)
     controller.warm_up()
     robot = Robot(controller)
-    assert controller.budget_status.resident_layers == 4
+    assert controller.policy.status.resident_layers == 4
     assert robot.tick().decision.policy.layers_run <= 4
-    controller.set_budget(Budget())
-    robot.tick_until(lambda: controller.budget_status.resident_layers == 12)
-    controller.close()
+    controller.policy.set(Budget())
+    robot.tick_until(lambda: controller.policy.status.resident_layers == 12)
+    controller.policy.close()
 
 
 def test_a_peak_below_the_first_exit_is_refused_and_changes_nothing(controller):
     Robot(controller).tick()
-    before = controller.budget_status
+    before = controller.policy.status
     low, high = before.feasible["peak_gmac"]
     with pytest.raises(UserError, match=f"to {high:.4g}, or 0"):
-        controller.check_budget(Budget(peak_gmac=low * 0.99))
-    assert controller.budget_status.budget_id == before.budget_id
+        controller.policy.check(Budget(peak_gmac=low * 0.99))
+    assert controller.policy.status.budget_id == before.budget_id
 
 
 def test_an_arm_far_outside_the_workspace_holds_until_it_is_moved_back(controller):
@@ -418,13 +420,13 @@ def test_an_inference_that_fails_holds_until_a_person_has_cleared_it(controller,
     robot = Robot(controller)
     robot.tick()
     with monkeypatch.context() as patch:
-        patch.setattr(controller._policy, "step", lambda observation: 1 / 0)
+        patch.setattr(controller.policy, "step", lambda observation: 1 / 0)
         failed = robot.tick()
     assert failed.holds == (HoldReason.INFERENCE_FAILED,)
     assert "ZeroDivisionError" in failed.error
     np.testing.assert_array_equal(failed.target.position, robot.pose.position)
     assert robot.tick().holds == (HoldReason.INFERENCE_FAILED,) == controller.serious
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     assert robot.tick().holds == () == controller.serious
 
 
@@ -436,14 +438,14 @@ def test_rust_code_that_panics_is_an_inference_that_fails(controller, monkeypatc
         raise PanicException("index out of bounds")
 
     robot = Robot(controller)
-    monkeypatch.setattr(controller._policy, "reset", panics)
+    monkeypatch.setattr(controller.policy, "reset", panics)
     failed = robot.tick()
     assert (
         failed.holds == (HoldReason.INFERENCE_FAILED,)
         and "PanicException: index out of bounds" in failed.error
     )
     monkeypatch.undo()
-    controller.put_instruction("open the drawer")
+    controller.gate.put_instruction("open the drawer")
     assert robot.tick().holds == ()
 
 
@@ -459,7 +461,7 @@ def test_an_action_that_is_not_finite_holds_and_leaves_no_trace():
     assert refused.holds == refused.decision.held == (HoldReason.NOT_FINITE,)
     weight.copy_(original)
     assert robot.tick().holds == (HoldReason.NOT_FINITE,)
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     assert np.isfinite(robot.tick().target.position).all()
 
 
@@ -474,7 +476,7 @@ def test_warming_up_leaves_no_trace(checkpoint):
 def test_a_hold_can_be_had_at_any_time_and_changes_nothing(controller):
     robot = Robot(controller)
     robot.tick(follow=False)
-    robot.controller.put_pose(MeasuredPose(robot.pose, "base", robot.now))
+    robot.controller.gate.put_pose(MeasuredPose(robot.pose, "base", robot.now))
     held = controller.hold_now(robot.now + 2 * MS, HoldReason.STOPPING)
     assert held.holds == (HoldReason.STOPPING,)
     np.testing.assert_array_equal(held.target.position, robot.pose.position)
@@ -484,7 +486,7 @@ def test_a_hold_can_be_had_at_any_time_and_changes_nothing(controller):
 def test_control_that_begins_again_remembers_nothing_of_before(controller):
     robot = Robot(controller)
     robot.tick()
-    controller.request_hold(True)
+    controller.gate.request_hold(True)
     robot.tick()
     robot.now += 10_000 * MS
     robot.pose = Pose(robot.pose.position + [0.0, 0.4, 0.0], DOWN)  # somebody moved the arm meanwhile
@@ -492,14 +494,14 @@ def test_control_that_begins_again_remembers_nothing_of_before(controller):
     held = robot.tick(follow=False)
     np.testing.assert_array_equal(held.target.position, robot.pose.position)
     assert held.gripper is None
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     assert robot.tick().decision.episode_step == 0
 
 
 def test_a_hold_requested_during_the_inference_is_obeyed(controller):
     robot = Robot(controller)
     robot.tick()
-    command = robot.tick_during_which(lambda now: controller.request_hold(True), lasts=10 * MS)
+    command = robot.tick_during_which(lambda now: controller.gate.request_hold(True), lasts=10 * MS)
     assert command.holds == (HoldReason.REQUESTED,) == command.decision.held
     assert not command.twist.linear.any()
 
@@ -520,14 +522,14 @@ def test_a_measured_pose_that_is_displaced_for_good_holds_until_a_person_has_cle
     jumped = robot.tick()
     assert HoldReason.POSE_JUMPED in jumped.holds and jumped.target is None
     if soon:
-        controller.request_hold(False)
+        controller.gate.request_hold(False)
         assert robot.tick(follow=False).holds == ()
         return
     for _ in range(10):
         assert robot.tick().holds == (HoldReason.POSE_JUMPED,)
-    controller.put_instruction("lift the red block")
+    controller.gate.put_instruction("lift the red block")
     assert robot.tick().holds == (HoldReason.POSE_JUMPED,), "the same words are no other instruction"
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     steady = robot.tick()
     assert (
         steady.holds == () and distance_between(steady.target, elsewhere) <= SETTINGS.guard.max_translation_m
@@ -543,7 +545,7 @@ def test_a_hold_that_began_without_a_pose_takes_the_first_usable_one(controller)
 def test_a_failing_inference_is_held_at_the_control_rate(controller, monkeypatch):
     robot = Robot(controller)
     robot.tick()
-    monkeypatch.setattr(controller._policy, "step", lambda observation: 1 / 0)
+    monkeypatch.setattr(controller.policy, "step", lambda observation: 1 / 0)
     assert robot.tick().holds == (HoldReason.INFERENCE_FAILED,)
     assert controller.tick(robot.now + 100 * MS).holds == (HoldReason.INFERENCE_FAILED,)
     assert controller.tick(robot.now + 110 * MS) is None
@@ -556,8 +558,8 @@ def test_a_hold_that_is_requested_and_lifted_between_two_ticks_is_a_hold(control
     robot = Robot(controller)
     for _ in range(5):
         robot.tick(follow=False)
-    controller.request_hold(True)
-    controller.request_hold(False)
+    controller.gate.request_hold(True)
+    controller.gate.request_hold(False)
     held = robot.tick(follow=False)
     assert held.holds == (HoldReason.REQUESTED,)
     np.testing.assert_array_equal(held.target.position, robot.pose.position)
@@ -572,7 +574,7 @@ def test_an_arm_that_stands_still_while_its_target_is_ahead_of_it_holds_until_it
     motions = [command for command in told if not command.holds]
     assert 10 <= len(motions) <= 25, "it takes a moment until the target is ahead, and then a second"
     assert told[-1].holds == (HoldReason.ARM_NOT_FOLLOWING,) and not told[-1].twist.linear.any()
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     assert robot.tick().holds == ()
 
 
@@ -587,13 +589,13 @@ def test_an_arm_that_follows_slowly_is_not_taken_for_one_that_stands_still(check
 
 def test_commands_that_nobody_hears_any_more_need_a_person_and_a_late_controller_does_not(controller):
     robot = Robot(controller)
-    controller.demand_hold(HoldReason.COMMANDS_UNHEARD, True)
+    controller.gate.demand_hold(HoldReason.COMMANDS_UNHEARD, True)
     assert robot.tick().holds == (HoldReason.COMMANDS_UNHEARD,) and not controller.serious
-    controller.demand_hold(HoldReason.COMMANDS_UNHEARD, False)
+    controller.gate.demand_hold(HoldReason.COMMANDS_UNHEARD, False)
     assert robot.tick().holds == ()
-    controller.demand_hold(HoldReason.COMMANDS_UNHEARD, True)
+    controller.gate.demand_hold(HoldReason.COMMANDS_UNHEARD, True)
     robot.tick()
-    controller.demand_hold(HoldReason.COMMANDS_UNHEARD, False)
+    controller.gate.demand_hold(HoldReason.COMMANDS_UNHEARD, False)
     assert robot.tick().holds == (HoldReason.COMMANDS_UNHEARD,) == controller.serious
 
 
@@ -639,10 +641,20 @@ def test_a_motion_leaves_as_it_is_where_nothing_speaks_against_it(controller, de
         (lambda c: None, 400 * MS, 400 * MS, HoldReason.STATIC_STALE),
         (lambda c: None, 10 * MS, 400 * MS, HoldReason.TOO_SLOW),
         (lambda c: None, -2_000 * MS, 10 * MS, HoldReason.CLOCK_JUMPED),
-        (lambda c: c.request_hold(True), 10 * MS, 10 * MS, HoldReason.REQUESTED),
-        (lambda c: (c.request_hold(True), c.request_hold(False)), 10 * MS, 10 * MS, HoldReason.REQUESTED),
-        (lambda c: c.put_instruction(""), 10 * MS, 10 * MS, HoldReason.NO_INSTRUCTION),
-        (lambda c: c.demand_hold(HoldReason.NOT_ENABLED, True), 10 * MS, 10 * MS, HoldReason.NOT_ENABLED),
+        (lambda c: c.gate.request_hold(True), 10 * MS, 10 * MS, HoldReason.REQUESTED),
+        (
+            lambda c: (c.gate.request_hold(True), c.gate.request_hold(False)),
+            10 * MS,
+            10 * MS,
+            HoldReason.REQUESTED,
+        ),
+        (lambda c: c.gate.put_instruction(""), 10 * MS, 10 * MS, HoldReason.NO_INSTRUCTION),
+        (
+            lambda c: c.gate.demand_hold(HoldReason.NOT_ENABLED, True),
+            10 * MS,
+            10 * MS,
+            HoldReason.NOT_ENABLED,
+        ),
     ],
     ids=[
         "old frames",
@@ -667,10 +679,10 @@ def test_a_motion_that_something_speaks_against_by_now_is_a_hold_and_its_inferen
     )
     assert not last.twist.linear.any() and controller.holding == last.holds
     start = robot.pose
-    controller.request_hold(False)
-    controller.demand_hold(HoldReason.NOT_ENABLED, False)
+    controller.gate.request_hold(False)
+    controller.gate.demand_hold(HoldReason.NOT_ENABLED, False)
     robot.tick()
-    controller.put_instruction("lift the red block")
+    controller.gate.put_instruction("lift the red block")
     assert distance_between(robot.tick().target, start) <= 2 * SETTINGS.guard.max_translation_m
 
 
@@ -705,7 +717,7 @@ def test_a_clock_that_jumps_back_during_an_inference_is_noticed_and_the_arm_can_
     last = controller.confirm(command, robot.now, robot.now)
     assert HoldReason.CLOCK_JUMPED in last.holds
     assert HoldReason.CLOCK_JUMPED in robot.tick().holds
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     for _ in range(3):
         after = robot.tick()
     assert after.holds == () and after.decision.episode == 1
@@ -713,21 +725,21 @@ def test_a_clock_that_jumps_back_during_an_inference_is_noticed_and_the_arm_can_
 
 def test_the_fingers_are_not_told_what_a_refused_motion_wanted(controller, monkeypatch):
     robot = Robot(controller)
-    original, probability = controller._policy.step, 0.0
+    original, probability = controller.policy.step, 0.0
 
     def step(observation):
         taken = original(observation)
         action = dataclasses.replace(taken.policy.action, gripper_probability=probability)
         return dataclasses.replace(taken, policy=dataclasses.replace(taken.policy, action=action))
 
-    monkeypatch.setattr(controller._policy, "step", step)
+    monkeypatch.setattr(controller.policy, "step", step)
     closed = robot.tick().gripper
     probability = 1.0
     wanted = robot.tick()
     assert wanted.gripper != closed
-    controller.request_hold(True)
+    controller.gate.request_hold(True)
     assert controller.confirm(wanted, robot.now + MS, robot.now + MS).gripper == closed
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     assert robot.tick().gripper == wanted.gripper
 
 
@@ -736,14 +748,14 @@ def test_a_clearance_from_before_a_failure_does_not_clear_it(controller, monkeyp
     robot.tick()
 
     def fails(observation):
-        controller.put_instruction("open the drawer")
+        controller.gate.put_instruction("open the drawer")
         raise RuntimeError("lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(controller._policy, "step", fails)
+        patch.setattr(controller.policy, "step", fails)
         robot.tick()
     assert robot.tick().holds == (HoldReason.INFERENCE_FAILED,)
-    controller.request_hold(False)
+    controller.gate.request_hold(False)
     assert robot.tick().holds == ()
 
 
@@ -759,11 +771,11 @@ def test_a_frozen_pose_is_noticed_although_other_holds_come_in_between(checkpoin
 
 def test_one_who_has_not_moved_the_arm_is_silent_beside_another_and_one_who_has_is_not(controller):
     robot = Robot(controller)
-    controller.demand_hold(HoldReason.OTHER_PUBLISHER, True)
+    controller.gate.demand_hold(HoldReason.OTHER_PUBLISHER, True)
     assert robot.tick().is_silent and controller.hold_now(robot.now, HoldReason.STOPPING).is_silent
-    controller.demand_hold(HoldReason.OTHER_PUBLISHER, False)
+    controller.gate.demand_hold(HoldReason.OTHER_PUBLISHER, False)
     moved = robot.tick()
     assert controller.confirm(moved, robot.now + MS, robot.now + MS) is moved
-    controller.demand_hold(HoldReason.OTHER_COMMANDER, True)
+    controller.gate.demand_hold(HoldReason.OTHER_COMMANDER, True)
     held = robot.tick()
     assert held.holds == (HoldReason.OTHER_COMMANDER,) and not held.is_silent

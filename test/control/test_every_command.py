@@ -122,8 +122,8 @@ class World:
         self.continuity = Continuity()
         self.before: Command | None = None
         self.words = self.motions = 0
-        self.controller.put_instruction("lift the red block")
-        original = self.controller._policy.step
+        self.controller.gate.put_instruction("lift the red block")
+        original = self.controller.policy.step
         self._templates = original
 
     def step(self, action: Action, pose: tuple, request: str, period: int, takes: int) -> None:
@@ -131,7 +131,7 @@ class World:
         self._move_arm(*pose)
         if request != "no cameras":
             for camera in Camera:
-                self.controller.put_frame(camera, Frame(IMAGE, self.now))
+                self.controller.gate.put_frame(camera, Frame(IMAGE, self.now))
         self._say(action)
         command = self.controller.tick(self.now + MS, lambda times: self.now + takes, self.steady)
         self._ask(request)  # while the command is on its way
@@ -147,7 +147,7 @@ class World:
                 taken := self._templates(observation), policy=dataclasses.replace(taken.policy, action=action)
             )
 
-        self.controller._policy.step = step
+        self.controller.policy.step = step
 
     def _move_arm(self, how: str, detail: tuple) -> None:
         if (
@@ -172,7 +172,7 @@ class World:
         )
         stamp -= 1_000 * MS if how == "old" else 0
         frame = "camera" if how == "other frame" else frame
-        self.controller.put_pose(MeasuredPose(Pose(position, self.arm.quaternion), frame, stamp))
+        self.controller.gate.put_pose(MeasuredPose(Pose(position, self.arm.quaternion), frame, stamp))
         self.usable = how not in ("nan", "huge", "zero", "old", "other frame")
         if self.usable:
             self.heard = self.arm
@@ -180,20 +180,20 @@ class World:
     def _ask(self, request: str) -> None:
         controller = self.controller
         if request in ("hold", "hold and go"):
-            controller.request_hold(True)
+            controller.gate.request_hold(True)
         if request in ("go", "hold and go"):
-            controller.request_hold(False)
+            controller.gate.request_hold(False)
         if request == "clear":
-            controller.clear()
+            controller.gate.clear()
         if request in ("stop words", "new words", "same words"):
             self.words += request == "new words"
-            controller.put_instruction(
+            controller.gate.put_instruction(
                 "" if request == "stop words" else f"lift the red block {self.words}".strip("0 ")
             )
         if request == "reset":
-            controller.request_reset()
+            controller.gate.request_reset()
         if request in ("demand", "lift"):
-            controller.demand_hold(HoldReason.NOT_ENABLED, request == "demand")
+            controller.gate.demand_hold(HoldReason.NOT_ENABLED, request == "demand")
         if request in ("looser", "tighter"):
             self.limits = (
                 dataclasses.replace(LIMITS, leash_m=0.3, max_translation_m=0.1)
@@ -202,7 +202,7 @@ class World:
             )
             controller.settings = dataclasses.replace(SETTINGS, guard=self.limits)
         if request == "hold now":  # as the node's service does it
-            controller.request_hold(True)
+            controller.gate.request_hold(True)
             self._leave(controller.hold_now(self.now + MS, HoldReason.REQUESTED))
 
     def _leave(self, command: Command) -> None:
