@@ -1,13 +1,17 @@
-"""Searches thresholds in closed loop: Bayesian optimisation of the average chain length under an average budget (the paper's "online").
+"""Searches thresholds in closed loop for the best average chain length under an average budget.
 
-Example: at 30% of full depth, then what was found against what calibration gives, on chains that the search never saw:
+The first lines search at 30% of full depth. The others compare the result with the calibration's thresholds,
+on chains that the search never saw:
 
     python -m deer_vla_ros search --fraction 0.3 --json out/search.json
-    python -m deer_vla_ros evaluate --chains 500 --thresholds=$(jq -r '.thresholds | map(tostring) | join(",")' out/search.json)
+    thresholds=$(jq -r '.thresholds | map(tostring) | join(",")' out/search.json)
+    python -m deer_vla_ros evaluate --chains 500 --thresholds=$thresholds
     python -m deer_vla_ros evaluate --chains 500 --budget average_fraction=0.3
 
-Starts from the calibration's thresholds and proposes others, 20 in all. Every proposal runs the same chains, of seeds from 900,000 on, below
-those of evaluation. With --study FILE the search can be interrupted, and several machines that share the file work on one search.
+The search is a Bayesian optimisation, the "online" variant of the paper. It starts from the calibration's
+thresholds and proposes others, 20 in all. Every proposal runs the same chains; their seeds start at 900,000
+and stay below those of evaluation. With --study FILE the search can be interrupted, and several machines that
+share the file can work on one search.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_json
 
 SEARCH_SET = -1
-"""The set of chains whose seeds lie right below evaluation's."""
+"""Number of the set of chains whose seeds lie directly below the seeds of evaluation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when the trials are done; UserError for a budget that the checkpoint cannot keep."""
+    """Returns 0 after the trials are done. Raises UserError for a budget that the checkpoint cannot keep."""
     import numpy as np
 
     from deer_vla_ros.budget.calibration import CALIBRATION, REMEDY, Calibration
@@ -76,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     )
     files = files_of(folder)
     study = (
-        f"fraction {args.fraction:g} of {files['checkpoint_sha256'][:12]}, calibration {files['other_files_sha256'][CALIBRATION][:12]}, "
+        f"fraction {args.fraction:g} of {files['checkpoint_sha256'][:12]}, "
+        f"calibration {files['other_files_sha256'][CALIBRATION][:12]}, "
         f"{args.chains} chains of {args.steps} steps each, tasks {tasks_sha256()[:12]}, seed {args.seed}"
     )
     groups, jobs = groups_of(args.chains, 0, LANES), args.jobs or len(os.sched_getaffinity(0))
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         report = summary(config, chains, [])
         return Outcome(report["average_length"], report["llm_gmac_mean"] / report["llm_gmac_full"])
 
-    def tell(number: int, outcome: Outcome) -> None:
+    def report_trial(number: int, outcome: Outcome) -> None:
         kept = "" if outcome.cost <= args.fraction else ", above the budget"
         print(
             f"trial {number}: average length {outcome.score:.2f} at {outcome.cost:.3f} of full depth{kept}",
@@ -98,13 +103,22 @@ def run(args: argparse.Namespace) -> int:
     outcomes: dict[int, Outcome] = {}
     candidates = [np.sort(calibration.deltas[:, index]) for index in range(len(config.exits) - 1)]
     found = search(
-        score, rule.thresholds, args.fraction, candidates, args.trials, args.study, study, args.seed, tell
+        score,
+        rule.thresholds,
+        args.fraction,
+        candidates,
+        args.trials,
+        args.study,
+        study,
+        args.seed,
+        report_trial,
     )
     start = outcomes.get(0)
     before = f"{start.score:.2f} at {start.cost:.3f}" if start else "their evaluation failed"
     print(
         f"calibration's thresholds: {before}; found in trial {found.trial}: "
-        f"{found.outcome.score:.2f} at {found.outcome.cost:.3f}: {', '.join(f'{value:.6g}' for value in found.thresholds)}"
+        f"{found.outcome.score:.2f} at {found.outcome.cost:.3f}: "
+        f"{', '.join(f'{value:.6g}' for value in found.thresholds)}"
     )
     if args.default:
         set_thresholds(folder, found.thresholds)

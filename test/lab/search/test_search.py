@@ -1,8 +1,9 @@
-"""Does the search improve on its start within the budget, and does it survive kills, company and failing evaluations?"""
+"""Tests of the threshold search: its result, its study file, killed processes and failing evaluations."""
 
 import json
 import multiprocessing.pool
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,8 +19,7 @@ from hypothesis.extra import numpy as arrays
 
 from deer_vla_ros.budget.families import ALWAYS, NEVER
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.search import search_study
-from deer_vla_ros.lab.search.search import Found, search
+from deer_vla_ros.lab.search.search import Found, _Study, search
 from deer_vla_ros.lab.search.search_task import Outcome, quantile_of, threshold_at
 
 EXITS = 4
@@ -27,8 +27,11 @@ SAMPLES = 300
 
 
 def steps(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Deltas and true errors, (exits, steps) each. Exit 0 looks surer than it is and exit 2 less sure: thresholds from deltas
-    alone are not the best."""
+    """Returns deltas and true errors, (exits, steps) each.
+
+    The deltas of exit 0 are too small and those of exit 2 too large, so thresholds from deltas alone are not
+    the best.
+    """
     rng = np.random.default_rng(seed)
     errors = (
         rng.gamma(2, 0.5, SAMPLES)
@@ -44,7 +47,7 @@ START = tuple(threshold_at(0.3, values) for values in CANDIDATES) + (ALWAYS,)
 
 
 def closed_loop(thresholds: tuple[float, ...]) -> Outcome:
-    """A simulated score of at most 5, and 2 GMAC per exit run."""
+    """Returns a simulated score of at most 5, and a cost of 2 GMAC per exit run."""
     stops = np.asarray(thresholds)[:, None] >= DELTAS
     stops[-1] = True
     taken = stops.argmax(0)
@@ -58,7 +61,7 @@ BUDGET = closed_loop(START).cost * 1.02
 
 @dataclass
 class Recorded:
-    """The closed loop, with a line in `file` for each evaluation begun; a pause before its result; a failure where asked for."""
+    """The closed loop; it writes a line to `file` for each call, waits, and fails at the given calls."""
 
     file: Path
     seconds: float = 0.0
@@ -77,25 +80,14 @@ class Recorded:
         return [(process, tuple(thresholds)) for process, thresholds in map(json.loads, lines)]
 
 
-class SlowLater(Recorded):
-    """Quick at the start's thresholds alone."""
-
-    def __call__(self, thresholds):
-        time.sleep(0 if thresholds == START else 60)
-        return super().__call__(thresholds)
-
-
 def started(score: Recorded, journal: Path, *, trials: int, seconds: float) -> subprocess.Popen:
-    """Another process with the same search; it prints what it found."""
+    """Starts the same search in another process, which prints the thresholds that it found."""
     program = (
         "from test_search import *\n"
-        f"found = search(Recorded(Path({str(score.file)!r}), {seconds}), START, BUDGET, CANDIDATES, {trials}, {str(journal)!r})\n"
+        f"score = Recorded(Path({str(score.file)!r}), {seconds})\n"
+        f"found = search(score, START, BUDGET, CANDIDATES, {trials}, {str(journal)!r})\n"
         "print(json.dumps(found.thresholds))"
     )
-    return python(program)
-
-
-def python(program: str) -> subprocess.Popen:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.Popen(
@@ -189,9 +181,7 @@ def test_a_killed_search_is_taken_up_again_as_if_nothing_had_been(tmp_path, eval
     killed = started(score, journal, trials=9, seconds=0.3)
     wait_for(lambda: len(score.calls()) == evaluations)
     killed.kill()
-    wait_for(
-        lambda: search_study._started(killed.pid) is None
-    )  # a zombie then, as nobody has asked for its status yet
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     seen = []
     found = search(
         score, START, BUDGET, CANDIDATES, 9, journal, on_trial=lambda number, _: seen.append(number)
@@ -227,25 +217,23 @@ def test_two_processes_share_the_work(tmp_path):
     assert all(sum(process == each.pid for process, _ in calls) >= 2 for each in both)
 
 
-def test_a_trial_of_another_machine_is_waited_for_until_it_falls_silent(tmp_path, monkeypatch):
+def test_a_trial_of_another_process_is_waited_for_until_that_process_ends(tmp_path):
     score, journal = Recorded(tmp_path / "calls"), tmp_path / "journal"
-    monkeypatch.setattr(search_study, "SILENT_SECONDS", 1.5)
-    killed = started(score, journal, trials=3, seconds=0.5)
+    other = started(score, journal, trials=2, seconds=2)
     wait_for(lambda: len(score.calls()) == 2)
-    killed.kill()
-    killed.communicate()
-    monkeypatch.setattr(search_study, "_machine", lambda: "another")
-    begun = time.monotonic()
-    assert search(score, START, BUDGET, CANDIDATES, 3, journal).trials == 3
-    assert time.monotonic() - begun > 1.5
-    assert [thresholds for _, thresholds in score.calls()].count(score.calls()[1][1]) == 2
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        found = pool.apply_async(search, (score, START, BUDGET, CANDIDATES, 2, journal))
+        time.sleep(1)
+        assert not found.ready() and len(score.calls()) == 2
+        other.kill()
+        assert found.get(10).trials == 2
+    other.communicate()
+    assert [process for process, _ in score.calls()] == [other.pid, other.pid, os.getpid()]
+    assert score.calls()[1][1] == score.calls()[2][1]
 
 
-def test_a_process_that_is_heard_is_not_robbed(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_study, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(search_study, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(search_study, "_machine", iter(["one", "other"]).__next__)
-    score, journal = Recorded(tmp_path / "calls", seconds=2.5), tmp_path / "journal"
+def test_two_searches_in_one_process_do_not_take_the_same_trial(tmp_path):
+    score, journal = Recorded(tmp_path / "calls", seconds=1.5), tmp_path / "journal"
     with multiprocessing.pool.ThreadPool(1) as pool:
         first = pool.apply_async(search, (score, START, BUDGET, CANDIDATES, 1, journal))
         wait_for(lambda: len(score.calls()) == 1)
@@ -253,64 +241,52 @@ def test_a_process_that_is_heard_is_not_robbed(tmp_path, monkeypatch):
     assert len(score.calls()) == 1
 
 
-def test_workers_evaluate_at_the_same_time(tmp_path):
-    score = Recorded(tmp_path / "calls", seconds=0.2)
-    seen = []
+def test_where_the_file_server_drops_a_lock_the_second_outcome_of_a_trial_is_dropped(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(_Study, "_set_lock", lambda *_: None)
+    score, journal = Recorded(tmp_path / "calls", seconds=1), tmp_path / "journal"
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        first = pool.apply_async(search, (score, START, BUDGET, CANDIDATES, 1, journal))
+        wait_for(lambda: len(score.calls()) == 1)
+        assert search(score, START, BUDGET, CANDIDATES, 1, journal) == first.get(10)
+    assert caplog.messages == [
+        "search: trial 0 was given to another process meanwhile; its outcome here is dropped"
+    ]
+
+
+def test_a_study_of_an_earlier_version_is_continued(tmp_path):
+    """That version was killed during trial 2. It went on with the same thresholds."""
+    journal = tmp_path / "journal"
+    shutil.copy(Path(__file__).parent / "old_study.journal", journal)
+    evaluated, seen = [], []
+
+    def score(thresholds):
+        evaluated.append(thresholds[0])
+        return Outcome(thresholds[0], thresholds[0] / 10)
+
+    candidates = [np.arange(1.0, 101.0)]
     found = search(
-        score,
-        START,
-        BUDGET,
-        CANDIDATES,
-        8,
-        tmp_path / "journal",
-        workers=2,
-        on_trial=lambda number, _: seen.append(number),
+        score, (30.0, ALWAYS), 4, candidates, 5, journal, "old", on_trial=lambda *told: seen.append(told)
     )
-    processes = {process for process, _ in score.calls()}
-    assert len(processes) == 2 and os.getpid() not in processes
-    assert sorted(seen) == list(range(8)) and found.trials == len(score.calls()) == 8
+    assert evaluated == [24, 27, 31]
+    assert [(number, outcome.score) for number, outcome in seen] == [
+        (0, 30),
+        (1, 31),
+        (2, 24),
+        (3, 27),
+        (4, 31),
+    ]
+    assert found == Found((31.0, ALWAYS), Outcome(31.0, 3.1), trial=1, trials=5)
 
 
-def test_workers_end_with_a_killed_search(tmp_path):
-    score, journal = Recorded(tmp_path / "calls"), tmp_path / "journal"
-    killed = python(
-        "from test_search import *\n"
-        f"search(Recorded(Path({str(score.file)!r}), 60), START, BUDGET, CANDIDATES, 6, {str(journal)!r}, workers=2)"
-    )
-    wait_for(lambda: len(score.calls()) == 2)
-    killed.kill()
-    killed.communicate()
-    wait_for(lambda: not any(search_study._started(process) for process, _ in score.calls()))
-
-
-def test_workers_end_with_an_interrupted_search(tmp_path):
-    def interrupted(number, outcome):
-        raise KeyboardInterrupt
-
-    begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        search(
-            SlowLater(tmp_path / "calls"),
-            START,
-            BUDGET,
-            CANDIDATES,
-            4,
-            tmp_path / "journal",
-            on_trial=interrupted,
-            workers=2,
-        )
-    assert time.monotonic() - begun < 20
-    assert search(closed_loop, START, BUDGET, CANDIDATES, 4, tmp_path / "journal").trials == 4
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_failing_evaluations_are_survived(tmp_path, caplog, workers):
+def test_failing_evaluations_are_survived(tmp_path, caplog):
     score = Recorded(tmp_path / "calls", fails_at=(2, 4))
-    found = search(score, START, BUDGET, CANDIDATES, 6, tmp_path / "journal", workers=workers)
-    assert found.trials == 6 and len(score.calls()) >= 7
-    assert caplog.messages and all(
-        m.endswith("failed: ValueError: the simulator fell over") for m in caplog.messages
-    )
+    found = search(score, START, BUDGET, CANDIDATES, 6, tmp_path / "journal")
+    assert found.trials == 6 and len(score.calls()) == 8
+    assert caplog.messages == [
+        f"search: trial {number} failed: ValueError: the simulator fell over" for number in (1, 3)
+    ]
 
 
 def test_an_outcome_that_is_not_finite_is_a_failure(caplog):
@@ -401,9 +377,6 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         ({"budget": float("nan")}, "budget is nan"),
         ({"trials": 0}, "trials is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"workers": 0}, "workers is 0"),
-        ({"workers": 2}, "storage is not given"),
-        ({"workers": 2, "storage": "/nowhere", "score": lambda _: None}, "cannot be sent to 2 workers"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changed, message):
