@@ -105,8 +105,7 @@ class BudgetedPolicy:
 
     def reset(self, instruction: str) -> None:
         """Clears the memory and makes the exit rule for the instruction's length."""
-        self._policy.reset(instruction)
-        self._keeper.set_tokens(self._policy.tokens)
+        self._keeper.set_tokens(self._policy.reset(instruction))
         self._policy.rule = self._keeper.rule
 
     def step(self, observation: Observation) -> BudgetedStep:

@@ -273,11 +273,8 @@ def episode_features(checkpoint: Checkpoint, episodes: Iterable[Episode]) -> Ite
         checkpoint.model, checkpoint.tokenizer, ExitRule(exits, (0.0,) * len(exits), checkpoint.info.delta)
     )
     for episode in episodes:
-        policy.reset(episode.instruction)
-        yield (
-            torch.stack([policy.features(observation) for observation in episode.observations]),
-            policy.tokens,
-        )
+        tokens = policy.reset(episode.instruction)
+        yield torch.stack([policy.features(observation) for observation in episode.observations]), tokens
 
 
 def columns(features: Tensor, exits: tuple[int, ...]) -> Tensor:

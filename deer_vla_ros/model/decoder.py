@@ -30,6 +30,10 @@ class TextContext:
     def tokens(self) -> int:
         return self.embedding.shape[1]
 
+    def rows(self, rows: list[int]) -> TextContext:
+        """Some texts of the batch."""
+        return TextContext(self.embedding[rows], self.attention_bias[rows], self.sees_image[rows])
+
 
 def alibi_slopes(heads: int, bias_max: int) -> Tensor:
     """(heads,) slopes 2^(-bias_max * h / heads), h = 1..heads; other than powers of two interleave the next power's (MPT)."""

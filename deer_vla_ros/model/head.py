@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,11 @@ class HeadState(NamedTuple):
     hidden: Tensor
     cell: Tensor
 
+    @staticmethod
+    def joined(states: Sequence[HeadState]) -> HeadState:
+        """One batch of the states of several episodes; the state itself of a single one."""
+        return states[0] if len(states) == 1 else HeadState(*(torch.cat(parts, 1) for parts in zip(*states)))
+
 
 class HeadOutput(NamedTuple):
     """pose (B, T, 6) in -1..1; gripper_logit (B, T, 1); the state after the last of the T steps; feature (B, T, width) that was read."""
@@ -26,6 +32,20 @@ class HeadOutput(NamedTuple):
     gripper_logit: Tensor
     state: HeadState
     feature: Tensor
+
+    def split(self) -> list[HeadOutput]:
+        """The output of each episode of the batch, as a batch of one."""
+        if len(self.pose) == 1:
+            return [self]
+        return [
+            HeadOutput(
+                self.pose[i : i + 1],
+                self.gripper_logit[i : i + 1],
+                HeadState(*(part[:, i : i + 1] for part in self.state)),
+                self.feature[i : i + 1],
+            )
+            for i in range(len(self.pose))
+        ]
 
 
 def pool(hidden: Tensor) -> Tensor:

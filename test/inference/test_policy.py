@@ -1,4 +1,4 @@
-"""Does one control step do what it says, and remember exactly what it has to?"""
+"""Does one control step do what it says, and remember exactly what it has to, in one lane and in several?"""
 
 import dataclasses
 import time
@@ -14,7 +14,9 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.preprocess import ImagePreprocessor
-from deer_vla_ros.inference.types import PolicyStep, StopReason
+from deer_vla_ros.inference.types import Observation, PolicyStep, StopReason
+from deer_vla_ros.model.checkpoint import EMBEDDED, load
+from deer_vla_ros.model.config import GroundingConfig, ModelConfig, ProprioceptionConfig
 from deer_vla_ros.model.head import HeadState, pool
 from deer_vla_ros.model.network import MultiExitVLA
 
@@ -158,7 +160,7 @@ def test_with_ensemble_the_action_is_the_mean_of_two_exits_and_nothing_else_chan
         assert same_state(plain.state, mean.state)
         alone = []
         for layer in SMALL.exits[max(0, one.exit_index - 1) : one.exit_index + 1]:
-            fixed[layer]._state = before
+            fixed[layer]._lanes[0].state = before
             alone.append(fixed[layer].step(observation).action)
         pose = np.mean([action.pose for action in alone], axis=0)
         probability = np.mean([action.gripper_probability for action in alone])
@@ -207,9 +209,9 @@ def test_reset_clears_the_memory():
 def test_reset_takes_the_new_instruction():
     policy = new_policy()
     first = run(policy, 2)
-    policy.reset("lift the blue block to the left")
+    tokens = policy.reset("lift the blue block to the left")
     second = run(policy, 2)
-    assert (first[0].tokens, second[0].tokens, policy.tokens) == (7, 10, 10)
+    assert (first[0].tokens, second[0].tokens, tokens) == (7, 10, 10)
     assert outcome(first[0]) != outcome(second[0])
 
 
@@ -251,7 +253,6 @@ def test_a_stage_that_meets_a_shallower_rule_keeps_within_it():
 
 def test_a_step_before_the_first_reset_says_what_to_do():
     policy = DeerPolicy(small_model(), small_tokenizer(), NEVER)
-    assert policy.tokens == 0
     with pytest.raises(UserError, match=r"call reset\(instruction\) before step"):
         policy.step(observations(1)[0])
 
@@ -383,3 +384,173 @@ def test_a_slow_part_is_booked_on_its_own_stage(part, stage, calls):
     extra = dict(zip(("preprocess", "vision", "language", "head"), slow - usual))
     assert extra.pop(stage) > 0.9 * 100 * calls
     assert max(extra.values()) < 50
+
+
+# Several lanes
+
+
+INSTRUCTIONS = ("push", "lift the red block", "push the blue block to the left", "lift the block")
+"""Of 4, 7, 10 and 6 tokens."""
+
+
+def with_lanes(model: MultiExitVLA, lanes: int, rule: ExitRule = NEVER) -> DeerPolicy:
+    """A policy whose first lanes have the instructions above."""
+    policy = DeerPolicy(model, small_tokenizer(), rule, lanes)
+    for lane in range(lanes):
+        policy.reset(INSTRUCTIONS[lane], lane)
+    return policy
+
+
+def mixed_rules(model: MultiExitVLA, **changes) -> list[ExitRule]:
+    """A rule for each lane, under which an episode takes every exit."""
+    policy = new_policy(dataclasses.replace(NEVER, delta=changes.get("delta", "l2")), model)
+    rules = []
+    for lane, instruction in enumerate(INSTRUCTIONS):
+        policy.reset(instruction)
+        deltas = np.array([policy.step(observation).deltas for observation in episode(lane)])
+        rules.append(
+            ExitRule(SMALL.exits, (*np.quantile(deltas[:, :-1], 0.4, axis=0).tolist(), 1e8), **changes)
+        )
+    return rules
+
+
+def episode(lane: int, steps: int = 12) -> list[Observation]:
+    random = np.random.default_rng(lane)
+    tcp = np.concatenate([random.uniform(0, 0.4, (steps, 3)), np.tile([1.0, 0, 0, 0], (steps, 1))], 1)
+    return [
+        dataclasses.replace(observation, tcp=pose)
+        for observation, pose in zip(observations(steps, lane), tcp)
+    ]
+
+
+def exact_model(config: ModelConfig = SMALL) -> MultiExitVLA:
+    """In float64, where the noise of another batch size is below any mistake."""
+    return small_model(config).double()
+
+
+def assert_same(one: PolicyStep, other: PolicyStep, noise: float = 1e-7) -> None:
+    assert (one.exit_layer, one.stop, one.layers_run, one.head_probes, one.tokens) == (
+        other.exit_layer,
+        other.stop,
+        other.layers_run,
+        other.head_probes,
+        other.tokens,
+    )
+    assert one.deltas == pytest.approx(other.deltas, abs=noise, nan_ok=True)
+    assert one.action.pose == pytest.approx(other.action.pose, abs=noise)
+    assert one.action.gripper_probability == pytest.approx(other.action.gripper_probability, abs=noise)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"steps_per_stage": 3}, {"ensemble": True}, {"delta": "feature"}],
+    ids=["plain", "stages", "ensemble", "feature"],
+)
+def test_lanes_of_different_instructions_rules_and_depths_decide_as_alone(changes):
+    model, tokenizer = exact_model(), small_tokenizer()
+    rules = mixed_rules(model, **changes)
+    together = DeerPolicy(model, tokenizer, NEVER, lanes=4)
+    alone = [DeerPolicy(model, tokenizer, rule) for rule in rules]
+    for lane, instruction in enumerate(INSTRUCTIONS):
+        assert together.reset(instruction, lane) == alone[lane].reset(instruction)
+        together.set_rule(rules[lane], lane)
+    taken = set()
+    for seen in zip(*(episode(lane) for lane in range(4))):
+        steps = together.step_lanes(dict(enumerate(seen)))
+        for lane, observation in enumerate(seen):
+            assert_same(steps[lane], alone[lane].step(observation))
+        taken.add(tuple(step.exit_layer for step in steps.values()))
+    assert {layer for layers in taken for layer in layers} == set(SMALL.exits), "the test saw every exit"
+    assert any(len(set(layers)) == 3 for layers in taken), "lanes left the batch at different exits"
+
+
+def test_a_network_with_grounding_and_proprioception_sees_no_padding_either():
+    config = dataclasses.replace(
+        SMALL,
+        grounding=GroundingConfig(channels=8, queries=2),
+        proprioception=ProprioceptionConfig((0.2, 0.0, 0.2), 0.2, 0.5),
+    )
+    model = exact_model(config)
+    together, alone = with_lanes(model, 4), new_policy(NEVER, model)
+    steps = together.step_lanes({lane: episode(lane)[0] for lane in range(4)})
+    for lane, instruction in enumerate(INSTRUCTIONS):
+        alone.reset(instruction)
+        assert_same(steps[lane], alone.step(episode(lane)[0]))
+
+
+def test_lanes_of_the_embedded_network_decide_as_alone():
+    checkpoint = load(EMBEDDED)
+    rule = ExitRule(checkpoint.info.model.exits, checkpoint.info.thresholds, checkpoint.info.delta)
+    together = DeerPolicy(checkpoint.model, checkpoint.tokenizer, rule, 3)
+    alone = [DeerPolicy(checkpoint.model, checkpoint.tokenizer, rule) for _ in range(3)]
+    for lane, instruction in enumerate(
+        ("open the drawer", "push the red block to the left", "use the switch to turn on the lamp")
+    ):
+        assert together.reset(instruction, lane) == alone[lane].reset(instruction)
+    for seen in zip(*(episode(lane, steps=6) for lane in range(3))):
+        for lane, step in together.step_lanes(dict(enumerate(seen))).items():
+            assert_same(step, alone[lane].step(seen[lane]), noise=1e-5)
+
+
+def test_lanes_begin_end_and_pause_without_touching_one_another():
+    model = exact_model()
+    rule = mixed_rules(model)[1]
+    together, alone = with_lanes(model, 2, rule), [new_policy(rule, model) for _ in range(2)]
+    for lane, policy in enumerate(alone):
+        policy.reset(INSTRUCTIONS[lane])
+    for i, seen in enumerate(zip(episode(0), episode(1))):
+        lanes = [0, 1] if i % 3 else [1]
+        if i == 5:
+            alone[0].reset(INSTRUCTIONS[2])
+            together.reset(INSTRUCTIONS[2], 0)
+        steps = together.step_lanes({lane: seen[lane] for lane in lanes})
+        assert list(steps) == lanes
+        for lane in lanes:
+            assert_same(steps[lane], alone[lane].step(seen[lane]))
+    assert together.step_lanes({}) == {}
+
+
+def test_a_rule_with_one_exit_takes_just_that_one_and_runs_nothing_deeper():
+    model = exact_model()
+    ran = []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda module, args, output, i=i: ran.append((i, len(output))))
+    together = with_lanes(model, 2)
+    together.set_rule(ExitRule((3,), (1e8,)), 0)
+    steps = together.step_lanes({0: episode(0)[0], 1: episode(1)[0]})
+    assert [steps[lane].layers_run for lane in (0, 1)] == [4, 6]
+    assert [steps[lane].head_probes for lane in (0, 1)] == [2, 4]
+    assert ran == [(0, 2), (1, 2), (2, 2), (3, 2), (4, 1), (5, 1)], "a lane that has exited costs no layer"
+
+
+def test_an_action_that_is_not_finite_leaves_the_memory_of_its_lane_alone():
+    model = exact_model()
+    together, alone = with_lanes(model, 2), new_policy(NEVER, model)
+    for lane in (0, 1):
+        together.reset(INSTRUCTION, lane)
+    first, second = episode(0)[:2]
+    hook = model.layers[0].register_forward_hook(
+        lambda module, args, output: output * torch.tensor([[[float("nan")]], [[1.0]]])
+    )
+    steps = together.step_lanes({0: first, 1: first})
+    hook.remove()
+    assert [steps[lane].action.is_finite for lane in (0, 1)] == [False, True]
+    together.step_lanes({0: first})
+    alone.step(first)
+    assert_same(together.step_lanes({0: second})[0], alone.step(second))
+
+
+def test_a_lane_without_an_instruction_and_an_unknown_exit_are_refused():
+    together = DeerPolicy(small_model(), small_tokenizer(), NEVER, 2)
+    together.reset(INSTRUCTIONS[0])
+    with pytest.raises(UserError, match=r"lanes \[1\] have no instruction yet"):
+        together.step_lanes({0: episode(0)[0], 1: episode(1)[0]})
+    with pytest.raises(UserError, match="choose from"):
+        together.set_rule(ExitRule((2,), (0.0,)), 1)
+
+
+def test_one_rule_is_set_for_every_lane():
+    together = with_lanes(small_model(), 2)
+    together.rule = ALWAYS
+    steps = together.step_lanes({0: episode(0)[0], 1: episode(1)[0]})
+    assert [steps[lane].layers_run for lane in (0, 1)] == [2, 2]

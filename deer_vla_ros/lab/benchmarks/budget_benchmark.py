@@ -158,8 +158,7 @@ def _walk(checkpoint: Checkpoint, job: _Job, budget: Budget) -> Iterator[tuple[f
     policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, keeper.rule)
     features, begin = np.load(job.features / "features.npy", mmap_mode="r"), 0
     for instruction, length in json.loads((job.features / "episodes.json").read_text()):
-        policy.reset(instruction)
-        keeper.set_tokens(policy.tokens)
+        keeper.set_tokens(policy.reset(instruction))
         for step_features in torch.from_numpy(np.array(features[begin : begin + length])):
             policy.rule = keeper.rule
             step = policy.step_on_features(step_features)

@@ -31,8 +31,7 @@ def measure(
         for n in range(len(config.exits))
     ]
     policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, rules[0])
-    policy.reset(INSTRUCTION)
-    latencies = LatencyModel(cost_table(config, policy.tokens).layers)
+    latencies = LatencyModel(cost_table(config, policy.reset(INSTRUCTION)).layers)
     pose = np.array([0.4, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0])
     for number in range(WARM_UP * len(rules) + WINDOW):
         policy.rule = rules[number % len(rules)]

@@ -12,7 +12,7 @@ from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
-from deer_vla_ros.inference.lockstep import LockstepPolicy
+from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.scoring.chain_run import LaneDecision
 from deer_vla_ros.lab.sim.table_arm import TableArm
@@ -86,12 +86,12 @@ class NetworkDriver:
 
     def __init__(self, checkpoint: Checkpoint, rule_of: RuleOf, lanes: int):
         rule = rule_of(checkpoint.info.model.max_tokens, 0)
-        self._policy = LockstepPolicy(checkpoint.model, checkpoint.tokenizer, rule, lanes)
+        self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, rule, lanes)
         self._rule_of = rule_of
         self._tokens, self._steps = [0] * lanes, [0] * lanes
 
     def begin(self, lane: int, task: str, instruction: str) -> int:
-        self._tokens[lane], self._steps[lane] = self._policy.reset(lane, instruction), 0
+        self._tokens[lane], self._steps[lane] = self._policy.reset(instruction, lane), 0
         return self._tokens[lane]
 
     def decide(self, arms: Mapping[int, TableArm]) -> dict[int, LaneDecision]:
@@ -99,7 +99,7 @@ class NetworkDriver:
         for lane in arms:
             self._policy.set_rule(self._rule_of(self._tokens[lane], self._steps[lane]), lane)
             self._steps[lane] += 1
-        steps = self._policy.step({lane: _observation(arm) for lane, arm in arms.items()})
+        steps = self._policy.step_lanes({lane: _observation(arm) for lane, arm in arms.items()})
         for step in steps.values():
             if not step.action.is_finite:
                 raise UserError(
