@@ -299,19 +299,21 @@ def _ablations(args: argparse.Namespace) -> dict[str, object]:
     """What each part of the method contributes."""
     from deer_vla_ros.lab.benchmarks import ablations, depth_curve
 
-    def tell(line: str) -> None:
+    def on_progress(line: str) -> None:
         print(f"\n--- {line}", flush=True)
 
     def score(found: list[depth_curve.Point]) -> list[dict]:
         return depth_curve.measure(
-            found, args.chains, args.seed, args.processes, args.out / "ablations", tell
+            found, args.chains, args.seed, args.processes, args.out / "ablations", on_progress
         )
 
     setting = ablations.Setting(args.recipe, args.data, args.out / "ablations", args.processes, args.fraction)
     folders = (
-        {ablations.ALL_PARTS: Path(args.checkpoint)} if args.checkpoint else ablations.networks(setting, tell)
+        {ablations.ALL_PARTS: Path(args.checkpoint)}
+        if args.checkpoint
+        else ablations.networks(setting, on_progress)
     )
-    rows = score(ablations.points(setting, folders, score, tell))
+    rows = score(ablations.points(setting, folders, score, on_progress))
     print(f"\n{'':32}length   95%            share of the language part's full depth")
     for row in rows:
         low, high = row["average_length_ci"]

@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     _prepare(args.out)
     seen = SoakFindings(args.seed, args.minutes)
     try:
-        with _progress(args.minutes * 60) as tell:
-            soak(seen, faults, limits_for(table_parameters), args.out, table_parameters, tell)
+        with _progress(args.minutes * 60) as on_progress:
+            soak(seen, faults, limits_for(table_parameters), args.out, table_parameters, on_progress)
     except KeyboardInterrupt:
         seen.interrupted = True
     except UserError as error:
@@ -113,12 +113,12 @@ def _progress(total_s: float) -> Iterator[Any]:
     with Progress() as bar:
         task = bar.add_task("soaking", total=total_s)
 
-        def tell(gone_s: float, outcome: Any) -> None:
+        def on_progress(gone_s: float, outcome: Any) -> None:
             bar.update(task, completed=min(gone_s, total_s), description=" + ".join(outcome.faults))
             if outcome.recovered_s is None:
                 bar.console.print(_line(gone_s, outcome))
 
-        yield tell
+        yield on_progress
 
 
 def _line(gone_s: float, outcome: Any) -> str:

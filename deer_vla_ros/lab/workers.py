@@ -1,6 +1,8 @@
-"""How is work spread over processes? Each is set up once, then gets a job whenever it is free, and tells of parts done.
+"""Worker processes: each one is set up once, gets a job whenever it is free, and reports every finished part
+of it.
 
-A pipe per process and nothing else between them: should this process be killed, the others find their pipe closed and end.
+The processes are connected by one pipe each and by nothing else. If the parent is killed, every worker finds
+its pipe closed and ends.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from deer_vla_ros.errors import UserError
 
 Job = TypeVar("Job")
 Work = Callable[[Any, Callable[[], None]], Any]
-"""Does one job; calls its second argument whenever a part of it is done."""
+"""Does one job and returns its result. It calls its second argument whenever a part of the job is
+finished."""
 
 
 def spread(
@@ -24,17 +27,20 @@ def spread(
     arguments: tuple[Any, ...],
     jobs: Sequence[Job],
     processes: int,
-    tell: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Job, Any]]:
-    """Each job with its result, in the order in which they finish. tell: called for every part of a job that is done.
+    """Yields each job with its result, in the order in which the jobs finish.
 
-    setup(*arguments) runs once in each process and returns what does the jobs; all of it has to be picklable. A single process is
-    this one. What a process raises ends all of them, and is raised here: UserError as it is, anything else as RuntimeError with its
-    traceback.
+    setup(*arguments) runs once in each process and returns the function that does the jobs. setup, the
+    arguments, the jobs and the results have to be picklable. With `processes` 1 everything runs in this
+    process. on_progress: called in this process for every finished part of a job.
+
+    If a worker raises an error, all workers end. A UserError is raised here as it is, any other error as a
+    RuntimeError with the worker's traceback. A worker that dies raises UserError.
     """
     if processes == 1:
         work = setup(*arguments) if jobs else None
-        yield from ((job, work(job, tell)) for job in jobs)
+        yield from ((job, work(job, on_progress)) for job in jobs)
         return
     context = get_context("spawn")
     waiting = list(reversed(jobs))
@@ -51,7 +57,7 @@ def spread(
             for connection in wait(busy):
                 message = _received(connection, process_of[connection])
                 if message is None:
-                    tell()
+                    on_progress()
                     continue
                 if waiting:
                     _send(connection, process_of[connection], waiting.pop())
@@ -60,7 +66,7 @@ def spread(
                 yield message
     finally:
         for connection, process in process_of.items():
-            if not connection.closed:  # another one failed, or nobody wants the rest
+            if not connection.closed:  # Another worker failed, or the caller stopped the iteration.
                 connection.close()
                 process.terminate()
             process.join()
@@ -74,7 +80,7 @@ def _send(connection: Connection, process: Any, job: Any) -> None:
 
 
 def _received(connection: Connection, process: Any) -> tuple[Any, Any] | None:
-    """A job and its result; None for a part of one. Raises what the process raised."""
+    """A finished job and its result, or None for a finished part of a job. Raises the worker's error."""
     try:
         kind, job, value = connection.recv()
     except (EOFError, ConnectionError):
@@ -92,7 +98,7 @@ def _gone(process: Any) -> UserError:
 
 
 def _serve(connection: Connection, setup: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
-    """The life of a worker process; ctrl-c is its parent's business."""
+    """Runs in a worker process from its start to its end. The parent alone handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         try:
@@ -107,4 +113,4 @@ def _serve(connection: Connection, setup: Callable[..., Work], arguments: tuple[
         except Exception:
             connection.send(("failed", None, traceback.format_exc()))
     except (EOFError, ConnectionError):
-        pass  # the parent has no more jobs, or is gone
+        pass  # The parent has no more jobs, or has ended.

@@ -1,7 +1,8 @@
-"""What does each part of the method contribute? Networks trained without it, or run without it, on the same chains at the same cost.
+"""The ablations: what each part of the method contributes, on the same chains and at the same mean cost.
 
-Every network trains by one recipe with one switch thrown, then is calibrated as any checkpoint is. The criterion and the thresholds are
-compared on the network that has all parts. What has been trained, calibrated or scored already is not done again.
+Each network trains by the same recipe with one part switched off, and is then calibrated. The exit criteria
+and the threshold families are compared on the network that has all parts. Networks that are trained,
+calibrated or scored already are not trained, calibrated or scored again.
 """
 
 from __future__ import annotations
@@ -38,15 +39,19 @@ TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no random exits": ({}, {"random_exits": False}),
     "no LSTM": ({"memory": False}, {}),
 }
-"""What is changed in the recipe's network, and in each of its training steps."""
+"""For each network, the changes to the recipe's network and to each of its training steps."""
 SHARED_PASSES = 2
 FEATURES, TIME = "criterion: feature similarity", "criterion: time step"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """recipe: the YAML file that all networks share; data: its data folder; processes: of an evaluation, and the most of a training;
-    fraction: the average budget of every row, share of full depth."""
+    """The settings that all rows share.
+
+    recipe: the training recipe, a YAML file. data: the folder of its data. out: the folder for networks and
+    recipes. processes: the number of training processes at most, where there is no GPU. fraction: the average
+    budget of every row, as a share of full depth, 0..1.
+    """
 
     recipe: Path
     data: Path
@@ -55,13 +60,16 @@ class Setting:
     fraction: float
 
 
-def networks(setting: Setting, tell: Callable[[str], None]) -> dict[str, Path]:
-    """The checkpoint folder of every network of TRAINED, trained and calibrated."""
+def networks(setting: Setting, on_progress: Callable[[str], None]) -> dict[str, Path]:
+    """Trains and calibrates every network of TRAINED. Returns their checkpoint folders by name.
+
+    on_progress: gets a line of text before each long step.
+    """
     found = {}
     for name, (network, train) in TRAINED.items():
-        tell(f"training: {name}")
+        on_progress(f"training: {name}")
         found[name] = _trained(setting, name, network, train)
-        _calibrate(found[name], tell)
+        _calibrate(found[name], on_progress)
     return found
 
 
@@ -69,13 +77,18 @@ def points(
     setting: Setting,
     folders: dict[str, Path],
     score: Callable[[list[Point]], list[dict]],
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> list[Point]:
-    """Every row as one evaluation. score: the figures of some of them (depth_curve.measure), of which the time criterion needs one."""
+    """Every row of the ablations as one evaluation.
+
+    folders: the checkpoint folders by name, ALL_PARTS among them. score: returns the figures of points
+    (depth_curve.measure); the time criterion needs those of the first row. on_progress: gets a line of text
+    before each long step. Raises UserError if the network with all parts has no calibration.
+    """
     whole = folders[ALL_PARTS]
     calibration, budget = _calibration(whole), ExitChoice(budget=Budget(average_fraction=setting.fraction))
     rows = [Point("ablation", name, folder, budget) for name, folder in folders.items()]
-    rows.append(Point("ablation", FEATURES, _by_features(whole, setting.out, tell), budget))
+    rows.append(Point("ablation", FEATURES, _by_features(whole, setting.out, on_progress), budget))
     shares = shares_within(calibration, whole, setting.fraction)
     schedule = by_time(shares, score(rows[:1])[0]["steps_by_time"])
     rows.append(Point("ablation", TIME, whole, ExitChoice(by_time=schedule)))
@@ -88,15 +101,22 @@ def points(
 
 
 def by_time(shares: dict[int, float], steps_by_time: list[int]) -> tuple[tuple[int, int], ...]:
-    """Which exit (a layer) holds until which step of an instruction, shallow ones first, so that each takes its share of all steps;
-    steps_by_time: how many instructions were followed for longer than 0, 1, ... steps."""
+    """The exits by time: pairs of a layer and the step of an instruction before which it is the exit, shallow
+    exits first.
+
+    Each exit gets about its share of all steps. The deepest exit has no entry, since it has no end. shares:
+    by layer. steps_by_time: how many instructions took more than 0, 1, ... steps.
+    """
     done = np.cumsum([0, *steps_by_time]) / sum(steps_by_time)
     until = np.abs(done[:, None] - np.cumsum(list(shares.values()))).argmin(0)
     return tuple(zip(shares, until.tolist()))[:-1]
 
 
 def shares_within(calibration: Calibration, folder: Path, fraction: float) -> dict[int, float]:
-    """By exit, the share of the steps that it takes under the calibrated thresholds of an average budget."""
+    """Each exit's share of the steps, by layer, under the calibrated thresholds of an average budget.
+
+    fraction: the average budget, as a share of full depth, 0..1.
+    """
     path, costs = calibration.path(len(calibration.exits)), _costs(folder)
     return dict(zip(calibration.exits, path.shares(path.position_within(costs, fraction)).tolist()))
 
@@ -104,12 +124,16 @@ def shares_within(calibration: Calibration, folder: Path, fraction: float) -> di
 def family_thresholds(
     calibration: Calibration, folder: Path, family: str, fraction: float
 ) -> tuple[float, ...]:
-    """The paper's: quantiles of the deltas in windows of demonstrations."""
+    """The paper's thresholds of an average budget, one per exit: quantiles of the deltas in windows of
+    demonstrations.
+
+    family: one of FAMILIES. fraction: the average budget, as a share of full depth, 0..1.
+    """
     return thresholds_within(family, calibration.window_deltas, _costs(folder), fraction)
 
 
 def _costs(folder: Path) -> np.ndarray:
-    """(exits,) language part of each exit, share of full depth."""
+    """(exits,) The cost of each exit's language part, as a share of full depth."""
     config = load_info(folder).model
     return exit_fractions(config, config.max_tokens // 2)
 
@@ -128,14 +152,20 @@ def _trained(setting: Setting, name: str, network: dict[str, Any], train: dict[s
     write_text(recipe, yaml.safe_dump(values, sort_keys=False))
     most = torch.cuda.device_count() or setting.processes
     _call(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", Recipe.read(recipe).processes_within(most), "-m", "deer_vla_ros", "train",
+        "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", Recipe.read(recipe).processes_within(most),
+        "-m", "deer_vla_ros", "train",
         "--config", recipe, "--out", setting.out, "--data", setting.data, "--threads", 1,
     )  # fmt: skip
     return setting.out / slug / "checkpoint"
 
 
 def _switched(step: dict[str, Any], train: dict[str, Any], exits: int) -> dict[str, Any]:
-    """A training step with its switch thrown. The loss sums over heads: with fewer of them its guides weigh as much less, as before beside each."""
+    """A training step of the recipe with the changes `train`.
+
+    The loss is a sum over heads. Without the auxiliary heads the weights of the guides (heatmap, point, turn)
+    shrink with the number of heads, so that they keep their weight relative to each head.
+    """
     kept = 1.0 if train.get("auxiliary_heads", True) else SHARED_PASSES / (SHARED_PASSES + exits)
     return {
         **step,
@@ -144,15 +174,15 @@ def _switched(step: dict[str, Any], train: dict[str, Any], exits: int) -> dict[s
     }
 
 
-def _calibrate(folder: Path, tell: Callable[[str], None]) -> None:
+def _calibrate(folder: Path, on_progress: Callable[[str], None]) -> None:
     try:
         found = Calibration.load(folder)
         if found is not None:
             found.check_weights(folder)
             return
     except UserError:
-        pass  # of another training
-    tell(f"calibrating {folder}")
+        pass  # The calibration belongs to other weights.
+    on_progress(f"calibrating {folder}")
     _call("-m", "deer_vla_ros", "calibrate", "table", "--checkpoint", folder)
 
 
@@ -163,13 +193,13 @@ def _calibration(folder: Path) -> Calibration:
     return found
 
 
-def _by_features(folder: Path, out: Path, tell: Callable[[str], None]) -> Path:
-    """The same network with exits that compare what their heads read, calibrated for that."""
+def _by_features(folder: Path, out: Path, on_progress: Callable[[str], None]) -> Path:
+    """A copy of the network whose exit criterion compares features instead of actions, calibrated for it."""
     other = out / f"{folder.name}_by_features"
     shutil.copytree(folder, other, dirs_exist_ok=True, ignore=shutil.ignore_patterns("calibration*"))
     info = dataclasses.replace(load_info(folder), delta="feature")
     write_text(other / CONFIG, json.dumps(info.to_dict(), indent=2) + "\n")
-    _calibrate(other, tell)
+    _calibrate(other, on_progress)
     return other
 
 

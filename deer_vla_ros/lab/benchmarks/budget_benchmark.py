@@ -1,7 +1,8 @@
-"""Are budgets kept? Requested against achieved means over held-out observations, and over a world that differs from the calibration.
+"""The budget benchmark: requested against achieved mean costs, on held-out observations and on changed
+images.
 
-Layers run once per observation; every budget then walks over the same features with the policy's own code (`step_on_features`),
-its own memory, and thresholds solved as the node solves them.
+The layers run once per observation. Every budget is then tested on the same features, with the policy's own
+code (`step_on_features`), a memory of its own, and thresholds that are solved as the node solves them.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ from deer_vla_ros.lab.scoring.table_episodes import table_episodes
 from deer_vla_ros.model.checkpoint import Checkpoint, load
 
 MARGIN = 0.03
-"""Share of the feasible range that the outermost budgets keep from its ends, where there is nothing to miss."""
+"""Distance of the outermost budgets from the ends of the feasible range, as a share of that range: at the
+ends every step takes the same exit."""
 SETTLING = 200
+"""Steps at the start that do not count for the worst window."""
 SHIFT_BRIGHTNESS, SHIFT_NOISE = 0.55, 25.0
 SHIFT = f"images at {SHIFT_BRIGHTNESS:g} of their brightness, Gaussian noise of {SHIFT_NOISE:g} levels"
 
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One budget: requested and achieved mean share of full depth, and the exits' shares.
+    """The result of one budget. requested, expected, achieved: mean costs as shares of full depth, 0..1.
 
-    expected: on the calibration. shifted: relative error of the worst window of RECENT steps, governor on and off.
+    expected: the mean on the calibration. relative_error: achieved / requested - 1. exit_shares: each exit's
+    share of the steps. shifted_governed, shifted_ungoverned: the relative error of the worst window of RECENT
+    steps on changed images, with and without the governor.
     """
 
     requested: float
@@ -53,14 +58,15 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker needs: a checkpoint, and a folder of features (N, layers, width) and of episodes: instruction and length."""
+    """The input of a worker: a checkpoint folder, and a folder with features (N, layers, width) and a list of
+    episodes."""
 
     folder: Path
     features: Path
 
 
 def shifted(observation: Observation) -> Observation:
-    """The same scene in another light, with a noisier camera; reproducible from the image itself."""
+    """The same scene in darker light and with a noisier camera. The noise is seeded from the image itself."""
 
     def alter(image: np.ndarray) -> np.ndarray:
         random = np.random.default_rng(int(image[::7, ::7].astype(np.int64).sum()))
@@ -78,11 +84,15 @@ def measure(
     budgets: int,
     scratch: Path,
     processes: int,
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> tuple[list[BudgetRow], int]:
-    """Rows of that many budgets, and how often a peak was passed. seeds: `steps` steps of demonstrations each; scratch: for features."""
+    """Returns one row per budget, and the number of steps that cost more than a requested peak.
+
+    seeds, shifted_seeds: demonstrations of `steps` steps per seed, with usual and with changed images.
+    budgets: the number of budgets. scratch: a folder for the features. on_progress: gets lines of text.
+    """
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        tell(f"{len(seeds)} episodes of {steps} steps, every layer of each")
+        on_progress(f"{len(seeds)} episodes of {steps} steps, every layer of each")
         usual = _features(pool, folder, seeds, steps, False, scratch / "usual", processes)
         other = _features(pool, folder, shifted_seeds, steps, True, scratch / "shifted", processes)
         checkpoint = load(folder)
@@ -90,8 +100,9 @@ def measure(
         for row in pool.map(
             _row, [(usual, other, fraction) for fraction in budget_fractions(checkpoint, budgets)]
         ):
-            tell(
-                f"asked for {row.requested:.3f} of full depth, got {row.achieved:.3f} ({row.relative_error:+.1%})"
+            on_progress(
+                f"asked for {row.requested:.3f} of full depth, "
+                f"got {row.achieved:.3f} ({row.relative_error:+.1%})"
             )
             rows.append(row)
         violations = sum(
@@ -101,7 +112,7 @@ def measure(
 
 
 def budget_fractions(checkpoint: Checkpoint, count: int) -> np.ndarray:
-    """`count` budgets across the feasible range, as shares of full depth."""
+    """(count,) Budgets across the feasible range, as shares of full depth."""
     low, high = _keeper(checkpoint).status().feasible["average_fraction"]
     return low + np.linspace(MARGIN, 1 - MARGIN, count) * (high - low)
 
@@ -130,7 +141,7 @@ def _features(
     out: Path,
     processes: int,
 ) -> _Job:
-    """Features of all episodes, written to files that the workers map."""
+    """Computes the features of all episodes and writes them to files, which the workers map into memory."""
     chunks = [seeds[index :: processes * 4] for index in range(processes * 4)]
     parts = list(
         pool.map(_chunk_features, [(folder, chunk, steps, is_shifted) for chunk in chunks if len(chunk)])
@@ -152,7 +163,7 @@ def _chunk_features(job: tuple[Path, range, int, bool]) -> tuple[np.ndarray, lis
 
 
 def _walk(checkpoint: Checkpoint, job: _Job, budget: Budget) -> Iterator[tuple[float, float, int]]:
-    """GMAC, share of full depth and exit of every step, episode after episode."""
+    """Yields the cost [GMAC], the share of full depth and the exit's index of every step of all episodes."""
     keeper = _keeper(checkpoint)
     keeper.set(budget)
     policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, keeper.rule)
@@ -168,7 +179,7 @@ def _walk(checkpoint: Checkpoint, job: _Job, budget: Budget) -> Iterator[tuple[f
 
 
 def report(rows: list[BudgetRow], violations: int, seeds: dict[str, str]) -> dict[str, object]:
-    """What `--json` writes."""
+    """The report that `--json` writes."""
     return {
         "worst_relative_error": max(abs(row.relative_error) for row in rows),
         "worst_relative_error_shifted_governed": max(row.shifted_governed for row in rows),
@@ -208,16 +219,18 @@ def _row(job: tuple[_Job, _Job, float]) -> BudgetRow:
 
 
 def _worst_window(steps: Iterator[tuple[float, float, int]], fraction: float) -> float:
-    """Relative error of the worst sliding window after settling."""
+    """The largest relative error of the mean over RECENT consecutive steps, after the first SETTLING
+    steps."""
     shares = np.array([share for _, share, _ in steps])[SETTLING:]
     means = np.convolve(shares, np.ones(RECENT) / RECENT, mode="valid")
     return float(np.abs(means / fraction - 1).max())
 
 
 def _peak_violations(job: tuple[_Job, int]) -> int:
-    """Steps that passed the price of exit number `index`, asked for as a peak together with an average of full depth.
+    """The number of steps that cost more than a requested peak, which is the cost of exit number `index`.
 
-    The first exit is always allowed, even where a long instruction makes it dearer.
+    The requested average is full depth. The first exit is always allowed, even if a long instruction makes it
+    dearer than the peak.
     """
     features, index = job
     checkpoint = load(features.folder)

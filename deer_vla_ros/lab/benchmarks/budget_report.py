@@ -1,4 +1,4 @@
-"""What does a budget buy? Cost against deviation from full depth, by the nested path and by the paper's families."""
+"""Cost against deviation from full depth, for thresholds of the nested path and of the paper's families."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ COLOURS = {OURS: "#0d9488", "exp": "#d97706", "gauss": "#7c3aed", "gamma": "#dc2
 
 @dataclass(frozen=True)
 class Offer:
-    """What one budget buys.
+    """The result of one budget.
 
-    fraction: of full depth, mean of the language part; gmac: the same. shares: of the exits, as measured in closed loop.
-    deviation: by method, mean distance (root mean square of the six pose values, 1 is the action's full range to one side) of the
-    chosen action from the full-depth one, on calibration steps that the method's thresholds were not solved on.
+    fraction: the mean cost of the language part, as a share of full depth, 0..1. gmac: the same cost [GMAC
+    per step]. shares: each exit's share of the steps on the calibration. deviation: for each of METHODS, the
+    mean distance of the chosen action from the full-depth one. The distance is the root mean square over the
+    six pose values; 1 is half of an action value's range. It is measured on calibration steps from which the
+    method's thresholds were not solved.
     """
 
     fraction: float
@@ -34,7 +36,11 @@ class Offer:
 
 
 def offers(model: ModelConfig, calibration: Calibration, fractions: np.ndarray, tokens: int) -> list[Offer]:
-    """One offer per budget; fractions below the first exit's are its."""
+    """One offer per budget.
+
+    fractions: (budgets,) mean costs as shares of full depth; one below the first exit's cost is raised to
+    that cost. tokens: the number of tokens of the instruction, on which costs depend.
+    """
     layers = np.cumsum(cost_table(model, tokens).layers)
     costs = exit_fractions(model, tokens)
     path = calibration.path(len(model.exits))
@@ -61,7 +67,11 @@ def offers(model: ModelConfig, calibration: Calibration, fractions: np.ndarray, 
 
 
 def draw(found: list[Offer], exits: tuple[int, ...], title: str, path: Path) -> None:
-    """A picture of two: deviation against cost by method, and the exits' shares against cost."""
+    """Writes a figure with two plots: the deviation of each method against cost, and the exits' shares
+    against cost.
+
+    exits: the exits' layers, from 0. path: the image file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

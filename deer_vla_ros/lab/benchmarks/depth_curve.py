@@ -1,6 +1,7 @@
-"""What does depth buy in closed loop? Average chain length against the language part's MACs: dynamic, fixed exits, static networks.
+"""The depth curve: average chain length in closed loop against the language part's MACs.
 
-Every point is one run of `evaluate` on the same chains, kept as a file of its own: what is there already is not run again.
+It compares the dynamic network, its fixed exits and static networks. Every point is one run of `evaluate` on
+the same chains and has a file of its own. A point whose file exists already is not run again.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.model.checkpoint import load_info
 
 FRACTIONS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
-"""Of full depth: average budgets of the dynamic points, beside the checkpoint's own thresholds."""
+"""Average budgets of the dynamic points, as shares of full depth. One more point has the checkpoint's own
+thresholds."""
 EQUAL_WITHIN = 0.2
-"""Instructions: what an average length may lack, at the lower end of its 95% interval, and still be called equal."""
+"""The margin of equal length [instructions]: the lower end of the 95% interval of the mean difference must be
+above minus this."""
 KINDS = {"dynamic": "#0d9488", "fixed exit": "#7c3aed", "static network": "#d97706"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation. kind: of KINDS. label: which one of that kind. folder: of the checkpoint. choice: what
-    decides how deep it thinks."""
+    """One evaluation.
+
+    kind: one of KINDS, or "ablation". label: the point's name within its kind. folder: the checkpoint's
+    folder. choice: what decides how many layers run.
+    """
 
     kind: str
     label: str
@@ -44,7 +50,11 @@ class Point:
 
 
 def points(folder: Path, statics: Iterable[Path], fractions: Iterable[float] = FRACTIONS) -> list[Point]:
-    """The dynamic network under budgets and at each of its exits, and networks that were trained to run to their end."""
+    """The points of the curve.
+
+    They are the dynamic network in `folder` under each of `fractions` and at each of its exits, and the
+    networks in `statics`, which were trained to run all their layers.
+    """
     exits = load_info(folder).model.exits
     return [
         Point("dynamic", "own thresholds", folder, ExitChoice()),
@@ -71,17 +81,22 @@ def measure(
     seed: int,
     jobs: int | None,
     out: Path,
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
     phrasings: str = "training",
 ) -> list[dict]:
-    """The figures of every point. phrasings: of PHRASINGS."""
+    """Returns the figures of every point, and runs the evaluations that have no file in `out` yet.
+
+    chains: the number of chains. jobs: the number of processes; None: one per core. on_progress: gets a line
+    of text before each evaluation. phrasings: "training", "held-out" or "both". Raises UserError as
+    Evaluation.check and report_of do.
+    """
     rows = []
     for point in found:
         wording = "" if phrasings == "training" else f"-{phrasings}"
         path = out / f"{point.name}-{chains}x{seed}{wording}.json"
         asked = Evaluation(point.folder, point.choice, chains, 0, seed, phrasings=phrasings, jobs=jobs)
         if not _is_there(path, asked.identity()):
-            tell(f"{point.kind} {point.label}")
+            on_progress(f"{point.kind} {point.label}")
             asked.check()
             print(f"{point.folder}: {load_info(point.folder).weights}\n{told(report_of(asked, path))}")
         report = json.loads(path.read_text())
@@ -110,9 +125,11 @@ def measure(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The cheapest dynamic point that is as long as `other`, None where none is; saved: how many times fewer MACs it takes.
+    """The comparison of a row `other` with the cheapest dynamic row of equal length (see `headline`).
 
-    difference, difference_ci: by how much its chains are longer, mean and 95% interval, chain by chain.
+    dynamic: that row; None if there is none. difference, difference_ci: by how much its chains are longer
+    than the other's, mean and 95% interval over the chains [instructions]. saved: the other's MACs divided by
+    those of the dynamic row.
     """
 
     other: dict[str, Any]
@@ -127,11 +144,14 @@ class Comparison:
 
 
 def headline(rows: list[dict[str, Any]]) -> list[Comparison]:
-    """The dynamic network against the static one of STATIC_LAYERS layers, and against the best fixed exit: the cheapest that is as long as the
-    static network. Empty without such a network, one entry where no fixed exit is as long.
+    """Compares the dynamic network with the static one of STATIC_LAYERS layers, and with the best fixed exit.
 
-    As long: the 95% interval of the mean difference, chain by chain (all points run the same chains), reaches zero and stays above
-    -EQUAL_WITHIN.
+    The best fixed exit is the cheapest one whose chains are as long as those of the static network. The
+    result is empty if there is no such static network; it has one entry if no fixed exit is as long.
+
+    A row is as long as another one if the 95% interval of the mean difference of their chain lengths stays
+    above -EQUAL_WITHIN and its upper end is not below zero. All points run the same chains, so that the
+    differences are taken chain by chain.
     """
     static = next(
         (r for r in rows if r["kind"] == "static network" and r["label"] == str(STATIC_LAYERS)), None
@@ -157,7 +177,8 @@ def _compare(rows: list[dict[str, Any]], other: dict[str, Any]) -> Comparison:
 
 
 def _cheapest(kind: str, rows: list[dict[str, Any]], other: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of this kind that takes the fewest MACs of those that are as long as `other`."""
+    """The row of this kind with the fewest MACs among those that are as long as `other`; None if there is
+    none."""
     equal = (row for row in rows if row["kind"] == kind and _is_as_long(row, other))
     return min(equal, key=lambda row: row["llm_gmac_mean"], default=None)
 
@@ -168,6 +189,7 @@ def _is_as_long(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Writes the plot of the rows' average lengths, with intervals, against their cost as an image file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -221,7 +243,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def _is_there(path: Path, about: dict[str, Any]) -> bool:
-    """Whether the point was measured so. about: all that its figures depend on."""
+    """Whether the file has the figures of this evaluation. about: everything that the figures depend on."""
     if not path.is_file():
         return False
     report = json.loads(path.read_text())

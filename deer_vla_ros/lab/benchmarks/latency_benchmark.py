@@ -1,4 +1,5 @@
-"""How long does a step take here, by depth? Measured once, and kept for what has to decide alike on another day: a replay."""
+"""The latency of a step on this machine, by depth. It is measured once and stored, so that replays always
+decide with the same values."""
 
 from __future__ import annotations
 
@@ -21,9 +22,12 @@ WARM_UP = 3
 
 
 def measure(
-    folder: Path, device: str, dtype: torch.dtype, tell: Callable[[float], None] = lambda share: None
+    folder: Path, device: str, dtype: torch.dtype, on_progress: Callable[[float], None] = lambda share: None
 ) -> LatencyTable:
-    """Steps on random 200 x 200 and 84 x 84 images, every depth in turn."""
+    """Measures steps on random images, 200 x 200 and 84 x 84 pixels, every depth in turn.
+
+    on_progress: gets the finished share of the measurement, 0..1.
+    """
     checkpoint = load(folder, device, dtype)
     config, random = checkpoint.info.model, np.random.default_rng(0)
     rules = [
@@ -39,7 +43,7 @@ def measure(
         step = policy.step(Observation(*images, pose))
         if number >= WARM_UP * len(rules):
             latencies.observe(step)
-        tell(number / (WARM_UP * len(rules) + WINDOW - 1))
+        on_progress(number / (WARM_UP * len(rules) + WINDOW - 1))
     name = (
         torch.cuda.get_device_name()
         if device == "cuda"

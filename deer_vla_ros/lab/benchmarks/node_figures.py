@@ -1,4 +1,5 @@
-"""What do the listener's lines say? Samples matched by camera stamp, and their percentiles."""
+"""The figures of the latency benchmark: the listener's samples, matched by camera stamp, and their
+percentiles."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ PERCENTILES = (50, 99)
 
 @dataclass(frozen=True)
 class Heard:
-    """Everything the listener heard, by camera stamp [ns]; each stamp once, as it came first.
+    """Everything that the listener received, by camera stamp [ns]. Of several messages with one stamp, the
+    first counts.
 
-    relay, command, camera: arrival [ns]. step: arrival [ns], then compute and static_age [ms] as the node says.
+    relay, command, camera: the time of arrival [ns]. step: the time of arrival [ns], then the node's own
+    values of compute time and static_age [ms].
     """
 
     relay: dict[int, list[float]]
@@ -28,14 +31,18 @@ class Heard:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One condition. Each `_ms` holds p50 and p99.
+    """The figures of one condition. Each field that ends in `_ms` has the percentiles p50 and p99 [ms],
+    except camera_gap_ms.
 
-    relay_ms: stamp to the relay's pose at the listener; command_ms: stamp to the node's; compute_ms: the policy's own;
-    overhead_ms: command less compute, sample by sample, and its two parts: arriving_ms: from the stamp to the begin of the
-    control tick; leaving_ms: everything else of that tick, and the command's way to the listener.
-    relay_alone_ms: the relay's before there was a node beside it, under the same load.
-    Ratios: overhead to relay, p50 to p50 and p99 to p99; `_alone`: to relay_alone_ms. Rates, per second: steps, frames published,
-    and frames heard by the relay. camera_gap_ms: the longest time between two frames at the publisher.
+    relay_ms: from the camera stamp to the arrival of the relay's pose at the listener. relay_alone_ms: the
+    same under the same load, before the policy node ran. command_ms: from the camera stamp to the arrival of
+    the node's command. compute_ms: the policy's compute time. overhead_ms: command less compute, for each
+    sample. It has two parts: arriving_ms, from the stamp to the begin of the control tick; and leaving_ms,
+    the rest of that tick and the command's way to the listener.
+
+    p50_ratio, p99_ratio: overhead_ms divided by relay_ms at the same percentile; those that end in `_alone`:
+    by relay_alone_ms. step_rate_hz, camera_rate_hz, camera_rate_heard_hz: steps, published frames, and frames
+    that the relay received, per second. camera_gap_ms: the longest time between two frames at the publisher.
     """
 
     condition: str
@@ -60,7 +67,8 @@ class LatencyRow:
 
 
 def read(log: Path) -> Heard:
-    """What the listener wrote so far; a last line that is not complete is left out, and so is what others print on stderr."""
+    """Reads the listener's log so far. It skips an incomplete last line, and lines that other code prints to
+    the same log."""
     heard = Heard({}, {}, {}, {})
     for line in log.read_text(errors="replace").splitlines(keepends=True):
         if line.startswith('["') and line.endswith("\n"):
@@ -72,7 +80,10 @@ def read(log: Path) -> Heard:
 def row(
     heard: Heard, condition: str, cpu_threads: int, window: tuple[int, int], alone: tuple[int, int]
 ) -> LatencyRow:
-    """The figures of frames stamped in `window`, and of the relay in `alone` [ns]; raises UserError where nothing came."""
+    """The figures of the frames whose stamps lie in `window`, and of the relay alone in the window `alone`.
+
+    window, alone: begin and end [ns]. Raises UserError if no frame came through both node and relay.
+    """
 
     def within(stamps: dict[int, list[float]], window: tuple[int, int] = window) -> list[int]:
         return sorted(stamp for stamp in stamps if window[0] <= stamp < window[1])
@@ -81,7 +92,8 @@ def row(
     stamps = [stamp for stamp in within(heard.step) if stamp in heard.relay and stamp in heard.command]
     if not stamps or not quiet:
         raise UserError(
-            f"no frame came through both node and relay while {condition}: see their logs, or measure for longer than --seconds"
+            f"no frame came through both node and relay while {condition}: "
+            "see their logs, or measure for longer than --seconds"
         )
     relay_alone = np.array([heard.relay[stamp][0] - stamp for stamp in quiet]) / 1e6
     relay = np.array([heard.relay[stamp][0] - stamp for stamp in stamps]) / 1e6

@@ -1,6 +1,8 @@
-"""Which processes are measured against each other? Cameras, a bare relay, a listener, and something that keeps a core busy.
+"""The processes of the latency benchmark beside the policy node: cameras, a minimal relay, a listener and a
+CPU load.
 
-Each function is a process of its own, started by `benchmark_run`, and returns after SIGINT or SIGTERM.
+Each public function runs in a process of its own, which `node_run` starts, and returns after SIGINT or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,20 +28,21 @@ from deer_vla_ros.ros.messages import LATCHED, NEWEST, image_message, nanosecond
 from deer_vla_ros.ros.process import ros_process
 
 NAMESPACE = "deer_vla_benchmark"
-"""Of all topics: whatever else is in the ROS domain, no robot obeys what is commanded here."""
+"""The namespace of all topics: no robot in the same ROS domain obeys the commands of this benchmark."""
 FRAME = "base"
 CAMERA_HZ = 30.0
 CAMERA_SIZE = (480, 640)
 KEEP_ALL = 100
-"""Depth of the listener's queues: it must miss nothing that was published."""
+"""Depth of the listener's queues: it must not miss any message."""
 
 
 def camera() -> None:
-    """Publishes both cameras, the measured pose and the instruction.
+    """Publishes both cameras' images, the measured pose and the instruction.
 
-    Gripper image first: it has arrived when the static image comes, so that the node waits for nothing that the relay does not
-    wait for, and yet pays for taking both. Static first would flatter the node, which would step on the older gripper image.
-    The measured pose carries the static image's stamp, so that the listener knows every frame that went out.
+    The gripper image goes first and has arrived when the static image comes. The node then waits for the same
+    image as the relay, and still has the cost of receiving both. In the other order the figures would be too
+    good, because the node would act on the older gripper image. The measured pose has the static image's
+    stamp, so that the listener knows every published frame.
     """
     with ros_process([]) as stop:
         node = rclpy.create_node("cameras", namespace=NAMESPACE)
@@ -48,9 +51,8 @@ def camera() -> None:
             for name in ("gripper", "static")
         }
         pixels = np.random.default_rng(0).integers(0, 255, (*CAMERA_SIZE, 3), dtype=np.uint8)
-        image = image_message(
-            pixels, "camera", 0
-        )  # made once: a driver hands on a buffer that the hardware has filled
+        # The message is made once, as a camera driver passes on a buffer that the hardware has filled.
+        image = image_message(pixels, "camera", 0)
         poses = node.create_publisher(PoseStamped, "ee_pose", KEEP_ALL)
         pose = PoseStamped()
         pose.header.frame_id = FRAME
@@ -65,13 +67,17 @@ def camera() -> None:
             pose.header.stamp = image.header.stamp
             poses.publish(pose)
             due += period
-            while due < time.monotonic():  # a camera that is late drops a frame, it does not catch up
+            while due < time.monotonic():  # A late camera drops frames; it does not publish them later.
                 due += period
         node.destroy_node()
 
 
 def relay() -> None:
-    """The least that a Python node can do between an image and a command: take it as the policy node does, answer with a pose."""
+    """Answers every static image with a pose: the least that a Python node can do between an image and a
+    command.
+
+    It subscribes with the same quality of service as the policy node.
+    """
 
     def wire(node: Node) -> None:
         poses = node.create_publisher(PoseStamped, "relay_pose", 10)
@@ -87,21 +93,25 @@ def relay() -> None:
 
 
 def listener() -> None:
-    """Prints `[what, stamp, arrival, ...]` for every small message; times in ns of one clock, and no image anywhere near."""
+    """Prints a line `[what, stamp, arrival, ...]` for every pose and step. All times are in ns of the wall
+    clock.
+
+    It does not subscribe to images, which would delay it.
+    """
     sys.stdout.reconfigure(line_buffering=True)
 
-    def tell(what: str, message: Any, *figures: float) -> None:
+    def write_line(what: str, message: Any, *figures: float) -> None:
         print(json.dumps([what, nanoseconds(message.header.stamp), time.time_ns(), *figures]))
 
     def wire(node: Node) -> None:
         for what, topic in (("relay", "relay_pose"), ("command", "target_pose"), ("camera", "ee_pose")):
             node.create_subscription(
-                PoseStamped, topic, lambda message, what=what: tell(what, message), KEEP_ALL
+                PoseStamped, topic, lambda message, what=what: write_line(what, message), KEEP_ALL
             )
         node.create_subscription(
             PolicyStep,
             "deer_vla/step",
-            lambda step: tell("step", step, step.total_ms, step.static_age_ms),
+            lambda step: write_line("step", step, step.total_ms, step.static_age_ms),
             KEEP_ALL,
         )
 
@@ -118,7 +128,8 @@ def load() -> None:
 
 
 def _spin(name: str, wire) -> None:
-    """A node that lives as the policy node does: one thread, one executor."""
+    """Runs a node as the policy node is run, with one thread and one executor. wire: adds its publishers and
+    subscribers."""
     with ros_process([]) as stop:
         node = rclpy.create_node(name, namespace=NAMESPACE)
         wire(node)

@@ -1,4 +1,8 @@
-"""In which order is the node measured? First the relay alone, then beside a node of each thread setting; idle and loaded each."""
+"""The run of the latency benchmark: first the relay alone, then beside a policy node with each thread
+setting.
+
+Each of these is measured on an idle and on a loaded machine.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,18 @@ from deer_vla_ros.lab.benchmarks.node_figures import LatencyRow
 from deer_vla_ros.processes import ChildProcess, kept
 
 CPU_THREADS = (1, 0)
-"""model.cpu_threads: the default, by whose idle row the node is judged, and torch's choice."""
+"""Values of model.cpu_threads: the default, whose idle row is the node's result, and 0, with which torch
+chooses."""
 RATE_HZ = 30.0
 START_TIMEOUT_S = 120.0
 SETTLE_S = 2.0
-"""Between the first step, or the start of the load, and the first sample."""
+"""Time from the first step, or from the start of the load, to the first sample."""
 TRAIL_S = 0.5
-"""After the last sample's stamp, for its command to arrive."""
+"""Time after the last sample's stamp, in which its command arrives."""
 NAMESPACE, FRAME = "deer_vla_benchmark", "base"
 PROFILES = "FASTRTPS_DEFAULT_PROFILES_FILE"
-"""Where Fast DDS 2, Jazzy's default middleware, looks for its settings."""
+"""The environment variable in which Fast DDS 2, Jazzy's default middleware, finds the file of its
+settings."""
 COLUMNS = ("relay alone", "relay", "command", "compute", "overhead")
 HEAD = (
     " " * 17 + "".join(f"{column:>16}" for column in (*COLUMNS, "ratio")) + "   frames sent, heard; steps /s"
@@ -32,9 +38,10 @@ HEAD = (
 
 
 def measure(seconds: float, out: Path) -> list[LatencyRow]:
-    """All conditions, `seconds` each, told line by line as they are done; raises UserError where a process fails.
+    """Measures all conditions, `seconds` each, and prints a line after each one. Raises UserError if a
+    process fails.
 
-    Nothing is drawn while a condition is measured: a progress bar would run on the cores whose latency is the question.
+    out: the folder for logs. There is no progress bar: it would use the cores whose latency is measured.
     """
     os.environ.setdefault(PROFILES, str(_config("fastdds_large_images.xml")))
     cores = len(os.sched_getaffinity(0))
@@ -66,13 +73,16 @@ def measure(seconds: float, out: Path) -> list[LatencyRow]:
 
 
 def _config(name: str) -> Path:
-    """A file of `config/`: beside the live sources, else where it was installed."""
+    """The path of a file in `config/`, in the sources if they are there, else in the installed package."""
     live = Path(__file__).parents[3] / "config" / name
     return live if live.exists() else Path(get_package_share_directory("deer_vla_ros")) / "config" / name
 
 
 def _window(seconds: float, processes: list[ChildProcess], spinning: int, out: Path) -> tuple[int, int]:
-    """Lets everything run, with `spinning` processes that keep a core busy each; begin and end of the stamps that count [ns]."""
+    """Lets everything run for one condition. Returns the begin and end of the stamps that count [ns].
+
+    spinning: the number of load processes, each of which keeps one core busy.
+    """
     load = [_part("load", out / f"load{i}.log") for i in range(spinning)]
     with kept(*load):
         _pause(SETTLE_S, [*processes, *load])
@@ -101,7 +111,11 @@ def _part(name: str, log: Path) -> ChildProcess:
 
 
 def _await(log: Path, what: str, processes: Iterable[ChildProcess]) -> None:
-    """Until the listener hears one `what` of a frame from now on."""
+    """Waits until the listener has received a message `what` (a field of Heard) for a frame stamped after
+    now.
+
+    Raises UserError if none comes within START_TIMEOUT_S.
+    """
     now_ns, deadline = time.time_ns(), time.monotonic() + START_TIMEOUT_S
     while max(getattr(benchmark_figures.read(log), what), default=0) < now_ns:
         if time.monotonic() > deadline:
@@ -110,7 +124,7 @@ def _await(log: Path, what: str, processes: Iterable[ChildProcess]) -> None:
 
 
 def _pause(seconds: float, processes: Iterable[ChildProcess]) -> None:
-    """Sleeps, and looks once a second whether all processes are alive; raises UserError where one is not."""
+    """Sleeps, and checks once a second that all processes are alive. Raises UserError if one has ended."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, 1.0))
@@ -124,7 +138,10 @@ def _line(row: LatencyRow) -> str:
 
     cells = [pair(getattr(row, f"{column.replace(' ', '_')}_ms")) for column in COLUMNS]
     cells.append(pair({"p50": row.p50_ratio, "p99": row.p99_ratio}))
-    rates = f"{row.camera_rate_hz:.1f}, {row.camera_rate_heard_hz:.1f}; {row.step_rate_hz:.1f} ({row.samples} samples)"
+    rates = (
+        f"{row.camera_rate_hz:.1f}, {row.camera_rate_heard_hz:.1f}; "
+        f"{row.step_rate_hz:.1f} ({row.samples} samples)"
+    )
     return (
         f"{row.condition:<7}threads {row.cpu_threads:<2}"
         + "".join(f"{cell:>16}" for cell in cells)

@@ -1,4 +1,4 @@
-"""When does a recorded array agree with ours? One difference per array, one verdict per kind of array."""
+"""The comparison of recorded arrays with ours: one difference per array, one verdict per kind of array."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ EXACT = 0.0
 
 @dataclass(frozen=True)
 class Difference:
-    """One recorded array (`where`) of one kind against ours; infinite where shapes or missing values (NaN) disagree."""
+    """The difference between one recorded array and ours.
+
+    kind: the kind of array, which has a tolerance of its own. where: the array's name in the recording.
+    value: the difference; infinite if the shapes or the places of missing values (NaN) disagree.
+    """
 
     kind: str
     where: str
@@ -21,7 +25,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All arrays of one kind in one recording."""
+    """The result for all arrays of one kind in one recording. arrays: their number. worst: the largest
+    difference."""
 
     recording: str
     kind: str
@@ -35,17 +40,18 @@ class Verdict:
 
 
 def compare(kind: str, where: str, recorded: np.ndarray, ours: object) -> Difference:
-    """Largest absolute difference of one array."""
+    """The largest absolute difference of one array, over the places where neither value is missing (NaN)."""
     recorded, ours = np.asarray(recorded), np.asarray(ours)
     if recorded.shape != ours.shape or not np.array_equal(np.isnan(recorded), np.isnan(ours)):
         return Difference(kind, where, float("inf"))
-    with np.errstate(invalid="ignore"):  # of two infinities: equal ones do not differ
+    with np.errstate(invalid="ignore"):  # The difference of two equal infinities is NaN, and counts as none.
         difference = np.abs(recorded.astype(np.float64) - ours.astype(np.float64))
     return Difference(kind, where, 0.0 if np.isnan(difference).all() else float(np.nanmax(difference)))
 
 
 def compare_relative(kind: str, where: str, recorded: float, ours: float) -> Difference:
-    """Difference of one number, by the size of the recorded one; a number that differs from a recorded 0 is infinitely far."""
+    """The difference of one number, relative to the recorded one; infinite if only the recorded one is 0, or
+    for NaN."""
     if recorded == ours:
         return Difference(kind, where, EXACT)
     relative = abs(ours - recorded) / abs(recorded) if recorded else float("inf")
@@ -55,7 +61,10 @@ def compare_relative(kind: str, where: str, recorded: float, ours: float) -> Dif
 def judge(
     recording: str, differences: Iterable[Difference], kinds: Iterable[str], tolerances: Mapping[str, float]
 ) -> Iterator[Verdict]:
-    """One verdict for each of `kinds`, the worst array named; kinds without a tolerance must be equal."""
+    """Yields one verdict for each of `kinds`, with the worst array. A kind without a tolerance must be equal.
+
+    A kind without any array fails. Raises KeyError for a difference whose kind is not in `kinds`.
+    """
     by_kind: dict[str, list[Difference]] = {kind: [] for kind in kinds}
     for difference in differences:
         by_kind[difference.kind].append(difference)

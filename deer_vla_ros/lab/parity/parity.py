@@ -1,4 +1,5 @@
-"""Is this the reference's network? Every recorded tensor against ours, the policy's own code doing the work."""
+"""The parity check of the network: every recorded tensor of the reference against ours, computed by the
+policy's own code."""
 
 from __future__ import annotations
 
@@ -60,11 +61,15 @@ MODEL_KINDS = (
     "lstm_c",
     "values",
 )
-"""What every recorded model must contain: a kind that nobody compared has not passed."""
+"""The kinds of array that every recorded model must contain. A kind that is missing has not passed."""
 
 
 def check_folder(folder: Path, train64: bool = False) -> Iterator[Verdict]:
-    """Verdicts on a folder of recordings, kind by kind, as they are computed; `train64`: also on the training in double."""
+    """Yields a verdict for each recording in a folder and each kind of array, as soon as it is computed.
+
+    train64: also check the training in float64. Raises UserError if the folder has no recordings or lacks an
+    array.
+    """
     tolerances = read_json(folder / "tolerances.json")
     tolerances |= tolerances.get("train64", {})
     names = sorted(path.name.removesuffix("_keys.json") for path in folder.glob("*_keys.json"))
@@ -93,13 +98,14 @@ def check_folder(folder: Path, train64: bool = False) -> Iterator[Verdict]:
 
 @torch.inference_mode()
 def _check_model(folder: Path, name: str) -> list[Difference]:
-    """All comparisons of one recorded model."""
+    """Makes all comparisons of one recorded model."""
     recording = read_model(folder, name)
     return [*check_rollout(recording), *check_window(recording)]
 
 
 def check_rollout(recording: ModelRecording) -> Iterator[Difference]:
-    """Closed sequences through the reference's step function, against `DeerPolicy` on the same raw images."""
+    """Compares whole episodes through the reference's step function with `DeerPolicy` on the same raw
+    images."""
     model, arrays = recording.model, recording.rollout
     observations = [
         Observation(static, gripper) for static, gripper in zip(arrays["raw_static"], arrays["raw_gripper"])
@@ -116,7 +122,7 @@ def check_rollout(recording: ModelRecording) -> Iterator[Difference]:
     text = model.encode_text(ids, mask, recording.tokenizer.image_token)
     yield from _check_moments(arrays, model, images, text)
 
-    # (T, L, S, width): step by step, as the policy runs
+    # (T, L, S, width): computed step by step, as the policy runs.
     hidden = torch.stack(
         [torch.cat(list(model.hidden_states(model.encode_images(image[None]), text))) for image in images]
     )
@@ -141,7 +147,8 @@ def check_rollout(recording: ModelRecording) -> Iterator[Difference]:
 def _check_moments(
     arrays: dict, model: MultiExitVLA, images: Tensor, text: TextContext
 ) -> Iterator[Difference]:
-    """Tensors recorded inside single steps: patch tokens, visual tokens, token embedding."""
+    """Compares tensors that were recorded inside single steps: patch tokens, visual tokens, token
+    embedding."""
     for name in arrays:
         moment = re.fullmatch(r"t(\d+)/(vit_tokens|perceiver|token_embedding)(?:_(static|gripper))?", name)
         if not moment:
@@ -158,7 +165,7 @@ def _check_moments(
 
 
 def _recorded_rule(tag: str, recording: ModelRecording) -> tuple[ExitRule, list[int]]:
-    """The exit rule of a recorded run, and the exits along the columns of its `deltas`."""
+    """The exit rule of a recorded run, and the exit layer of each column of its `deltas`."""
     if tag.startswith("fixed_exit_"):
         exit_layer = int(tag.removeprefix("fixed_exit_"))
         return ExitRule((exit_layer,), (ALWAYS,)), [exit_layer]
@@ -182,7 +189,11 @@ def _check_policy(
     observations: list[Observation],
     features: Tensor,
 ) -> Iterator[Difference]:
-    """One run of `DeerPolicy` over the recorded images; with `ensemble`, a second one for what the chosen exit's head said alone."""
+    """Compares one run of `DeerPolicy` over the recorded images.
+
+    With `ensemble`, a second run without it gives the output of the chosen exit's head alone, which the
+    reference recorded.
+    """
     arrays = recording.rollout
     steps, state = _run_policy(recording, rule, observations)
     exits = np.array([step.exit_layer for step in steps])
@@ -211,14 +222,14 @@ def _check_policy(
 def _run_policy(
     recording: ModelRecording, rule: ExitRule, observations: list[Observation]
 ) -> tuple[list[PolicyStep], HeadState]:
-    """One episode of the policy: its decisions, and the head's state after the last."""
+    """Runs one episode of the policy. Returns its decisions, and the head's state after the last one."""
     policy = DeerPolicy(recording.model, recording.tokenizer, rule)
     policy.reset(recording.info["instruction"])
     return [policy.step(observation) for observation in observations], policy.state
 
 
 def _check_own_head(tag: str, arrays: dict, model: MultiExitVLA, features: Tensor) -> Iterator[Difference]:
-    """One run that reads each layer with the head trained for it alone."""
+    """Compares one run that reads a layer with the head that was trained for this layer alone."""
     layer = int(tag.removeprefix("layerwise_exit_"))
     head = model.auxiliary_heads[str(layer)] if str(layer) in model.auxiliary_heads else model.last_head
     output = head(features[None, :, layer], head.initial_state())
@@ -240,12 +251,13 @@ def _check_state(tag: str, arrays: dict, state: HeadState) -> Iterator[Differenc
 
 
 def _as_half(poses: np.ndarray, grippers: np.ndarray) -> np.ndarray:
-    """(T, 7) float16: the action as the reference emits it."""
+    """(T, 7) float16: the actions in the precision in which the reference returns them."""
     return np.concatenate((poses, grippers), axis=1).astype(np.float16)
 
 
 def check_window(recording: ModelRecording) -> Iterator[Difference]:
-    """Training-shaped batches: all hidden states and every head over whole windows."""
+    """Compares batches of whole windows, as training uses them: all hidden states and the outputs of every
+    head."""
     arrays = recording.window
     for name in sorted(name for name in arrays if re.fullmatch(r"fwd\d+/pooled", name)):
         forward = name.removesuffix("/pooled")
@@ -265,9 +277,9 @@ def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterato
     )
     text = model.encode_text(ids, mask, recording.tokenizer.image_token)
     hidden = list(model.hidden_states(model.encode_images(images.flatten(0, 1)), text))
-    if (
-        model.final_norm is not None
-    ):  # nothing exits in training: the final norm is one more hidden state, and the last head's
+    # In training every layer runs. The final norm then gives one more hidden state, which the last head
+    # reads.
+    if model.final_norm is not None:
         hidden.append(model.final_norm(hidden[-1]))
     states = torch.stack(hidden, dim=1).unflatten(0, (samples, window))  # (B, W, L, S, width)
     features = pool(states)
@@ -295,7 +307,10 @@ def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterato
 
 
 def _drawn_exits(arrays: dict, forward: str, strategy: int, window: int) -> Tensor:
-    """(B, W) indices of the random exits that the reference drew: one per step, or one per segment of a common split."""
+    """(B, W) Indices of the random exits that the reference drew.
+
+    strategy: 1, an exit per step; 2, an exit per segment, with the same segments in all samples.
+    """
     drawn = torch.from_numpy(arrays[f"{forward}/strategy{strategy}_idx"])
     if strategy == 1:
         return drawn
@@ -313,7 +328,7 @@ def _check_head(tag: str, arrays: dict, output: HeadOutput) -> Iterator[Differen
 
 
 def check_text(folder: Path) -> Iterator[Difference]:
-    """The prompt template, padding to the longest, and truncation."""
+    """Compares the prompt template, the padding to the longest text, and the truncation."""
     recorded = read_json(folder / "text.json")
     for text, expected in zip(recorded["texts"], recorded["strings"], strict=True):
         yield Difference("template", repr(text), EXACT if prompt(text) == expected else float("inf"))
@@ -329,7 +344,7 @@ def check_text(folder: Path) -> Iterator[Difference]:
 
 
 def check_preprocessing(folder: Path) -> Iterator[Difference]:
-    """Resize, crop and normalise: equal to the bit."""
+    """Compares resized, cropped and normalised images, which must be equal to the bit."""
     arrays = read_arrays(folder / "preproc.npz")
     for name in sorted(name for name in arrays if name.endswith("/raw_hwc_uint8")):
         camera, raw = name.removesuffix("/raw_hwc_uint8"), arrays[name]
@@ -347,7 +362,7 @@ def check_preprocessing(folder: Path) -> Iterator[Difference]:
 
 
 def check_thresholds(folder: Path) -> Iterator[Difference]:
-    """Every recorded case of the reference's threshold solver; always and never are equal, or not at all."""
+    """Compares every recorded case of the reference's threshold solver, by the ratio of the thresholds."""
     matrices = read_arrays(folder / "thresholds.npz")
     for number, case in enumerate(read_json(folder / "thresholds.json")):
         allowed = [index for index, layer in enumerate(case["exit_ids"]) if layer < case["max_layer"]]
@@ -357,5 +372,8 @@ def check_thresholds(folder: Path) -> Iterator[Difference]:
         )
         recorded = np.array(list(case["thresholds"].values()))
         ours = np.array(thresholds_for_shares(deltas, shares))
-        where = f"case {number}: {case['values']} {case['exit_dist']} {case['exit_ratio']:g} max_layer {case['max_layer']}"
+        where = (
+            f"case {number}: {case['values']} {case['exit_dist']} {case['exit_ratio']:g} "
+            f"max_layer {case['max_layer']}"
+        )
         yield compare("thresholds_relative", where, np.ones_like(recorded), ours / recorded)

@@ -1,7 +1,9 @@
-"""Does our training take the reference's steps? Losses, gradients, parameter groups and updates against the recorded ones.
+"""The parity check of training: losses, gradients, parameter groups and updates against the reference's
+recorded ones.
 
-A later step in float32 amplifies rounding (a maximum that flips, Adam on gradients near zero), so that only the first two
-are compared there; the same run recorded in float64 settles all the others.
+In float32 only the first two steps are compared, because later ones amplify rounding errors: a maximum may
+move to another element, and Adam scales gradients near zero up. A recording of the same training in float64
+covers all steps.
 """
 
 from __future__ import annotations
@@ -47,11 +49,13 @@ TRAINING64_KINDS = (*STEP_KINDS, "loss_relative", "grad_norm_relative", "param_d
 SHIFT_KINDS = ("random_shift",)
 COMPARABLE_STEPS = 2
 SHIFT_GRID = 2.0**-8
-"""The recorded images hold multiples of 1/8; what the reference's resampling adds to them is far below half of this."""
+"""Recorded pixels are rounded to this grid. They are multiples of 1/8, and the reference's resampling adds
+errors far below half of the grid."""
 
 
 def check_training(folder: Path, name: str) -> Iterator[Difference]:
-    """The joint stage's first steps in float32; groups and learning rates of both stages."""
+    """Compares the joint stage's first steps in float32, and the parameter groups and learning rates of both
+    stages."""
     recording, training = read_model(folder, name), read_training(folder, name)
     yield from _check_groups(recording, training)
     stage = training.stages[0]
@@ -68,7 +72,7 @@ def check_training(folder: Path, name: str) -> Iterator[Difference]:
 
 
 def check_training64(folder: Path, name: str) -> Iterator[Difference]:
-    """Every step of both stages, in double: losses, gradients, and how far each parameter moved."""
+    """Compares every step of both stages in float64: losses, gradients, and how far each parameter moved."""
     recording, training = read_model(folder, name), read_training(folder, name, "_fp64")
     recording.model.double()
     yield from _check_groups(recording, training)
@@ -86,7 +90,7 @@ def check_training64(folder: Path, name: str) -> Iterator[Difference]:
 
 
 def check_random_shift(folder: Path) -> Iterator[Difference]:
-    """The reference's draws, applied to its images: every pixel comes from where it came from there."""
+    """Applies the shifts that the reference drew to its images, and compares every pixel."""
     arrays = read_arrays(folder / "preproc.npz")
     for pad in sorted(
         int(name.removeprefix("shift").removesuffix("/in")) for name in arrays if name.endswith("/in")
@@ -102,7 +106,7 @@ def check_random_shift(folder: Path) -> Iterator[Difference]:
 
 
 def _check_groups(recording: ModelRecording, training: TrainingRecording) -> Iterator[Difference]:
-    """Which parameters share a learning rate and a weight decay, and the rate that every step used."""
+    """Compares which parameters share a learning rate and a weight decay, and the rate of every step."""
     for stage in training.stages:
         settings, schedule = _settings(training, stage), _schedule(training, stage)
         ours = {
@@ -138,7 +142,7 @@ def _check_groups(recording: ModelRecording, training: TrainingRecording) -> Ite
 def _check_step(
     where: str, recording: ModelRecording, step: Mapping[str, Any], optimiser: Optimiser
 ) -> Iterator[Difference]:
-    """One step, taken: losses and gradients before it."""
+    """Takes one training step, and compares its losses and its gradient norms."""
     loss = step_loss(recording, step)
     loss.total.backward()
     yield from _compare_each("loss_relative", where, step["losses"], reference_losses(loss))
@@ -160,7 +164,11 @@ def _check_values(
     untrained: Mapping[str, Tensor],
     ours: Mapping[str, Tensor],
 ) -> Iterator[Difference]:
-    """Selected parameters after a stage: how far from the recorded values, by how far those lie from the untrained ones."""
+    """Compares selected parameters after a stage.
+
+    The difference is the distance from the recorded values, divided by the distance of those from the
+    untrained values.
+    """
     for key, values in recorded.items():
         if key.startswith(f"{stage}/"):
             name = key.removeprefix(f"{stage}/")
@@ -172,15 +180,17 @@ def _check_values(
 def _compare_each(
     kind: str, where: str, recorded: Mapping[str, float], ours: Mapping[str, float]
 ) -> Iterator[Difference]:
-    """Named numbers, relative; one that only one side has is infinitely far."""
+    """Compares named numbers, relative to the recorded ones. A number that only one side has differs
+    infinitely."""
     for name in {**recorded, **ours}:
         yield compare_relative(kind, f"{where} {name}", recorded.get(name, np.nan), ours.get(name, np.nan))
 
 
 def step_loss(recording: ModelRecording, step: Mapping[str, Any]) -> MultiExitLoss:
-    """The loss of one recorded step with the exits that it drew, in the precision of the model.
+    """The loss of one recorded step with the exits that the reference drew, in the precision of the model.
 
-    The model stays in evaluation mode: dropout, all that differs, was 0 in the recorded training.
+    The model stays in evaluation mode. Only dropout differs in training mode, and it was 0 in the recorded
+    training.
     """
     model, arrays, batch = recording.model, recording.window, f"batch{step['batch']}"
     images, actions = (
@@ -202,7 +212,8 @@ def step_loss(recording: ModelRecording, step: Mapping[str, Any]) -> MultiExitLo
 
 
 def reference_losses(loss: MultiExitLoss) -> dict[str, float]:
-    """The values under the names that the reference logs them by: `num` is the pose, `bin` the gripper."""
+    """The values of a loss under the names in the reference's log, where `num` means the pose and `bin` the
+    gripper."""
     passes = [part for _, part in loss.parts()]
     heads = [*loss.auxiliary.values(), loss.last]
     named = {
@@ -240,12 +251,12 @@ def _schedule(training: TrainingRecording, stage: Mapping[str, Any]) -> Schedule
 
 
 def _names(recording: ModelRecording, groups: Iterable[ParameterGroup]) -> list[str]:
-    """Parameters of groups by the reference's names, or by ours where it has none."""
+    """The reference's names of the groups' parameters, or ours if the reference has none."""
     return [recording.reference_names.get(name, name) for group in groups for name in group.names]
 
 
 def _weights(recording: ModelRecording) -> dict[str, Tensor]:
-    """A copy of every parameter, by the reference's name."""
+    """A copy of every parameter that the reference has too, by the reference's name."""
     parameters = dict(recording.model.named_parameters())
     return {
         reference: parameters[name].detach().clone() for name, reference in recording.reference_names.items()
@@ -253,5 +264,5 @@ def _weights(recording: ModelRecording) -> dict[str, Tensor]:
 
 
 def _digits(rate: float) -> float:
-    """A learning rate to the nine digits that it was recorded with."""
+    """A learning rate, rounded to the nine digits of the recording."""
     return float(f"{rate:.9g}")

@@ -1,8 +1,10 @@
-"""What did the reference implementation compute? Folders of recorded tensors, read as they were written.
+"""The recordings of the reference implementation: folders of tensors and settings, and functions that read
+them.
 
-The format is that of `shared/golden` (its MANIFEST.md names every array): `*_keys.json`, `*_weights.npz`, `*_rollout.npz`,
-`*_window.npz`, `*_info.json`, `*_train.json` (and, in double, `*_train_fp64.json` and `.npz`) per model, and `preproc.npz`,
-`text.json`, `tolerances.json` once.
+The format is that of `shared/golden`, whose MANIFEST.md describes every array. Each model has the files
+`*_keys.json`, `*_weights.npz`, `*_rollout.npz`, `*_window.npz`, `*_info.json`, `*_train.json` and, for
+float64, `*_train_fp64.json` and `*_train_fp64.npz`. All models share `preproc.npz`, `text.json`,
+`thresholds.json`, `thresholds.npz` and `tolerances.json`.
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ REFERENCE_HEAD_WIDTH = 64
 
 @dataclass(frozen=True)
 class ModelRecording:
-    """One recorded model: its network with the recorded weights, and what the reference computed with it.
+    """One recorded model: its network with the recorded weights, and the values that the reference computed
+    with it.
 
-    reference_names: of each parameter that the reference has as it is (not cut from a larger one), by our name.
+    reference_names: the reference's name of each parameter, by our name, without parameters that are only a
+    part of one of the reference's. rollout, window: arrays by name, of whole episodes and of training
+    batches.
     """
 
     name: str
@@ -50,9 +55,9 @@ class ModelRecording:
 class TrainingRecording:
     """A recorded training of one model.
 
-    settings: rates and decay; warmup: steps by stage; stages: the recorded steps of one stage after the other, with how far
-    each parameter moved; groups: the optimiser's, by stage; values: selected parameters after each stage, empty where they were
-    not recorded.
+    settings: learning rates and weight decay. warmup: the number of warm-up steps, by stage. stages: for each
+    stage its recorded steps, and how far each parameter moved. groups: the optimiser's parameter groups, by
+    stage. values: selected parameters after each stage; empty if they were not recorded.
     """
 
     settings: dict[str, Any]
@@ -63,7 +68,8 @@ class TrainingRecording:
 
 
 def read_model(folder: Path, name: str) -> ModelRecording:
-    """The recording `name` ("3b", "9b") of a folder."""
+    """Reads the recording of a model, by its name ("3b" or "9b"). Raises UserError if a file is missing or
+    damaged."""
     keys = read_json(folder / f"{name}_keys.json")
     stored = {
         key: torch.from_numpy(array).float()
@@ -87,7 +93,10 @@ def read_model(folder: Path, name: str) -> ModelRecording:
 
 
 def read_training(folder: Path, name: str, precision: str = "") -> TrainingRecording:
-    """The training record of `name`; `precision` "_fp64" is the one in double, with the parameters after each stage."""
+    """Reads the recorded training of a model. Raises UserError if a file is missing or damaged.
+
+    precision: "" for float32; "_fp64" for float64, which includes the parameters after each stage.
+    """
     record = read_json(folder / f"{name}_train{precision}.json")
     return TrainingRecording(
         settings=record["args"],
@@ -99,14 +108,15 @@ def read_training(folder: Path, name: str, precision: str = "") -> TrainingRecor
 
 
 def _same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """{our name: their name} of tensors that are one in memory, whole."""
+    """{our name: their name} of the tensors that share their memory and have the same shape."""
     names = {(tensor.data_ptr(), tensor.shape): name for name, tensor in theirs.items()}
     found = {name: names.get((tensor.data_ptr(), tensor.shape)) for name, tensor in ours.items()}
     return {name: reference for name, reference in found.items() if reference is not None}
 
 
 def model_config(keys: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ModelConfig:
-    """The shape of a recorded model, from its config where that says it and from its tensors where it does not."""
+    """The configuration of a recorded model, from its recorded config and, where that says nothing, from its
+    tensors."""
     config = keys["config"]
     language, clip, head = config["llm"]["config"], config["clip"], config["head"]
     is_mpt = config["llm"]["kind"] == "mpt"
@@ -156,7 +166,7 @@ def model_config(keys: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Mode
 
 
 def toy_tokenizer(vocabulary: dict[str, int], max_tokens: int) -> InstructionTokenizer:
-    """The word-level tokenizer that the recordings were made with; an unknown word reads as end of text."""
+    """The word-level tokenizer of the recordings. It maps an unknown word to the end-of-text token."""
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=END_OF_TEXT))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.add_special_tokens(
@@ -166,17 +176,18 @@ def toy_tokenizer(vocabulary: dict[str, int], max_tokens: int) -> InstructionTok
 
 
 def read_json(path: Path) -> Any:
-    """JSON of a recording file; a missing or malformed one raises UserError."""
+    """Reads a JSON file of a recording. Raises UserError if it is missing or malformed."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
-    except ValueError as error:  # of bytes that are no text, and of text that is no JSON
+    except ValueError as error:  # The bytes are not text, or the text is not JSON.
         raise UserError(f"{path}: not JSON ({error}): copy the recording again") from error
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a recording file, none of them pickled; a missing or malformed one raises UserError."""
+    """Reads all arrays of a recording file; pickled ones are refused. Raises UserError if it is missing or
+    malformed."""
     try:
         arrays = np.load(path, allow_pickle=False)
         if not isinstance(arrays, np.lib.npyio.NpzFile):

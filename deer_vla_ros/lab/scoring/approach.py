@@ -1,4 +1,4 @@
-"""Which block does the arm go to? The first one it comes down to after an instruction, told from states alone."""
+"""Which block the arm goes to first after an instruction, decided from states of the table alone."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from deer_vla_ros.lab.sim.state import COLOURS, TableState
 from deer_vla_ros.lab.sim.tasks import held
 
 NEAR_M = 0.08
-"""Horizontal distance of the TCP from a block's centre within which it is at that block."""
+"""The TCP is near a block if their horizontal distance is less than this."""
 DOWN_M = 0.07
-"""Height of the TCP below which it has come down."""
+"""The TCP is down if its height is less than this."""
 UP_M = 0.12
-"""Height above which it has left the block it was at: nothing on the table is touched there."""
+"""The TCP leaves a block if it rises above this height: it touches nothing on the table there."""
 MOVED_M = 0.01
-"""How far a block has moved that has been touched."""
+"""A block that has moved further than this was touched."""
 
 
 class Approach:
-    """Sees every state of an attempt; `block` is the colour that was approached, None while there is none.
+    """Gets every state of an attempt. `block` is the colour of the approached block; None as long as there is
+    none.
 
-    The arm comes to blocks at the first moment when the TCP is down and near one. Near several (fingers that push one come down behind
-    it, perhaps nearer to another), it is the one that is then moved most; the nearest, where none moves. A block that the arm is at
-    when the instruction comes (the last task ended there, or the fingers hold it) counts only if the arm never comes to another.
+    The arm arrives at the first moment when the TCP is down and near a block.
+    If it is near several blocks then, the block that moves most afterwards counts: fingers that push a block
+    come down behind it, perhaps nearer to another one. If none moves, the nearest block counts.
+    The block where the arm is at the start (the last task ended there, or the fingers hold it) counts only if
+    the arm never arrives at another block.
     """
 
     def __init__(self, start: TableState):
@@ -40,7 +43,7 @@ class Approach:
         return most if moved[most] > MOVED_M else came_to[0]
 
     def see(self, state: TableState) -> None:
-        """The state after one more step."""
+        """Takes the state after one more step."""
         self._now = state
         if self._arrival is not None or (self._at and self._at in _near(state, UP_M)[:1]):
             return
@@ -50,7 +53,7 @@ class Approach:
 
 
 def _near(state: TableState, height: float) -> list[str]:
-    """The blocks that a TCP below `height` is near, the nearest first."""
+    """The blocks that the TCP is near, the nearest first; none if the TCP is not below `height` [m]."""
     tcp = state.tcp.position
     distances = {colour: float(np.hypot(*(state.block(colour).position - tcp)[:2])) for colour in COLOURS}
     near = [colour for colour in COLOURS if tcp[2] < height and distances[colour] < NEAR_M]

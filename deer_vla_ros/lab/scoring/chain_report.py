@@ -1,4 +1,5 @@
-"""What do the attempts of an evaluation add up to? Average length with its interval, rates by task, and what the steps cost."""
+"""The figures of an evaluation: average chain length with its interval, success rates by task, and the cost
+of the steps."""
 
 from __future__ import annotations
 
@@ -17,18 +18,19 @@ from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.model.config import ModelConfig
 
 STATIC_LAYERS = 24
-"""Of the static model that costs are compared with: as many as RoboFlamingo++ runs on every step."""
+"""Layers of the static model that costs are compared with: RoboFlamingo++ runs this many in every step."""
 RESAMPLES = 10_000
 
 Chains = Sequence[Sequence[Attempt]]
 
 
 def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, Any]:
-    """The figures of an evaluation; null where nothing was measured. lengths: of every chain. steps_by_time: how many instructions
-    were followed for longer than 0, 1, ... steps.
+    """The figures of an evaluation by name; None for a figure that was not measured.
 
-    Costs are means over the steps of the chains; where there are none, over those of the single instructions. GMAC are of the
-    language part (layers run), at each instruction's own token count.
+    lengths: the number of successes of every chain. steps_by_time: how many attempts took more than 0, 1, ...
+    steps.
+    Costs are means over the steps of the chains, or of the single instructions if there are no chains.
+    They count the language part (the layers that ran) in GMAC, for each instruction's own number of tokens.
     """
     lengths = [sum(attempt.succeeded for attempt in chain) for chain in chains]
     every = [attempt for chain in (*chains, *singles) for attempt in chain]
@@ -63,7 +65,11 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, A
 
 
 def mean_interval(values: Sequence[int], level: float = 0.95) -> tuple[float, float]:
-    """The mean's percentile bootstrap interval over chains, of their lengths or differences of these; always the same for the same values."""
+    """The percentile bootstrap interval of the mean of `values`: chain lengths, or differences of chain
+    lengths.
+
+    It is the same for the same values: the seed is fixed. level: the interval's confidence, 0..1.
+    """
     levels, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
     means = drawn @ levels / counts.sum()
@@ -72,7 +78,11 @@ def mean_interval(values: Sequence[int], level: float = 0.95) -> tuple[float, fl
 
 
 def by_task(attempts: Iterable[Attempt]) -> dict[str, dict[str, Any]]:
-    """By task that was asked for: success rate, trials, share in which the named block was approached (null: names none)."""
+    """For every task that was asked for: success rate, trials, and the share of attempts that approached the
+    named block.
+
+    The share is None for a task that names no block.
+    """
     attempts, rows = list(attempts), {}
     for task in TASKS:
         own = [attempt for attempt in attempts if attempt.task == task.name]
@@ -88,8 +98,13 @@ def by_task(attempts: Iterable[Attempt]) -> dict[str, dict[str, Any]]:
 
 
 def costs(config: ModelConfig, attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """Mean GMAC of a step's language part, of this network's last layer and of a static model of the same width at the same
-    instructions, and the exits' shares."""
+    """The mean cost of a step's language part [GMAC], and each exit's share of the steps.
+
+    llm_gmac_mean: the layers that ran. llm_gmac_full: all layers of this network.
+    llm_gmac_static: a static model of STATIC_LAYERS layers and the same width. All three are for the same
+    instructions.
+    saved: llm_gmac_static / llm_gmac_mean.
+    """
     static_config = dataclasses.replace(
         config, decoder=dataclasses.replace(config.decoder, layers=STATIC_LAYERS)
     )
@@ -127,13 +142,14 @@ def _mean(values: Sequence[bool]) -> float | None:
 
 
 def tell(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = []
     if report["chains"]:
         low, high = report["average_length_ci"]
         rates = "  ".join(f"{rate:.1%}" for rate in report["success_by_position"])
         lines += [
-            f"average length {report['average_length']:.2f} of {CHAIN_LENGTH} (95% {low:.2f} to {high:.2f}), {report['chains']} chains",
+            f"average length {report['average_length']:.2f} of {CHAIN_LENGTH} "
+            f"(95% {low:.2f} to {high:.2f}), {report['chains']} chains",
             f"at least 1 to {CHAIN_LENGTH} in a row: {rates}",
         ]
     if report["singles"]:
@@ -160,7 +176,8 @@ def tell(report: dict[str, Any]) -> str:
         )
         lines += [
             "",
-            f"language part: {report['llm_gmac_mean']:.4g} GMAC per step, a static model of {STATIC_LAYERS} layers "
+            f"language part: {report['llm_gmac_mean']:.4g} GMAC per step, "
+            f"a static model of {STATIC_LAYERS} layers "
             f"{report['llm_gmac_static']:.4g}: {report['saved']:.2f} times as much",
             f"steps by layers run: {shares}",
         ]

@@ -1,7 +1,10 @@
-"""How far does a policy come along chains of instructions? Several tables in lock step, one driver for all of them.
+"""The run of chains of instructions: several simulated tables in lock step, all moved by one driver.
 
-As CALVIN's long-horizon protocol: at most so many steps per instruction, success decided on states before and now, the driver's
-memory cleared at every instruction, the arm and the table left as they are; the first failure ends a chain.
+The rules are those of CALVIN's long-horizon protocol (LH-MTLC, Mees et al. 2022, arXiv 2112.03227):
+an instruction has a limited number of steps; success is decided from the table's state before the instruction
+and its state now;
+the driver's memory is cleared at every instruction, while the arm and the table stay as they are;
+the first failure ends the chain.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ from deer_vla_ros.lab.sim.tasks import BY_NAME
 
 @dataclass(frozen=True, eq=False)
 class LaneDecision:
-    """pose: (6,) action in -1..1. open: whether the gripper is to be open. exit_layer: where it was read; -1: at no layer."""
+    """The action of one lane in one step.
+
+    pose: (6,) action, each value in -1..1. open: whether the gripper has to be open.
+    exit_layer: the layer whose exit gave the action, from 0; -1 if the driver has no layers.
+    """
 
     pose: np.ndarray
     open: bool
@@ -30,22 +37,26 @@ class LaneDecision:
 
 
 class Driver(Protocol):
-    """Who moves the arms, each in a lane of its own."""
+    """What moves the arms; each arm has a lane of its own."""
 
     def begin(self, lane: int, task: str, instruction: str) -> int:
-        """A new instruction in a lane; returns its tokens, specials included, 0 where there is no text."""
+        """Starts a new instruction in a lane. Returns its number of tokens, special tokens included; 0 if the
+        driver reads no text."""
 
     def decide(self, arms: Mapping[int, TableArm]) -> Mapping[int, LaneDecision]:
-        """The next step of every lane named, from where its arm and table are."""
+        """Returns the next decision of every lane in `arms`, from the present state of its arm and table."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One instruction, followed or not.
+    """One instruction that was given, and its result.
 
-    position: in its chain, from 0. feasible: whether the task was possible when it was asked for; if not, it failed at once.
-    approached: whether the block that the instruction is about is the first that the arm came to; None where it is about none, or where
-    nothing was tried. exits: steps by the layer at which they exited. tokens: of the instruction.
+    held_out: whether the training never used this phrasing. position: the instruction's place in its chain,
+    from 0.
+    feasible: whether the task was possible when it was asked for; if not, the attempt failed without a step.
+    approached: whether the arm first came to the block that the instruction names; None if it names no block
+    or was not feasible.
+    exits: the number of steps by exit layer. tokens: the instruction's number of tokens.
     """
 
     task: str
@@ -61,7 +72,7 @@ class Attempt:
 
     @classmethod
     def from_json(cls, values: dict) -> Attempt:
-        """Inverse of `dataclasses.asdict`, from the JSON of it."""
+        """The attempt whose `dataclasses.asdict` was written as JSON and read again."""
         return cls(**{**values, "exits": {int(layer): count for layer, count in values["exits"].items()}})
 
 
@@ -70,12 +81,15 @@ def run_chains(
     tables: Sequence[Table],
     driver: Driver,
     step_limit: int,
-    tell: Callable[[], None] = lambda: None,
+    on_chain_end: Callable[[], None] = lambda: None,
 ) -> list[tuple[Attempt, ...]]:
-    """The attempts of each chain, one lane and table per chain. tell: called whenever a chain has ended.
+    """Runs every chain in a lane and on a table of its own. Returns the attempts of each chain, in the order
+    of `chains`.
 
-    A chain's steps depend on which others run beside it by float noise only, and contacts amplify that: repeat the same chains
-    together, and every number is the same.
+    step_limit: the most steps per instruction. on_chain_end: called whenever a chain has ended.
+
+    The other chains of a batch change a chain's actions by rounding errors, and contacts amplify these.
+    The results are the same in every run only if the same chains run together.
     """
     runs = {
         lane: _ChainRun(chain, set_up(chain, table))
@@ -86,20 +100,20 @@ def run_chains(
         for lane, decision in driver.decide({lane: run.arm for lane, run in going.items()}).items():
             if not going[lane].step(decision, step_limit) and not going[lane].begin(driver, lane):
                 del going[lane]
-                tell()
+                on_chain_end()
     return [tuple(run.attempts) for run in runs.values()]
 
 
 @dataclass
 class _ChainRun:
-    """A chain on its way."""
+    """A chain that is being run."""
 
     chain: Chain
     arm: TableArm
     attempts: list[Attempt] = field(default_factory=list)
 
     def begin(self, driver: Driver, lane: int) -> bool:
-        """Goes on to the next instruction; False where the chain is over."""
+        """Starts the next instruction. Returns False if the chain is over."""
         position = len(self.attempts)
         if position == len(self.chain.tasks) or (self.attempts and not self.attempts[-1].succeeded):
             return False
@@ -112,7 +126,7 @@ class _ChainRun:
         return True
 
     def step(self, decision: LaneDecision, step_limit: int) -> bool:
-        """One control step; whether the instruction is still being followed."""
+        """Runs one control step. Returns whether the instruction goes on."""
         self.arm.step(decision.pose, decision.open)
         self.steps += 1
         self.exits[decision.exit_layer] += 1

@@ -1,8 +1,10 @@
-"""Which instructions is a policy asked to follow, and from which state? Drawn from seeds, shown to be feasible by the expert.
+"""The chains of instructions of an evaluation, drawn from seeds. The scripted expert has carried out each of
+them once.
 
-Chains of five instructions (CALVIN's LH-MTLC protocol, Mees et al. 2022, arXiv 2112.03227), and single ones after a few tasks that
-the expert does. Each task is drawn among those that are possible in the state which physics and the expert left behind (CALVIN's own
-sequences take their tasks from five different categories).
+A chain has five instructions (CALVIN's LH-MTLC protocol, Mees et al. 2022, arXiv 2112.03227).
+A single instruction follows a few tasks that the expert carries out first.
+Each task is drawn from those that are possible in the table's state at that time. CALVIN's own sequences
+differ: they take their tasks from five different categories.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from deer_vla_ros.lab.sim.tasks import BY_NAME, NEEDS_HELD_BLOCK, TASKS, Task
 CHAIN_LENGTH = 5
 LONGEST_PREFIX = 3
 FIRST_SEED = 1_000_000
-"""Seeds below belong to training, calibration and search."""
+"""Smaller seeds belong to training, calibration and search."""
 SEEDS_PER_RUN = 100_000
 SINGLES_FROM = 50_000
-"""Of a run's seeds, those from here on are of single instructions."""
+"""A run's seeds from this number on belong to single instructions, the smaller ones to chains."""
 MOST_TRIALS = 1_000
-"""Of each task: so many seeds there are."""
+"""The number of seeds, and so the most trials, of each single task."""
 
 _ATTEMPTS = 64
 _TABLE_SEEDS = 2**32
-"""Arrangements of the table from here on: recordings draw theirs below."""
+"""Evaluations arrange the table by seeds from this number on; recordings use smaller ones."""
 _WEIGHTS = {
     "place_in_drawer": 7.0,
     "stack_block": 2.7,
@@ -39,15 +41,17 @@ _WEIGHTS = {
     **{task.name: 1.6 for task in TASKS if task.name.startswith("push_")},
     **{task.name: 12.0 for task in TASKS if task.name.startswith(("lift_nearest", "lift_farthest"))},
 }
-"""How much more often than others a task is drawn where it is possible, so that all are asked for about equally often."""
+"""The weight of a possible task in the draw; others have weight 1. All tasks then occur about equally
+often."""
 
 
 @dataclass(frozen=True)
 class Chain:
     """Instructions to follow one after the other, and the state in which they begin.
 
-    seed: it was drawn from. table_seed: of `Table.reset(..., varied=True)`. prefix: tasks that the expert carries out first.
-    tasks, instructions, held_out: by position; held_out: whether the phrasing is one that training never used.
+    seed: the seed of the draw. table_seed: the argument of `Table.reset(table_seed, varied=True)`.
+    prefix: tasks that the expert carries out first. tasks, instructions, held_out: one entry per instruction.
+    held_out: whether the training never used this phrasing.
     """
 
     seed: int
@@ -69,7 +73,11 @@ def single_seed(run: int, task: str, trial: int) -> int:
 
 
 def draw_chain(table: Table, seed: int, phrasings: str) -> Chain:
-    """Five tasks that the expert has carried out on `table` one after the other; where it fails, others are drawn."""
+    """A chain of five tasks that the expert has just carried out on `table`. If the expert fails, other tasks
+    are drawn.
+
+    phrasings: "training", "held-out" or "both". Raises UserError if the expert fails too often.
+    """
     for attempt in range(_ATTEMPTS):
         random, table_seed = _begin(table, seed, attempt)
         tasks = _carry_out_some(TableArm(table), CHAIN_LENGTH, random)
@@ -81,7 +89,11 @@ def draw_chain(table: Table, seed: int, phrasings: str) -> Chain:
 
 
 def draw_single(table: Table, task: str, seed: int, phrasings: str) -> Chain:
-    """One task in a state that up to three others led to, in which the expert has shown that it can be done."""
+    """A chain of one task, which the expert has just carried out after up to LONGEST_PREFIX other tasks.
+
+    phrasings: "training", "held-out" or "both". Raises UserError if no state is found in which the expert
+    succeeds.
+    """
     for attempt in range(_ATTEMPTS):
         random, table_seed = _begin(table, seed, attempt)
         arm, needs_block = TableArm(table), task in NEEDS_HELD_BLOCK
@@ -96,7 +108,7 @@ def draw_single(table: Table, task: str, seed: int, phrasings: str) -> Chain:
 
 
 def carry_out(arm: TableArm, name: str) -> bool:
-    """The expert does a task; whether it succeeded within STEP_LIMIT steps."""
+    """Lets the expert carry out a task. Returns whether it succeeded within STEP_LIMIT steps."""
     task, before = BY_NAME[name], arm.table.state()
     for _ in range(STEP_LIMIT):
         intent = act(name, arm.table.state())
@@ -107,7 +119,10 @@ def carry_out(arm: TableArm, name: str) -> bool:
 
 
 def set_up(chain: Chain, table: Table) -> TableArm:
-    """Brings the table into the state in which a chain begins, the same one every time."""
+    """Brings the table into the state in which the chain begins; the same chain always gets the same state.
+
+    Raises RuntimeError if the expert fails in the chain's prefix.
+    """
     table.reset(chain.table_seed, varied=True)
     arm = TableArm(table)
     for name in chain.prefix:
@@ -127,7 +142,10 @@ def _begin(table: Table, seed: int, attempt: int) -> tuple[np.random.Generator, 
 def _carry_out_some(
     arm: TableArm, count: int, random: np.random.Generator, kind: str = "", done: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """Up to `count` tasks of a kind that the expert carries out, none twice in a row; fewer where none is possible or it fails."""
+    """Lets the expert carry out up to `count` drawn tasks whose names begin with `kind`, none twice in a row.
+
+    done: the tasks before. Returns fewer tasks if none is possible or if the expert fails.
+    """
     names: tuple[str, ...] = ()
     while len(names) < count:
         last = (*done, *names)[-1:]
@@ -154,7 +172,8 @@ def _drawn(tasks: list[Task], random: np.random.Generator) -> Task:
 def _worded(
     seed: int, attempt: int, table_seed: int, prefix: tuple[str, ...], tasks: tuple[str, ...], phrasings: str
 ) -> Chain:
-    """Phrasings from a stream of their own, so that the same chain can be asked for in other words."""
+    """The chain with its phrasings. They have a random stream of their own, so that other phrasings leave the
+    tasks as they are."""
     random = np.random.default_rng([seed, attempt, 1])
     held_out = tuple(
         phrasings == "held-out" or (phrasings == "both" and bool(random.integers(2))) for _ in tasks

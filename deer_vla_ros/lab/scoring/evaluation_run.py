@@ -1,4 +1,5 @@
-"""One evaluation: groups of chains in lock step, spread over processes, and remembered as they finish."""
+"""One evaluation: groups of chains run in lock step in several processes, and finished groups are kept on
+disk."""
 
 from __future__ import annotations
 
@@ -44,17 +45,18 @@ from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load
 
 Results = list[tuple[Attempt, ...]]
 LANES = 8
-"""Chains in lock step in one process. The same chains always run together, so every repetition gives the same
-numbers."""
+"""Chains that run in lock step in one process. The same chains always run together, so that every run gives
+the same numbers."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is to be evaluated.
+    """The settings of an evaluation.
 
-    folder: of the checkpoint. choice: what decides how deep the policy thinks. chains: of five instructions.
-    trials: of every task alone. seed: which set of chains. steps: the most per instruction. phrasings:
-    "training", "held-out" or "both". jobs: processes; None: one per core.
+    folder: the checkpoint's folder. choice: what decides how many layers run. chains: the number of chains of
+    five instructions. trials: the number of single instructions per task. seed: selects the set of chains.
+    steps: the most steps per instruction. phrasings: "training", "held-out" or "both". jobs: the number of
+    processes; None: one per core.
     """
 
     folder: Path
@@ -67,7 +69,7 @@ class Evaluation:
     jobs: int | None = None
 
     def check(self) -> None:
-        """Raises UserError for numbers that make no sense."""
+        """Raises UserError if a number is out of range, or if there is nothing to evaluate."""
         limits = {
             "chains": (0, SINGLES_FROM),
             "trials": (0, MOST_TRIALS),
@@ -85,7 +87,7 @@ class Evaluation:
             raise UserError("evaluate: neither --chains nor --trials asks for anything: give one of them")
 
     def identity(self) -> dict[str, Any]:
-        """All that the figures depend on."""
+        """Everything that the figures depend on, ready for JSON."""
         return {
             "budget": self.choice.to_json(),
             **files_of(self.folder),
@@ -99,13 +101,14 @@ class Evaluation:
 
 
 def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any]:
-    """Runs the evaluation; its figures, and what they depend on.
+    """Runs the evaluation. Returns its figures (chain_report.summary) and everything that they depend on.
 
-    json_file: where the report is written to. What is done stands beside it meanwhile, so that an interrupted
-    run goes on from there.
+    json_file: the report is written there. Until then, a file beside it holds the finished parts, so that the
+    next run continues an interrupted one. Raises UserError if the checkpoint cannot follow the choice, or if
+    the file beside is of another evaluation.
     """
     checkpoint = load(asked.folder)
-    asked.choice.rule_of(checkpoint)  # raises now what every process would raise
+    asked.choice.rule_of(checkpoint)  # An error is raised here, before any process starts.
     about = asked.identity()
     resume = None
     if json_file is not None:
@@ -125,7 +128,7 @@ def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any
 
 
 def files_of(folder: Path) -> dict[str, Any]:
-    """What tells one checkpoint from another."""
+    """The SHA-256 sums of a checkpoint's files, by which checkpoints differ; None for a missing file."""
     names = (CONFIG, TOKENIZER, CALIBRATION)
     return {
         "checkpoint_sha256": _sha256(folder / WEIGHTS),
@@ -134,8 +137,8 @@ def files_of(folder: Path) -> dict[str, Any]:
 
 
 def tasks_sha256() -> str:
-    """What tells one set of tasks and wordings from another. How the table moves and what counts as done is not
-    part of it."""
+    """The SHA-256 sum of all tasks and their phrasings. It covers neither the simulation nor the criteria of
+    success."""
     wordings = [[task.name, task.phrasings, task.held_out] for task in TASKS]
     return hashlib.sha256(json.dumps(wordings).encode()).hexdigest()
 
@@ -146,7 +149,10 @@ def _sha256(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Group:
-    """Chains that always run together. task: empty for chains, else the one of single instructions. indices: of chains or trials."""
+    """Chains that always run together.
+
+    task: the task of single instructions; empty for chains. indices: the numbers of the chains or trials.
+    """
 
     task: str
     indices: tuple[int, ...]
@@ -157,12 +163,12 @@ class Group:
 
 
 _drawn: dict[tuple[int, str, Group], list[Chain]] = {}
-"""What this process had drawn, by --seed, phrasings and group: a search or a curve runs the same chains over and over, and drawing them
-takes a quarter of the time."""
+"""The chains that were drawn in this process, by seed, phrasings and group. A search runs the same chains
+many times, and the draw takes a quarter of the time."""
 
 
 def groups_of(chains: int, trials: int, lanes: int) -> list[Group]:
-    """Every chain and every task's trials, in groups of `lanes`."""
+    """All chains and all trials of every task, in groups of at most `lanes`."""
     counts = {"": chains, **{task.name: trials for task in TASKS}}
     return [
         Group(name, tuple(range(first, min(first + lanes, count))))
@@ -181,7 +187,11 @@ def evaluate(
     processes: int,
     resume: ResumeFile | None,
 ) -> tuple[Results, Results]:
-    """Attempts of every chain and of every single instruction, in the order of `groups`, whatever the number of processes."""
+    """Runs all groups. Returns the attempts of every chain, and those of every single instruction.
+
+    Both lists have the order of `groups`, for any number of processes. resume: has the groups that are
+    finished already, which are not run again, and gets every newly finished one.
+    """
     done = dict(resume.done) if resume else {}
     left = [group for group in groups if group.key not in done]
     lanes = max(len(group.indices) for group in groups)
@@ -215,20 +225,22 @@ def _progress() -> Progress:
 
 
 def _worker(folder: Path, choice: ExitChoice, seed: int, phrasings: str, step_limit: int, lanes: int) -> Work:
-    """Runs groups in this process, on tables that are kept from one to the next."""
+    """Returns the function that runs one group in this process. The tables are made once, for all groups."""
     torch.set_num_threads(1)
     checkpoint = load(folder)
     driver = NetworkDriver(checkpoint, choice.rule_of(checkpoint), lanes)
     tables = [Table() for _ in range(lanes)]
 
-    def work(job: tuple[Group, list[Chain] | None], tell: Callable[[], None]) -> tuple[list[Chain], Results]:
+    def work(
+        job: tuple[Group, list[Chain] | None], on_progress: Callable[[], None]
+    ) -> tuple[list[Chain], Results]:
         group, chains = job
         own = tables[: len(group.indices)]
         if chains is None:
             chains = [
                 _draw(table, seed, group.task, index, phrasings) for table, index in zip(own, group.indices)
             ]
-        return chains, run_chains(chains, own, driver, step_limit, tell)
+        return chains, run_chains(chains, own, driver, step_limit, on_progress)
 
     return work
 

@@ -1,4 +1,4 @@
-"""How does a checkpoint drive several tables? It renders what each arm sees, and decides in lock step under a chosen exit rule."""
+"""The driver that moves several simulated tables by a checkpoint's network, under a chosen exit rule."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo
 
 RuleOf = Callable[[int, int], ExitRule]
-"""The exit rule of an instruction of so many tokens, at so many steps after it was given."""
+"""Gives the exit rule for an instruction's number of tokens and for the number of steps since it was
+given."""
 
 
 @dataclass(frozen=True)
 class ExitChoice:
-    """What decides how deep a policy thinks, one of: a budget, a fixed exit (a layer), the last layer, thresholds (one per exit), the
-    time (`by_time`: layers, each with the step of an instruction up to which it is the exit; after the last of them the last layer).
+    """What decides how many layers a policy runs. Set at most one field; without any, the checkpoint's own
+    thresholds apply.
 
-    None of them: the thresholds that the checkpoint ships.
+    budget: thresholds as the node solves them from a budget. exit_layer: the same exit in every step, by its
+    layer.
+    full_depth: the last layer in every step. thresholds: one per exit.
+    by_time: pairs of a layer and a step of the instruction. The layer is the exit before that step; after the
+    last pair, the last layer is.
     """
 
     budget: Budget | None = None
@@ -37,7 +42,8 @@ class ExitChoice:
     by_time: tuple[tuple[int, int], ...] | None = None
 
     def rule_of(self, checkpoint: Checkpoint) -> RuleOf:
-        """UserError, with the remedy, where this checkpoint cannot keep to it."""
+        """The exit rules that this choice means for a checkpoint. Raises UserError if the checkpoint cannot
+        follow the choice."""
         info = checkpoint.info
         exits = info.model.exits
         if self.budget is not None:
@@ -52,13 +58,14 @@ class ExitChoice:
             thresholds = info.thresholds if self.thresholds is None else self.thresholds
             if len(thresholds) != len(exits):
                 raise UserError(
-                    f"evaluate: {len(thresholds)} --thresholds for the {len(exits)} exits {exits}: give one each"
+                    f"evaluate: {len(thresholds)} --thresholds for the {len(exits)} exits {exits}: "
+                    "give one each"
                 )
             rule = ExitRule(exits, thresholds, info.delta)
         return lambda tokens, step: rule
 
     def to_json(self) -> dict[str, Any]:
-        """What was chosen, by name; "thresholds": "checkpoint" where nothing was."""
+        """The choice by its name, or {"thresholds": "checkpoint"} if no field is set."""
         if self.budget is not None:
             amounts = dataclasses.asdict(self.budget)
             return {name: value for name, value in amounts.items() if name != "governor" and value}
@@ -72,7 +79,7 @@ class ExitChoice:
 
 
 def _always(layer: int, info: CheckpointInfo) -> ExitRule:
-    """The rule of a fixed exit."""
+    """The exit rule that always exits at `layer`."""
     exits = info.model.exits
     if layer not in exits:
         raise UserError(
@@ -82,7 +89,7 @@ def _always(layer: int, info: CheckpointInfo) -> ExitRule:
 
 
 class NetworkDriver:
-    """Drives up to `lanes` arms by a checkpoint (chain_run.Driver)."""
+    """Moves up to `lanes` arms by a checkpoint's network (a chain_run.Driver)."""
 
     def __init__(self, checkpoint: Checkpoint, rule_of: RuleOf, lanes: int):
         rule = rule_of(checkpoint.info.model.max_tokens, 0)
@@ -95,7 +102,8 @@ class NetworkDriver:
         return self._tokens[lane]
 
     def decide(self, arms: Mapping[int, TableArm]) -> dict[int, LaneDecision]:
-        """UserError where an action is not finite: such a network cannot be scored."""
+        """See chain_run.Driver. Raises UserError if an action is not finite: such a network cannot be
+        scored."""
         for lane in arms:
             self._policy.set_rule(self._rule_of(self._tokens[lane], self._steps[lane]), lane)
             self._steps[lane] += 1
@@ -103,7 +111,8 @@ class NetworkDriver:
         for step in steps.values():
             if not step.action.is_finite:
                 raise UserError(
-                    "evaluate: the network's action is not finite: its weights are damaged, or training diverged"
+                    "evaluate: the network's action is not finite: "
+                    "its weights are damaged, or training diverged"
                 )
         return {
             lane: LaneDecision(step.action.pose, step.action.gripper > 0, step.exit_layer)
@@ -117,7 +126,8 @@ def _observation(arm: TableArm) -> Observation:
 
 
 def _budget_rules(budget: Budget, checkpoint: Checkpoint) -> RuleOf:
-    """Thresholds as the node solves them for each instruction's length, without the governor: they do not move from step to step."""
+    """The thresholds that the node solves for each instruction's length. The governor is off: they are the
+    same in every step."""
     budget = dataclasses.replace(budget, governor=False)
     keeper = BudgetKeeper.of(checkpoint)
     keeper.check(budget)

@@ -1,4 +1,4 @@
-"""What has an interrupted evaluation done already? A JSON-lines file that outlives a kill at any moment."""
+"""The JSON-lines file of an unfinished evaluation: it keeps the finished parts if the process is killed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from deer_vla_ros.files import write_text
 
 
 class ResumeFile:
-    """First line: `arguments`, all that the results depend on; then a line [key, value] for each part done.
+    """The first line holds `arguments`, on which all results depend; every other line is [key, value] of a
+    finished part.
 
-    UserError where the file is of other arguments. A last line that a kill cut short is dropped, and its part done again.
+    `done` maps the key of every finished part to its value. The constructor raises UserError if the file has
+    other arguments.
+    It drops an incomplete last line, which a killed process may leave; the caller then runs that part again.
     """
 
     def __init__(self, path: Path, arguments: dict[str, Any]):
@@ -28,13 +31,14 @@ class ResumeFile:
         write_text(path, "".join(line + "\n" for line in lines or [header]))
 
     def add(self, key: str, value: Any) -> None:
-        """Enters a part done; it is on the disk when this returns."""
+        """Adds a finished part. It is on the disk when this returns."""
         with self._path.open("a") as file:
             file.write(json.dumps([key, value]) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def remove(self) -> None:
+        """Deletes the file, after the whole evaluation is finished."""
         self._path.unlink()
 
 
@@ -43,6 +47,8 @@ def _check(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
         first = names[0]
         raise UserError(
-            f"{path} is of an interrupted run with other arguments ({first}: {found.get(first)} there, {wanted.get(first)} now"
-            f"{', and ' + ', '.join(names[1:]) if names[1:] else ''}): repeat that run to finish it, or delete the file"
+            f"{path} is of an interrupted run with other arguments "
+            f"({first}: {found.get(first)} there, {wanted.get(first)} now"
+            f"{', and ' + ', '.join(names[1:]) if names[1:] else ''}): "
+            "repeat that run to finish it, or delete the file"
         )

@@ -1,4 +1,4 @@
-"""What do the cameras of the simulated table see while tasks are done? Episodes to calibrate and to measure budgets on."""
+"""Episodes of the simulated table, for the calibration of a checkpoint and for the measurement of budgets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from deer_vla_ros.lab.demonstrations.demonstrations import demonstrations
 def table_episodes(
     seeds: range, steps: int, alter: Callable[[Observation], Observation] = lambda observation: observation
 ) -> Iterator[Episode]:
-    """Demonstrations of the scripted expert, `steps` steps for every seed, the last of a seed cut short.
+    """Yields demonstrations of the scripted expert: `steps` steps for every seed. The last demonstration of a
+    seed is cut to fit.
 
-    alter: another world than the one recorded.
+    alter: changes every observation, to give another world than the recorded one.
     """
     for seed in seeds:
         random, left = np.random.default_rng([seed, 1]), steps
