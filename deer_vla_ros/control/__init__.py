@@ -1,2 +1,1 @@
-"""What does the arm get told, and when nothing? Input gate, action to target, guard, hold, controller. No ROS
-in here."""
+"""Control of the arm: input gate, motion from an action, guard, holds and the controller. Without ROS."""

@@ -1,5 +1,4 @@
-"""What leaves on one topic goes on from what left before: stamps never go back, quaternions never change
-their sign without need."""
+"""Continuity of the commands on one topic: stamps never go back, quaternions never change sign needlessly."""
 
 from __future__ import annotations
 
@@ -11,19 +10,19 @@ from deer_vla_ros.control.types import Command, HoldReason, Pose
 
 
 class Continuity:
-    """Passes every command of one publisher in the order in which they leave."""
+    """Adapts each command of one publisher to the command that was sent before it."""
 
     def __init__(self, stamp_ns: int = 0, quaternion: np.ndarray | None = None) -> None:
-        """stamp_ns, quaternion (4,): those that left last, where another process goes on."""
+        """stamp_ns, quaternion (4,): of the last command that was sent, if another process sent it."""
         self.stamp_ns, self.quaternion = stamp_ns, quaternion
 
     def passed(self, command: Command) -> Command:
-        """The command as it may leave.
+        """The command as it may be sent. Call this once per command, in the order of sending.
 
-        A motion is stamped like its camera frames, a hold with the time at which it is told: the first motion
-        after a hold would go back, and takes the hold's stamp instead. Only a clock that jumped back takes
-        stamps back with it. A quaternion and its negative are one orientation: the one nearest to the last is
-        sent, for a controller that interpolates between numbers.
+        A motion has the stamp of its camera frames, a hold the time at which it is made. The first motion
+        after a hold would therefore be older than the hold; it gets the hold's stamp. Stamps go back only
+        when the clock jumped back. A quaternion and its negative are the same orientation; the one nearer to
+        the last quaternion is sent, because an arm controller may interpolate the numbers.
         """
         if HoldReason.CLOCK_JUMPED in command.holds:
             self.stamp_ns = 0

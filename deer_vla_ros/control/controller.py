@@ -152,7 +152,7 @@ class Controller:
         self._held = self._moved = self._last_gripper = self._last_tick = None
         self.serious = ()
         self.has_moved = False
-        self._following.begin()
+        self._following.reset()
         self._gripper = GripperSwitch(self._settings.gripper_hysteresis, self._settings.gripper_dwell_ns)
         self._pace.forget()
         self.gate.request_reset()
@@ -221,7 +221,7 @@ class Controller:
         """Why these inputs must not move the arm; empty when they may."""
         if inputs.clearances > self._clearances:
             self._clearances, self.serious = inputs.clearances, ()
-            self._following.begin()
+            self._following.reset()
         reasons = [*self.serious, *self.gate.judge(inputs, now_ns)]
         if inputs.holds_requested != self._holds_obeyed:  # also a request that was lifted before any tick
             reasons.append(HoldReason.REQUESTED)
@@ -337,7 +337,7 @@ class Controller:
     def _stands_still(self, target: Pose, measured: Pose, decision: Decision) -> bool:
         """Whether the arm has stood still for longer than allowed although its target is ahead of it."""
         limits, timeout_ns = self._settings.guard, self._settings.follow_timeout_ns
-        still_ns = self._following.still_ns(
+        still_ns = self._following.update(
             decision.static_stamp_ns, target, measured, limits, self._pace.period_ns
         )
         return 0 < timeout_ns < still_ns

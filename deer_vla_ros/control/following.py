@@ -1,4 +1,4 @@
-"""Whether the arm goes where it is told: targets against measured poses, over time."""
+"""A check that the arm follows its targets: it compares targets with measured poses over time."""
 
 from __future__ import annotations
 
@@ -6,36 +6,33 @@ from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.types import Pose
 
 AHEAD, AHEAD_M, AHEAD_RAD = 0.5, 0.01, 0.05
-"""A target is ahead of the arm from this share of a step's limit on, and at least from this distance on: a
-soft arm in contact stays behind by some millimetres."""
+"""A target is ahead of the arm if its distance is at least this share of a step's limit and at least this
+distance ([m], [rad]). A compliant arm in contact stays behind its target by some millimetres."""
 STILL_M, STILL_RAD = 0.003, 0.02
-"""An arm that moves less than this does not move: above the noise of encoders, below any motion on command.
-"""
+"""An arm that moves by less than this [m], [rad] stands still: more than encoder noise, less than any
+commanded motion."""
 
 
 class Following:
-    """Looks at every target and the pose that was measured then.
+    """Measures for how long the arm has stood still while its target was ahead of it.
 
-    An arm at rest near its target follows. One that stands still for long while its target is ahead of it
-    does not: it is stopped, or its measured pose is frozen. Holds in between do not make it move, so they
-    change nothing.
+    An arm at rest near its target follows. An arm that stands still for long while its target is ahead is
+    stopped, or its measured pose is frozen. Holds between two targets do not reset the time.
     """
 
     def __init__(self) -> None:
         self._rest: Pose | None = None
         self._stamp_ns = self._still_ns = 0
 
-    def begin(self) -> None:
-        """Forgets what was before."""
+    def reset(self) -> None:
+        """Forgets all earlier poses."""
         self._rest = None
         self._still_ns = 0
 
-    def still_ns(
-        self, stamp_ns: int, target: Pose, measured: Pose, limits: GuardLimits, period_ns: int
-    ) -> int:
-        """For how long the arm has stood still altogether while its target was ahead of it [ns].
+    def update(self, stamp_ns: int, target: Pose, measured: Pose, limits: GuardLimits, period_ns: int) -> int:
+        """Adds one step. Returns for how long the arm has stood still while its target was ahead [ns].
 
-        stamp_ns: of the step; period_ns: the most that one step counts for.
+        stamp_ns: of the step. period_ns: the longest time that one step adds.
         """
         since_ns, self._stamp_ns = stamp_ns - self._stamp_ns, stamp_ns
         if self._rest is None or _has_moved(self._rest, measured):
@@ -49,7 +46,7 @@ class Following:
 
 
 def _ahead(step: float, least: float, leash: float) -> float:
-    """From which distance on a target is ahead; no target gets further ahead than the leash."""
+    """The distance from which on a target is ahead. The leash bounds how far ahead a target can be."""
     return min(max(AHEAD * step, least), AHEAD * leash)
 
 

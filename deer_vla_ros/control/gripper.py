@@ -1,4 +1,4 @@
-"""Whether the gripper is to be open: a probability near one half must not make the fingers flutter."""
+"""The gripper switch: hysteresis and dwell time on the network's probability that the gripper is open."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from deer_vla_ros.inference.types import Action
 
 
 class GripperSwitch:
-    """Opens from 0.5 + hysteresis on, closes from 0.5 - hysteresis on, and otherwise stays as it is; and it
-    stays for dwell_ns after a change.
+    """Opens at a probability of 0.5 + hysteresis or more, closes at 0.5 - hysteresis or less.
 
-    With a hysteresis of 0, or before anything was decided, it is the reference's rule: open above one half.
+    After a change it does not change again for dwell_ns.
+
+    With a hysteresis of 0, and for the first decision, this is the rule of the reference implementation: open
+    above 0.5.
     """
 
     def __init__(self, hysteresis: float, dwell_ns: int = 0):
@@ -18,7 +20,7 @@ class GripperSwitch:
         self._changed_ns: int | None = None
 
     def decide(self, action: Action, now_ns: int = 0) -> bool:
-        """Whether the gripper is to be open at `now_ns`."""
+        """Whether the gripper must be open at `now_ns`."""
         wanted = self._is_open
         if self._is_open is None or abs(action.gripper_probability - 0.5) >= self.hysteresis:
             wanted = action.gripper > 0
@@ -28,7 +30,7 @@ class GripperSwitch:
 
     @property
     def state(self) -> tuple[bool | None, int | None]:
-        """What it decided and when; to be given back where a decision was not acted upon."""
+        """The last decision and when it changed. Set it back if a decision was not carried out."""
         return self._is_open, self._changed_ns
 
     @state.setter
@@ -36,5 +38,5 @@ class GripperSwitch:
         self._is_open, self._changed_ns = state
 
     def _dwells(self, now_ns: int) -> bool:
-        """Whether the last change was less than dwell_ns ago; a clock that went back ends it."""
+        """Whether the last change was less than dwell_ns ago; a clock that went back ends the dwell time."""
         return self._changed_ns is not None and 0 <= now_ns - self._changed_ns < self.dwell_ns

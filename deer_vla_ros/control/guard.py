@@ -1,5 +1,4 @@
-"""The guard: it shortens a motion until it keeps every limit of step, speed, acceleration, workspace and
-leash."""
+"""The guard: it shortens a motion until the limits of step, speed, acceleration, workspace and leash hold."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ RATES = (
 
 @dataclass(frozen=True)
 class GuardLimits:
-    """All in the action frame.
+    """The limits of a motion, in the action frame.
 
-    max_translation_m, max_rotation_rad: the most that a target may move in one step, from the last target on.
-    leash_m, leash_rad: the furthest that a target may be from the measured pose. workspace_min,
-    workspace_max: corners (3,) [m] of the box that targets stay in. max_linear_speed_m_s and the three after
-    it bound how fast the target moves and how fast that changes; 0: no limit. ramp_in_steps: so many steps
-    after a hold may use only RAMP_SHARE of the limits per step and of speed.
+    max_translation_m, max_rotation_rad: the most that one step may move the target. leash_m, leash_rad: the
+    largest distance of the target from the measured pose. workspace_min, workspace_max: corners (3,) [m] of
+    the box in which targets stay. The max_*_speed_* and max_*_acceleration_* values limit the target's
+    velocity and its change; 0: no limit. ramp_in_steps: number of steps after a hold that may use only
+    RAMP_SHARE of the limits of step and speed.
     """
 
     max_translation_m: float
@@ -61,11 +60,12 @@ class GuardLimits:
                 raise UserError(f"guard.{name} is {corner}: give x, y and z, finite")
         if any(low >= high for low, high in zip(self.workspace_min, self.workspace_max)):
             raise UserError(
-                f"guard.workspace_min {self.workspace_min} is not below guard.workspace_max {self.workspace_max} on every axis"
+                f"guard.workspace_min {self.workspace_min} is not below "
+                f"guard.workspace_max {self.workspace_max} on every axis"
             )
 
     def loosened_from(self, before: GuardLimits) -> list[str]:
-        """Names of the limits that allow more than they did `before`."""
+        """Names of the limits that allow more than they do in `before`."""
         return [
             field.name
             for field in fields(self)
@@ -75,8 +75,11 @@ class GuardLimits:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """seconds: since the last target was given, at most a control period. before: how fast the target moved
-    then; zero after a hold. in_ramp: whether the step is one of the first after a hold."""
+    """The time of one step.
+
+    seconds: since the last target was given, at most one control period. before: velocity of the target in
+    the last step; zero after a hold. in_ramp: whether this is one of the first steps after a hold.
+    """
 
     seconds: float
     before: Twist
@@ -85,10 +88,11 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A target that the arm may be given; start: where the step's motion begins; limits: what changed it.
+    """The result of `guard`.
 
-    arm_moved: the arm is so far from its last target that the leash alone would move it by more than a step
-    allows; hold instead.
+    start: the pose at which this step's motion begins. target: the pose that the arm may be given. limits:
+    the limits that changed the motion. arm_moved: the arm is so far from its last target that the leash alone
+    would move the target by more than a step allows; the caller must hold instead.
     """
 
     start: Pose
@@ -98,15 +102,15 @@ class Guarded:
 
 
 def is_beyond_workspace(limits: GuardLimits, measured: Pose) -> bool:
-    """Whether the arm is further outside the box than the leash reaches: no target in the box is then near
-    enough to be given."""
+    """Whether the arm is further outside the box than the leash reaches, so that no target in the box is near
+    enough."""
     return bool(
         np.linalg.norm(measured.position - _nearest_inside(limits, measured.position)) > limits.leash_m
     )
 
 
 def is_near(limits: GuardLimits, pose: Pose, measured: Pose) -> bool:
-    """Whether an arm that is told to go to `pose` moves by no more than one step, and stays on the leash."""
+    """Whether `pose` is within one step and within the leash of the measured pose."""
     metres, radians = measured.apart(pose)
     return metres <= min(limits.max_translation_m, limits.leash_m) and radians <= min(
         limits.max_rotation_rad, limits.leash_rad
@@ -121,49 +125,62 @@ def guard(
     rotation: Rotation,
     timing: StepTiming | None = None,
 ) -> Guarded:
-    """The motion from the last target, shortened until every limit holds. All arguments are finite.
+    """Shortens the motion from the last target until every limit holds. All arguments must be finite.
 
-    translation (3,) [m], rotation: what the policy wants, along the fixed axes of the action frame. timing:
-    None leaves speed, acceleration and the ramp out.
+    translation (3,) [m], rotation: the motion that the policy wants, along the fixed axes of the action
+    frame. timing: None leaves out the limits of speed and acceleration and the ramp. The caller must not pass
+    an arm that `is_beyond_workspace`.
 
-    Not for an arm that `is_beyond_workspace`. A last target outside the box (the arm was there when control
-    began) is brought straight in, whatever the policy wants; its distance from the box never grows. Box and
-    leash are convex and every point below is reached from one inside both, so shortening for one never breaks
-    the other, nor the limit per step. Slowing down for box, leash and step comes before the limit of
-    acceleration.
+    A last target outside the box (the arm was there when control began) moves straight into the box, whatever
+    the policy wants; its distance from the box never grows.
+
+    The box and the leash are convex, and each point below is reached from a point inside both. So shortening
+    for one of them never breaks the other, nor the limit per step. These limits may slow the target down
+    faster than the limit of acceleration allows.
     """
     low = np.minimum(limits.workspace_min, last_target.position)
     high = np.maximum(limits.workspace_max, last_target.position)
-    # Should the arm have been moved away, the step starts as near to the last target as the leash reaches.
+    # If the arm was moved away, the step starts at the point of the leash that is nearest to the last target.
     inside = np.clip(measured.position, low, high)
-    position, is_dragged = _towards(inside, last_target.position, measured.position, limits.leash_m)
-    quaternion, is_turned = _within(measured, last_target, limits.leash_rad)
+    position, start_moved_by_leash = _towards(inside, last_target.position, measured.position, limits.leash_m)
+    quaternion, start_turned_by_leash = _within(measured, last_target, limits.leash_rad)
     start = Pose(position, quaternion)
     dragged, turned = motion_between(last_target, start)
     metres, radians = _step_limits(limits, timing)
     left_m, left_rad = metres - float(np.linalg.norm(dragged)), radians - float(turned.magnitude())
 
-    found: list[Limit] = []
     nearest = _nearest_inside(limits, start.position)
-    was_outside = not np.array_equal(nearest, start.position)
-    if was_outside:
+    starts_outside = not np.array_equal(nearest, start.position)
+    if starts_outside:
         translation = nearest - start.position
-        found.append(Limit.WORKSPACE)
-    translation, rotation = _accelerated(limits, timing, translation, rotation, found)
-    told = [] if was_outside else found  # that the way back in takes several steps is no news
-    translation = _shortened(translation, left_m, limits.max_translation_m, timing, told, Limit.TRANSLATION)
-    turn = _shortened(rotation.as_rotvec(), left_rad, limits.max_rotation_rad, timing, found, Limit.ROTATION)
+    translation, rotation, acceleration_acted = _accelerated(limits, timing, translation, rotation)
+    translation, translation_limit = _shortened(
+        translation, left_m, limits.max_translation_m, timing, Limit.TRANSLATION
+    )
+    turn, rotation_limit = _shortened(
+        rotation.as_rotvec(), left_rad, limits.max_rotation_rad, timing, Limit.ROTATION
+    )
     wanted = moved(start, translation, Rotation.from_rotvec(turn))
 
     boxed = np.clip(wanted.position, low, high)
-    position, is_held_back = _towards(start.position, boxed, measured.position, limits.leash_m)
-    quaternion, is_turned_back = _within(measured, wanted, limits.leash_rad)
-    if not np.array_equal(boxed, wanted.position):
-        found.append(Limit.WORKSPACE)
-    if is_dragged or is_turned or is_held_back or is_turned_back:
-        found.append(Limit.LEASH)
+    position, end_moved_by_leash = _towards(start.position, boxed, measured.position, limits.leash_m)
+    quaternion, end_turned_by_leash = _within(measured, wanted, limits.leash_rad)
+
+    box_acted = not np.array_equal(boxed, wanted.position)
+    leash_acted = start_moved_by_leash or start_turned_by_leash or end_moved_by_leash or end_turned_by_leash
+    acted = (
+        Limit.WORKSPACE if starts_outside else None,
+        Limit.ACCELERATION if acceleration_acted else None,
+        None if starts_outside else translation_limit,  # the way into the box usually takes several steps
+        rotation_limit,
+        Limit.WORKSPACE if box_acted else None,
+        Limit.LEASH if leash_acted else None,
+    )
     return Guarded(
-        start, Pose(position, quaternion), tuple(dict.fromkeys(found)), arm_moved=min(left_m, left_rad) < 0
+        start,
+        Pose(position, quaternion),
+        limits=tuple(dict.fromkeys(limit for limit in acted if limit is not None)),
+        arm_moved=min(left_m, left_rad) < 0,
     )
 
 
@@ -172,8 +189,10 @@ def _nearest_inside(limits: GuardLimits, position: np.ndarray) -> np.ndarray:
 
 
 def _allows_more(name: str, now: object, before: object) -> bool:
-    """Whether a limit's new value allows more. 0 means no limit for RATES; a ramp or a lower corner allows
-    more when it is less."""
+    """Whether a limit's new value allows more than the one before.
+
+    For RATES, 0 means no limit. A smaller ramp or a smaller lower corner allows more.
+    """
     if name in RATES:
         return (now or math.inf) > (before or math.inf)
     if name == "workspace_min":
@@ -184,7 +203,7 @@ def _allows_more(name: str, now: object, before: object) -> bool:
 
 
 def _step_limits(limits: GuardLimits, timing: StepTiming | None) -> tuple[float, float]:
-    """The most that a target may move in this step by the limits per step and of speed, [m] and [rad]."""
+    """The most that this step may move the target by the limits per step and of speed, [m] and [rad]."""
     metres, radians = limits.max_translation_m, limits.max_rotation_rad
     if timing is not None and limits.max_linear_speed_m_s:
         metres = min(metres, limits.max_linear_speed_m_s * timing.seconds)
@@ -194,68 +213,61 @@ def _step_limits(limits: GuardLimits, timing: StepTiming | None) -> tuple[float,
 
 
 def _accelerated(
-    limits: GuardLimits,
-    timing: StepTiming | None,
-    translation: np.ndarray,
-    rotation: Rotation,
-    found: list[Limit],
-) -> tuple[np.ndarray, Rotation]:
-    """The motion whose velocity differs from the last one by no more than the limits of acceleration allow."""
+    limits: GuardLimits, timing: StepTiming | None, translation: np.ndarray, rotation: Rotation
+) -> tuple[np.ndarray, Rotation, bool]:
+    """The nearest motion that keeps the limits of acceleration, and whether it differs from the given one."""
     if timing is None:
-        return translation, rotation
-    seconds, turn = timing.seconds, rotation.as_rotvec()
+        return translation, rotation, False
+    seconds, turn, translation_changed, turn_changed = timing.seconds, rotation.as_rotvec(), False, False
     if limits.max_linear_acceleration_m_s2:
         most = limits.max_linear_acceleration_m_s2 * seconds**2
-        translation = _near(translation, timing.before.linear * seconds, most, found)
+        translation, translation_changed = _near(translation, timing.before.linear * seconds, most)
     if limits.max_angular_acceleration_rad_s2:
         most = limits.max_angular_acceleration_rad_s2 * seconds**2
-        turn = _near(turn, timing.before.angular * seconds, most, found)
-    return translation, Rotation.from_rotvec(turn)
+        turn, turn_changed = _near(turn, timing.before.angular * seconds, most)
+    return translation, Rotation.from_rotvec(turn), translation_changed or turn_changed
 
 
-def _near(vector: np.ndarray, centre: np.ndarray, radius: float, found: list[Limit]) -> np.ndarray:
-    """`vector`, or the point nearest to it that is within `radius` of `centre`."""
+def _near(vector: np.ndarray, centre: np.ndarray, radius: float) -> tuple[np.ndarray, bool]:
+    """The point nearest to `vector` within `radius` of `centre`, and whether it differs from `vector`."""
     distance = float(np.linalg.norm(vector - centre))
     if distance <= radius:
-        return vector
-    found.append(Limit.ACCELERATION)
-    return centre + (vector - centre) * (radius / distance)
+        return vector, False
+    return centre + (vector - centre) * (radius / distance), True
 
 
 def _shortened(
-    motion: np.ndarray,
-    left: float,
-    per_step: float,
-    timing: StepTiming | None,
-    found: list[Limit],
-    limit: Limit,
-) -> np.ndarray:
-    """`motion` (3,) with its length at most `left`, and in a ramp at most the ramp's share of `per_step`, and
-    what shortened it.
+    motion: np.ndarray, left: float, per_step: float, timing: StepTiming | None, step_limit: Limit
+) -> tuple[np.ndarray, Limit | None]:
+    """`motion` (3,), at most `left` long (in the ramp, its share of `left`), and the limit that shortened it.
 
-    left: what the limits per step and of speed have left over; it is negative where the leash has used up
-    more than all.
+    left: what the leash has left over of the limits per step and of speed; negative if it used more than all.
+    per_step: the limit per step alone; `step_limit` is its name.
     """
     share = RAMP_SHARE if timing is not None and timing.in_ramp else 1.0
     most, length = max(left * share, 0.0), float(np.linalg.norm(motion))
     if length <= most:
-        return motion
-    if length > max(left, 0.0):
-        found.append(limit if length > per_step or timing is None else Limit.SPEED)
+        return motion, None
+    if length <= max(left, 0.0):
+        limit = Limit.RAMP_IN
+    elif length > per_step or timing is None:
+        limit = step_limit
     else:
-        found.append(Limit.RAMP_IN)
-    return motion * (most / length)
+        limit = Limit.SPEED
+    return motion * (most / length), limit
 
 
 def _towards(
     start: np.ndarray, end: np.ndarray, anchor: np.ndarray, radius: float
 ) -> tuple[np.ndarray, bool]:
-    """`end` where it is within `radius` of `anchor`, else the last point on the way from `start`, which is,
-    that is too; and whether it is not `end`."""
+    """The last point from `start` towards `end` within `radius` of `anchor`, and whether it is not `end`.
+
+    `start` must be within `radius` of `anchor`.
+    """
     if np.linalg.norm(end - anchor) <= radius:
         return end, False
     way, offset = end - start, start - anchor
-    # |offset + t * way| = radius, its larger solution t
+    # The larger solution t of |offset + t * way| = radius.
     a, b, c = way @ way, offset @ way, min(offset @ offset - radius**2, 0.0)
     if a == 0.0:
         return start, True
@@ -263,8 +275,8 @@ def _towards(
 
 
 def _within(anchor: Pose, pose: Pose, radius_rad: float) -> tuple[np.ndarray, bool]:
-    """`pose`'s own quaternion where it is within `radius_rad` of `anchor`, else that of the nearest
-    orientation that is; and whether it is not its own."""
+    """Quaternion (4,) of the orientation nearest to `pose` within `radius_rad` of `anchor`, and whether it
+    differs from that of `pose`."""
     _, rotation = motion_between(anchor, pose)
     angle = rotation.magnitude()
     if angle <= radius_rad:

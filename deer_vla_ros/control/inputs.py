@@ -1,4 +1,4 @@
-"""The input gate: it keeps the newest of every input and says why a step must not act on them."""
+"""The input gate: it keeps the newest value of every input, and says why a step must not use them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ import numpy as np
 from deer_vla_ros.control.types import Camera, Frame, HoldReason, MeasuredPose, Pose
 
 UNIT_QUATERNION_TOLERANCE = 1e-2
-"""How far a quaternion's length may be from 1: covers float32 publishers, not a forgotten field."""
+"""The largest difference of a quaternion's length from 1: float32 passes, a field left at 0 does not."""
 
 MAX_ARM_SPEED, MAX_ARM_TURN = 3.0, 10.0
-"""m/s and rad/s: faster than any arm of this kind moves. A measured pose that moves faster is wrong, or of
-another arm."""
+"""[m/s], [rad/s]: no arm of this kind moves faster. A measured pose that does is wrong, or another arm's."""
 POSE_NOISE_M, POSE_NOISE_RAD = 0.02, 0.1
-"""How far two measured poses may be apart at no distance in time."""
+"""[m] and [rad]: the largest distance of two poses that are measured at the same time."""
 MAX_COORDINATE_M = 100.0
-"""How far from its frame's origin an arm can be, mobile robots in a hall included."""
+"""[m]: the largest distance of an arm from the origin of its frame, mobile robots in a hall included."""
 
 
 @dataclass(frozen=True)
 class InputLimits:
-    """What still counts as now.
+    """The limits of age and skew.
 
-    max_age_ns: a camera frame older than this is stale; max_pose_age_ns: likewise the measured pose.
-    max_skew_ns: stamps of the two cameras further apart do not belong together; also how far a stamp may lie
-    in the future.
+    max_age_ns: the largest age of a camera frame. max_pose_age_ns: the largest age of the measured pose.
+    max_skew_ns: the largest distance of the two camera stamps of a pair, and of a stamp in the future.
     """
 
     max_age_ns: int
@@ -38,14 +36,14 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The newest of everything at one moment.
+    """The newest value of every input at one moment.
 
-    pair: the newest static and gripper frame that belong together. good_pose: the newest pose that made sense
-    by itself. pose_jump_ns: stamp of the last pose that was too far from the good one before to be believed.
-    demands: holds that are demanded from outside for as long as they stand. holds_requested: how many were
-    requested so far, those that were let go at once included. clearances: how often a person deliberately let
-    the arm go on, by lifting the requested hold or by another instruction. dropped: static frames of pairs
-    that were replaced before a tick saw them.
+    pair: the newest static and gripper frame whose stamps belong together. good_pose: the newest pose that is
+    sane by itself (see `is_sane`). pose_jump_ns: stamp of the last good pose that was further from the good
+    pose before it than an arm moves. demands: reasons to hold that hold as long as they are demanded.
+    holds_requested: number of requested holds so far, including those that were lifted at once. clearances:
+    how often a person let the arm go on, by lifting the requested hold or by another instruction. dropped:
+    number of pairs that newer ones replaced before a tick saw their static frame.
     """
 
     static: Frame | None = None
@@ -63,7 +61,10 @@ class Inputs:
 
 
 class InputGate:
-    """Keeps the newest of every input. Inputs may arrive from any thread; nothing here waits for a step."""
+    """Keeps the newest value of every input.
+
+    Any thread may call any method; none of them waits for a step. `limits` is set by the control thread.
+    """
 
     def __init__(self, limits: InputLimits, frame: str):
         self.limits = limits
@@ -73,19 +74,19 @@ class InputGate:
         self._seen: Frame | None = None
 
     def snapshot(self) -> Inputs:
-        """Everything as it is now; frozen, so that a tick sees one moment."""
+        """All inputs as they are now, frozen, so that a tick works with one moment."""
         return self._inputs
 
     def put_frame(self, camera: Camera, frame: Frame) -> bool:
-        """A new image; forms a pair with the other camera's newest where their stamps are close enough.
+        """Takes a new frame. It forms a pair with the other camera's newest frame if their stamps are close.
 
-        Returns whether there is a pair that no tick has seen.
+        Returns whether there is a pair that no tick has seen, so that a tick may have something to do.
         """
         with self._lock:
             inputs = dataclasses.replace(self._inputs, **{camera.value: frame})
             static, gripper = inputs.static, inputs.gripper
             if static and gripper and abs(static.stamp_ns - gripper.stamp_ns) <= self.limits.max_skew_ns:
-                # A second gripper frame for the same static frame makes a newer pair, not one more step.
+                # A second gripper frame for the same static frame makes a newer pair, but not another step.
                 dropped = (
                     inputs.pair is not None
                     and inputs.pair[0] is not self._seen
@@ -98,6 +99,7 @@ class InputGate:
             return inputs.pair is not None and inputs.pair[0] is not self._seen
 
     def put_pose(self, pose: MeasuredPose) -> None:
+        """Takes a measured pose, and compares it with the last good one."""
         with self._lock:
             good, jump_ns = self._inputs.good_pose, self._inputs.pose_jump_ns
             if pose.frame == self._action_frame and is_sane(pose.pose):
@@ -106,15 +108,20 @@ class InputGate:
             self._inputs = dataclasses.replace(self._inputs, pose=pose, good_pose=good, pose_jump_ns=jump_ns)
 
     def put_instruction(self, text: str) -> None:
-        """Another text than the newest is a clearance; an empty one never is."""
+        """Takes an instruction; an empty one means hold.
+
+        A new text is a clearance and starts a new episode at the next step. The same text does neither.
+        """
         text = text.strip()
         with self._lock:
             is_other = bool(text) and text != self._inputs.instruction
             self._inputs = dataclasses.replace(self._inputs, instruction=text, **self._clearance(is_other))
 
     def request_hold(self, hold: bool) -> None:
-        """Every requested hold counts, however soon it is lifted; lifting is a clearance, also where none was
-        requested."""
+        """Requests a hold, or lifts it. Lifting is a clearance, even if no hold was requested.
+
+        Each requested hold counts, even if it is lifted before a tick sees it.
+        """
         with self._lock:
             demands, requested = (
                 self._demands(HoldReason.REQUESTED, hold),
@@ -125,34 +132,34 @@ class InputGate:
             )
 
     def demand_hold(self, reason: HoldReason, stands: bool) -> None:
-        """A hold for a reason that only the caller sees, for as long as it stands; its end is no clearance."""
+        """Demands a hold as long as `stands`, for a reason that the caller sees. Its end is no clearance."""
         if (reason in self._inputs.demands) != stands:
             with self._lock:
                 self._inputs = dataclasses.replace(self._inputs, demands=self._demands(reason, stands))
 
     def clear(self) -> None:
-        """A clearance, without any other change."""
+        """A clearance: a person has looked at the arm, and serious reasons do not hold any longer."""
         with self._lock:
             self._inputs = dataclasses.replace(self._inputs, **self._clearance(True))
 
     def request_reset(self) -> None:
+        """Requests a new episode at the next step, with a cleared temporal state."""
         with self._lock:
             self._inputs = dataclasses.replace(self._inputs, resets=self._inputs.resets + 1)
 
     def mark_seen(self, pair: tuple[Frame, Frame] | None) -> None:
-        """A tick stepped on this pair or deliberately held: it is not dropped."""
+        """A tick has used this pair, or has held: the pair does not count as dropped."""
         with self._lock:
             self._seen = pair[0] if pair else None
 
     def forget(self) -> None:
-        """Drops frames and pose, which belong to another time; the instruction and demands stay."""
+        """Forgets frames and poses, because the clock has jumped. The instruction and the demands stay."""
         nothing = dict.fromkeys(("static", "gripper", "pair", "pose", "good_pose", "pose_jump_ns"))
         with self._lock:
             self._inputs = dataclasses.replace(self._inputs, **nothing)
 
     def judge(self, inputs: Inputs, now_ns: int) -> tuple[HoldReason, ...]:
-        """Why no step may act on `inputs` at `now_ns`; empty when it may. Every reason is named, not only the
-        first."""
+        """All reasons why no step may use `inputs` at `now_ns`; empty if a step may."""
         reasons = list(inputs.demands)
         if not inputs.instruction:
             reasons.append(HoldReason.NO_INSTRUCTION)
@@ -161,7 +168,7 @@ class InputGate:
         return tuple(reasons)
 
     def judge_pose(self, inputs: Inputs, now_ns: int) -> list[HoldReason]:
-        """Why the measured pose cannot be built upon; empty when it can."""
+        """All reasons why the measured pose must not be used; empty if it may be."""
         pose = inputs.pose
         if pose is None:
             return [HoldReason.NO_POSE]
@@ -183,10 +190,10 @@ class InputGate:
         return reasons
 
     def _judge_cameras(self, inputs: Inputs, now_ns: int) -> list[HoldReason]:
-        """Cameras are judged by the newest frame of each, and then by the newest pair.
+        """Judges the newest frame of each camera, and then the newest pair.
 
-        The pair may lag behind one camera for a moment, until the other's frame is here; it is skewed when it
-        lags for longer than a frame may be old.
+        A pair may be older than one camera's newest frame, until the other camera's frame arrives. If the
+        pair is older than a frame may be, the cameras are skewed.
         """
         reasons = []
         for name, frame in (("STATIC", inputs.static), ("GRIPPER", inputs.gripper)):
@@ -207,22 +214,22 @@ class InputGate:
         return reasons
 
     def is_outdated(self, pair: tuple[Frame, Frame], now_ns: int) -> bool:
-        """Whether one of the pair is older than a frame may be."""
+        """Whether a frame of the pair is older than a frame may be."""
         return now_ns - min(frame.stamp_ns for frame in pair) > self.limits.max_age_ns
 
     def _clearance(self, given: bool) -> dict[str, object]:
-        """What a clearance changes, where it is given: a pose that jumped has been looked at, too."""
+        """The fields of `Inputs` that a clearance changes, if it is given. It also clears a pose jump."""
         return {"clearances": self._inputs.clearances + 1, "pose_jump_ns": None} if given else {}
 
     def _demands(self, reason: HoldReason, stands: bool) -> tuple[HoldReason, ...]:
-        """What is demanded, with or without `reason`."""
+        """The demands with `reason` if it stands, else without it."""
         others = tuple(each for each in self._inputs.demands if each is not reason)
         return (*others, reason) if stands else others
 
 
 def is_sane(pose: Pose) -> bool:
-    """Whether a pose can be an arm's at all: finite, of unit length, within any reach, and not the zeros of a
-    driver that has not measured yet."""
+    """Whether an arm can have this pose: finite, a unit quaternion, within MAX_COORDINATE_M, and not at the
+    origin (a driver that has not measured yet sends zeros)."""
     position, length = pose.position, np.linalg.norm(pose.quaternion)
     is_position = (
         np.isfinite(position).all() and np.abs(position).max() <= MAX_COORDINATE_M and position.any()
@@ -231,8 +238,7 @@ def is_sane(pose: Pose) -> bool:
 
 
 def _is_jump(before: MeasuredPose, now: MeasuredPose) -> bool:
-    """Whether no arm could have moved from one measured pose to the other in the time between them. Both are
-    sane."""
+    """Whether no arm can move from one measured pose to the other in the time between them. Both are sane."""
     seconds = abs(now.stamp_ns - before.stamp_ns) / 1e9
     metres, radians = now.pose.apart(before.pose)
     return (

@@ -1,4 +1,4 @@
-"""Where does a relative action send the TCP? Composition of poses, in the action frame."""
+"""Motions of the tool centre point (TCP) in the action frame: from actions, between poses, as velocities."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from deer_vla_ros.model.action_space import ActionSpace
 
 
 def motion_of(action: np.ndarray, space: ActionSpace) -> tuple[np.ndarray, Rotation]:
-    """A normalised action (6,) as a translation [m] and a rotation, both along the fixed axes of the action
-    frame.
+    """Translation (3,) [m] and rotation of a normalised action (6,), along fixed axes of the action frame.
 
-    The last three values are XYZ Euler angles about fixed axes ("xyz" in scipy's spelling).
+    The last three values are XYZ Euler angles about fixed axes ("xyz" in scipy).
     """
     translation = np.asarray(action[:3], dtype=np.float64) * space.translation_m
     angles = np.asarray(action[3:6], dtype=np.float64) * space.rotation_rad
@@ -23,26 +22,25 @@ def motion_of(action: np.ndarray, space: ActionSpace) -> tuple[np.ndarray, Rotat
 
 
 def moved(pose: Pose, translation: np.ndarray, rotation: Rotation) -> Pose:
-    """`pose` after a motion along the axes of the frame it is expressed in: the rotation is applied from the
-    left."""
+    """`pose` after a motion along the axes of its reference frame: the rotation multiplies from the left."""
     return Pose(pose.position + translation, (rotation * Rotation.from_quat(pose.quaternion)).as_quat())
 
 
 def motion_between(start: Pose, end: Pose) -> tuple[np.ndarray, Rotation]:
-    """The motion that `moved` would need to get from `start` to `end`."""
+    """The translation and rotation with which `moved` gets from `start` to `end`."""
     rotation = Rotation.from_quat(end.quaternion) * Rotation.from_quat(start.quaternion).inv()
     return end.position - start.position, rotation
 
 
 def euler_of(quaternion: np.ndarray) -> np.ndarray:
-    """(4,) xyzw -> (3,) XYZ Euler angles about fixed axes [rad]; where two axes fall together, any of those
-    that say so."""
+    """XYZ Euler angles (3,) about fixed axes [rad] of a quaternion (4,) xyzw. In gimbal lock, one of the
+    possible solutions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Rotation.from_quat(quaternion).as_euler("xyz")
 
 
 def twist_of(start: Pose, end: Pose, seconds: float) -> Twist:
-    """The constant velocity that makes the motion from `start` to `end` in `seconds`."""
+    """The constant velocity that moves from `start` to `end` in `seconds`."""
     translation, rotation = motion_between(start, end)
     return Twist(translation / seconds, rotation.as_rotvec() / seconds)

@@ -1,15 +1,14 @@
-"""Which frames may be stepped on at a given rate? As many as come, but in the long run not more than the
-rate."""
+"""The pace: it admits camera frames to inference, in the long run not more than the control rate."""
 
 from __future__ import annotations
 
 JITTER = 0.2
-"""Share of a period by which a frame may be early: a camera at the control rate jitters, and none of its
-frames is to be lost."""
+"""Share of a period by which a frame may be early, so that no frame of a jittering camera at the control rate
+is lost."""
 
 
 class Pace:
-    """Decides by stamps alone, so that a replay decides alike."""
+    """Decides by the frames' stamps alone, so that a replay decides the same."""
 
     def __init__(self, rate_hz: float):
         self.rate_hz = rate_hz
@@ -21,17 +20,17 @@ class Pace:
 
     @property
     def slack_ns(self) -> int:
+        """How early a frame may be."""
         return int(JITTER * self.period_ns)
 
     def admits(self, stamp_ns: int) -> bool:
-        """Whether a frame of this stamp may be stepped on. One older than the last is never due."""
+        """Whether a frame with this stamp may be used. A frame older than the last used one never may."""
         return self._due_ns is None or stamp_ns >= self._due_ns - self.slack_ns
 
     def take(self, stamp_ns: int) -> None:
-        """A frame was stepped on. What it was early counts against the next ones, so that the mean keeps the
-        rate."""
+        """A frame is used. If it was early, the next one is due later, so that the mean keeps the rate."""
         self._due_ns = max(stamp_ns if self._due_ns is None else self._due_ns, stamp_ns) + self.period_ns
 
     def forget(self) -> None:
-        """Whatever comes next is due."""
+        """The next frame may be used, whatever its stamp."""
         self._due_ns = None

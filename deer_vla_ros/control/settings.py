@@ -1,4 +1,4 @@
-"""What of a controller can be set, all of it live between two ticks but the rate."""
+"""The settings of a controller, in a module that loads without torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from deer_vla_ros.control.inputs import InputLimits
 
 @dataclass(frozen=True)
 class ControllerSettings:
-    """rate_hz: at most so many steps, and while holding as many repeats, per second.
+    """All of them but rate_hz may change between two ticks.
 
-    gripper_hysteresis: how far from one half the gripper's probability must be to change it;
-    gripper_dwell_ns: the least time between two changes. follow_timeout_ns: for how long the arm may stand
-    still although its target is ahead of it; 0: for ever.
+    rate_hz: the most steps per second, and how often a hold is repeated. gripper_hysteresis,
+    gripper_dwell_ns: see `GripperSwitch`. follow_timeout_ns: for how long the arm may stand still while its
+    target is ahead of it; 0: no limit.
     """
 
     rate_hz: float
@@ -26,7 +26,7 @@ class ControllerSettings:
     follow_timeout_ns: int = 0
 
     def loosened_from(self, before: ControllerSettings) -> list[str]:
-        """Parameters whose limit allows more than it did `before`."""
+        """Names of the ROS parameters whose limits allow more than they do in `before`."""
         guard = [f"guard.{name}" for name in self.guard.loosened_from(before.guard)]
         names = ("max_age", "max_pose_age", "max_skew")
         inputs = [

@@ -1,5 +1,4 @@
-"""What goes into a control tick and what comes out? Plain frozen data. Times are integer nanoseconds of one
-clock."""
+"""Frozen data types for the inputs and outputs of a control tick. Times are integers [ns] of one clock."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # the watchdog process reads poses with this room's rules, and has no use for torch
+if TYPE_CHECKING:  # the watchdog process uses these types, and must not load torch
     from deer_vla_ros.budget.types import StepCost
     from deer_vla_ros.inference.types import PolicyStep
 
@@ -21,7 +20,7 @@ class Camera(enum.Enum):
 
 
 class HoldReason(enum.Enum):
-    """Why the arm holds; the value is the sentence for people."""
+    """Why the arm holds. The value is the text for users."""
 
     STOPPING = "control is ending"
     REQUESTED = "hold was requested through the service"
@@ -82,21 +81,19 @@ SERIOUS = frozenset(
         HoldReason.INFERENCE_FAILED,
     }
 )
-"""Reasons that do not end by themselves: a person looks first, and then lets go through `~/hold` or gives
-another instruction.
+"""Reasons that do not end by themselves: a person must look at the arm, and then call `~/hold` with false or
+give another instruction.
 
-COMMANDS_UNHEARD is one only where it interrupted a motion: an arm's controller that has not started yet is
-waited for.
+COMMANDS_UNHEARD is serious only if it interrupted a motion. Otherwise the arm's controller may not have
+started yet.
 """
 
-
 COMMANDED_BY_OTHERS = frozenset({HoldReason.OTHER_PUBLISHER, HoldReason.OTHER_COMMANDER})
-"""While one of these is seen, the arm is another's: it is not told to hold either, for that would disturb the
-other's motion."""
+"""Reasons for which the arm gets no hold command either, because it would disturb another node's motion."""
 
 
 class Limit(enum.Enum):
-    """Which limit of the guard changed a motion."""
+    """A limit of the guard that can change a motion. The value names its ROS parameters."""
 
     TRANSLATION = "guard.max_translation_m"
     ROTATION = "guard.max_rotation_rad"
@@ -109,7 +106,7 @@ class Limit(enum.Enum):
 
 @dataclass(frozen=True)
 class Frame:
-    """One camera image: (H, W, 3) uint8 RGB, stamped when it was taken [ns]."""
+    """One camera image, (H, W, 3) uint8 RGB. stamp_ns: when it was taken."""
 
     image: np.ndarray
     stamp_ns: int
@@ -127,14 +124,14 @@ class Pose:
         return np.concatenate([self.position, self.quaternion])
 
     def apart(self, other: Pose) -> tuple[float, float]:
-        """How far two poses are apart, [m] and [rad]; a quaternion and its negative are the same orientation."""
+        """The distance to `other`, [m] and [rad]. A quaternion and its negative are the same orientation."""
         cosine = min(1.0, abs(float(self.quaternion @ other.quaternion)))
         return float(np.linalg.norm(self.position - other.position)), 2 * math.acos(cosine)
 
 
 @dataclass(frozen=True)
 class MeasuredPose:
-    """The TCP's pose in `frame`, measured at `stamp_ns`."""
+    """The pose of the TCP in `frame`, measured at `stamp_ns`."""
 
     pose: Pose
     frame: str
@@ -143,7 +140,7 @@ class MeasuredPose:
 
 @dataclass(frozen=True)
 class Twist:
-    """linear (3,) [m/s] and angular (3,) [rad/s], both along the axes of the action frame."""
+    """A velocity: linear (3,) [m/s] and angular (3,) [rad/s], both along the axes of the action frame."""
 
     linear: np.ndarray
     angular: np.ndarray
@@ -155,10 +152,11 @@ class Twist:
 
 @dataclass(frozen=True)
 class Decision:
-    """One inference: what it saw, decided and cost.
+    """The record of one inference: its inputs, its result and its cost.
 
-    step, episode and episode_step count from 0. limits: which limits changed the motion; held: why it was
-    refused. tick_ns: when the step began; steady_ns: the same by a clock that never stops.
+    step, episode, episode_step: counted from 0. tick_ns: ROS time at the begin of the step. steady_ns: the
+    same on a clock that never stops. limits: the limits that changed the motion. held: why the motion was
+    refused; empty if it was not.
     """
 
     step: int
@@ -183,22 +181,22 @@ class Decision:
 
     @property
     def skew_ns(self) -> int:
-        """Distance of the two camera stamps."""
+        """The distance of the two camera stamps."""
         return abs(self.static_stamp_ns - self.gripper_stamp_ns)
 
     def age_ns(self, stamp_ns: int) -> int:
-        """Age of an input when the step began."""
+        """The age of an input when the step began."""
         return self.tick_ns - stamp_ns
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the arm is told at one tick.
+    """The command of one tick, a motion or a hold.
 
-    target: absolute TCP pose in the action frame, None where nothing is to be published. gripper: command
-    value, None: nothing. stamp_ns: the decision's, or the tick's while holding. holds: why the arm holds;
-    empty when it moves. decision: present when this tick ran an inference. error: what went wrong, where
-    `holds` has INFERENCE_FAILED. is_silent: the arm is not told, for another one commands it.
+    stamp_ns: of the decision, or of the tick for a hold. target: absolute TCP pose in the action frame; None:
+    no pose is published. gripper: command value; None: no gripper command. holds: why the arm holds; empty
+    for a motion. decision: given if this tick ran an inference. error: the cause of INFERENCE_FAILED in
+    `holds`. is_silent: the command is not sent to the arm, because another node commands the arm.
     """
 
     stamp_ns: int
