@@ -157,8 +157,8 @@ class _Study:
 
     Optuna's heartbeat and its RetryHeartbeatStaleTrialCallback are not used. They need RDBStorage, which
     cannot read the journals of earlier searches and which is not safe as an SQLite file on a network file
-    system. They retry a trial only after a grace period and under a new number. Optuna also lets two processes
-    together evaluate more than `trials` trials.
+    system. They retry a trial only after a grace period and under a new number. Optuna also lets two
+    processes together evaluate more than `trials` trials.
 
     Two kinds of locks on bytes of the journal are used instead. A process holds byte 0 while it takes or
     finishes a trial, and byte N + 1 while it evaluates trial N. The kernel (on a network file system: the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,13 +13,11 @@ from torch import Tensor
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.preprocess import normalised
 from deer_vla_ros.lab.training.augmentation import PAD_GRIPPER, PAD_STATIC, random_shift
+from deer_vla_ros.lab.training.dataset import Windows, window_rows
 from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.lab.training.losses import ActionTargets, features_of
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
-
-if TYPE_CHECKING:
-    from deer_vla_ros.lab.training.dataset import Windows
 
 
 @dataclass(frozen=True)
@@ -198,15 +196,6 @@ class CachedWindows:
             targets=ActionTargets.from_actions(actions, torch.from_numpy(valid), float(count)),
             features=self._features[:, torch.from_numpy(rows)].float(),
         )
-
-
-def window_rows(episode: np.ndarray, starts: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frame numbers (B, window) from each start on, and which of them (bool) are of the start's episode; others repeat the last."""
-    rows = np.minimum(starts[:, None] + np.arange(window), len(episode) - 1)
-    valid = episode[rows] == episode[starts][:, None]
-    valid[:, 1:] &= rows[:, 1:] > rows[:, :-1]
-    last = starts + valid.sum(1) - 1
-    return np.where(valid, rows, last[:, None]), valid
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.training.batches import window_rows
 from deer_vla_ros.lab.training.frames import Frames
 
 
@@ -88,3 +87,16 @@ class FrameWindows:
         phrasings = [self._frames.phrasings[self._frames.tasks[task]] for task in self._frames.task[indices]]
         draws = (np.random.default_rng([key, int(index)]) for index in indices)
         return [texts[draw.integers(len(texts))] for texts, draw in zip(phrasings, draws)]
+
+
+def window_rows(episode: np.ndarray, starts: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of windows, (B, window), and whether each row (bool) is valid.
+
+    episode: the episode of every row. starts (B,): the first row of each window. A row after the end of the
+    start's episode is not valid; it repeats the last valid row.
+    """
+    rows = np.minimum(starts[:, None] + np.arange(window), len(episode) - 1)
+    valid = episode[rows] == episode[starts][:, None]
+    valid[:, 1:] &= rows[:, 1:] > rows[:, :-1]
+    last = starts + valid.sum(1) - 1
+    return np.where(valid, rows, last[:, None]), valid

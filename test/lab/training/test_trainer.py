@@ -19,7 +19,8 @@ from small_model import SMALL
 
 from deer_vla_ros.commands import train_command
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.training.batches import FrameBatches, Share, window_rows
+from deer_vla_ros.lab.training.batches import FrameBatches, Share
+from deer_vla_ros.lab.training.dataset import window_rows
 from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.lab.training.optimisation import Stage
 from deer_vla_ros.lab.training.recipe import Recipe, Train
