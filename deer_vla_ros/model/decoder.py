@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deer_vla_ros.model.config import DecoderConfig
-from deer_vla_ros.model.reference import ReferenceWeights, placed
 from deer_vla_ros.model.resampler import FeedForward, merge_heads, split_heads
 
 
@@ -58,14 +57,6 @@ def attention_bias(attention_mask: Tensor, config: DecoderConfig) -> Tensor:
 class CrossAttention(nn.Module):
     """Text tokens look at the visual tokens."""
 
-    REFERENCE = {
-        "norm.weight": "norm.weight",
-        "norm.bias": "norm.bias",
-        "query.weight": "to_q.weight",
-        "key_value.weight": "to_kv.weight",
-        "out.weight": "to_out.weight",
-    }
-
     def __init__(self, config: DecoderConfig, visual_width: int):
         super().__init__()
         inner = config.cross_attention_heads * config.cross_attention_head_width
@@ -95,15 +86,6 @@ class GatedCrossAttention(nn.Module):
         x = x + self.attention_gate.tanh() * self.attention(x, visual, sees_image)
         return x + self.feed_forward_gate.tanh() * self.feed_forward(x)
 
-    @staticmethod
-    def from_reference(weights: ReferenceWeights) -> dict[str, Tensor]:
-        """State dict from reference names (`gated_cross_attn_layer.*`)."""
-        return {
-            **weights.renamed({"attention_gate": "attn_gate", "feed_forward_gate": "ff_gate"}),
-            **placed("attention", weights.below("attn.").renamed(CrossAttention.REFERENCE)),
-            **placed("feed_forward", weights.below("ff.").renamed(FeedForward.REFERENCE)),
-        }
-
 
 class DecoderBlock(nn.Module):
     """Pre-norm decoder block of MPT: fused q, k, v, ALiBi, exact GELU, no biases; q and k normed over the full width or not."""
@@ -131,32 +113,6 @@ class DecoderBlock(nn.Module):
         )
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
-    @staticmethod
-    def from_reference(weights: ReferenceWeights) -> dict[str, Tensor]:
-        """State dict from the names of either language model (MosaicGPT of the 3B, MPT of the 9B)."""
-        shared = {"query_key_value.weight": "attn.Wqkv.weight", "out.weight": "attn.out_proj.weight"}
-        if "norm_1.weight" in weights:
-            return weights.renamed(
-                shared
-                | {
-                    "norm_attention.weight": "norm_1.weight",
-                    "norm_mlp.weight": "norm_2.weight",
-                    "up.weight": "ffn.up_proj.weight",
-                    "down.weight": "ffn.down_proj.weight",
-                }
-            )
-        return weights.renamed(
-            shared
-            | {
-                "norm_attention.weight": "ln_1.weight",
-                "norm_query.weight": "attn.q_ln.weight",
-                "norm_key.weight": "attn.k_ln.weight",
-                "norm_mlp.weight": "ln_2.weight",
-                "up.weight": "mlp.mlp_up.weight",
-                "down.weight": "mlp.mlp_down.weight",
-            }
-        )
-
 
 class Layer(nn.Module):
     """One layer, as exits and budgets count them."""
@@ -173,14 +129,3 @@ class Layer(nn.Module):
         if self.cross_attention is not None:
             x = self.cross_attention(x, visual, text.sees_image)
         return self.block(x, text.attention_bias)
-
-    @staticmethod
-    def from_reference(weights: ReferenceWeights, has_cross_attention: bool) -> dict[str, Tensor]:
-        """State dict from reference names (`lang_encoder.transformer.blocks.N.*`)."""
-        state = placed("block", DecoderBlock.from_reference(weights.below("decoder_layer.")))
-        if has_cross_attention:
-            state |= placed(
-                "cross_attention",
-                GatedCrossAttention.from_reference(weights.below("gated_cross_attn_layer.")),
-            )
-        return state

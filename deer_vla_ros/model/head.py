@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deer_vla_ros.model.config import HeadConfig
-from deer_vla_ros.model.reference import ReferenceWeights
 
 
 class HeadState(NamedTuple):
@@ -69,17 +68,6 @@ class MLP(nn.Module):
             x = F.dropout(F.relu(norm(linear(x))), self.dropout, self.training)
         return self.out(x)
 
-    @staticmethod
-    def from_reference(weights: ReferenceWeights, own: str, hidden_layers: int) -> dict[str, Tensor]:
-        """State dict, names prefixed by `own`; the reference's sequence repeats Linear, LayerNorm, ReLU, dropout from index 1."""
-        names = {}
-        for kind in ("weight", "bias"):
-            for i in range(hidden_layers):
-                names[f"{own}.hidden.{i}.{kind}"] = f"mlp.{4 * i + 1}.{kind}"
-                names[f"{own}.norms.{i}.{kind}"] = f"mlp.{4 * i + 2}.{kind}"
-            names[f"{own}.out.{kind}"] = f"mlp.{4 * hidden_layers + 1}.{kind}"
-        return weights.renamed(names)
-
 
 class ActionHead(nn.Module):
     """LSTM layers, each followed by a layer norm, then an MLP for the pose and one for the gripper. Without LSTM layers it has no memory."""
@@ -111,18 +99,3 @@ class ActionHead(nn.Module):
         """The state in which an episode begins: zeros."""
         zeros = self.pose.out.weight.new_zeros(len(self.lstms), batch, self.hidden)
         return HeadState(zeros, zeros)
-
-    @staticmethod
-    def from_reference(weights: ReferenceWeights, config: HeadConfig) -> dict[str, Tensor]:
-        """State dict from reference names (`lm_head.*`, `extra_exit.*`, `lm_exit_modules.N.*`)."""
-        names = {}
-        for i in range(config.lstm_layers):
-            for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
-                names[f"lstms.{i}.{name}"] = f"rnn.layers.{3 * i}.{name}"
-            for kind in ("weight", "bias"):
-                names[f"norms.{i}.{kind}"] = f"rnn.layers.{3 * i + 1}.{kind}"
-        return {
-            **weights.renamed(names),
-            **MLP.from_reference(weights.below("actions."), "pose", len(config.mlp_widths)),
-            **MLP.from_reference(weights.below("gripper."), "gripper", len(config.mlp_widths)),
-        }

@@ -13,7 +13,6 @@ from deer_vla_ros.model.config import CAMERAS, ModelConfig
 from deer_vla_ros.model.decoder import Layer, TextContext, attention_bias
 from deer_vla_ros.model.grounding import POSE_VALUES, Found, Grounding, Proprioception, cell_centres
 from deer_vla_ros.model.head import ActionHead
-from deer_vla_ros.model.reference import ReferenceWeights, placed
 from deer_vla_ros.model.resampler import PerceiverResampler
 from deer_vla_ros.model.vision import VisionTower
 
@@ -108,39 +107,6 @@ class MultiExitVLA(nn.Module):
             hidden = layer(hidden, visual, text)
             yield hidden
 
-    @staticmethod
-    def from_reference(tensors: Mapping[str, Tensor], config: ModelConfig) -> MultiExitVLA:
-        """The network with weights under the reference's names (its full state dict, no `module.` prefix)."""
-        weights = ReferenceWeights(tensors)
-        blocks = weights.below("lang_encoder.transformer.")
-        state = {
-            **placed(
-                "vision",
-                VisionTower.from_reference(weights.below("vision_encoder.visual."), config.vision.layers),
-            ),
-            **placed(
-                "resampler",
-                PerceiverResampler.from_reference(weights.below("perceiver."), config.resampler.depth),
-            ),
-            **blocks.renamed({"token_embedding.weight": "wte.weight"}),
-            **placed("shared_head", ActionHead.from_reference(weights.below("extra_exit."), config.head)),
-            **placed("last_head", ActionHead.from_reference(weights.below("lm_head."), config.head)),
-        }
-        for i in range(config.decoder.layers):
-            has_cross_attention = config.decoder.has_cross_attention(i)
-            state |= placed(
-                f"layers.{i}", Layer.from_reference(blocks.below(f"blocks.{i}."), has_cross_attention)
-            )
-        for i, exit_layer in enumerate(config.exits[:-1]):
-            head = ActionHead.from_reference(weights.below(f"lm_exit_modules.{i}."), config.head)
-            state |= placed(f"auxiliary_heads.{exit_layer}", head)
-        if config.decoder.final_norm:
-            state |= blocks.renamed({"final_norm.weight": "norm_f.weight"})
-        check_shapes(
-            config, {name: tuple(tensor.shape) for name, tensor in state.items()}, "reference weights"
-        )
-        return build(config, state)
-
 
 def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
     """A network that owns `state`'s tensors without a second copy in memory; ready for inference.
@@ -154,10 +120,15 @@ def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
     return model.eval().requires_grad_(False)
 
 
+def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in the state dict of a network of this config."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
+
+
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raises UserError, by name, unless tensors of shapes `found` are exactly those of a network of this config."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
+    expected = state_shapes(config)
     for kind, names in (
         ("missing", expected.keys() - found.keys()),
         ("unknown", found.keys() - expected.keys()),

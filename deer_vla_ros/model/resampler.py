@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deer_vla_ros.model.config import ResamplerConfig
-from deer_vla_ros.model.reference import ReferenceWeights
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -23,13 +22,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 class FeedForward(nn.Module):
     """LayerNorm, Linear, exact GELU, Linear; no biases in the linear layers."""
 
-    REFERENCE = {
-        "norm.weight": "0.weight",
-        "norm.bias": "0.bias",
-        "up.weight": "1.weight",
-        "down.weight": "3.weight",
-    }
-
     def __init__(self, width: int, ratio: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -42,16 +34,6 @@ class FeedForward(nn.Module):
 
 class LatentAttention(nn.Module):
     """Latents look at the image tokens and at themselves, both normed."""
-
-    REFERENCE = {
-        "norm_image.weight": "norm_media.weight",
-        "norm_image.bias": "norm_media.bias",
-        "norm_latents.weight": "norm_latents.weight",
-        "norm_latents.bias": "norm_latents.bias",
-        "query.weight": "to_q.weight",
-        "key_value.weight": "to_kv.weight",
-        "out.weight": "to_out.weight",
-    }
 
     def __init__(self, width: int, config: ResamplerConfig):
         super().__init__()
@@ -98,18 +80,3 @@ class PerceiverResampler(nn.Module):
         for layer in self.layers:
             latents = layer(latents, image)
         return self.norm(latents)
-
-    @staticmethod
-    def from_reference(weights: ReferenceWeights, depth: int) -> dict[str, Tensor]:
-        """State dict from reference names (`perceiver.*`)."""
-        state = weights.renamed({name: name for name in ("latents", "norm.weight", "norm.bias")})
-        for layer in range(depth):
-            for own, theirs, names in (
-                ("attention", "0", LatentAttention.REFERENCE),
-                ("feed_forward", "1", FeedForward.REFERENCE),
-            ):
-                part = weights.below(f"layers.{layer}.{theirs}.")
-                state.update(
-                    part.renamed({f"layers.{layer}.{own}.{ours}": name for ours, name in names.items()})
-                )
-        return state

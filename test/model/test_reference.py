@@ -8,7 +8,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.parity.reference_tensors import model_config, read_arrays, read_json, read_model
 from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
-from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.reference import from_reference
 
 RECORDING = GOLDEN_COMPACT
 
@@ -49,7 +49,7 @@ def test_a_missing_reference_tensor_is_named(keys, tensors, key):
     config = model_config(keys, tensors)
     incomplete = {name: tensor for name, tensor in tensors.items() if name != key}
     with pytest.raises(UserError) as refusal:
-        MultiExitVLA.from_reference(incomplete, config)
+        from_reference(incomplete, config)
     assert f"'{key}' is missing" in str(refusal.value)
 
 
@@ -57,7 +57,7 @@ def test_a_missing_reference_tensor_is_named(keys, tensors, key):
 def test_a_reference_tensor_of_the_wrong_shape_is_refused_in_one_line(keys, tensors, key):
     config = model_config(keys, tensors)
     with pytest.raises(UserError) as refusal:
-        MultiExitVLA.from_reference({**tensors, key: tensors[key][:-1]}, config)
+        from_reference({**tensors, key: tensors[key][:-1]}, config)
     assert "has shape" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -70,7 +70,7 @@ def test_every_tensor_of_the_reference_has_its_place_or_is_known_to_have_none(ke
             taken.add(name)
             return super().__getitem__(name)
 
-    MultiExitVLA.from_reference(Watched(tensors), model_config(keys, tensors))
+    from_reference(Watched(tensors), model_config(keys, tensors))
     pointers = {tensors[name].data_ptr() for name in taken}
     left = {name for name in tensors if tensors[name].data_ptr() not in pointers}
     assert left == {

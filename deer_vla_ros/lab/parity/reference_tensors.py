@@ -26,6 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
 from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.reference import from_reference
 from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
 
 MLP_WIDTHS = (1024, 512, 256)
@@ -77,7 +78,7 @@ def read_model(folder: Path, name: str) -> ModelRecording:
     }
     tensors = {entry["key"]: stored[entry["stored_as"]] for entry in keys["keys"]}
     config = model_config(keys, tensors)
-    model = MultiExitVLA.from_reference(tensors, config)
+    model = from_reference(tensors, config)
     named = {
         entry["key"]: tensors[entry["key"]] for entry in keys["keys"] if entry["listed_by_named_parameters"]
     }
