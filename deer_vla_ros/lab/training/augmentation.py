@@ -1,4 +1,4 @@
-"""How does a camera seem to move? Random shifts of its image by a few pixels, the border repeated (RandomShiftsAug of DrQ-v2)."""
+"""Random shifts of camera images by a few pixels, with a repeated border (RandomShiftsAug of DrQ-v2)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 PAD_STATIC, PAD_GRIPPER = 10, 4
-"""Largest shift in pixels of a 224 pixel image, static and gripper camera."""
+"""Largest shift in pixels at an image size of 224, for the static and the gripper camera."""
 
 
 def draw_shifts(count: int, pad: int, generator: torch.Generator | None = None) -> Tensor:
-    """(count, 2) offsets x, y of the crop in an image padded by `pad` on every side: 0..2*pad; `pad` is no shift.
+    """Draws (count, 2) offsets x, y of the crop in an image padded by `pad` on every side.
 
-    The reference draws from 1 where it shifts whole windows, which moves images by half a pixel on average: not copied.
+    Offsets are in 0..2*pad; `pad` is no shift. Where the reference shifts whole windows, it draws from 1 on.
+    This moves images by half a pixel on average and is not copied.
     """
     return torch.randint(2 * pad + 1, (count, 2), generator=generator)
 
 
 def shift(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
-    """(N, C, H, W) images of any type -> the same, each repeated at its border by `pad` pixels and cropped at its offset x, y.
+    """Pads (N, C, H, W) images of any type by `pad` repeated border pixels and crops each at its offset x, y.
 
-    The reference resamples at whole pixels instead, the same but for rounding.
+    The reference resamples at whole pixels instead; the results differ only by rounding.
     """
     count, channels, height, width = images.shape
     offsets = offsets.to(images.device)
@@ -35,6 +36,6 @@ def shift(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
 
 
 def random_shift(images: Tensor, pad: int, generator: torch.Generator | None = None) -> Tensor:
-    """(..., C, H, W) images of any type, each shifted by a draw of its own, at most `pad` pixels along either axis."""
+    """Shifts each of (..., C, H, W) images by its own draw, at most `pad` pixels along each axis."""
     frames = images.flatten(end_dim=-4) if images.ndim > 3 else images[None]
     return shift(frames, draw_shifts(len(frames), pad, generator), pad).view(images.shape)

@@ -1,4 +1,4 @@
-"""What does one optimiser step learn from? Batches drawn by step number alone, so that a resumed run draws what it would have."""
+"""Training batches. A batch depends only on seed and step number, so a resumed run draws the same batches."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from deer_vla_ros.model.text import InstructionTokenizer
 class Batch:
     """One process's share of a batch: N instruction-steps, N = B windows of T steps.
 
-    images (F, cameras, 3, size, size) uint8 and tcp (F, 7) or None, of F moments; ids, mask (N, S): N / F instructions for each
-    moment, moment by moment; targets of (B, T); pixels (F, things, cameras, 2), points (F, things, 3) and yaws (F, things) or None, as
-    losses.heatmap_loss, point_loss and turn_loss take them.
-    features (exits, B, T, width): in place of images and texts, where they were computed before.
+    targets: of (B, T) steps. images (F, cameras, 3, size, size) uint8 and tcp (F, 7) or None: of F moments.
+    ids, mask (N, S): N / F instructions for each moment, ordered by moment. pixels (F, things, cameras, 2),
+    points (F, things, 3) and yaws (F, things) or None: as in losses.heatmap_loss, point_loss and turn_loss.
+    features (exits, B, T, width): replace images and texts if they were computed before.
     """
 
     targets: ActionTargets
@@ -43,33 +43,39 @@ class Batch:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every batch is this process's: number `rank` of `world`."""
+    """The part of every batch that this process computes: number `rank` of `world`."""
 
     rank: int = 0
     world: int = 1
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """This process's rows of a batch; UserError where they do not divide evenly."""
+        """Returns this process's rows of a batch. Raises UserError if they do not divide evenly."""
         if len(rows) % self.world:
             raise UserError(
-                f"training: a batch of {len(rows)} does not divide among {self.world} processes: change the recipe's batch"
+                f"training: a batch of {len(rows)} does not divide among {self.world} processes: "
+                "change the recipe's batch"
             )
         return np.array_split(rows, self.world)[self.rank]
 
 
 class BatchSource(Protocol):
+    """Gives the batches of one stage of training."""
+
     def batch(self, step: int, micro: int, share: Share) -> Batch:
-        """Micro-batch number `micro` of optimiser step `step`: the same on every call."""
+        """Returns micro-batch `micro` of optimiser step `step`; it is the same on every call."""
 
 
 def rng_of(seed: int, *numbers: int) -> np.random.Generator:
-    """A generator that depends on its arguments alone."""
+    """Returns a generator that depends only on its arguments."""
     return np.random.default_rng([seed, *numbers])
 
 
 class FrameBatches:
-    """Single frames, each with several instructions that make sense in it, the expert's answer to each: the one that was asked for,
-    and others (counterfactual ones), what seldom makes sense first."""
+    """Single frames, each with several instructions and the expert's action for each of them.
+
+    The first instruction is the one that was given. The others are counterfactual: possible in the frame, and
+    drawn with a preference for tasks that are seldom possible.
+    """
 
     def __init__(
         self, frames: Frames, tokenizer: InstructionTokenizer, count: int, instructions: int, seed: int
@@ -81,8 +87,9 @@ class FrameBatches:
     def batch(self, step: int, micro: int, share: Share) -> Batch:
         random = rng_of(self._seed, step, micro)
         rows = random.integers(0, len(self._frames), self._count)
-        # Ranked by exponential random numbers, of smaller means for what is seldom sensible: the leading columns are a weighted draw without
-        # replacement (Efraimidis and Spirakis 2006). What makes no sense comes last, what was asked for first.
+        # Tasks are ranked by exponential random numbers whose mean is smaller for tasks that are seldom
+        # possible. The first columns are then a weighted draw without replacement (Efraimidis and Spirakis
+        # 2006). The given task comes first, impossible tasks come last.
         order = random.exponential(size=(self._count, len(self._frames.tasks))) * self._how_often
         order[~self._frames.valid[rows]] = np.inf
         order[np.arange(self._count), self._frames.task[rows]] = -1.0
@@ -109,7 +116,7 @@ class FrameBatches:
 
 
 class WindowBatches:
-    """Windows of consecutive steps of one instruction, as the reference trains on."""
+    """Windows of consecutive steps of one instruction, as in the reference."""
 
     def __init__(
         self,
@@ -151,18 +158,18 @@ class WindowBatches:
 
 
 class _Texts:
-    """Token ids of all phrasings of all tasks, encoded once."""
+    """The token ids of all phrasings of all tasks, encoded once."""
 
     def __init__(self, tokenizer: InstructionTokenizer, phrasings: list[list[str]]):
         self._ids, self._mask = tokenizer.encode([text for texts in phrasings for text in texts])
         self._starts = np.cumsum([0] + [len(texts) for texts in phrasings])
 
     def draw(self, tasks: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A phrasing's number for every task number."""
+        """Draws the number of a phrasing for every task number."""
         return self._starts[tasks] + (random.random(tasks.shape) * np.diff(self._starts)[tasks]).astype(int)
 
     def encoded(self, phrases: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Ids and mask (N, S). All phrases have the longest one's width: what runs compiled meets one shape."""
+        """Returns ids and mask (N, S). S is that of the longest phrasing, so compiled code sees one shape."""
         return self._ids[phrases], self._mask[phrases]
 
 
@@ -172,10 +179,10 @@ def _channels_first(images: np.ndarray) -> Tensor:
 
 
 class CachedWindows:
-    """Windows whose features were computed once: what the exit stage trains on where nothing below the heads changes."""
+    """Windows of features that were computed once, for an exit stage in which only the heads change."""
 
     def __init__(self, frames: Frames, features: Tensor, count: int, window: int, seed: int):
-        """features (exits, frames, width) of every frame under its own instruction."""
+        """features (exits, frames, width): of every frame with the instruction of its episode."""
         self._features, self._count, self._window, self._seed = features, count, window, seed
         self._episode = frames.episode
         every = np.arange(len(frames))
@@ -208,8 +215,11 @@ def cached_features(
     share: Share = Share(),
     chunk: int = 256,
 ) -> Tensor:
-    """(exits, frames, width) float16 on the CPU: every frame under a phrasing drawn for its episode, dropout off. Processes compute a
-    part each and exchange them."""
+    """Returns the features of all frames, (exits, frames, width) float16 on the CPU, without dropout.
+
+    The phrasing of an instruction is drawn once per episode. Each process computes a part; then they exchange
+    the parts.
+    """
     texts = _Texts(tokenizer, [frames.phrasings[task] for task in frames.tasks])
     first = np.searchsorted(frames.episode, np.arange(frames.episodes))
     phrases = texts.draw(frames.task[first], rng_of(seed, 4))[frames.episode]

@@ -1,4 +1,4 @@
-"""How does a trainer read CALVIN's format? Windows of the annotated intervals, decoded by threads, kept as long as there is room."""
+"""Training windows from data in CALVIN's format, decoded by threads and kept in a cache of limited size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CACHE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class _Key:
-    """Which step, at how many pixels. folder: its number among those of the data set."""
+    """A step at an image size in pixels. folder: number of its folder in the data set."""
 
     folder: int
     number: int
@@ -31,7 +31,7 @@ class _Key:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """images (cameras, size, size, 3) uint8; rel_actions (7,); robot_obs (15,)."""
+    """A decoded step: images (cameras, size, size, 3) uint8, rel_actions (7,), robot_obs (15,)."""
 
     images: np.ndarray
     rel_actions: np.ndarray
@@ -39,13 +39,13 @@ class _Step:
 
 
 class CalvinWindows:
-    """The annotated intervals of some folders in CALVIN's format (dataset.Windows); use it in one thread.
+    """The annotated intervals of folders in CALVIN's format, as dataset.Windows. Use it from one thread only.
 
-    The instruction of a window is the one that its interval was annotated with. Intervals may overlap.
+    The instruction of a window is the annotation of its interval. Intervals can overlap.
     """
 
     def __init__(self, folders: Iterable[Path], threads: int = THREADS, cache_bytes: int = CACHE_BYTES):
-        """cache_bytes: memory for decoded steps. UserError for a folder without annotations."""
+        """cache_bytes: memory for decoded steps. Raises UserError for a folder without annotations."""
         self._folders = list(folders)
         annotations = [
             (i, each) for i, folder in enumerate(self._folders) for each in read_annotations(folder)
@@ -70,7 +70,7 @@ class CalvinWindows:
         return int(window_rows(self._interval, indices, window)[1].sum())
 
     def batch(self, indices: np.ndarray, window: int, size: int, random: np.random.Generator) -> WindowBatch:
-        """UserError where a step is missing or damaged."""
+        """Returns the windows of these numbers. Raises UserError if a step is missing or damaged."""
         rows, valid = window_rows(self._interval, indices, window)
         folders = self._folder[self._interval[rows]]
         keys = [
@@ -92,7 +92,7 @@ class CalvinWindows:
         )
 
     def _steps(self, keys: Sequence[_Key]) -> list[_Step]:
-        """Each is decoded once, and not at all where it is remembered."""
+        """Returns the steps of `keys`; it decodes only those that are not in the cache."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._cache]
         self._cache.update(zip(missing, self._pool.map(self._decode, missing)))
         steps = []
@@ -111,7 +111,7 @@ class CalvinWindows:
 
 
 def _tcp(robot_obs: np.ndarray) -> np.ndarray:
-    """(..., 15) -> (..., 7): position and quaternion xyzw of the TCP."""
+    """Returns position and quaternion xyzw of the TCP, (..., 15) -> (..., 7)."""
     quaternions = Rotation.from_euler("xyz", robot_obs[..., 3:6].reshape(-1, 3)).as_quat()
     return np.concatenate(
         [robot_obs[..., :3], quaternions.reshape(*robot_obs.shape[:-1], 4)], axis=-1

@@ -1,23 +1,28 @@
-"""How do demonstrations lie on disk in CALVIN's format? One .npz per step, and a list of intervals that have an instruction.
+"""Files in CALVIN's format: one .npz file per step, and a list of intervals that have an instruction.
 
-Source: https://github.com/mees/calvin, dataset/README.md and calvin_models/calvin_agent/datasets. A folder, `training` or `validation`:
+Source: https://github.com/mees/calvin, dataset/README.md and calvin_models/calvin_agent/datasets. A folder
+`training` or `validation` holds:
 
     episode_0358482.npz                 one step; the numbers of consecutive steps are consecutive
-    ep_start_end_ids.npy                (N, 2) first and last step of everything recorded without a break
-    lang_annotations/auto_lang_ann.npy  a pickled dict: language.ann, .task, .emb, and info.indx with (first, end) of each interval
+    ep_start_end_ids.npy                (N, 2) first and last step of each recording without a break
+    lang_annotations/auto_lang_ann.npy  a pickled dict: language.ann, .task, .emb, and info.indx with
+                                        (first, end) of each interval
 
-`end` is not part of the interval: CALVIN's annotator writes (first, first + length), and its loader never reads further.
+`end` is not part of the interval: CALVIN's annotator writes (first, first + length), and its loader never
+reads further.
 
-Folders that this package writes have one file more, recordings.json, which says what an action means (`action_space`).
+Folders that this package writes also have recordings.json, which says what an action means (`action_space`).
 
-What the simulated table writes (evaluation/record_store.py) is the same but for this:
-- the world frame is the arm's base frame; a rel_action of 1 is 0.03 m or 0.15 rad (model.action_space.TABLETOP), CALVIN's 0.02 m or
-  0.05 rad; steps are 0.1 s apart, CALVIN's 1/30 s;
-- actions are the demonstrator's clean answers; where a burst of noise or a policy moved the arm, something else was carried out;
-- scene_obs: slider, drawer [m], button (always 0), switch [m], lamp, LED (0 or 1), then red, blue and pink block as in CALVIN;
-- robot_obs[14], the gripper action, is what the gripper was told one step before;
-- language.emb has no width: no language model's embeddings; there are no depth, tactile or statistics files;
-- numbers of steps have gaps between episodes, each of which is one interval.
+The data of the simulated table (demonstrations/record_store.py) differs in these points:
+- The world frame is the arm's base frame. A rel_action of 1 is 0.03 m or 0.15 rad; in CALVIN it is 0.02 m or
+  0.05 rad. Steps are 0.1 s apart; in CALVIN they are 1/30 s apart.
+- Actions are the expert's answers without noise. Where noise or a policy moved the arm, they were not carried
+  out.
+- scene_obs: slider, drawer [m], button (always 0), switch [m], lamp, LED (0 or 1), then red, blue and pink
+  block as in CALVIN.
+- robot_obs[14], the gripper action, is the gripper command of the step before.
+- language.emb has width 0. There are no depth, tactile or statistics files.
+- Step numbers have gaps between episodes. Each episode is one interval.
 """
 
 from __future__ import annotations
@@ -48,12 +53,14 @@ IMAGES = ("rgb_static", "rgb_gripper")
 
 @dataclass(frozen=True, eq=False)
 class CalvinStep:
-    """rgb_static (200, 200, 3) and rgb_gripper (84, 84, 3) uint8; the others float64.
+    """One step: rgb_static (200, 200, 3) and rgb_gripper (84, 84, 3) uint8; the other arrays float64.
 
-    rel_actions (7,): motion x, y, z and XYZ Euler angles, each -1..1, gripper 1 open, -1 closed. actions (7,): the pose it leads to
-    [m, rad], and the gripper. robot_obs (15,): TCP position [m] and XYZ Euler angles, gripper width [m], seven joints [rad],
-    gripper action. scene_obs (24,): sliding door, drawer, button, switch, light bulb, green light, then position and XYZ Euler
-    angles of the red, blue and pink block.
+    rel_actions (7,): motion x, y, z and XYZ Euler angles, each -1..1; gripper 1 open, -1 closed.
+    actions (7,): the pose after the motion [m, rad], and the gripper.
+    robot_obs (15,): TCP position [m] and XYZ Euler angles, gripper width [m], seven joints [rad], gripper
+    action.
+    scene_obs (24,): sliding door, drawer, button, switch, light bulb, green light, then position and XYZ
+    Euler angles of the red, blue and pink block.
     """
 
     rgb_static: np.ndarray
@@ -66,7 +73,7 @@ class CalvinStep:
 
 @dataclass(frozen=True)
 class Annotation:
-    """Steps number `first` to `end`, which is not one of them, do what `text` says."""
+    """The steps `first` to `end` - 1 carry out the instruction `text`."""
 
     first: int
     end: int
@@ -75,12 +82,15 @@ class Annotation:
 
 
 def write_step(folder: Path, number: int, step: CalvinStep) -> None:
-    """Compressed, as CALVIN's are."""
+    """Writes a step in a compressed file, as CALVIN does."""
     np.savez_compressed(_step_path(folder, number), **vars(step))
 
 
 def read_step(folder: Path, number: int, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Some arrays of a step, by CalvinStep's names; no others are decoded. UserError where the file is missing or damaged."""
+    """Decodes and returns only the arrays `names` of a step; the names are those of CalvinStep.
+
+    Raises UserError if the file is missing or damaged.
+    """
     path = _step_path(folder, number)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -92,21 +102,20 @@ def read_step(folder: Path, number: int, names: Iterable[str]) -> dict[str, np.n
         raise UserError(
             f"{path} is missing, but {ANNOTATIONS} speaks of it: unpack the data set again"
         ) from error
-    except (
-        Exception
-    ) as error:  # zipfile and numpy have a dozen kinds for the ways in which a file can be damaged
+    except Exception as error:  # zipfile and numpy raise many kinds of exceptions for damaged files
         raise UserError(f"{path}: not a step of CALVIN's format ({error}): copy it again") from error
     for name, array in arrays.items():
         fits = array.ndim == 3 and array.dtype == np.uint8 if name in IMAGES else array.shape == SHAPES[name]
         if not fits:
             raise UserError(
-                f"{path}: {name} has shape {array.shape} and type {array.dtype}, which is not CALVIN's: copy it again"
+                f"{path}: {name} has shape {array.shape} and type {array.dtype}, which is not CALVIN's: "
+                "copy it again"
             )
     return arrays
 
 
 def write_annotations(folder: Path, annotations: Iterable[Annotation]) -> None:
-    """Intervals, each of which was recorded without a break from the step before its first to the one after its last."""
+    """Writes the intervals. Each is recorded without a break, with the steps before and after it."""
     annotations = list(annotations)
     bounds = [(each.first, each.end) for each in annotations]
     language = {
@@ -123,7 +132,7 @@ def write_annotations(folder: Path, annotations: Iterable[Annotation]) -> None:
 
 
 def read_annotations(folder: Path) -> list[Annotation]:
-    """UserError where they are missing or not what they should be."""
+    """Reads the annotations. Raises UserError if they are missing or damaged."""
     path = folder / ANNOTATIONS
     if not path.is_file():
         raise UserError(f"{path} is missing: give a folder in CALVIN's format, such as task_D_D/training")
@@ -139,12 +148,15 @@ def read_annotations(folder: Path) -> list[Annotation]:
 
 
 def write_action_space(folder: Path, space: ActionSpace, **about: Any) -> None:
-    """Beside the steps: what their actions mean, and whatever else is worth knowing of how they came to be."""
+    """Writes beside the steps what their actions mean, and `about`: facts on how they were recorded."""
     write_json(folder / RECORDINGS, {"action_space": vars(space), **about})
 
 
 def read_action_space(folder: Path) -> ActionSpace | None:
-    """What the actions of a folder mean; None where it does not say, as CALVIN's own do not. UserError for a damaged file."""
+    """Returns what the actions of a folder mean, or None if it does not say so, as in CALVIN's own data.
+
+    Raises UserError for a damaged file.
+    """
     path = folder / RECORDINGS
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What do demonstrations look like to a trainer, whatever format they lie in? Windows of consecutive steps, by number."""
+"""Windows of consecutive steps of demonstrations, independent of the file format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from deer_vla_ros.lab.training.frames import Frames
 class WindowBatch:
     """B windows of T consecutive steps, each window of one instruction.
 
-    images (B, T, cameras, size, size, 3) uint8: static and gripper camera. tcp (B, T, 7) float32: measured pose, position [m] and
-    quaternion xyzw; None where it is not known. actions (B, T, 7) float32: pose in -1..1 and gripper, 1 open, -1 closed.
-    valid (B, T) bool: False past the end of the demonstration, where the last step is repeated. instructions: B texts.
+    images (B, T, cameras, size, size, 3) uint8: static and gripper camera.
+    tcp (B, T, 7) float32: measured pose, position [m] and quaternion xyzw; None if it is not known.
+    actions (B, T, 7) float32: pose in -1..1 and gripper, 1 open, -1 closed.
+    valid (B, T) bool: False after the end of the demonstration, where the last step is repeated.
+    instructions: B texts.
     """
 
     images: np.ndarray
@@ -28,27 +30,32 @@ class WindowBatch:
 
 
 class Windows(Protocol):
-    """One window begins at every step; the reference takes whole ones only, and so sees the ends of demonstrations less often."""
+    """The windows of a data set; one window begins at every step.
+
+    The reference uses only windows that do not pass the end of a demonstration. It therefore sees the ends
+    less often.
+    """
 
     @property
     def texts(self) -> list[str]:
-        """Every instruction that a batch may bring."""
+        """Every instruction that can occur in a batch."""
 
     def __len__(self) -> int:
-        """How many windows there are."""
+        """The number of windows."""
 
     def valid_steps(self, indices: np.ndarray, window: int) -> int:
-        """Steps of these windows that are not padding."""
+        """Returns the number of steps of these windows that are not padding."""
 
     def batch(self, indices: np.ndarray, window: int, size: int, random: np.random.Generator) -> WindowBatch:
-        """The windows of these numbers, images at `size` pixels.
+        """Returns the windows of these numbers, with images of `size` pixels.
 
-        What is drawn of `random` does not depend on how many windows there are: processes that share a batch agree on what is in it.
+        The draws from `random` do not depend on the number of windows, so processes that share a batch agree
+        on its content.
         """
 
 
 class FrameWindows:
-    """Windows over shards: the task that was asked for, in words drawn anew for every window."""
+    """Windows over shards. The phrasing of the given task is drawn anew for every window."""
 
     def __init__(self, frames: Frames):
         self._frames = frames
@@ -64,12 +71,12 @@ class FrameWindows:
         return int(window_rows(self._frames.episode, indices, window)[1].sum())
 
     def batch(self, indices: np.ndarray, window: int, size: int, random: np.random.Generator) -> WindowBatch:
-        """UserError for another size than the recorded one."""
+        """Returns the windows of these numbers. Raises UserError for another size than the recorded one."""
         frames = self._frames
         if size != frames.image_size:
             raise UserError(
-                f"the network takes images of {size} pixels, the demonstrations have {frames.image_size}: record them again with "
-                f"`record-demos --image-size {size}`"
+                f"the network takes images of {size} pixels, the demonstrations have {frames.image_size}: "
+                f"record them again with `record-demos --image-size {size}`"
             )
         rows, valid = window_rows(frames.episode, indices, window)
         tasks = frames.task[indices]

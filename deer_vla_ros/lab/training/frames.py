@@ -1,8 +1,9 @@
-"""How do demonstrations of the table lie on disk? Shards of plain arrays, mapped into memory, images at the network's size.
+"""Shards of demonstrations: arrays on disk that are mapped into memory, with images at the network's size.
 
-One folder per shard: `meta.json` and one `.npy` per array of `ARRAYS`. Reading a batch is one gather; nothing is decoded.
-Beside what the demonstrator did, every frame holds what the scripted expert would do in it for every other task: one frame then
-teaches many instructions (counterfactual labels), and a policy cannot get by without reading them.
+Each shard is a folder with `meta.json` and one `.npy` file per array of `ARRAYS`. Reading a batch needs no
+decoding. Every frame holds the scripted expert's action for every task, not only for the given one
+(counterfactual labels). One frame then teaches many instructions, and a policy must read the instruction to
+choose the right action.
 """
 
 from __future__ import annotations
@@ -20,25 +21,27 @@ from deer_vla_ros.errors import UserError
 
 FORMAT = 6
 THINGS = 7
-"""How many things of the table are told of, in the order of sim.things.NAMES."""
+"""Number of things on the table, in the order of sim.things.NAMES."""
 POSE, GRIPPER = slice(0, 6), 6
 
 ARRAYS = {
     "images": np.uint8,  # (N, 2, size, size, 3): static and gripper camera
     "tcp": np.float32,  # (N, 7): measured pose, position [m] and quaternion xyzw, base frame
-    "task": np.int16,  # (N,): index into meta's tasks of what was asked for
+    "task": np.int16,  # (N,): index of the given task in meta's tasks
     "episode": np.int32,  # (N,): number of the episode within the shard, ascending
     "actions": np.float32,  # (N, tasks, 7): pose in -1..1 and gripper, 1 open, -1 closed
-    "valid": np.bool_,  # (N, tasks): whether that task makes sense in this frame
-    "points": np.float32,  # (N, THINGS, 3): where things are [m], base frame; NaN where it cannot be seen
-    "yaws": np.float32,  # (N, THINGS): how they are turned about z [rad], a quarter turn makes no difference
-    "pixels": np.float32,  # (N, THINGS, 2, 2): where each camera sees them, x and y, 0..1 inside the image, else or NaN not in it
+    "valid": np.bool_,  # (N, tasks): whether the task is possible in this frame
+    "points": np.float32,  # (N, THINGS, 3): positions of the things [m], base frame; NaN if not visible
+    "yaws": np.float32,  # (N, THINGS): their rotation about z [rad]; quarter turns are equivalent
+    # (N, THINGS, 2, 2): x and y of the things in each camera's image; 0..1 inside it, other values or NaN
+    # outside
+    "pixels": np.float32,
 }
 
 
 @dataclass
 class ShardWriter:
-    """Collects the frames of one shard; `close` puts it under its final name, whole or not at all."""
+    """Collects the frames of one shard; `close` writes them all, or nothing if it fails."""
 
     folder: Path
     tasks: tuple[str, ...]
@@ -54,7 +57,7 @@ class ShardWriter:
         return self._episodes
 
     def add_episode(self, frames: Iterable[dict[str, np.ndarray]]) -> None:
-        """Frames of one episode in order, each a dict of ARRAYS' names without `episode`."""
+        """Adds the frames of one episode. Each is a dict with the names of ARRAYS except `episode`."""
         for frame in frames:
             for name in ARRAYS:
                 self._rows[name].append(
@@ -63,6 +66,7 @@ class ShardWriter:
         self._episodes += 1
 
     def close(self) -> None:
+        """Writes the shard and gives it its final name in one step."""
         partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
         partial.mkdir(parents=True)
         for name, rows in self._rows.items():
@@ -80,16 +84,17 @@ class ShardWriter:
 
 
 class Frames:
-    """All shards of one or several folders as one sequence of frames; arrays stay on disk until they are read."""
+    """All shards of some folders as one sequence of frames. The arrays stay on disk until they are read."""
 
     def __init__(self, folders: Iterable[Path]):
-        """Raises UserError for a folder without shards, an unknown format, or shards of different tasks or image sizes."""
+        """Raises UserError for a folder without shards and for shards that do not fit together."""
         folders = list(folders)
         shards = [shard for folder in folders for shard in sorted(folder.glob("shard-*")) if shard.is_dir()]
         for folder in folders:
             if not any(shard.parent == folder for shard in shards):
                 raise UserError(
-                    f"{folder}: no shard-* folders: record some with `python -m deer_vla_ros record-demos --out {folder}`"
+                    f"{folder}: no shard-* folders: record some with "
+                    f"`python -m deer_vla_ros record-demos --out {folder}`"
                 )
         metas = [_read_meta(shard) for shard in shards]
         self.tasks = tuple(metas[0]["tasks"])
@@ -120,11 +125,11 @@ class Frames:
         return int(self.episode[-1]) + 1
 
     def all_phrasings(self) -> list[str]:
-        """What the tasks are called in training, task by task."""
+        """Returns the phrasings for training, ordered by task."""
         return [text for task in self.tasks for text in self.phrasings[task]]
 
     def gather(self, name: str, frames: np.ndarray) -> np.ndarray:
-        """Rows of an array of ARRAYS for frame numbers of any shape."""
+        """Returns the rows of an array of ARRAYS for frame numbers of any shape."""
         flat = np.asarray(frames).ravel()
         shard_of = np.searchsorted(self._starts, flat, side="right") - 1
         result = np.empty((len(flat), *self._shards[0][name].shape[1:]), ARRAYS[name])
@@ -144,6 +149,7 @@ def _read_meta(shard: Path) -> dict:
     missing = [name for name in ("tasks", "image_size", "episodes", "phrasings") if name not in meta]
     if missing:
         raise UserError(
-            f"{shard}: meta.json says nothing of {', '.join(missing)}: an older version recorded it, record it again"
+            f"{shard}: meta.json says nothing of {', '.join(missing)}: an older version recorded it, "
+            "record it again"
         )
     return meta

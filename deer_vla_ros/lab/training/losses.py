@@ -1,6 +1,7 @@
-"""What does training minimise? The action errors of every head over windows of steps, exits drawn at random.
+"""The training loss: the action errors of every head over windows of steps, with randomly drawn exits.
 
-Yue et al., "DeeR-VLA", NeurIPS 2024, arXiv 2411.02359, and the reference implementation, which `parity` compares with.
+Sources: Yue et al., "DeeR-VLA", NeurIPS 2024, arXiv 2411.02359, and the reference implementation. `parity`
+compares with the latter.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from deer_vla_ros.model.network import MultiExitVLA
 
 @dataclass(frozen=True)
 class ActionTargets:
-    """What the demonstrator did in B windows of T steps.
+    """The demonstrator's actions in B windows of T steps.
 
-    pose (B, T, 6) in -1..1; gripper (B, T), 1 = open, 0 = closed; valid (B, T) bool, False for a step that only pads its
-    window, None where every step counts. count: what sums are divided by, where that is not the number of valid steps: with a
-    batch spread over processes each divides by its share of all.
+    pose (B, T, 6): in -1..1. gripper (B, T): 1 = open, 0 = closed. valid (B, T) bool: False for a step that
+    only pads its window; None if every step counts. count: the divisor of sums if it is not the number of
+    valid steps. If a batch is spread over processes, each divides by its share of all valid steps.
     """
 
     pose: Tensor
@@ -37,13 +38,16 @@ class ActionTargets:
     def from_actions(
         cls, actions: Tensor, valid: Tensor | None = None, count: float | None = None
     ) -> ActionTargets:
-        """(B, T, 7) actions as datasets store them, the gripper last: above 0 is open."""
+        """Makes targets from (B, T, 7) actions of a data set. The gripper is last; above 0 is open."""
         return cls(actions[..., :6], (actions[..., 6] > 0).to(actions.dtype), valid, count)
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Huber error of the pose, quadratic below `huber_delta`, times `pose`, plus cross-entropy of the gripper times `gripper`."""
+    """Weights of the Huber error of the pose and of the cross-entropy of the gripper.
+
+    huber_delta: the Huber error is quadratic below it.
+    """
 
     huber_delta: float = 1.0
     pose: float = 1.0
@@ -59,7 +63,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class ActionLoss:
-    """One head's mean errors, before their weights, and their weighted sum; scalars."""
+    """Scalars of one head: its mean errors without weights, and their weighted sum."""
 
     pose: Tensor
     gripper: Tensor
@@ -68,7 +72,7 @@ class ActionLoss:
 
 @dataclass(frozen=True)
 class ExitDraws:
-    """Which exit feeds the shared head: indices into the model's exits, (B, T) for each of its two passes."""
+    """The exits that feed the shared head, as indices of exits: (B, T) for each of its two passes."""
 
     per_step: Tensor
     per_segment: Tensor
@@ -76,10 +80,10 @@ class ExitDraws:
 
 @dataclass(frozen=True)
 class MultiExitLoss:
-    """The unweighted sum over the passes of all heads, and each pass.
+    """The losses of the passes of all heads, and their unweighted sum.
 
-    auxiliary: by exit layer, without the last; last: the last layer's own head, None where no auxiliary heads train;
-    shared: the two passes of the shared head.
+    auxiliary: by exit layer, without the last layer. last: the own head of the last layer; None if no
+    auxiliary heads are trained. shared: the two passes of the shared head.
     """
 
     shared: tuple[ActionLoss, ActionLoss]
@@ -91,7 +95,7 @@ class MultiExitLoss:
         return torch.stack([loss.total for _, loss in self.parts()]).sum()
 
     def parts(self) -> Iterator[tuple[str, ActionLoss]]:
-        """Every pass by the name that logs give it: `auxiliary_1`, ..., `last`, `shared_1`, `shared_2`."""
+        """Yields every pass with its name in logs: `auxiliary_1`, ..., `last`, `shared_1`, `shared_2`."""
         yield from ((f"auxiliary_{exit_layer}", loss) for exit_layer, loss in self.auxiliary.items())
         if self.last is not None:
             yield "last", self.last
@@ -99,7 +103,7 @@ class MultiExitLoss:
 
 
 def action_loss(output: HeadOutput, targets: ActionTargets, weights: LossWeights) -> ActionLoss:
-    """Mean over the steps that count: Huber error of the pose, binary cross-entropy of the gripper."""
+    """Returns the means over valid steps of the pose's Huber error and the gripper's binary cross-entropy."""
     pose = F.huber_loss(output.pose, targets.pose, reduction="none", delta=weights.huber_delta).mean(dim=-1)
     gripper = F.binary_cross_entropy_with_logits(
         output.gripper_logit[..., 0], targets.gripper, reduction="none"
@@ -109,32 +113,34 @@ def action_loss(output: HeadOutput, targets: ActionTargets, weights: LossWeights
 
 
 def _mean(errors: Tensor, valid: Tensor | None, count: float | None) -> Tensor:
-    """Mean of (B, T) errors over the steps that count; 0 where none does."""
+    """Returns the mean of (B, T) errors over valid steps, or 0 without valid steps."""
     if valid is None:
         return errors.mean() if count is None else errors.sum() / count
     return torch.where(valid, errors, 0).sum() / (valid.sum().clamp(min=1) if count is None else count)
 
 
 def draw_per_step(exits: int, batch: int, window: int, generator: torch.Generator | None = None) -> Tensor:
-    """(batch, window) indices of `exits`: one drawn for every step."""
+    """Draws one exit for every step: (batch, window) indices below `exits`."""
     return torch.randint(exits, (batch, window), generator=generator)
 
 
 def draw_per_segment(exits: int, batch: int, window: int, generator: torch.Generator | None = None) -> Tensor:
-    """(batch, window) indices of `exits`: the window splits after 1..`window` steps, where it does is the same for the batch;
-    each sample draws one exit for either segment."""
+    """Draws one exit for each of two segments of every window: (batch, window) indices below `exits`.
+
+    The first segment has 1..`window` steps, the same number in the whole batch.
+    """
     drawn = torch.randint(exits, (batch, 2), generator=generator)
     split = int(torch.randint(1, window + 1, (), generator=generator))
     return segments(drawn, split, window)
 
 
 def segments(drawn: Tensor, split: int, window: int) -> Tensor:
-    """(B, 2) exits of the first `split` steps and of the others -> (B, window)."""
+    """Repeats (B, 2) exits over the first `split` steps and over the others -> (B, window)."""
     return torch.where(torch.arange(window, device=drawn.device) < split, drawn[:, :1], drawn[:, 1:])
 
 
 def draw_exits(exits: int, batch: int, window: int, generator: torch.Generator | None = None) -> ExitDraws:
-    """Draws for one batch, on the CPU."""
+    """Draws the exits of one batch, on the CPU."""
     return ExitDraws(
         per_step=draw_per_step(exits, batch, window, generator),
         per_segment=draw_per_segment(exits, batch, window, generator),
@@ -144,7 +150,10 @@ def draw_exits(exits: int, batch: int, window: int, generator: torch.Generator |
 def exit_features(
     model: MultiExitVLA, images: Tensor, input_ids: Tensor, attention_mask: Tensor, image_token: int
 ) -> Tensor:
-    """`features_of` windows: (exits, B, T, width) of images (B, T, cameras, 3, size, size) and one instruction (B, S) per window."""
+    """Returns `features_of` windows, (exits, B, T, width).
+
+    images (B, T, cameras, 3, size, size); input_ids and attention_mask (B, S): one instruction per window.
+    """
     batch, window = images.shape[:2]
     ids, mask = (text.repeat_interleave(window, dim=0) for text in (input_ids, attention_mask))
     features, _ = features_of(model, images.flatten(0, 1), ids, mask, image_token)
@@ -160,12 +169,13 @@ def features_of(
     tcp: Tensor | None = None,
     pool_padding: bool = True,
 ) -> tuple[Tensor, Found | None]:
-    """Pooled features of every exit, (exits, N, width); a model with a final norm adds one row: the last exit's, normed.
+    """Returns the pooled features of every exit, (exits, N, width), and what the grounding found.
 
-    images (F, cameras, 3, size, size), normalised, and tcp (F, 7); input_ids and attention_mask (N, S): N / F instructions for
-    each moment, moment by moment. pool_padding: whether padding takes part in the pooled maximum, as in the reference.
-    Second: what the grounding found, None where the network has none.
-    Gradients reach the parameters that require them; where none below the heads does, the features carry no graph.
+    images (F, cameras, 3, size, size), normalised, and tcp (F, 7); input_ids and attention_mask (N, S): N / F
+    instructions for each moment, ordered by moment. pool_padding: whether padding counts in the pooled
+    maximum, as in the reference. A model with a final norm adds one row: the normalised features of the last
+    exit. Gradients reach the parameters that require them. If no parameter below the heads does, the features
+    have no graph.
     """
     text = model.encode_text(input_ids, attention_mask, image_token)
     sight = model.see(images, tcp)
@@ -181,14 +191,19 @@ def features_of(
 
 
 def point_loss(found: Found, points: Tensor, tcp: Tensor, beta: float = 0.1) -> Tensor:
-    """Smooth L1 of where the things are, seen from the TCP, in units of POINT_UNIT: points (F, things, 3) [m], NaN where that cannot be seen,
-    which counts 0; tcp (F, 7); action frame."""
+    """Returns the smooth L1 error of the things' positions relative to the TCP, in units of POINT_UNIT.
+
+    points (F, things, 3) [m] and tcp (F, 7): in the action frame. A thing that is not visible (NaN) counts 0.
+    """
     wanted = (points - tcp[:, None, :3]) / POINT_UNIT
     return F.smooth_l1_loss(found.point, torch.where(wanted.isnan(), found.point.detach(), wanted), beta=beta)
 
 
 def turn_loss(found: Found, yaws: Tensor, points: Tensor, tcp: Tensor, beta: float = 0.1) -> Tensor:
-    """Smooth L1 of how the things are turned, seen from the fingers: yaws (F, things) [rad]; points and tcp as `point_loss` takes them."""
+    """Returns the smooth L1 error of the things' rotation relative to the fingers.
+
+    yaws (F, things) [rad]; points and tcp: as in `point_loss`.
+    """
     angles = 4 * (yaws - turn_from_down(tcp[:, 3:])[:, None, 2])
     wanted = torch.stack([angles.cos(), angles.sin()], -1)
     return F.smooth_l1_loss(
@@ -201,11 +216,12 @@ def _pooled(hidden: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def heatmap_loss(found: Found, pixels: Tensor, spread: float = 0.7) -> Tensor:
-    """How far the first query of each thing and camera looks away from that thing: cross-entropy against a Gaussian of `spread` cells
-    around it; mean over all views, of which one that does not have it inside counts 0.
+    """Returns the cross-entropy of the first query's attention for each thing and camera.
 
-    pixels (F, things, cameras, 2): x and y, 0..1 inside the image, NaN where it cannot be seen. The simulator knows them, a robot's recording
-    does not: a loss for the table only.
+    The target is a Gaussian of `spread` cells around the thing. The result is the mean over all views; a view
+    without the thing counts 0.
+    pixels (F, things, cameras, 2): x and y, 0..1 inside the image, NaN if not visible. Only the simulator
+    knows them, so this loss needs data of the simulated table.
     """
     logits = found.logits[:, :, :: found.logits.shape[2] // found.point.shape[1]]
     pixels = pixels.transpose(1, 2)
@@ -229,10 +245,13 @@ def multi_exit_loss(
     auxiliary_heads: bool = True,
     random_exits: bool = True,
 ) -> MultiExitLoss:
-    """The loss of both training stages on `exit_features`; LSTM states start from zero in every window.
+    """Returns the loss of both training stages on `exit_features`.
 
-    auxiliary_heads=False: the shared head alone trains; neither the auxiliary heads nor the last layer's own.
-    random_exits=False: both passes of the shared head read the last exit, `draws` or not.
+    LSTM states are zero at the start of a window.
+
+    auxiliary_heads: False trains only the shared head, not the auxiliary heads and not the last layer's own
+    head.
+    random_exits: False makes both passes of the shared head read the last exit and ignores `draws`.
     """
     exits = model.config.exits
     last = len(exits) - 1
@@ -259,7 +278,7 @@ def _loss_of(head: ActionHead, feature: Tensor, targets: ActionTargets, weights:
 
 
 def _selected(features: Tensor, drawn: Tensor) -> Tensor:
-    """(B, T, width): of each step, the feature of the exit drawn for it."""
+    """Returns for each step the features of its drawn exit, (B, T, width)."""
     batch, window = drawn.shape
     steps = torch.arange(window, device=features.device)
     samples = torch.arange(batch, device=features.device)[:, None]

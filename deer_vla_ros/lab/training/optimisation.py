@@ -1,4 +1,4 @@
-"""Which weights move, how far, and how fast? Parameters of each stage, AdamW groups, schedule, clipping."""
+"""The optimiser of each stage: its trained parameters, AdamW groups, learning rate schedule and clipping."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEDULES = ("constant", "cosine")
 
 
 class Stage(str, Enum):
-    """JOINT: all that is not frozen; EXIT: the heads alone, on features that no longer change."""
+    """JOINT trains everything that is not frozen. EXIT trains only the heads, on constant features."""
 
     JOINT = "joint"
     EXIT = "exit"
@@ -30,12 +30,14 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True)
 class OptimiserSettings:
-    """AdamW and what it may touch.
+    """The settings of AdamW, and which parameters it trains.
 
-    learning_rate: per step, reached after warm-up; the heads' is `head_scale` times that in the joint stage, the same in the
-    exit stage. weight_decay: on the matrices of cross-attention and its feed-forward only, and of the towers that train.
-    clip_norm: largest Euclidean norm of all gradients together. train_vision, train_decoder: also the vision tower and the
-    decoder blocks, which the reference takes from a release and keeps frozen; a small network has no release to take them from.
+    learning_rate: per step, after warm-up. In the joint stage, the heads' rate is `head_scale` times this
+    rate.
+    weight_decay: applies only to the matrices of cross-attention and its feed-forward, and of trained towers.
+    clip_norm: largest Euclidean norm of all gradients together. train_vision, train_decoder: also train the
+    vision tower and the decoder blocks. The reference takes them from a release and keeps them frozen; a
+    small network has no release.
     """
 
     learning_rate: float = 1e-4
@@ -59,8 +61,11 @@ class OptimiserSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over steps: linear from 0 at step 0 to all of it at `warmup_steps`; then constant, or half a cosine to 0 at
-    `total_steps` (which `constant` does not need)."""
+    """The learning rate over steps.
+
+    It rises linearly from 0 at step 0 to the full rate at `warmup_steps`. Then it is constant, or it follows
+    half a cosine to 0 at `total_steps` (not needed for `constant`).
+    """
 
     kind: str = "constant"
     warmup_steps: int = 2500
@@ -73,11 +78,12 @@ class Schedule:
             raise UserError(f"schedule: warmup_steps is {self.warmup_steps}: give 0 or more")
         if self.kind == "cosine" and self.total_steps <= self.warmup_steps:
             raise UserError(
-                f"schedule: total_steps is {self.total_steps}, the warm-up takes {self.warmup_steps}: give more steps in total"
+                f"schedule: total_steps is {self.total_steps}, the warm-up takes {self.warmup_steps}: "
+                "give more steps in total"
             )
 
     def scale(self, step: int) -> float:
-        """Share of the learning rate that `step` (from 0) uses."""
+        """Returns the share of the learning rate for `step`, which counts from 0."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
         if self.kind == "constant":
@@ -88,7 +94,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters, by their names in the network, that share a learning rate and a weight decay."""
+    """Names of parameters in the network that have the same learning rate and weight decay."""
 
     names: tuple[str, ...]
     learning_rate: float
@@ -96,7 +102,7 @@ class ParameterGroup:
 
 
 def trains(name: str, stage: Stage, settings: OptimiserSettings) -> bool:
-    """Whether the parameter `name` of the network moves in `stage`."""
+    """Returns whether `stage` trains the parameter `name` of the network."""
     if name.startswith(HEADS):
         return True
     if stage is Stage.EXIT:
@@ -109,10 +115,11 @@ def trains(name: str, stage: Stage, settings: OptimiserSettings) -> bool:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter.
+    """Returns whether weight decay applies to a parameter.
 
-    In cross-attention to all but gates, biases and the attention's norm, as in the reference: its rule goes by name, and the
-    name of the feed-forward's norm does not say what it is, so its weight decays.
+    In cross-attention it applies to all but gates, biases and the attention's norm, as in the reference. The
+    rule of the reference uses names. It does not recognise the norm of the feed-forward, so that weight
+    decays too.
     """
     if CROSS_ATTENTION.match(name):
         return not name.endswith(("_gate", ".bias", ".attention.norm.weight"))
@@ -121,7 +128,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def parameter_groups(model: MultiExitVLA, stage: Stage, settings: OptimiserSettings) -> list[ParameterGroup]:
-    """Everything that moves in `stage`, each parameter in one group; no empty groups."""
+    """Returns all parameters that `stage` trains, each in one group, without empty groups."""
     head_scale = settings.head_scale if stage is Stage.JOINT else 1.0
     names: dict[tuple[float, float], list[str]] = {}
     for name, parameter in model.named_parameters():
@@ -133,7 +140,7 @@ def parameter_groups(model: MultiExitVLA, stage: Stage, settings: OptimiserSetti
 
 
 def freeze_all_but(model: MultiExitVLA, groups: Iterable[ParameterGroup]) -> None:
-    """Gradients for the parameters of `groups`, none for the others, whose old gradients are dropped."""
+    """Enables gradients only for the parameters of `groups`, and drops all old gradients."""
     moving = {name for group in groups for name in group.names}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in moving)
@@ -141,9 +148,9 @@ def freeze_all_but(model: MultiExitVLA, groups: Iterable[ParameterGroup]) -> Non
 
 
 class Optimiser:
-    """AdamW over what moves in one stage, its schedule and its clipping; freezes everything else.
+    """AdamW with schedule and clipping for the parameters of one stage; it freezes all other parameters.
 
-    After `loss.backward()`, `step` applies the gradients and forgets them.
+    After `loss.backward()`, `step` applies the gradients and drops them.
     """
 
     def __init__(self, model: MultiExitVLA, stage: Stage, settings: OptimiserSettings, schedule: Schedule):
@@ -164,17 +171,17 @@ class Optimiser:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Learning rate of each of `groups` in the next step."""
+        """The learning rate of each of `groups` in the next step."""
         scale = self._schedule.scale(self.steps)
         return tuple(group.learning_rate * scale for group in self.groups)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All that moves."""
+        """Yields all trained parameters."""
         for group in self._adamw.param_groups:
             yield from group["params"]
 
     def step(self) -> float:
-        """One update from the gradients that are there; returns their norm before clipping."""
+        """Updates the parameters with their gradients. Returns the norm of the gradients before clipping."""
         norm = nn.utils.clip_grad_norm_(list(self.parameters()), self._clip_norm)
         for group, rate in zip(self._adamw.param_groups, self.rates):
             group["lr"] = rate
@@ -184,10 +191,10 @@ class Optimiser:
         return float(norm)
 
     def state_dict(self) -> dict:
-        """What a resumed run continues from."""
+        """Returns the state from which a resumed run continues."""
         return {"adamw": self._adamw.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`, for the same network, stage and settings."""
+        """Restores what `state_dict` returned, for the same network, stage and settings."""
         self._adamw.load_state_dict(state["adamw"])
         self.steps = state["steps"]

@@ -1,4 +1,4 @@
-"""How is a pickled numpy array read without running what it says? By an unpickler that knows arrays, numbers, text and containers."""
+"""Safe reading of pickled numpy objects: the unpickler accepts only arrays, numbers, text and containers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ALLOWED = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
 }
-"""All that numpy's pickles of arrays and of single numbers name."""
+"""All names that occur in numpy's pickles of arrays and single numbers."""
 
 
 def read_pickled(path: Path) -> Any:
-    """What a .npy file of one Python object holds; UserError where it is missing, damaged, or names anything but arrays.
+    """Reads a .npy file of one Python object. Raises UserError if it is missing, damaged, or has other types.
 
-    A pickle is a program: it calls whatever it names. So only numpy's own constructors can be named.
+    A pickle can call any function that it names. Therefore only numpy's own constructors are accepted.
     """
     try:
         with open(path, "rb") as file:
@@ -38,7 +38,7 @@ def read_pickled(path: Path) -> Any:
             return _ArrayUnpickler(file).load().item()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): copy it again") from error
-    except Exception as error:  # a damaged pickle can raise whatever the constructors that it calls do
+    except Exception as error:  # a damaged pickle can raise any exception of the constructors that it calls
         raise UserError(
             f"{path}: not a file of one pickled object of arrays and text ({error}): copy it again"
         ) from error
@@ -55,7 +55,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def write_pickled(path: Path, value: Any) -> None:
-    """The inverse, of arrays, numbers, text and containers of them: the file is there whole or not at all."""
+    """Writes an object that `read_pickled` can read. The file is never incomplete."""
     array = np.empty((), object)
     array[()] = value
     partial = path.with_name(f".{path.name}")

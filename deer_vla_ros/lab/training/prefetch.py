@@ -1,4 +1,4 @@
-"""How does a trainer not wait for its data? The next batches are made in another thread while it learns from this one."""
+"""Prefetching: another thread makes the next batches while the trainer uses the current one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from deer_vla_ros.lab.training.batches import Batch, BatchSource, Share
 
 
 class Prefetched:
-    """A BatchSource whose batches, asked for in order, are already there; another order is as right, and slower.
+    """A BatchSource that makes the next batches in advance.
 
-    One thread makes them, so a source need not know of threads. An error is raised where its batch is asked for.
+    Requests in another order are correct, but slower. Only one thread uses the source. An error of the source
+    is raised when its batch is requested.
     """
 
     def __init__(self, source: BatchSource, micro_batches: int, ahead: int = 2):
-        """micro_batches: of an optimiser step. ahead: how many batches are made before they are asked for."""
+        """micro_batches: per optimiser step. ahead: number of batches that are made in advance."""
         self._source, self._micro_batches, self._ahead = source, micro_batches, ahead
         self._thread = ThreadPoolExecutor(1, "prefetch")
         self._coming: dict[tuple[int, int, Share], Future[Batch]] = {}

@@ -1,4 +1,4 @@
-"""Where does a small network's tokenizer come from? From the instructions it is trained on."""
+"""Training of a small network's tokenizer on its instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, Instr
 
 
 def train_tokenizer(instructions: Iterable[str], config: ModelConfig) -> InstructionTokenizer:
-    """A byte-level BPE that keeps the instructions' words whole, and takes any other text too, in more tokens; deterministic."""
+    """Trains a byte-level BPE tokenizer; the result is deterministic.
+
+    It keeps the words of the instructions whole. It also encodes any other text, with more tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

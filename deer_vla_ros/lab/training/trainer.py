@@ -1,7 +1,7 @@
-"""How does one stage of training run? Optimiser steps on batches drawn by number, on one process or many, that can be killed at any time.
+"""Training of one stage: optimiser steps in one or more processes that can be killed and resumed.
 
-What a step draws (batches, exits, dropout) depends on the seed and the step's number alone, and the state is written whole or not
-at all: a run that was killed goes on as if it had not been.
+The random draws of a step (batch, exits, dropout) depend only on the seed and the step's number, and a saved
+state is never incomplete. A killed run therefore continues exactly as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ from deer_vla_ros.model.network import MultiExitVLA
 
 @dataclass(frozen=True)
 class Progress:
-    """One optimiser step: its number from 1, the loss before its update, every part by name, and what it took.
+    """The result of one optimiser step.
 
-    waited: share of the step's time in which this process had no batch to learn from.
+    step: its number, from 1. loss: before the update. parts: parts of the loss by name. waited: share of the
+    step's time in which this process waited for a batch.
     """
 
     step: int
@@ -59,10 +60,10 @@ class Progress:
 
 
 class StageState:
-    """A stage's tensors and steps in one file of its folder, which says by what recipe they came to be."""
+    """The file of a stage's folder that keeps its tensors, its number of steps and its recipe."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any]):
-        """recipe: all that the stage's result depends on; what lies there by another one is refused, not continued."""
+        """recipe: everything that the stage's result depends on. A state of another recipe is refused."""
         self._path, self._recipe = folder / "state.safetensors", json.loads(json.dumps(recipe))
 
     @property
@@ -70,7 +71,10 @@ class StageState:
         return self._path.is_file()
 
     def read(self) -> tuple[dict[str, Tensor], int]:
-        """The tensors and how many steps were done; nothing and 0 where nothing was saved. UserError for another recipe's."""
+        """Returns the tensors and the number of completed steps; both are empty or 0 without a saved state.
+
+        Raises UserError if the state belongs to another recipe.
+        """
         if not self.is_there:
             return {}, 0
         with safe_open(self._path, framework="pt") as file:
@@ -79,7 +83,7 @@ class StageState:
             return {name: file.get_tensor(name) for name in file.keys()}, int(saved["steps"])
 
     def write(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """In place of what was there, at once and on the disk."""
+        """Replaces the saved state in one step, and waits until it is on the disk."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(f".{os.getpid()}")
         save_file(tensors, partial, {"steps": str(steps), "recipe": json.dumps(self._recipe)})
@@ -94,13 +98,14 @@ class StageState:
         if names:
             name = min(names)
             raise UserError(
-                f"{self._path.parent} was trained with {name} {saved.get(name)}, the recipe now says {self._recipe.get(name)}: "
+                f"{self._path.parent} was trained with {name} {saved.get(name)}, "
+                f"the recipe now says {self._recipe.get(name)}: "
                 f"give another --out, or remove {self._path.parents[1]} to train anew"
             )
 
 
 class StageLoss(nn.Module):
-    """The loss of a batch as one module, so that DistributedDataParallel sees a forward pass."""
+    """The loss of a batch as one module; DistributedDataParallel needs a forward pass."""
 
     def __init__(self, model: MultiExitVLA, train: Train, image_token: int, compiled: bool):
         super().__init__()
@@ -108,7 +113,7 @@ class StageLoss(nn.Module):
         self._features = torch.compile(features_of) if compiled else features_of
 
     def forward(self, batch: Batch, draws: ExitDraws) -> dict[str, Tensor]:
-        """Scalars by name; `total` is what is minimised."""
+        """Returns scalars by name; training minimises `total`."""
         train, features, found = self._train, batch.features, None
         if features is None:
             with torch.set_grad_enabled(train.stage is Stage.JOINT):
@@ -145,7 +150,7 @@ class StageLoss(nn.Module):
 
 
 class Trainer:
-    """One stage of a recipe on a network, which it changes in place."""
+    """Trains a network in place, for one stage of a recipe."""
 
     def __init__(
         self,
@@ -158,7 +163,7 @@ class Trainer:
         share: Share = Share(),
         compiled: bool = False,
     ):
-        """state: where this stage is kept; what lies there is taken up."""
+        """state: the saved state of this stage, from which the training continues."""
         self._model, self._train, self._source, self._seed, self._share = (
             model.train(),
             train,
@@ -179,14 +184,14 @@ class Trainer:
         return self._optimiser.steps
 
     def run(self, save_every: int, on_step: Callable[[Progress], Any]) -> None:
-        """All steps that are left; the state is saved every so many, and after the last."""
+        """Does all remaining steps. Saves the state after every `save_every` steps and after the last one."""
         while self.steps_done < self._train.steps:
             on_step(self.step())
             if self.steps_done % save_every == 0 or self.steps_done == self._train.steps:
                 self.save()
 
     def step(self) -> Progress:
-        """One optimiser step over all its micro-batches."""
+        """Does one optimiser step over all its micro-batches."""
         began, number, parts = time.perf_counter(), self.steps_done, {}
         micro_batches, samples, waited = self._train.accumulate, 0, 0.0
         for micro in range(micro_batches):
@@ -210,7 +215,7 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Everything a resumed run needs, in one file that replaces the last one at once."""
+        """Saves everything that a resumed run needs; only the first process does so."""
         if self._share.rank != 0:
             return
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self._model.state_dict().items()}
@@ -231,7 +236,7 @@ class Trainer:
         self._optimiser.load_state_dict({"adamw": {"state": state, "param_groups": groups}, "steps": steps})
 
     def _draws(self, number: int, micro: int, batch: Batch) -> ExitDraws:
-        """This process's rows of exits drawn for the whole batch."""
+        """Draws exits for the whole batch and returns those of this process's rows."""
         rows, window = batch.targets.gripper.shape
         generator = torch.Generator().manual_seed(int(rng_of(self._seed, number, micro, 2).integers(2**62)))
         drawn = draw_exits(len(self._model.config.exits), rows * self._share.world, window, generator)
@@ -242,17 +247,17 @@ class Trainer:
         torch.manual_seed(int(rng_of(self._seed, number, micro, 3, self._share.rank).integers(2**62)))
 
     def _without_exchange(self, wanted: bool) -> contextlib.AbstractContextManager:
-        """Gradients of all but the last micro-batch are summed here before processes exchange them."""
+        """Delays the exchange of gradients between processes to the last micro-batch of a step."""
         return self._loss.no_sync() if wanted and self._share.world > 1 else contextlib.nullcontext()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 products on a GPU; CPUs are slower with them."""
+        """Uses bfloat16 products on a GPU. They are slower on CPUs."""
         if self._model.device.type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
     def _over_all(self, parts: dict[str, Tensor]) -> dict[str, float]:
-        """Means over all processes."""
+        """Returns the means of the parts over all processes."""
         values = torch.stack([value.float() for value in parts.values()])
         if self._share.world > 1:
             dist.all_reduce(values)
@@ -261,16 +266,16 @@ class Trainer:
 
 
 def network_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's state dict among the tensors of a stage."""
+    """Returns the network's state dict from the tensors of a stage."""
     return {
         name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")
     }
 
 
 class Log:
-    """The loss curve: one JSON object per logged step in `log.jsonl`, and the same for TensorBoard.
+    """The loss curve: one JSON object per logged step in `log.jsonl`, and the same values for TensorBoard.
 
-    What a killed run had logged beyond the state it resumes from is taken back.
+    A resumed run removes the lines after the step from which it continues.
     """
 
     def __init__(self, folder: Path, stage: str, resumed_at: int):
@@ -300,7 +305,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log, without a last one that a killed run left half written."""
+    """Returns the lines of a log, without a last line that a killed run left incomplete."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text().splitlines():
@@ -325,15 +330,15 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[tuple[Share, torch.device]]:
-    """The share of this process under torchrun and its device, the process group open meanwhile; one of one elsewhere.
+    """Yields the share of this process and its device. Under torchrun it opens the process group meanwhile.
 
-    device: `cpu`, or `cuda`: then this machine's processes take a GPU each.
+    device: `cpu`, or `cuda`, where each process of this machine uses its own GPU.
     """
     if "RANK" not in os.environ:
         yield Share(), torch.device(device)
         return
     own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
-    # While the first process records demonstrations, the others wait for hours.
+    # The other processes can wait for hours while the first one records demonstrations.
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=7))
     try:
         yield Share(dist.get_rank(), dist.get_world_size()), own
