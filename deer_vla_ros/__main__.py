@@ -1,8 +1,8 @@
-"""What can a person run? `python -m deer_vla_ros <command>`, installed as `deer-vla <command>`.
+"""The command line: `python -m deer_vla_ros COMMAND`, installed as `deer-vla COMMAND`.
 
-A command is a module with a docstring (its help, with an example), `add_arguments(parser)` and `run(args) -> int`.
-It is imported only when it is asked for, so that the simulated table starts without torch and `--help` at once.
-Exit status: 0, 1 (the thing failed), 2 (bad arguments).
+`deer_vla_ros.commands` describes what a command is. A command is imported only when it is called, so the
+simulated table starts without torch, and `--help` answers at once.
+Exit status: 0 (success), 1 (failure), 2 (wrong arguments).
 """
 
 import argparse
@@ -15,12 +15,12 @@ from deer_vla_ros.commands import COMMANDS, PROGRAM, Command
 from deer_vla_ros.errors import UserError
 
 PIP_MODULES = ("matplotlib", "mujoco", "optuna", "rich", "rosbags", "tensorboardX")
-"""What some commands need and others do not, from PyPI."""
+"""Packages from PyPI that only some commands need."""
 ROS_MODULES = ("rclpy", "deer_vla_ros", "std_msgs", "sensor_msgs", "geometry_msgs")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; `argv` without the program's name, by default the process's own arguments."""
+    """Runs one command and returns the exit status. argv: without the program's name; None: sys.argv."""
     own, ros_args = split_ros_args(sys.argv[1:] if argv is None else argv)
     name = _program_parser().parse_args(own[:1]).command
     command = COMMANDS[name]
@@ -61,7 +61,10 @@ def _run(name: str, command: Command, module: ModuleType, own: list[str], ros_ar
 
 
 def split_ros_args(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Part our arguments from those of ROS, which stand between `--ros-args` and `--` or the end, any number of times."""
+    """Separates our arguments from those of ROS, and returns both lists in this order.
+
+    The arguments of ROS are between `--ros-args` and `--` or the end. There may be several such parts.
+    """
     own: list[str] = []
     ros_args: list[str] = []
     in_ros_args = False

@@ -1,17 +1,16 @@
-"""Which errors are the user's to solve, and how any error is told in one line."""
+"""The error that a user can solve, and one line of text for any error."""
 
 
 class UserError(Exception):
-    """Something the person at the terminal can put right.
+    """An error that the person at the terminal can solve.
 
-    The message is one line and names the value, the limit and the remedy. The command line prints it as it is
-    and exits with status 1; any other exception is a defect of ours and keeps its traceback.
+    The message is one line and names the value, the limit and the remedy. The command line prints the message
+    and exits with status 1. Any other exception is a defect of this package and keeps its traceback.
     """
 
 
 def one_line(error: BaseException) -> str:
-    """What to tell of an error in a log: a UserError's own words, else its type and the beginning of its
-    message."""
+    """One line for a log: a UserError's message, or another error's type and first 300 characters."""
     if isinstance(error, UserError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")

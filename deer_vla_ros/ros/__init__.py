@@ -1,1 +1,1 @@
-"""How does the package meet the robot? The only room that imports rclpy."""
+"""The ROS 2 side of the package: the policy node, its watchdog, parameters, topics and messages."""

@@ -1,4 +1,4 @@
-"""The node's own messages, made of the plain data of the other rooms."""
+"""Conversion of decisions and budget statuses to the node's own messages, PolicyStep and BudgetStatus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOP_REASONS = {
 
 
 def step_message(decision: Decision, frame_id: str, published_ns: int) -> msg.PolicyStep:
-    """One decision as `~/step` tells it; `published_ns` is when its command went out."""
+    """A decision as a `~/step` message. published_ns: when its command was published [ns, ROS time]."""
     policy, action, times, cost = (
         decision.policy,
         decision.policy.action,
@@ -69,7 +69,7 @@ def step_message(decision: Decision, frame_id: str, published_ns: int) -> msg.Po
 
 
 def budget_message(status: BudgetStatus, now_ns: int) -> msg.BudgetStatus:
-    """A budget's status as `~/budget` tells it."""
+    """A budget's status as a `~/budget` message."""
     asked, done = status.requested, status.achieved
     unknown = (math.nan, math.nan)
     message = msg.BudgetStatus(

@@ -1,4 +1,4 @@
-"""Who else is on our topics: publishers that cannot reach us, and others that command our arm."""
+"""Checks of the ROS graph: publishers that cannot reach this node, and other nodes that command its arm."""
 
 from __future__ import annotations
 
@@ -17,20 +17,17 @@ from deer_vla_ros.control.types import HoldReason
 from deer_vla_ros.ros.messages import nanoseconds
 
 FOUND_WITHIN_S = 4.0
-"""How long DDS may take to find a publisher: where the first announcements are lost, Fast DDS repeats them
-after 3 s."""
+"""How long DDS may take to find a publisher [s]: Fast DDS repeats lost announcements after 3 s."""
 SILENT_S = 3.0
-"""How long a publisher may be silent before it counts as nobody: DDS keeps those of a killed node on its list
-for 20 s, and a node that is not active has publishers, too."""
+"""A publisher that is silent for this time [s] does not command the arm: DDS still lists the publishers of a
+killed node for 20 s, and a node that is not active has publishers, too."""
 UNKNOWN = "_NODE_NAME_UNKNOWN_"
-"""What rmw calls a publisher's node for the moment in which it knows the one and not yet the other. It may be
-another commander."""
+"""The name that rmw gives to a node while it knows the node's publisher only. It may be another commander."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """publishers: how many there are on each topic we listen to. problems: one sentence each, with the
-    remedy."""
+    """publishers: their number, by subscribed topic. problems: one sentence each, with the remedy."""
 
     publishers: dict[str, int]
     problems: tuple[str, ...]
@@ -39,8 +36,7 @@ class Neighbours:
 def neighbours(
     node: Node, subscriptions: Iterable[Subscription], commands: Iterable[Publisher]
 ) -> Neighbours:
-    """Looks at the ROS graph as it is now. commands: the publishers that no other node should share a topic
-    with."""
+    """Reads the ROS graph as it is now. commands: our publishers, which should be alone on their topics."""
     by_topic: dict[str, list[Subscription]] = {}
     for subscription in subscriptions:
         by_topic.setdefault(subscription.topic_name, []).append(subscription)
@@ -53,7 +49,8 @@ def neighbours(
         names = [name for name in commanders(node, publisher.topic_name) if UNKNOWN not in name]
         if len(names) > 1:
             problems.append(
-                f"{publisher.topic_name} is commanded by {len(names)} publishers ({', '.join(sorted(names))}): stop all but one"
+                f"{publisher.topic_name} is commanded by {len(names)} publishers "
+                f"({', '.join(sorted(names))}): stop all but one"
             )
     return Neighbours(counts, tuple(problems))
 
@@ -64,24 +61,25 @@ def watchdog_name(node: Node) -> str:
 
 
 def commanders(node: Node, topic: str) -> list[str]:
-    """Full names of the nodes that publish on `topic`; our own is among them, our watchdog is not. One name
-    may stand there twice."""
+    """Full names of the nodes that publish on `topic`, without our watchdog. Names may repeat."""
     watchdog = f"{node.get_namespace().rstrip('/')}/{watchdog_name(node)}"
     names = [_name(publisher) for publisher in node.get_publishers_info_by_topic(topic)]
     return [name for name in names if name != watchdog]
 
 
 class OtherCommanders:
-    """Whether another node commands the arm at the time when we begin to.
+    """Finds out whether another node commands the arm when this node begins to.
 
-    A process that has just joined the network knows nobody: nothing is commanded before FOUND_WITHIN_S have
-    passed since then. A publisher that is only listed is given SILENT_S to say something. One that is heard
-    commands.
+    A process that has just joined the network does not know the other nodes yet, so this node commands
+    nothing for the first FOUND_WITHIN_S. If another publisher is listed, this node waits SILENT_S for a
+    message from it. A publisher that sends a message commands the arm.
     """
 
     def __init__(self, node: Node, commands: Iterable[Publisher], our_stamps: Collection[int]):
-        """Made when the process joins the network. commands: our publishers of stamped commands. our_stamps:
-        of our newest commands, by which others' are told apart."""
+        """Create it when the process joins the network. commands: our publishers of stamped commands.
+
+        our_stamps: stamps of our newest commands [ns]. A command with another stamp is another node's.
+        """
         self._node, self._commands, self._our_stamps = node, list(commands), our_stamps
         self._subscriptions: list[Subscription] = []
         self._joined = time.monotonic()
@@ -90,11 +88,11 @@ class OtherCommanders:
 
     @property
     def listens(self) -> bool:
-        """Whether we hear our own commands, too, as one of their subscribers."""
+        """Whether this object is itself a subscriber of our commands."""
         return bool(self._subscriptions)
 
     def listen(self) -> None:
-        """From now on, before anything is commanded."""
+        """Subscribes to the command topics. Call it before this node commands anything."""
         if not self._subscriptions:
             self._subscriptions = [
                 self._node.create_subscription(publisher.msg_type, publisher.topic_name, self._on_command, 10)
@@ -102,7 +100,7 @@ class OtherCommanders:
             ]
 
     def begin(self) -> None:
-        """We begin to command."""
+        """Begins the check: this node begins to command."""
         self.listen()
         self._began = time.monotonic()
 
@@ -112,7 +110,10 @@ class OtherCommanders:
         self._subscriptions = []
 
     def found(self) -> HoldReason | None:
-        """What speaks against moving the arm; from the executor's thread."""
+        """The reason not to move the arm, None if there is none. Call it from the executor's thread.
+
+        The check ends with the first None after `begin`; its subscriptions end with it.
+        """
         if not self._subscriptions:
             return None
         now = time.monotonic()
@@ -132,14 +133,16 @@ class OtherCommanders:
 
 
 def _mismatch(topic: str, publisher: TopicEndpointInfo, ours: list[Subscription]) -> str:
-    """Why `publisher` reaches none of our subscriptions on its topic; empty where it reaches one."""
+    """Why `publisher` reaches none of our subscriptions on its topic; empty if it reaches one."""
     expected = type_name(ours[0].msg_type)
     if publisher.topic_type != expected:
-        return f"{topic}: {_name(publisher)} publishes {publisher.topic_type}, the node listens to {expected}: remap one of them"
+        what = f"{topic}: {_name(publisher)} publishes {publisher.topic_type}"
+        return f"{what}, the node listens to {expected}: remap one of them"
     answers = [qos_check_compatible(publisher.qos_profile, subscription.qos_profile) for subscription in ours]
     if any(compatibility != QoSCompatibility.ERROR for compatibility, _ in answers):
         return ""
-    return f"{topic}: {_name(publisher)} is not heard ({answers[0][1].strip('; ')}): publish with reliability RELIABLE"
+    reason = answers[0][1].strip("; ")
+    return f"{topic}: {_name(publisher)} is not heard ({reason}): publish with reliability RELIABLE"
 
 
 def type_name(message_type: type) -> str:

@@ -22,12 +22,12 @@ ACTIONS = {"parallel_gripper_command": "ParallelGripperCommand", "gripper_comman
 INTERFACES = ("topic", *ACTIONS)
 THROTTLE_S = 5.0
 ANSWER_S = 2.0
-"""How long a goal's answer may take. This is longer than any server takes to accept. DDS can lose an answer
-while two processes still find each other."""
+"""How long the answer to a goal may take [s]. A server needs less. DDS can lose an answer while two processes
+still discover each other."""
 MAX_TRIES, PAUSE_S = 3, 1.0
-"""How often a goal is sent that the server accepts and does not reach, and the time before the next try."""
+"""How often a goal is sent that the server accepts but does not reach, and the pause between tries [s]."""
 LOOK_S = 0.5
-"""How often it looks whether the action's server is still the same."""
+"""Period of the check whether the action's server is still the same [s]."""
 FAILURES = {
     GoalStatus.STATUS_ABORTED: "aborted",
     GoalStatus.STATUS_CANCELED: "canceled",
@@ -36,16 +36,16 @@ FAILURES = {
 
 
 class Gripper(Protocol):
-    """Takes the command value of every tick; what is repeated changes nothing on the robot."""
+    """Takes the command value of every tick. A repeated value changes nothing on the robot."""
 
     def send(self, value: float) -> None: ...
 
     def resume(self) -> None:
-        """A person has looked at the arm: a goal that was given up is tried again."""
+        """A person has looked at the arm: a goal that was given up is sent again."""
 
 
 class TopicGripper:
-    """Every value on `gripper_command`, as a forward position controller takes it."""
+    """Publishes every value on `gripper_command`, as a forward position controller takes it."""
 
     def __init__(self, publisher: Any):
         self._publisher = publisher
@@ -59,7 +59,8 @@ class TopicGripper:
 
 @dataclass(frozen=True)
 class SentGoal:
-    """The goal that was sent last. number: counts goals; sent_at [s]; servers: which servers there were."""
+    """The goal that was sent last. number: counts goals. sent_at [s]: time.monotonic(). servers:
+    identities."""
 
     value: float
     number: int
@@ -67,29 +68,30 @@ class SentGoal:
     servers: frozenset[bytes]
     is_answered: bool = False
     is_over: bool = False
-    """Refused or failed: the goal has no effect any more."""
+    """The goal was refused or has failed: it has no effect any more."""
 
 
 class ActionGripper:
-    """A goal when the value changes. The same goal is sent again when
+    """Sends a goal when the value changes. It sends the same goal again when
 
     - the server refused it or did not answer;
     - the server aborted it, or somebody else canceled it: at most MAX_TRIES times, PAUSE_S apart;
-    - the server was away, or another one has started: a new server knows nothing of old goals.
+    - the server was away, or another one has started: a new server does not know old goals.
 
-    `send` waits for nothing: waiting for fingers must not delay a step. A new goal preempts the one before,
-    whose result then counts no more. A goal that is aborted because the fingers touch something (`stalled`)
-    is no failure: controllers end a grasp like this.
+    `send` does not wait, because waiting for the fingers would delay a step. A new goal replaces the one
+    before, whose result is then ignored. A goal that is aborted because the fingers touch something
+    (`stalled`) is no failure: controllers end a grasp in this way.
     """
 
     def __init__(self, node: Node, interface: str, action: str, joint: str, max_effort: float):
-        """action: its name; joint: for ParallelGripperCommand; max_effort [N], for GripperCommand, 0: the
+        """action: its name. joint: for ParallelGripperCommand. max_effort: for GripperCommand [N]; 0: the
         controller's own."""
         self._node, self._interface, self._joint, self._max_effort = node, interface, joint, max_effort
         self._type = action_type(interface)
         self._client = ActionClient(node, self._type, action)
         self._name = action
-        self._lock = threading.Lock()  # guards what follows; answers do not arrive in the thread of `send`
+        # The lock guards the goal's state: answers do not arrive in the thread of `send`.
+        self._lock = threading.Lock()
         self._told: SentGoal | None = None
         self._number = 0
         self._failures = 0
@@ -107,9 +109,8 @@ class ActionGripper:
             )
             return
         now = time.monotonic()
-        if (
-            now - self._looked_at >= LOOK_S
-        ):  # not at every step: the graph may be busy with a process that comes or goes
+        # Not at every step: the query may wait while a process joins or leaves the graph.
+        if now - self._looked_at >= LOOK_S:
             self._looked_at, self._servers = now, self._find_servers()
         with self._lock:
             if not self._is_due(value, self._servers):
@@ -125,11 +126,11 @@ class ActionGripper:
             self._failures = 0
 
     def forget(self) -> None:
-        """Lets the next `send` send a goal whatever was sent before."""
+        """Makes the next `send` send a goal, whatever was sent before."""
         with self._lock:
             self._told = None
             self._failures = 0
-            self._number += 1  # what is still to come of earlier goals counts no more
+            self._number += 1  # answers and results of earlier goals are ignored
 
     def close(self) -> None:
         self.forget()
@@ -144,13 +145,13 @@ class ActionGripper:
         return goal
 
     def _find_servers(self) -> frozenset[bytes]:
-        """The identities of the action's servers. DDS takes seconds to notice that a server was killed. When
-        the next one starts meanwhile, `server_is_ready` stays true, but the next one has another identity."""
+        """The identities of the action's servers. DDS takes seconds to notice that a server was killed. If
+        a new one starts meanwhile, `server_is_ready` stays true, but the new one has another identity."""
         found = self._node.get_publishers_info_by_topic(f"{self._name}/_action/status")
         return frozenset(bytes(each.endpoint_gid) for each in found)
 
     def _is_due(self, value: float, servers: frozenset[bytes]) -> bool:
-        """Whether a goal has to be sent now. The caller has the lock."""
+        """Whether a goal has to be sent now. The caller holds the lock."""
         told = self._told
         if told is None or value != told.value or servers - told.servers:
             self._failures = 0
@@ -161,18 +162,18 @@ class ActionGripper:
         return self._is_lost(told)
 
     def _is_lost(self, told: SentGoal) -> bool:
-        """Whether the goal waits for its answer for too long; it is then given up."""
+        """Whether the goal's answer is overdue. If it is, this goal is given up."""
         if told.is_answered or time.monotonic() - told.sent_at < ANSWER_S:
             return False
         what = f"gripper: {self._name} did not answer within {ANSWER_S:g} s"
         self._node.get_logger().warning(f"{what}: the goal is sent again")
-        if self._answer is not None:  # canceled where answers arrive: never while one is being taken
+        if self._answer is not None:  # cancelled in the executor's thread: never while an answer is handled
             executor = self._node.executor
             executor.create_task(self._answer.cancel) if executor else self._answer.cancel()
         return True
 
     def _change(self, number: int, **what: bool) -> bool:
-        """Notes it of the goal of this number; False where it is not the newest. The caller has the lock."""
+        """Updates the goal of this number; False if it is not the newest one. The caller holds the lock."""
         if self._told is None or self._told.number != number:
             return False
         self._told = replace(self._told, **what)
@@ -216,11 +217,11 @@ class ActionGripper:
 
 
 def action_type(interface: str) -> Any:
-    """The action's class; raises UserError where control_msgs is not installed."""
+    """The action's class. Raises UserError if control_msgs is not installed."""
     try:
         return getattr(importlib.import_module("control_msgs.action"), ACTIONS[interface])
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"action.gripper_interface is '{interface}', but control_msgs has no {ACTIONS[interface]} here ({error}): "
-            "install ros-jazzy-control-msgs, or use 'topic'"
+            f"action.gripper_interface is '{interface}', but control_msgs has no {ACTIONS[interface]} here "
+            f"({error}): install ros-jazzy-control-msgs, or use 'topic'"
         ) from error

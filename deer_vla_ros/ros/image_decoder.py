@@ -1,4 +1,4 @@
-"""The thread that decodes camera images, so that a big one delays neither a service nor a step."""
+"""A thread that decodes camera images, so that a large image delays neither a service nor a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ Decode = Callable[[Any], Frame]
 
 
 class Decoder:
-    """Takes the newest message of each camera. A message that is replaced while it waits is never decoded."""
+    """Decodes the newest message of each camera. A message that is replaced while it waits is dropped."""
 
     def __init__(self, on_frame: Callable[[Camera, Frame], None], on_error: Callable[[Camera, str], None]):
-        """on_frame, on_error: called in the decoder's thread; the second with the reason why an image is
-        none."""
+        """on_frame, on_error: called in the decoder's thread. on_error gets the reason."""
         self._on_frame, self._on_error = on_frame, on_error
         self._waiting: dict[Camera, tuple[Decode, Any]] = {}
         self._news = threading.Condition()
@@ -26,13 +25,13 @@ class Decoder:
         self._thread.start()
 
     def put(self, camera: Camera, decode: Decode, message: Any) -> None:
-        """From any thread; returns at once."""
+        """Adds a message. Any thread may call it; it returns at once."""
         with self._news:
             self._waiting[camera] = decode, message
             self._news.notify()
 
     def close(self, timeout_s: float) -> None:
-        """What waits is dropped; one that is being decoded may outlast the timeout, and then goes nowhere."""
+        """Drops messages that wait. An image that is being decoded may take longer than the timeout."""
         with self._news:
             self._running = False
             self._news.notify()
@@ -44,10 +43,10 @@ class Decoder:
                 self._news.wait_for(lambda: self._waiting or not self._running)
                 if not self._running:
                     return
-                camera = next(iter(self._waiting))  # in the order in which they came
+                camera = next(iter(self._waiting))  # the camera that has waited longest
                 decode, message = self._waiting.pop(camera)
             try:
                 frame = decode(message)
                 self._on_frame(camera, frame)
-            except Exception as error:  # whatever fails on one image must not end those after it
+            except Exception as error:  # an error in one image must not end the thread
                 self._on_error(camera, one_line(error))

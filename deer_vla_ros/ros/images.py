@@ -1,4 +1,4 @@
-"""Image messages, raw or compressed, as RGB arrays (H, W, 3) of uint8; others are refused with a reason."""
+"""Conversion of raw and compressed image messages to RGB arrays (H, W, 3) of uint8; UserError for others."""
 
 from __future__ import annotations
 
@@ -22,41 +22,45 @@ if TYPE_CHECKING:
     from cv_bridge import CvBridge
 
 MAX_SIDE = 8192
-"""Pixels of width or height. Far above any camera of a policy."""
+"""Largest width or height in pixels. It is far above any camera of a policy."""
 MAX_PIXELS = 12_500_000
-"""Width times height. A 4K camera has 8.3 million, a sensor of "12 megapixels" has 12.0 to 12.4."""
+"""Largest width times height. A 4K camera has 8.3 million, a sensor of "12 megapixels" has 12.0 to 12.4."""
 
-# These limits keep the decoding of the worst file that is accepted at about one second of one core. They are
-# checked on the file's structure, before Pillow sees it. They are numbers of the file and not of a clock, so
-# that a replay decides the same on every machine.
+# With these limits, one core decodes the worst accepted file in about one second. They are checked on the
+# file's structure, before Pillow reads it. They count bytes and pixels and not time, so that a replay decides
+# the same on every machine.
 MAX_JPEG_BYTES = 16_000_000
 MAX_PIXEL_SCANS = 100_000_000
-"""Scans times pixels. Every scan of a JPEG visits the whole picture again, even when it has only 26 bytes.
-This costs up to 9 ns for a pixel. A progressive JPEG of a 4K camera has 10 scans: 83 million."""
+"""Scans times pixels. Every scan of a JPEG visits the whole picture again, even if it has only 26 bytes.
+This costs up to 9 ns per pixel. A progressive JPEG of a 4K camera has 10 scans: 83 million."""
 MAX_HEADER_BYTES, MAX_SEGMENTS = 1_000_000, 256
-"""Of a JPEG, before its first scan: Pillow reads these segments in Python."""
+"""Bytes and segments of a JPEG before its first scan: Pillow reads these segments in Python."""
 MAX_PNG_BYTES = 6_500_000
-"""Noise of 1920 x 1080 fits. Inflating costs up to 140 ns for a byte of a file that was made to be slow."""
+"""Noise of 1920 x 1080 fits. Inflating costs up to 140 ns per byte of a malicious file."""
 MAX_PNG_RAW_BYTES = 50_000_000
-"""Rows of pixels after inflating. A 4K image with 16 bits for a colour fits."""
+"""Rows of pixels after inflating. A 4K image with 16 bits per channel fits."""
 MAX_CHUNKS, MAX_OTHER_CHUNKS = 10_000, 32
-"""Of a PNG: all chunks, and those without image data; each of the latter may inflate to 1 MB in Pillow."""
+"""Chunks of a PNG: all, and those without image data. Each of the latter may inflate to 1 MB in Pillow."""
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-"""The first bytes of a file."""
+"""The first bytes of each file format."""
 MARKER = re.compile(rb"\xff([^\x00\xff])")
 SCAN = 0xDA
 OTHER_CODINGS = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
-"""Frames of a JPEG that no camera sends: lossless, hierarchical, or with arithmetic codes, which are slow."""
+"""JPEG frame markers that no camera sends: lossless, hierarchical, or slow (arithmetic coding)."""
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
+"""JPEG markers that no length field follows."""
 CHUNK_NAME = re.compile(rb"\w{4}")
 CHANNELS_OF_PNG = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""By the colour type in its header."""
+"""Number of channels, by the colour type in the PNG's header."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """rgb: where red, green and blue stand among the `channels`. bridged: whether cv_bridge converts it to rgb8 as well."""
+    """An encoding of raw images. rgb: positions of red, green and blue among the `channels`.
+
+    bridged: whether cv_bridge, too, converts it to rgb8.
+    """
 
     rgb: tuple[int, int, int]
     channels: int
@@ -70,8 +74,8 @@ class Encoding:
 
 RGB, BGR, MONO = (0, 1, 2), (2, 1, 0), (0, 0, 0)
 
-# 8UC3 and 8UC1 do not say what they show, so cv_bridge refuses to make colours of them. OpenCV, whose names they are, keeps
-# colour images as BGR, and that is what a driver that publishes a cv::Mat under its type's name sends.
+# 8UC3 and 8UC1 do not say which colours they contain, so cv_bridge refuses to convert them. These are
+# OpenCV's names of types, and OpenCV keeps colour images as BGR: a driver that publishes a cv::Mat sends BGR.
 ENCODINGS = {
     "rgb8": Encoding(RGB, 3),
     "bgr8": Encoding(BGR, 3),
@@ -89,7 +93,8 @@ ENCODINGS = {
 
 
 def frame(message: Image) -> Frame:
-    """A raw image as a frame; raises UserError. The frame may share the message's memory: do not write to the message after."""
+    """A raw image as a frame; raises UserError. The frame may share the message's memory: do not change
+    it."""
     _check_layout(message)
     bridged = BRIDGE is not None and bridgeable(message)
     image = BRIDGE.imgmsg_to_cv2(message, "rgb8") if bridged else by_numpy(message)
@@ -99,8 +104,8 @@ def frame(message: Image) -> Frame:
 def compressed_frame(message: CompressedImage) -> Frame:
     """A JPEG or PNG as a frame; raises UserError.
 
-    The bytes say what they are: `format` repeats the encoding that the camera had before compression, and both file formats
-    store colours as RGB whatever that was.
+    The first bytes show the file format. `format` also names the encoding before compression, which does not
+    matter: both file formats store RGB.
     """
     if "compresseddepth" in message.format.lower():
         raise UserError(
@@ -110,7 +115,7 @@ def compressed_frame(message: CompressedImage) -> Frame:
 
 
 def by_numpy(message: Image) -> np.ndarray:
-    """RGB of a message whose layout was checked; without a copy where the message is packed rgb8."""
+    """A message, whose layout was checked, as (H, W, 3) uint8 RGB. Packed rgb8 is not copied."""
     encoding, height, width, step = ENCODINGS[message.encoding], message.height, message.width, message.step
     rows = np.frombuffer(message.data, np.uint8, height * step).reshape(height, step)[
         :, : width * encoding.pixel_bytes
@@ -121,26 +126,28 @@ def by_numpy(message: Image) -> np.ndarray:
     if encoding.rgb == RGB and encoding.channels == 3:
         return np.ascontiguousarray(pixels)
     image = np.empty((height, width, 3), np.uint8)
-    for target, source in enumerate(encoding.rgb):  # a third of the time of a copy of a reversed view
+    for target, source in enumerate(encoding.rgb):  # three times as fast as copying a reversed view
         image[..., target] = pixels[..., source]
     return image
 
 
 def bridgeable(message: Image) -> bool:
-    """Whether cv_bridge reads this layout rightly.
+    """Whether cv_bridge reads this layout correctly.
 
-    Its Python part counts a row's length in whole pixels, so that a step between two of them shears the image, and it knows
-    no other byte orders than 0 and 1.
+    Its Python part counts the length of a row in whole pixels: it shears an image whose step is not a
+    multiple of the pixel size. It only knows the byte orders 0 and 1.
     """
     encoding = ENCODINGS[message.encoding]
     return encoding.bridged and message.step % encoding.pixel_bytes == 0 and message.is_bigendian in (0, 1)
 
 
 def find_bridge() -> tuple[CvBridge | None, str]:
-    """cv_bridge, if its conversions are those of `by_numpy`; otherwise None, and why in one line.
+    """cv_bridge and an empty text if it converts as `by_numpy` does; otherwise None and the reason in one
+    line.
 
-    Ubuntu's package is compiled for numpy 1. Under numpy 2 its import fails, or succeeds and the first conversion crashes,
-    after numpy has written a page about it to stderr: that page is the sign, and is kept out of the log as the reason says it.
+    Ubuntu's package is compiled for numpy 1. Under numpy 2 its import fails, or the import succeeds and the
+    first conversion crashes. In the second case numpy writes a page about it to stderr during the import.
+    This function looks for that page and keeps it out of the log.
     """
     stderr = io.StringIO()
     try:
@@ -155,9 +162,10 @@ def find_bridge() -> tuple[CvBridge | None, str]:
             if not np.array_equal(bridge.imgmsg_to_cv2(message, "rgb8"), by_numpy(message)):
                 return (
                     None,
-                    f"cv_bridge converts {message.encoding} (is_bigendian {message.is_bigendian}) to other values",
+                    f"cv_bridge converts {message.encoding} (is_bigendian {message.is_bigendian}) to other "
+                    "values",
                 )
-    except Exception as error:  # whatever a broken build raises: the numpy path gives the same pixels
+    except Exception as error:  # of any kind, from a broken build; `by_numpy` gives the same pixels
         missing = isinstance(error, ModuleNotFoundError) and error.name == "cv_bridge"
         return (
             None,
@@ -189,8 +197,8 @@ def _check_layout(message: Image) -> None:
     row = width * ENCODINGS[message.encoding].pixel_bytes
     if step < row or len(message.data) < height * step:
         raise UserError(
-            f"{width} x {height} {message.encoding} with step {step} needs {height * max(step, row)} bytes in rows of {row} or "
-            f"more, the message has {len(message.data)}: mend the camera driver"
+            f"{width} x {height} {message.encoding} with step {step} needs {height * max(step, row)} bytes "
+            f"in rows of {row} or more, the message has {len(message.data)}: mend the camera driver"
         )
 
 
@@ -201,9 +209,7 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
         _check_png(data)
     try:
         picture = Picture.open(io.BytesIO(data), formats=("JPEG", "PNG"))  # reads the header only
-    except (
-        Exception
-    ) as error:  # Pillow's parsers raise anything, SyntaxError included, when fed with arbitrary bytes
+    except Exception as error:  # for arbitrary bytes, Pillow's parsers raise anything, even SyntaxError
         raise UserError(
             f"{len(data)} bytes of format {_quoted(name)} are no JPEG or PNG: publish one of these"
         ) from error
@@ -212,17 +218,18 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
         _check_scans(data, *picture.size)
     try:
         if picture.format == "PNG":
-            picture.verify()  # the checksums, which decoding skips; after that the file has to be opened again
+            picture.verify()  # the checksums, which decoding skips; it makes a second open necessary
             picture = Picture.open(io.BytesIO(data), formats=("PNG",))
         elif data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-            # Pillow misses it where the rest is padding, or where a library has set LOAD_TRUNCATED_IMAGES.
+            # Pillow does not notice it if padding follows, or if a library has set LOAD_TRUNCATED_IMAGES.
             raise EOFError("no end of image after the last scan")
         if picture.mode.startswith("I"):  # grey of 16 bits: I, I;16 or I;16B, depending on Pillow's version
             return np.repeat(_eight_bits(np.array(picture))[..., None], 3, axis=2)
         return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:
         raise UserError(
-            f"the {picture.format} image of {len(data)} bytes is corrupt ({_one_line(error)}): check the camera's link and driver"
+            f"the {picture.format} image of {len(data)} bytes is corrupt ({_one_line(error)}): "
+            "check the camera's link and driver"
         ) from error
 
 
@@ -241,14 +248,14 @@ def _check_limit(what: str, value: int, limit: int, unit: str, remedy: str) -> N
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Its length, and what comes before the first scan, segment by segment as libjpeg finds them."""
+    """Checks the length of the file, and the segments before its first scan, found as libjpeg finds them."""
     _check_limit("the JPEG has", len(data), MAX_JPEG_BYTES, "bytes", "set a lower quality or resolution")
     remedy = "leave out what the camera driver adds"
     position = len(JPEG)
     for _ in range(MAX_SEGMENTS):
         found = MARKER.search(data, position)
         if found is None or found[1][0] == SCAN:
-            return  # where nothing was found, Pillow says what is missing
+            return  # if no marker was found, Pillow reports what is missing
         marker, position = found[1][0], found.end()
         if marker in OTHER_CODINGS:
             coding = f"the JPEG is of coding SOF{marker - 0xC0}, only SOF0 to SOF2 are accepted"
@@ -260,21 +267,21 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_scans(data: bytes, width: int, height: int) -> None:
-    """Counts every sign of a scan, wherever it stands: libjpeg cannot meet more scans than these."""
+    """Counts the scan markers anywhere in the file: libjpeg cannot find more scans than these."""
     values = np.frombuffer(data, np.uint8)
-    scans = np.count_nonzero(values[1:][values[:-1] == 0xFF] == SCAN)  # a tenth of the time of bytes.count
+    scans = np.count_nonzero(values[1:][values[:-1] == 0xFF] == SCAN)  # ten times as fast as bytes.count
     what = f"the JPEG of {width} x {height} in {scans} scans visits"
     remedy = "publish a baseline JPEG, which has one scan"
     _check_limit(what, scans * width * height, MAX_PIXEL_SCANS, "pixels", remedy)
 
 
 def _check_png(data: bytes) -> None:
-    """Its length, its dimensions and its chunks, of which only names and lengths are read."""
+    """Checks the file's length, its dimensions and its chunks, of which it reads only names and lengths."""
     _check_limit("the PNG has", len(data), MAX_PNG_BYTES, "bytes", "publish a JPEG or a lower resolution")
     position, others = len(PNG), 0
     for index in range(MAX_CHUNKS):
         if position + 8 > len(data):
-            return  # Pillow says what is missing
+            return  # Pillow reports what is missing
         length, name = struct.unpack_from(">I4s", data, position)
         if not CHUNK_NAME.match(name) or (name == b"IHDR") != (index == 0):
             what = f"the PNG image is corrupt (chunk {index} is {name!r})"
@@ -298,16 +305,17 @@ def _check_raw_bytes(width: int, height: int, depth: int, colours: int) -> None:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """0..65535 onto 0..255, to the nearest; the values of OpenCV's convertTo(..., 255. / 65535.), which has no ties to break.
+    """0..65535 to 0..255, rounded to the nearest, which is never ambiguous: OpenCV's convertTo(..., 255. /
+    65535.).
 
-    A division by 257 that never leaves 16 bits: the plain one in 32 bits takes ten times as long.
+    It divides by 257 within 16 bits. The plain division in 32 bits takes ten times as long.
     """
     values = values.astype(np.uint16, copy=False)
     return ((values - (((values >> 1) + 64) >> 7) + 128) >> 8).astype(np.uint8)
 
 
 def _quoted(text: str) -> str:
-    """What a message brought, short and on one line."""
+    """A text of a message, shortened and on one line."""
     return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
@@ -315,4 +323,5 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-BRIDGE, NO_BRIDGE = find_bridge()  # decided once; NO_BRIDGE: why there is none
+BRIDGE, NO_BRIDGE = find_bridge()
+"""cv_bridge, and the reason why it is not used. They are decided once, at import."""

@@ -15,8 +15,10 @@ from deer_vla_ros.msg import BudgetStatus, PolicyStep
 
 @dataclass(frozen=True)
 class Topic:
-    """name: relative, `~` is the node's. quality: of service, in words. when: the parameter value it depends
-    on, or empty."""
+    """A topic of the node. name: relative; `~` is the node's name. quality: of service, in words.
+
+    when: the parameter value that the topic depends on, or empty.
+    """
 
     name: str
     type: type
@@ -27,6 +29,8 @@ class Topic:
 
 @dataclass(frozen=True)
 class Service:
+    """A service of the node. name: relative; `~` is the node's name."""
+
     name: str
     type: type
     meaning: str
@@ -78,9 +82,9 @@ OUTPUTS = (
         "target_pose",
         PoseStamped,
         RELIABLE,
-        "Absolute TCP target in the action frame, stamped like the newest camera frame used. While holding: the pose measured when "
-        "the hold began, taken anew when the arm is moved by more than a step; nothing while no usable pose is "
-        "measured.",
+        "Absolute TCP target in the action frame, stamped like the newest camera frame used. "
+        "While holding: the pose measured when the hold began, taken anew when the arm is moved by more than "
+        "a step; nothing while no usable pose is measured.",
         "action.mode: pose or both",
     ),
     Topic(

@@ -1,4 +1,4 @@
-"""What is loaded at configure? The checkpoint that the parameters name, as a controller that is warm and keeps its budget."""
+"""Loads the checkpoint that the parameters name, as a controller that is warmed up and keeps its budget."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from deer_vla_ros.ros import parameters
 
 
 class Log(Protocol):
-    """What a node's logger and Python's have in common."""
+    """What the loggers of ROS nodes and of Python have in common."""
 
     def info(self, message: str) -> object: ...
     def warning(self, message: str) -> object: ...
 
 
 def warm_controller(given: dict[str, Any], log: Log, latencies: LatencyTable | None = None) -> Controller:
-    """A controller as the parameter values say, every exit run once; raises UserError, and tells what was loaded.
+    """A warmed-up controller for the parameter values `given`. Logs what was loaded, and raises UserError.
 
-    latencies: as Controller takes them.
+    latencies: replace the measured latencies, as in Controller.
     """
     if given["model.cpu_threads"] > 0:
         torch.set_num_threads(given["model.cpu_threads"])
@@ -40,26 +40,30 @@ def warm_controller(given: dict[str, Any], log: Log, latencies: LatencyTable | N
     controller.policy.check(budget)
     controller.policy.set(budget)
     log.info(
-        f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; {controller.settings.guard}"
+        f"weights: {loaded.info.weights}; on {device} as {given['model.dtype']}; {space}; "
+        f"{controller.settings.guard}"
     )
     if not loaded.info.trained:
         log.warning(
-            f"the weights are not trained: the arm will not do what it is told (model.path is '{given['model.path']}')"
+            "the weights are not trained: the arm will not do what it is told "
+            f"(model.path is '{given['model.path']}')"
         )
     if given["control.rate_hz"] > space.rate_hz:
         log.warning(
-            f"control.rate_hz is {given['control.rate_hz']:g}, the checkpoint was made for {space.rate_hz:g}: with cameras as fast, "
+            f"control.rate_hz is {given['control.rate_hz']:g}, "
+            f"the checkpoint was made for {space.rate_hz:g}: with cameras as fast, "
             f"the arm moves {given['control.rate_hz'] / space.rate_hz:.1f} times as fast as it was trained to"
         )
     return controller
 
 
 def _device(wanted: str) -> str:
-    """cpu or cuda; raises UserError where a GPU is asked for and torch sees none."""
+    """cpu or cuda. Raises UserError if a GPU is requested but torch finds none."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "model.device is 'cuda', but torch sees no GPU here: use 'cpu' or 'auto', or install a CUDA build of torch"
+            "model.device is 'cuda', but torch sees no GPU here: use 'cpu' or 'auto', "
+            "or install a CUDA build of torch"
         )
     return wanted

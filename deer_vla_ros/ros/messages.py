@@ -1,4 +1,4 @@
-"""Times, poses, twists and images as ROS messages, and the qualities of service of the topics.
+"""Conversion of times, poses, twists and images to ROS messages, and the topics' qualities of service.
 
 Node, watchdog, table and recordings share them, so this file loads no torch.
 """
@@ -17,20 +17,20 @@ from sensor_msgs.msg import Image
 from deer_vla_ros.control.types import MeasuredPose, Pose, Twist
 
 SECOND = 1_000_000_000
-"""Nanoseconds."""
+"""Nanoseconds in a second."""
 
 NEWEST = QoSProfile(depth=1, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.BEST_EFFORT)
-"""For sensor data: it hears best-effort and reliable publishers, and keeps the newest message alone."""
+"""For sensor data: receives from best-effort and reliable publishers, and keeps only the newest message."""
 LATCHED = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
 )
-"""For what a late subscriber still has to hear: the newest message waits for the subscriber."""
+"""For state that a late subscriber needs: the subscriber gets the newest message when it starts."""
 SERVICES = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
-"""So many requests can wait for their answer. With the usual ten, a flood of requests loses some of them."""
+"""Up to 1000 requests can wait. With the usual queue of 10, some of a flood of requests are lost."""
 
 
 class HasPose(Protocol):
-    """position (3,) [m]; quaternion (4,) x y z w."""
+    """Anything with a pose. position: (3,) [m]. quaternion: (4,), as x y z w."""
 
     position: np.ndarray
     quaternion: np.ndarray
@@ -61,14 +61,14 @@ def image_message(pixels: np.ndarray, frame_id: str, stamp_ns: int) -> Image:
     height, width, _ = pixels.shape
     message = Image(height=height, width=width, encoding="rgb8", step=3 * width)
     message.header.frame_id, message.header.stamp = frame_id, stamp(stamp_ns)
-    data = array.array("B")  # rclpy takes an array.array as it is, and checks anything else number by number
+    data = array.array("B")  # rclpy checks any other type number by number
     data.frombytes(np.ascontiguousarray(pixels).data)
     message.data = data
     return message
 
 
 def measured_pose(message: PoseStamped) -> MeasuredPose:
-    """The pose of a message, with its frame and its stamp."""
+    """The pose of a message, with its frame and its stamp [ns]."""
     position, orientation = message.pose.position, message.pose.orientation
     pose = Pose(
         np.array([position.x, position.y, position.z]),

@@ -1,4 +1,4 @@
-"""The commands of arm and gripper as messages, by `action.mode` and `action.gripper_interface`."""
+"""Publishes the commands of arm and gripper, as `action.mode` and `action.gripper_interface` select."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from deer_vla_ros.ros.gripper import ActionGripper, Gripper, TopicGripper
 from deer_vla_ros.ros.messages import pose_message, twist_message
 
 REMEMBERED = 256
-"""Stamps of own commands by which those of others are told apart."""
+"""How many stamps of our own commands are kept, to recognise the commands of other nodes."""
 
 
 class Outputs:
-    """Publishers exist from the start; the gripper's action from `open` to `close`."""
+    """The publishers exist from the start, the gripper's action client from `open` to `close`."""
 
     def __init__(self, node: LifecycleNode, mode: str, gripper_interface: str):
         def publisher(kind: type, topic: str, wanted: bool) -> Publisher | None:
@@ -37,15 +37,15 @@ class Outputs:
 
     @property
     def publishers(self) -> list[Publisher]:
-        """What no other node should publish on."""
+        """The publishers on whose topics no other node should publish."""
         return [publisher for publisher in (self.target, self.twist, self._gripper_topic) if publisher]
 
     def listeners(self) -> int:
-        """How many subscriptions the arm's commands have, on the topic that has most."""
+        """The number of subscriptions to the arm's commands, on the topic that has most of them."""
         return max(publisher.get_subscription_count() for publisher in (self.target, self.twist) if publisher)
 
     def open(self, given: dict[str, Any]) -> None:
-        """Makes the gripper's side ready; raises UserError where control_msgs is needed and missing."""
+        """Makes the gripper ready. given: all parameter values. UserError if control_msgs is missing."""
         if self._gripper_topic:
             self._gripper = TopicGripper(self._gripper_topic)
         else:
@@ -58,31 +58,30 @@ class Outputs:
         self._gripper = None
 
     def publish(self, command: Command, frame_id: str) -> None:
-        """One command, in `frame_id`. The caller lets nobody else publish meanwhile."""
+        """Publishes a command, in `frame_id`. The caller lets no other thread publish meanwhile."""
         command = self.continuity.passed(command)
         self.stamps.append(command.stamp_ns)
         if self._gripper_topic:
             self._tell_gripper(command)
         if self.twist:
             self.twist.publish(twist_message(command.twist, frame_id, command.stamp_ns))
-        if (
-            self.target and command.target is not None
-        ):  # a simulator in lock step goes on when it has this one
+        # The target is the last one of the arm's messages: a simulator in lock step goes on when it has it.
+        if self.target and command.target is not None:
             self.target.publish(pose_message(command.target, frame_id, command.stamp_ns))
         if not self._gripper_topic:
-            self._tell_gripper(command)  # a goal takes longer than a message: the arm is told first
+            self._tell_gripper(command)  # after the arm, because a goal takes longer to send than a message
 
     def _tell_gripper(self, command: Command) -> None:
         if command.gripper is not None:
             self._gripper.send(command.gripper)
 
     def resume(self) -> None:
-        """A person has looked at the arm: a gripper goal that was given up is tried again."""
+        """A person has looked at the arm: a gripper goal that was given up is sent again."""
         gripper = self._gripper
         if gripper is not None:
             gripper.resume()
 
     def wait_until_heard(self, seconds: float) -> None:
-        """Until every reliable subscription has the newest commands, at most so long altogether."""
+        """Waits until every reliable subscription has the newest commands, at most `seconds` in total."""
         for publisher in self.publishers:
             publisher.wait_for_all_acked(Duration(seconds=seconds / len(self.publishers)))

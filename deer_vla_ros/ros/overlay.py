@@ -1,4 +1,4 @@
-"""How does a person see what the policy is doing? One picture: cameras, instruction, exit ladder, and why the arm holds."""
+"""The overlay picture: cameras, instruction, exit ladder, and the reason why the arm holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deer_vla_ros.control.types import Decision, HoldReason
 WIDTH, HEIGHT = 640, 480
 PAD = 8
 HEADER, BAND = 58, 50
-"""Heights of the two lines on top and of the state at the bottom; between them, cameras and ladder."""
+"""Heights [pixels] of the two lines on top and of the state at the bottom. Cameras and ladder are between."""
 MIDDLE = HEIGHT - HEADER - BAND - PAD
 STATIC_WIDTH, GRIPPER_HEIGHT = 404, 124
 SIDE = STATIC_WIDTH + 2 * PAD
@@ -25,14 +25,14 @@ SIDE = STATIC_WIDTH + 2 * PAD
 
 GROUND, TROUGH, INK, FAINT = "#14181d", "#2b323b", "#f1f5f9", "#94a3b8"
 AGREED, ABOVE, TAKEN = "#2dd4bf", "#f59e0b", "#17424a"
-"""Of a delta not above its threshold, of one above it, and behind the exit taken."""
+"""Colours: of a delta up to its threshold, of a delta above it, and behind the exit taken."""
 MOVING, LIMITED, HOLDING, WAITING = "#14532d", "#854d0e", "#b91c1c", "#334155"
-"""Of the band: so that the state is seen from across the room."""
+"""Colours of the band. They make the state visible from a distance."""
 
 BAR_LEFT, BAR_RIGHT, DELTA_RIGHT, LIMIT_RIGHT = SIDE + 26, SIDE + 98, SIDE + 148, WIDTH - PAD
 LONGEST_ROW, LADDER_HEAD = 24, 18
 MANY = 1e6
-"""Thresholds beyond it are no measure but an order: always stop here, or never."""
+"""A threshold with a larger magnitude is not a measure but an order: always stop here, or never."""
 
 
 def draw(
@@ -45,9 +45,9 @@ def draw(
 ) -> np.ndarray:
     """The overlay, (480, 640, 3) uint8 RGB.
 
-    static, gripper: (H, W, 3) uint8 RGB of any size; one without pixels is shown as a frame that has not come.
-    decision: the newest there is, also while holding; None before the first step. holds: empty while the arm moves.
-    budget: what is asked for and achieved; None for none.
+    static, gripper: (H, W, 3) uint8 RGB of any size; an image without pixels is shown as a missing frame.
+    decision: the newest one, also while the arm holds; None before the first step. holds: empty while it
+    moves. budget: requested and achieved cost; None: not shown.
     """
     canvas = Picture.new("RGB", (WIDTH, HEIGHT), GROUND)
     pen = ImageDraw.Draw(canvas)
@@ -70,7 +70,7 @@ def _place(
     box: tuple[int, int, int, int],
     name: str,
 ) -> None:
-    """Fits the image into the upper part of box (left, top, width, height), its shape kept."""
+    """Fits the image into the upper part of `box` (left, top, width, height), and keeps its proportions."""
     left, top, width, height = box
     if image.size == 0:
         pen.rectangle((left, top, left + width - 1, top + height - 1), fill=TROUGH)
@@ -79,7 +79,7 @@ def _place(
     rows, columns, _ = image.shape
     scale = min(width / columns, height / rows)
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
-    stride = max(1, int(0.5 / scale))  # every pixel of a large frame would cost more than all the rest
+    stride = max(1, int(0.5 / scale))  # reading all pixels of a large frame is slow
     picture = Picture.fromarray(np.ascontiguousarray(image[::stride, ::stride]))
     canvas.paste(picture.resize(size, Picture.Resampling.BILINEAR), (left + (width - size[0]) // 2, top))
 
@@ -95,7 +95,7 @@ def _figures(decision: Decision | None) -> str:
 
 
 def _draw_ladder(pen: ImageDraw.ImageDraw, decision: Decision) -> None:
-    """One row per exit, shallow ones first: a bar that passes the mark in its middle is a delta above its threshold."""
+    """One row per exit, shallow exits first. A bar beyond its middle is a delta above its threshold."""
     policy = decision.policy
     head = HEADER + GRIPPER_HEIGHT + PAD
     for right, title in ((DELTA_RIGHT, "delta"), (LIMIT_RIGHT, "threshold")):
@@ -125,14 +125,14 @@ def _draw_ladder(pen: ImageDraw.ImageDraw, decision: Decision) -> None:
 
 
 def _share(delta: float, threshold: float) -> float:
-    """Length of a bar, 0..1: a half is a delta at its threshold, one is twice that or more."""
+    """Length of a bar, 0..1: 0.5 is a delta equal to its threshold, 1 is twice the threshold or more."""
     if not delta > threshold:
         return 0.5 * delta / threshold if 0 < threshold < math.inf and delta > 0 else 0.0
     return min(0.5 * delta / threshold, 1.0) if threshold > 0 and math.isfinite(delta) else 1.0
 
 
 def _number(value: float) -> str:
-    """Five characters or so."""
+    """The number in about five characters."""
     if math.isnan(value):
         return "-"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
@@ -145,7 +145,7 @@ def _limit(threshold: float) -> str:
 
 
 def _draw_band(pen: ImageDraw.ImageDraw, decision: Decision | None, holds: tuple[HoldReason, ...]) -> None:
-    """The state at the bottom, its colour first. Only the first reason is spelled out: one line is read, a list is not."""
+    """The state at the bottom, as colour and text. Only the first reason is written out, in one line."""
     if holds:
         further = f"  (+{len(holds) - 1} more)" if len(holds) > 1 else ""
         colour, title, text = HOLDING, "HOLDING" + further, holds[0].value
@@ -166,7 +166,7 @@ def _draw_band(pen: ImageDraw.ImageDraw, decision: Decision | None, holds: tuple
 
 
 def _spent(budget: BudgetStatus) -> str:
-    """Mean achieved, against what is asked for where an average binds."""
+    """The achieved mean cost, and the requested one if an average budget is binding."""
     name = budget.binding or "average_gmac"
     achieved = {
         "average_gmac": budget.achieved.gmac,
@@ -200,7 +200,7 @@ def _write(
 
 @functools.lru_cache(maxsize=4)
 def _plain(text: str) -> str:
-    """One line without accents, which the built-in font lacks; scripts that it lacks come out as boxes."""
+    """One line without accents, which the built-in font lacks. Scripts that it lacks become boxes."""
     letters = (
         letter for letter in unicodedata.normalize("NFKD", text[:WIDTH]) if not unicodedata.combining(letter)
     )
@@ -209,7 +209,7 @@ def _plain(text: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _fit(text: str, size: int) -> str:
-    """The text, or as much of it as fits into a line with an ellipsis behind it; the same few come again and again."""
+    """The text, or its beginning with an ellipsis if it does not fit into a line."""
     font, width = _font(size), WIDTH - 2 * PAD
     if font.getlength(text) <= width:
         return text

@@ -1,4 +1,4 @@
-"""The node's parameters, declared once, here: type, range, unit, description.
+"""The declarations of the node's parameters (type, range, unit, description), and settings made from values.
 
 `python -m deer_vla_ros.commands.reference_pages` writes config/deer_vla.yaml and docs/reference from them.
 """
@@ -27,26 +27,24 @@ from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.ros.gripper import INTERFACES
 from deer_vla_ros.ros.messages import SECOND
 
-if TYPE_CHECKING:  # launch files check parameters before anything starts, and have no use for torch
+if TYPE_CHECKING:  # launch files check parameters before the start, without torch
     from deer_vla_ros.control.controller import Controller
 
 NODE_NAME = "deer_vla"
 RCLPYS_OWN = ("use_sim_time", "start_type_description_service", "qos_overrides.")
-"""Parameters, or beginnings of their names, that rclpy declares itself: `ros2 param dump` writes them into
-its file too."""
+"""Parameters that rclpy itself declares, or prefixes of their names. `ros2 param dump` writes them, too."""
 
 
 NO_FEEDBACK = {"guard.follow_timeout_s": 0.0, "guard.ramp_in_steps": 0}
-"""What holds in a rehearsal and in a replay. A recorded arm does not follow what is decided now: it seems to stand still or
-to be moved away, again and again, and ramps after holds that no live arm would see say nothing."""
+"""These values apply in a rehearsal and in a replay. There the recorded arm does not follow the new commands:
+it would seem to stand still or to be moved away, and ramps would follow holds that a live arm never has."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """One parameter. low and high bound numbers; live: may change while the node runs, between two steps.
+    """One parameter. low, high: bounds of a number. live: may change while the node runs, between two steps.
 
-    is_budget: refused by the budget itself, with the range that is feasible at that moment, rather than by
-    rclpy.
+    is_budget: the budget checks the value, against the range that is feasible at that moment, and not rclpy.
     """
 
     name: str
@@ -60,7 +58,7 @@ class Declaration:
     is_budget: bool = False
 
     def checked(self, value: Any, where: str) -> Any:
-        """The value in the parameter's type; UserError where the node would refuse it."""
+        """The value in the parameter's type. Raises UserError, `where` first, if the node would refuse it."""
         kind, value = type(self.default), self.typed(value)
         if type(value) is not kind:
             raise UserError(f"{where}: {self.name} is {value!r}: give a {kind.__name__}")
@@ -73,8 +71,7 @@ class Declaration:
         return value
 
     def typed(self, value: Any) -> Any:
-        """A whole number where the parameter is a double is that double; alike in arrays. Anything else stays
-        as it is."""
+        """Converts whole numbers to float for a double or an array of doubles. Keeps other values."""
         if isinstance(self.default, float) and type(value) is int:
             return float(value)
         if (
@@ -144,8 +141,8 @@ DECLARATIONS = (
     Declaration(
         "control.enable_timeout_s",
         0.0,
-        "Hold unless the topic `enable` says true and was refreshed within this time (a deadman switch). 0: no such "
-        "topic.",
+        "Hold unless the topic `enable` says true and was refreshed within this time (a deadman switch). 0: "
+        "no such topic.",
         "s",
         0.0,
         10.0,
@@ -153,8 +150,8 @@ DECLARATIONS = (
     Declaration(
         "control.rehearsal",
         False,
-        "No arm is there, only a recording that is played or an onlooker: nobody has to listen to the commands, the arm "
-        "need not follow them, and no hold waits for a person. Never on a robot.",
+        "No arm is there, only a recording that is played or an onlooker: nobody has to listen to the "
+        "commands, the arm need not follow them, and no hold waits for a person. Never on a robot.",
     ),
     Declaration(
         "control.allow_other_commanders",
@@ -182,7 +179,8 @@ DECLARATIONS = (
     Declaration(
         "inputs.max_skew_s",
         0.05,
-        "Camera stamps further apart than this do not belong together: hold. Also how far a stamp may lie in the future.",
+        "Camera stamps further apart than this do not belong together: hold. Also how far a stamp may lie in "
+        "the future.",
         "s",
         0.001,
         1.0,
@@ -211,7 +209,8 @@ DECLARATIONS = (
     Declaration(
         "budget.peak_gmac",
         0.0,
-        "Language part of a step: no step goes to an exit that costs more, but for the first exit. 0: no limit.",
+        "Language part of a step: no step goes to an exit that costs more, but for the first exit. 0: no "
+        "limit.",
         "GMAC",
         0.0,
         1e6,
@@ -221,7 +220,8 @@ DECLARATIONS = (
     Declaration(
         "budget.memory_gib",
         0.0,
-        "Weights of the language model's layers on the device: what does not fit leaves it, and no step goes there. 0: no limit.",
+        "Weights of the language model's layers on the device: what does not fit leaves it, and no step goes "
+        "there. 0: no limit.",
         "GiB",
         0.0,
         1e6,
@@ -241,7 +241,8 @@ DECLARATIONS = (
     Declaration(
         "budget.deadline_ms",
         0.0,
-        "No step goes to an exit that is predicted (99 in 100) to take longer, but for the first exit. 0: no limit.",
+        "No step goes to an exit that is predicted (99 in 100) to take longer, but for the first exit. 0: no "
+        "limit.",
         "ms",
         0.0,
         1e6,
@@ -424,8 +425,8 @@ DECLARATIONS = (
     Declaration(
         "guard.follow_timeout_s",
         3.0,
-        "Hold when the arm has stood still for so long, or its measured pose has been frozen, while its target was more "
-        "than half a step's limit ahead of it. 0: never.",
+        "Hold when the arm has stood still for so long, or its measured pose has been frozen, while its "
+        "target was more than half a step's limit ahead of it. 0: never.",
         "s",
         0.0,
         60.0,
@@ -435,8 +436,8 @@ DECLARATIONS = (
 
 
 def declare(node: Node) -> None:
-    """Declares all of them; rclpy refuses an override outside its range. Whole numbers are numbers, now and
-    when they are set."""
+    """Declares all parameters. rclpy refuses an override outside its range, and UserError names one of a
+    wrong type. A double may be given as a whole number, now and when it is set later."""
     for declaration in DECLARATIONS:
         try:
             node.declare_parameter(declaration.name, declaration.default, declaration.descriptor())
@@ -446,8 +447,7 @@ def declare(node: Node) -> None:
 
 
 def _declare_typed(node: Node, declaration: Declaration) -> None:
-    """Declares one that was given in another type: it is read first, and then given in its own type where it
-    has that value there."""
+    """Declares a parameter whose override has another type: reads and converts the override."""
     anything = ParameterDescriptor(dynamic_typing=True)
     given = node.declare_parameter(declaration.name, declaration.default, anything).value
     node.undeclare_parameter(declaration.name)
@@ -456,7 +456,7 @@ def _declare_typed(node: Node, declaration: Declaration) -> None:
 
 
 def _typed(given: list[Parameter]) -> list[Parameter]:
-    """Parameters that are about to be set, in their own types as far as possible."""
+    """Parameters that are about to be set, converted to their declared types where possible."""
     declared = {declaration.name: declaration for declaration in DECLARATIONS}
 
     def typed(parameter: Parameter) -> Parameter:
@@ -469,8 +469,7 @@ def _typed(given: list[Parameter]) -> list[Parameter]:
 
 
 def unknown(node: Node) -> list[str]:
-    """Overrides given at start that neither we nor rclpy has a parameter for: a typing error, or a file meant
-    for another node."""
+    """Names of overrides that neither this package nor rclpy declares: a typing error, or a wrong file."""
     return sorted(
         name
         for name in node._parameter_overrides
@@ -479,8 +478,8 @@ def unknown(node: Node) -> list[str]:
 
 
 def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Every parameter's value by name, `changes` put on top, as they take effect; raises UserError where a value is none of
-    its choices."""
+    """The effective value of every parameter, by name: `changes` replace the node's values, and in a
+    rehearsal NO_FEEDBACK applies. Raises UserError for a value that is none of its choices."""
     current = {
         declaration.name: node.get_parameter(declaration.name).value for declaration in DECLARATIONS
     } | (changes or {})
@@ -494,7 +493,7 @@ def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def controller_settings(given: dict[str, Any]) -> ControllerSettings:
-    """The controller's settings from parameter values; raises UserError naming value, limit and remedy."""
+    """The controller's settings from parameter values. Raises UserError with value, limit and remedy."""
     return ControllerSettings(
         rate_hz=given["control.rate_hz"],
         inputs=InputLimits(
@@ -516,7 +515,7 @@ def guard_limits(given: dict[str, Any]) -> GuardLimits:
 
 
 def action_space(given: dict[str, Any], checkpoint: ActionSpace) -> ActionSpace:
-    """The checkpoint's action space, with what the parameters say otherwise; raises UserError."""
+    """The checkpoint's action space with the changes that parameters ask for. Raises UserError."""
     changes = {
         name: given[f"action.{name}"]
         for name in ("frame", "translation_m", "rotation_rad")
@@ -533,14 +532,16 @@ def budget(given: dict[str, Any]) -> Budget:
 
 
 def budget_names(changed: Iterable[str]) -> list[str]:
-    """Which budgets are among the names of changed parameters, as `Budget`'s fields are called."""
+    """The fields of `Budget` that are amounts and whose parameters are among the names in `changed`."""
     names = (name.removeprefix("budget.") for name in changed if name.startswith("budget."))
     return [name for name in names if name in UNITS]
 
 
 def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable[[Controller], None]]:
-    """What the names of changed parameters mean to a controller, each change by what it is about: to be
-    applied between two ticks."""
+    """Functions that apply the changed parameters to a controller between two ticks, by what they change.
+
+    changed: names of parameters. given: all values, as from `values`.
+    """
     changed, found = list(changed), {}
     if any(name.startswith(("inputs.", "guard.", "action.")) for name in changed):
         settings = controller_settings(given)
@@ -552,15 +553,18 @@ def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable
 
 
 def from_file(path: Path | None) -> dict[str, Any]:
-    """Every parameter's value where a ROS parameter file is given to the node: its own, and the defaults of
-    those it leaves out. None: all defaults. UserError for a file that is none, a name that no parameter has,
-    or a value that the node would refuse."""
+    """Every parameter's value if the node gets this ROS parameter file. Parameters that it leaves out, or all
+    if path is None, have their defaults.
+
+    Raises UserError for a file that is no YAML, a name that no parameter has, or a value
+    that the node would refuse.
+    """
     tree = read_yaml(path, "config/deer_vla.yaml") if path else {}
     return with_defaults(_of_node(tree if isinstance(tree, dict) else {}), str(path))
 
 
 def _of_node(tree: dict[str, Any]) -> dict[str, Any]:
-    """Values by name of what a file says to this node: under its name or a wildcard, in a namespace or not."""
+    """The values that a file gives to this node, under its name or a wildcard, in any namespace."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         parts = str(key).strip("/").split("/")
@@ -580,8 +584,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Every parameter's value, those of `values` (by name) checked as the node checks them; UserError,
-    `where` first."""
+    """Every parameter's value: `values` (by name), checked as the node does, and defaults for others.
+
+    Raises UserError, whose text begins with `where`.
+    """
     found = {declaration.name: declaration.default for declaration in DECLARATIONS}
     declared = {declaration.name: declaration for declaration in DECLARATIONS}
     for name, value in values.items():
@@ -598,9 +604,12 @@ def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
 def render_yaml() -> str:
     """The text of `config/deer_vla.yaml`: every parameter with its default, unit, range and meaning."""
     lines = [
-        "# Parameters of the deer_vla node, all at their defaults: copy, change what your robot needs, pass it as params_file.",
-        "# Written by `python -m deer_vla_ros.commands.reference_pages`; a test keeps it equal to what the node declares.",
-        "# live: may change while the node runs (`ros2 param set`), between two steps. The others are read when it starts.",
+        "# Parameters of the deer_vla node, all at their defaults: copy, change what your robot needs, pass "
+        "it as params_file.",
+        "# Written by `python -m deer_vla_ros.commands.reference_pages`; a test keeps it equal to what the "
+        "node declares.",
+        "# live: may change while the node runs (`ros2 param set`), between two steps. The others are read "
+        "when it starts.",
         "/**:",
         f"  {NODE_NAME}:",
         "    ros__parameters:",

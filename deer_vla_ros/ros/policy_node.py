@@ -1,4 +1,4 @@
-"""The policy node: a managed (lifecycle) node that wires topics to the controller, and computes nothing."""
+"""The policy node: a managed (lifecycle) node that connects topics and services to the controller."""
 
 from __future__ import annotations
 
@@ -38,19 +38,23 @@ if TYPE_CHECKING:
 
 THROTTLE_S = 5.0
 MAX_INSTRUCTION = 500
-"""Characters; more than any network here reads."""
+"""Characters of an instruction. No network here reads more."""
 TICK_S = 0.05
-"""The longest time between two looks at the inputs, and between two beats to the watchdog."""
+"""The longest time [s] between two ticks of the controller, and between two beats to the watchdog."""
 LOOK_AROUND_S = 0.2
-"""How often the node looks who else commands the arm."""
+"""Period of the check for other nodes that command the arm [s]."""
 JOIN_S = 0.5
-"""How long the end of control waits for an inference."""
+"""How long the end of control waits for an inference [s]."""
 ACK_S = 0.2
-"""How long the end of the process waits until everybody has the last hold."""
+"""How long the end of the process waits until every subscriber has the last hold [s]."""
 
 
 def told(returns: TransitionCallbackReturn) -> Callable:
-    """A transition that fails says why in one line, whatever it is that fails, and returns this."""
+    """Decorator of a transition: after an error of any kind it logs one line, stops control, and returns
+    `returns`.
+
+    Unless the transition was activate, it also releases the controller.
+    """
 
     def decorated(transition: Callable) -> Callable:
         @functools.wraps(transition)
@@ -59,11 +63,11 @@ def told(returns: TransitionCallbackReturn) -> Callable:
                 return transition(self, state)
             except (KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as error:  # Rust code that panics is no Exception
+            except BaseException as error:  # a panic of Rust code is not an Exception
                 name = transition.__name__.removeprefix("on_")
                 self.get_logger().error(f"{name} failed: {one_line(error)}")
                 self._stop_control()
-                if name != "activate":  # that one may be tried again
+                if name != "activate":  # which may be tried again
                     self._release()
                 return returns
 
@@ -75,26 +79,28 @@ def told(returns: TransitionCallbackReturn) -> Callable:
 class PolicyNode(LifecycleNode):
     """configure loads the checkpoint, activate starts the control thread, deactivate ends it with a hold.
 
-    Four threads. Callbacks (the executor's thread) only hand over what came. The decoder makes frames of
-    images. The control thread ticks the controller whenever a pair of frames arrives and every TICK_S, and
-    beats to the watchdog process, which holds the arm when the beats stay out. A hold that is asked for
-    leaves at once, from whichever thread was asked.
+    Threads: the executor's thread runs the callbacks, which only hand messages over. The decoder's thread
+    turns image messages into frames. The control thread ticks the controller when a pair of frames arrives
+    and every TICK_S. It sends beats to the watchdog process, which holds the arm when beats are missing. The
+    thread that receives a request to hold publishes the hold at once.
     """
 
     def __init__(
         self, ros_args: list[str] | None = None, on_failure: Callable[[], None] = lambda: None
     ) -> None:
-        """ros_args: those of the process; the watchdog takes the security enclave from them. on_failure: is
-        called from the control thread when control has ended by itself: the process has to end then."""
+        """ros_args: those of the process; the watchdog takes the security enclave from them.
+
+        on_failure: called in the control thread when control has failed. The process has to end then.
+        """
         super().__init__(parameters.NODE_NAME)
         parameters.declare(self)
         self._controller: Controller | None = None
         self._wake = threading.Event()
-        # By what is changed: only the newest counts.
+        # The changes that wait for the next tick, by what they change: a newer one replaces an older one.
         self._changes: dict[str, Callable[[Controller], None]] = {}
         self._changes_lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._output_lock = threading.Lock()  # guards what follows: who may tell the arm something
+        self._output_lock = threading.Lock()  # held while a command is published; guards _running
         self._running = False
         self._instruction = ""
         self._hold_requested = self._value("control.start_held")
@@ -106,9 +112,8 @@ class PolicyNode(LifecycleNode):
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
 
-        steady = Clock(
-            clock_type=ClockType.STEADY_TIME
-        )  # what watches over the arm never stops with ROS time
+        # The checks that protect the arm go on when ROS time stops.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._outputs = Outputs(self, self._value("action.mode"), self._value("action.gripper_interface"))
         self._reports = Reports(self, self._outputs, self._value("overlay.rate_hz"), steady)
         commands = [publisher for publisher in (self._outputs.target, self._outputs.twist) if publisher]
@@ -118,15 +123,18 @@ class PolicyNode(LifecycleNode):
         self._camera_topics = {camera: self._listen_to_camera(camera) for camera in Camera}
         pose = self.create_subscription(PoseStamped, "ee_pose", self._on_pose, NEWEST)
         self._watchdog = WatchdogClient(self._watchdog_settings(pose.topic_name), enclave_of(ros_args or []))
-        # A volatile publisher never matches a transient-local subscription, a latched text never reaches a
-        # volatile one. Listening both ways hears both; the same text twice changes nothing, and no mismatch
-        # is worth a warning.
+        # A volatile publisher never matches a transient-local subscription, and a latched text never reaches
+        # a volatile one. Two subscriptions receive both. The same text twice changes nothing, and a mismatch
+        # needs no warning.
         quiet = SubscriptionEventCallbacks(use_default_callbacks=False)
-        # Depth 1: the newest counts, and DDS keeps memory for the longest text in every place of the queue.
+        # Depth 1: only the newest text matters, and DDS reserves memory for the longest text per place in the
+        # queue.
         self.create_subscription(String, "instruction", self._on_instruction, 1)
         self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
         if self._value("control.enable_timeout_s"):
-            self.create_subscription(Bool, "enable", self._on_enable, 1)  # an old one must not be heard late
+            self.create_subscription(
+                Bool, "enable", self._on_enable, 1
+            )  # no queue: an old message must not arrive late
         self.create_service(Trigger, "~/reset", self._on_reset, qos_profile=SERVICES)
         self.create_service(SetBool, "~/hold", self._on_hold, qos_profile=SERVICES)
         self._answer_every_transition()
@@ -134,7 +142,7 @@ class PolicyNode(LifecycleNode):
         self.create_timer(LOOK_AROUND_S, self._look_around, clock=steady)
 
     def _listen_to_camera(self, camera: Camera) -> str:
-        """Raw or compressed, as the parameter says; the topic's name."""
+        """Subscribes to raw or compressed images, as the parameter says. Returns the topic."""
         topic, kind, decode = f"camera/{camera.value}/image_raw", Image, images.frame
         if self._value("inputs.image_transport") == "compressed":
             topic, kind, decode = f"{topic}/compressed", CompressedImage, images.compressed_frame
@@ -152,11 +160,11 @@ class PolicyNode(LifecycleNode):
             use_sim_time=self._value("use_sim_time"),
         )
 
-    # --- life
+    # --- life cycle
 
     @told(TransitionCallbackReturn.FAILURE)
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._watchdog.start()  # meanwhile it starts
+        self._watchdog.start()  # first, so that it starts while the checkpoint loads
         self._others.listen()
         if strangers := parameters.unknown(self):
             self.get_logger().warning(f"no such parameters: {', '.join(strangers)}: see config/deer_vla.yaml")
@@ -166,14 +174,16 @@ class PolicyNode(LifecycleNode):
                 "control.rehearsal is on: for recordings and onlookers, never with an arm"
             )
         self._outputs.open(given)
-        from deer_vla_ros.ros import loading  # torch takes seconds: others find the node meanwhile
+        from deer_vla_ros.ros import (
+            loading,
+        )  # late: torch takes seconds, and other nodes find this one meanwhile
 
         controller = loading.warm_controller(given, self.get_logger())
         controller.gate.put_instruction(self._instruction)
         if self._hold_requested:
             controller.gate.request_hold(True)
         self._frame_id = controller.action_space.frame
-        self._changes.clear()  # all of them are in what was given
+        self._changes.clear()  # `given` contains them all
         self._controller = controller
         self._reports.open(controller)
         return super().on_configure(state)
@@ -189,7 +199,7 @@ class PolicyNode(LifecycleNode):
         self._reports.budget()
         self._reports.set_active(True)
         self._running = True
-        # A daemon: an inference that hangs must not keep the process from ending.
+        # A daemon thread: an inference that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._control, name="control", daemon=True)
         self._thread.start()
         return result
@@ -211,8 +221,7 @@ class PolicyNode(LifecycleNode):
         return super().on_shutdown(state)
 
     def _answer_every_transition(self) -> None:
-        """rclpy raises where a transition is asked for that the state does not have; the answer is no, and
-        the node stays."""
+        """Answers success = False to a transition that the present state does not have; rclpy would raise."""
         (service,) = (each for each in self.services if each.srv_type is ChangeState)
         change_state = service.callback
 
@@ -227,12 +236,12 @@ class PolicyNode(LifecycleNode):
         service.callback = answer
 
     def autostart(self) -> None:
-        """Configures and activates, where the parameter asks for it."""
+        """Configures and activates the node if the parameter `autostart` is true."""
         if self._value("autostart") and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             self.trigger_activate()
 
     def close(self) -> None:
-        """A last hold, then everything is released; whatever state the node is in."""
+        """Publishes a last hold and releases everything, in any state of the node."""
         self._stop_control()
         self._outputs.wait_until_heard(ACK_S)
         self._watchdog.leave() if self.failed else self._watchdog.close()
@@ -241,7 +250,7 @@ class PolicyNode(LifecycleNode):
         self._release()
 
     def hold_and_stop(self, reason: HoldReason) -> None:
-        """The arm is told to hold, at once; whatever the control thread still decides is thrown away."""
+        """Publishes a hold at once. Later decisions are discarded. Any thread may call it."""
         with self._output_lock:
             if self._running:
                 self._running = False
@@ -274,8 +283,8 @@ class PolicyNode(LifecycleNode):
     # --- control
 
     def _control(self) -> None:
-        """The control thread: one tick per arrival and per TICK_S. Should it fail, the process ends, after a
-        hold."""
+        """The control thread: one tick per pair of frames and per TICK_S. If it fails, the process ends,
+        after a hold."""
         controller = self._controller
         try:
             while self._wait_for_news():
@@ -290,22 +299,21 @@ class PolicyNode(LifecycleNode):
                         command = controller.confirm(command, self._now_ns(), time.monotonic_ns())
                         say = self._publish if self._running else self._reports.thrown_away
                         say(command)
-                    controller.gate.demand_hold(
-                        HoldReason.CALLBACK_FAILED, False
-                    )  # it is serious: the controller keeps it
+                    # The demand ends, but the hold stays: it is serious, so the controller keeps it.
+                    controller.gate.demand_hold(HoldReason.CALLBACK_FAILED, False)
                     if self._running:
                         self._beat()
-        except BaseException as error:  # whatever it is: without this thread nobody commands the arm
+        except BaseException as error:  # of any kind: without this thread nobody commands the arm
             self._fail(error)
 
     def _wait_for_news(self) -> bool:
-        """Until there is something to look at, at most TICK_S; whether control goes on."""
+        """Waits until something has arrived, at most TICK_S. Returns whether control goes on."""
         self._wake.wait(self._tick_s)
         self._wake.clear()
         return self._running
 
     def _fail(self, error: BaseException) -> None:
-        """Control has ended by itself: the arm holds, everybody is told why, and the main thread ends the
+        """Control has failed: publishes a hold, reports the reason, and makes the main thread end the
         process."""
         self.failed = True
         try:
@@ -317,7 +325,7 @@ class PolicyNode(LifecycleNode):
             self._on_failure()
 
     def _demand_holds(self, controller: Controller) -> None:
-        """What only the node can see speaks for or against a hold."""
+        """Demands or ends the holds whose reasons only the node can see."""
         gate = controller.gate
         gate.demand_hold(HoldReason.WATCHDOG_LOST, not self._watchdog.is_alive())
         may_begin = controller.has_moved or self._other is not HoldReason.OTHER_PUBLISHER
@@ -331,8 +339,7 @@ class PolicyNode(LifecycleNode):
         return not timeout_s or (self._enabled and time.monotonic() - self._enabled_at <= timeout_s)
 
     def _look_around(self) -> None:
-        """Who else commands the arm, whether anybody but ourselves listens to its commands, and whether the
-        watchdog lives."""
+        """Checks for other nodes that command the arm, for subscribers, and for the watchdog."""
         other = self._others.found()
         self._other = None if self._value("control.allow_other_commanders") else other
         listeners = self._outputs.listeners() - int(self._others.listens)
@@ -340,7 +347,7 @@ class PolicyNode(LifecycleNode):
         self._watchdog.revive()
 
     def _beat(self) -> None:
-        """Tells the watchdog that the control thread lives; where it does not run, that it need not."""
+        """Tells the watchdog that the control thread lives, or that it does not command the arm."""
         last = self._outputs.continuity
         self._watchdog.beat(
             Beat(
@@ -359,7 +366,7 @@ class PolicyNode(LifecycleNode):
         )
 
     def _apply_changes(self) -> None:
-        """Accepted parameters take effect here: all of one request at once, between two ticks."""
+        """Applies accepted parameters between two ticks, all of one request together."""
         with self._changes_lock:
             changes, self._changes = self._changes, {}
         try:
@@ -371,15 +378,15 @@ class PolicyNode(LifecycleNode):
             self._reports.budget()
 
     def _publish(self, command: Command) -> None:
-        """Tells the arm, then everybody else."""
+        """Publishes a command to the arm, and then reports it."""
         if not command.is_silent:
             self._outputs.publish(command, self._frame_id)
         self._reports.command(command)
 
-    # --- callbacks: hand over and wake, nothing else
+    # --- callbacks: they only hand messages over and wake the control thread
 
     def on_callback_error(self, error: Exception) -> None:
-        """A callback has raised: a defect of ours, and the arm holds until somebody has looked at it."""
+        """A callback has raised an exception, which is a defect: the arm holds until a person clears it."""
         with self._output_lock:
             if self._running:
                 self._controller.gate.demand_hold(HoldReason.CALLBACK_FAILED, True)
@@ -398,14 +405,14 @@ class PolicyNode(LifecycleNode):
 
     def _on_frame(self, camera: Camera, frame: Frame) -> None:
         controller = self._controller
+        # Only for a pair: a tick for a single frame would only delay the decoding of the other one.
         if controller is not None and controller.gate.put_frame(camera, frame):
-            self._wake.set()  # for less than a pair, a tick would only keep the other image from the interpreter
+            self._wake.set()
 
     def _on_bad_image(self, camera: Camera, reason: str) -> None:
         now = time.monotonic()
-        if (
-            now - self._bad_image_told.get(camera, -THROTTLE_S) >= THROTTLE_S
-        ):  # each camera's own line: rclpy throttles by place
+        # Throttled for each camera by itself: rclpy throttles by line of code.
+        if now - self._bad_image_told.get(camera, -THROTTLE_S) >= THROTTLE_S:
             self._bad_image_told[camera] = now
             self.get_logger().error(f"{self._camera_topics[camera]}: {reason}")
 
@@ -423,7 +430,7 @@ class PolicyNode(LifecycleNode):
         text = text[:MAX_INSTRUCTION]
         if text.strip() and text.strip() != self._instruction.strip():
             self._outputs.resume()
-        self._instruction = text  # a latched text comes once, perhaps before the node is configured
+        self._instruction = text  # a latched text arrives once, perhaps before configure
         if self._controller is not None:
             self._controller.gate.put_instruction(text)
             self._wake.set()
@@ -442,7 +449,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_hold(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         if request.data or self._controller is not None:
-            self._hold_requested = request.data  # outlives a cleanup, as the instruction does
+            self._hold_requested = request.data  # kept over a cleanup, like the instruction
         done = "the arm holds" if request.data else "holds that were requested or need a person are lifted"
         answer = self._ask(response, lambda controller: controller.gate.request_hold(request.data), done)
         if request.data:
@@ -452,7 +459,7 @@ class PolicyNode(LifecycleNode):
         return answer
 
     def _hold_at_once(self, reason: HoldReason) -> None:
-        """Nothing that was decided before leaves after this."""
+        """Publishes a hold. No command that was decided earlier is published after it."""
         with self._output_lock:
             if self._running:
                 self._publish(self._controller.hold_now(self._now_ns(), reason))
@@ -469,7 +476,7 @@ class PolicyNode(LifecycleNode):
     # --- parameters
 
     def _check_parameters(self, changed: list[Parameter]) -> SetParametersResult:
-        """Refuses a change with its reason; nothing is applied here."""
+        """Accepts a change, or refuses it with the reason. Nothing is applied here."""
         try:
             given = parameters.values(self, {parameter.name: parameter.value for parameter in changed})
             settings, before = map(parameters.controller_settings, (given, parameters.values(self)))
@@ -484,7 +491,7 @@ class PolicyNode(LifecycleNode):
             asked.check() if self._controller is None else self._controller.policy.check(asked, names)
         except UserError as error:
             return SetParametersResult(successful=False, reason=str(error))
-        except Exception as error:  # rclpy would answer nobody
+        except Exception as error:  # after an exception rclpy would not answer
             return SetParametersResult(successful=False, reason=one_line(error))
         return SetParametersResult(successful=True)
 
@@ -492,8 +499,7 @@ class PolicyNode(LifecycleNode):
         return self._running and self._controller is not None and not self._controller.holding
 
     def _apply_parameters(self, changed: list[Parameter]) -> None:
-        """Hands accepted values to the control thread, which applies them all between two ticks; where there
-        is none, does it itself."""
+        """Hands accepted values to the control thread, or applies them itself if there is no such thread."""
         for parameter in changed:
             if parameter.name.startswith(("guard.", "inputs.")):
                 self.get_logger().warning(f"limit changed: {parameter.name} is {parameter.value} from now on")
@@ -514,8 +520,7 @@ class PolicyNode(LifecycleNode):
 
 
 def enclave_of(ros_args: list[str]) -> list[str]:
-    """The part of a process's ROS arguments that names its security enclave, for another process in the same
-    one."""
+    """The ROS arguments that put another process into the same security enclave; empty if none is named."""
     for option, value in zip(ros_args, ros_args[1:]):
         if option in ("-e", "--enclave"):
             return ["--ros-args", "--enclave", value]

@@ -1,8 +1,7 @@
-"""The life of a node's process: it spins until SIGINT or SIGTERM, then ends in order and soon, with exit
-status 0.
+"""The life of a node's process: it spins until SIGINT or SIGTERM, and then ends soon and in order.
 
-rclpy's own signal handler would invalidate the context before a last hold could be published: the signal is
-ours.
+rclpy's own signal handler would invalidate the context before a last hold is published, so this module
+handles the signals.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ from rclpy.signals import SignalHandlerOptions
 from deer_vla_ros.errors import UserError
 
 END_WITHIN_S = 10.0
-"""How long a node that commands no arm may take from the signal to its end."""
+"""How long a node that commands no arm may take from the signal to its end [s]."""
 
 
 @contextmanager
 def ros_process(args: list[str] | None, end_within_s: float | None = None) -> Iterator[threading.Event]:
-    """rclpy from init to shutdown; yields an event that SIGINT or SIGTERM sets. A refused parameter raises
-    UserError.
+    """rclpy from init to shutdown. Yields an event that SIGINT or SIGTERM sets.
 
-    end_within_s: a process that has not ended so long after the signal says where each of its threads stands
-    and ends at once, exit status 1: a middleware that hangs must not keep a node alive that was told to end.
-    None: it may take its time.
+    Raises UserError for ROS arguments or parameters that are refused.
+    end_within_s: if the process has not ended this long after the signal, it prints the stack of each thread
+    and ends at once, with exit status 1: a middleware that hangs does not keep it alive. None: no limit.
     """
     stop = threading.Event()
 
@@ -44,7 +42,7 @@ def ros_process(args: list[str] | None, end_within_s: float | None = None) -> It
 
     try:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    except RuntimeError as error:  # rcl's own, for arguments and parameter files that it cannot read
+    except RuntimeError as error:  # rcl cannot read the arguments or a parameter file
         raise UserError(f"ROS arguments refused: {str(error).splitlines()[0]}") from error
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
@@ -57,8 +55,7 @@ def ros_process(args: list[str] | None, end_within_s: float | None = None) -> It
 
 
 def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Exception], None]) -> None:
-    """Runs callbacks until `is_over()`. One that raises is told to `on_error` and ends nothing: those after
-    it run."""
+    """Runs callbacks until `is_over()`. Passes an exception of a callback to `on_error`, and goes on."""
     while not is_over():
         try:
             executor.spin_once(timeout_sec=0.1)
@@ -67,8 +64,7 @@ def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Ex
 
 
 def end_now(status: int) -> None:
-    """Ends the process at once, with this exit status: what Python and torch would tear down, the kernel
-    takes back anyway."""
+    """Ends the process at once with this exit status, without the slow clean-up of Python and torch."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,5 +1,4 @@
-"""What the node says about itself: one message per step, the budget, diagnostics, the overlay, and lines in
-the log."""
+"""The node's reports: one message per step, the budget, diagnostics, the overlay, and lines in the log."""
 
 from __future__ import annotations
 
@@ -30,11 +29,11 @@ NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 
 
 class Reports:
-    """Publishers and timers from the start; about a controller from `open` to `close`."""
+    """Publishers and timers exist from the start; reports about a controller are from `open` to `close`."""
 
     def __init__(self, node: LifecycleNode, outputs: Outputs, overlay_hz: float, steady: Clock):
-        """outputs: whose topics nobody else should publish on; overlay_hz: 0 for none; steady: a clock that
-        never stops."""
+        """outputs: nobody else should publish on their topics. overlay_hz: 0: no overlay. steady: a clock
+        that never stops."""
         self._node, self._outputs = node, outputs
         self._controller: Controller | None = None
         self._active = False
@@ -52,21 +51,20 @@ class Reports:
             self._timers.append(node.create_timer(1 / overlay_hz, self._publish_overlay, clock=steady))
 
     def open(self, controller: Controller) -> None:
-        """Figures begin anew."""
+        """Begins the reports about this controller, with new figures."""
         self._controller, self._telemetry, self._newest = controller, Telemetry(), None
 
     def close(self) -> None:
         self._controller = self._newest = None
 
     def set_active(self, active: bool) -> None:
-        """Whether control runs."""
+        """Sets whether control runs."""
         self._active = active
 
     def command(self, command: Command) -> None:
-        """One command has gone out: its step as a message, and changes of state (not every repeat) in the
-        log."""
+        """Reports a command: its step as a message, and a change of the holds in the log."""
         if self._controller.policy.budget_id != self._told_id:
-            self.budget()  # before any step that ran under it
+            self.budget()  # before a step that ran under the new budget
         if command.decision is not None:
             self._step(command.decision)
         if command.error:
@@ -81,12 +79,12 @@ class Reports:
                 self._node.get_logger().info("controlling")
 
     def thrown_away(self, command: Command) -> None:
-        """A command that came after control had ended: it goes nowhere, but every inference is told."""
+        """Reports a command that came after control had ended. Only its step is published."""
         if command.decision is not None and self._controller is not None:
             self._step(dataclasses.replace(command.decision, limits=(), held=(HoldReason.STOPPING,)))
 
     def fault(self, reason: str) -> None:
-        """Control has failed: said at once, for the process ends."""
+        """Reports at once that control has failed, because the process ends."""
         self._telemetry.fault = reason
         self._publish_diagnostics()
 
@@ -98,7 +96,7 @@ class Reports:
         )
 
     def budget(self) -> None:
-        """The budget as it stands."""
+        """Publishes the present state of the budget, and warns if a new budget cannot be kept."""
         status = self._controller.policy.status
         self._told_id = status.budget_id
         if status.clamped and status.budget_id != self._clamped_id:
@@ -106,8 +104,9 @@ class Reports:
             for name in status.clamped:
                 low = status.feasible[name][0]
                 self._node.get_logger().warning(
-                    f"budget.{name} is {getattr(status.requested, name):g}, but the first exit takes {low:.4g} {UNITS[name]} at the "
-                    f"{status.tokens} tokens of this instruction: steps stop there"
+                    f"budget.{name} is {getattr(status.requested, name):g}, but the first exit takes "
+                    f"{low:.4g} {UNITS[name]} at the {status.tokens} tokens of this instruction: steps stop "
+                    "there"
                 )
         self._budget.publish(conversions.budget_message(status, self._now_ns()))
 
@@ -127,7 +126,7 @@ class Reports:
         )
 
     def _publish_overlay(self) -> None:
-        """Draws in the executor's thread, where it delays no inference, and not at all for nobody."""
+        """Draws the overlay if somebody subscribes; the executor's thread does it, not the control thread."""
         if self._controller is None or self._overlay.get_subscription_count() == 0:
             return
         inputs = self._controller.gate.snapshot()

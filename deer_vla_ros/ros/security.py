@@ -1,7 +1,7 @@
-"""What must the node be allowed to use on a secured ROS graph? The SROS2 policy, from the declarations.
+"""The SROS2 policy of the node: what it may use on a secured ROS graph, made from its declarations.
 
-`python -m deer_vla_ros.commands.reference_pages` writes config/sros2/deer_vla.policy.xml from it. On a robot there are a
-namespace and remaps:
+`python -m deer_vla_ros.commands.reference_pages` writes config/sros2/deer_vla.policy.xml with it. For a robot
+with a namespace and remaps:
 
     python -m deer_vla_ros.ros.security --namespace /left --remap target_pose:=/motion_controller/target_frame
 """
@@ -18,18 +18,18 @@ from deer_vla_ros.ros.interface import INPUTS, OUTPUTS, SERVICES
 from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
 
 ENCLAVE = f"/{NODE_NAME}"
-"""Both processes use it: one enclave is one identity."""
+"""Node and watchdog both use this enclave: one enclave is one identity."""
 WATCHDOG_NAME = f"{NODE_NAME}_watchdog"
 GRIPPER_ACTION = next(each.default for each in DECLARATIONS if each.name == "action.gripper_action")
 
 COMMANDS = ("target_pose", "target_twist")
-"""The watchdog publishes them, too: a hold, where the node hangs or has died. The node hears them when it
-starts: whether another node commands the arm already."""
+"""The watchdog publishes them, too: a hold, when the node hangs or has died. At its start the node subscribes
+to them, to find out whether another node commands the arm already."""
 WATCHDOG_SUBSCRIBED = ("ee_pose",)
 
 NODE_PUBLISHED = ("/parameter_events",)
 NODE_SUBSCRIBED = ("/clock",)
-"""What rclpy gives to every node. /clock: only with `use_sim_time`."""
+"""Topics that rclpy gives to every node; /clock only with `use_sim_time`."""
 MANAGED_PUBLISHED = ("/rosout", "~/transition_event")
 MANAGED_SERVED = (
     "~/change_state",
@@ -45,7 +45,7 @@ MANAGED_SERVED = (
     "~/set_parameters",
     "~/set_parameters_atomically",
 )
-"""What rclpy gives to the node in addition: log, lifecycle, parameters. The watchdog has none of them."""
+"""What rclpy also gives to the policy node: log, lifecycle and parameters. The watchdog has none of them."""
 
 HEADER = """\
 <!-- SROS2 policy of the deer_vla node and of its watchdog process: what they may use, and nothing else.
@@ -60,7 +60,8 @@ NO_REMAPS: Mapping[str, str] = MappingProxyType({})
 def render_policy(namespace: str = "/", remaps: Mapping[str, str] = NO_REMAPS) -> str:
     """The text of the policy file.
 
-    remaps: from a name of the interface (or of the gripper's action) to its name on the robot.
+    remaps: from a name of the interface (or of the gripper's action) to its name on the robot. Raises
+    UserError for a name that the node does not have, or a namespace without a slash.
     """
     names = {each.name for each in (*INPUTS, *OUTPUTS, *SERVICES)} | {GRIPPER_ACTION}
     if strangers := sorted(set(remaps) - names):
@@ -108,7 +109,7 @@ def render_policy(namespace: str = "/", remaps: Mapping[str, str] = NO_REMAPS) -
 
 
 def _profile(name: str, namespace: str, rules: Mapping[tuple[str, str], list[str]]) -> list[str]:
-    """The lines of one node. rules: kind of the entry and what is allowed with it, to names."""
+    """The lines of one node. rules: the names, by (kind of the entry, what is allowed)."""
     lines = [f"        <profile ns={quoteattr(namespace)} node={quoteattr(name)}>"]
     for (kind, verb), names in rules.items():
         lines.append(f'          <{kind}s {verb}="ALLOW">')

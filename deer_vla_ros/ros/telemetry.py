@@ -1,4 +1,4 @@
-"""How the node is doing: rolling rate and latency, holds and drops, as `/diagnostics` tells them."""
+"""The node's state for `/diagnostics`: rolling rate and latency, holds, dropped frames, budget."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ if TYPE_CHECKING:
     from deer_vla_ros.control.controller import Controller
 
 LATENCY_STEPS = 100
-"""Steps that the latency's percentiles cover."""
+"""Number of newest steps that the latency percentiles cover."""
 RATE_NS = 5 * SECOND
-"""Time that the rate covers."""
+"""The rate covers this time [ns]."""
 RARE = 0.01
 """Share of the newest steps that may miss a deadline without a warning."""
 MAX_STEPS = 1000
-"""Steps in that time at the highest control rate."""
+"""Steps in RATE_NS at the highest control rate."""
 
 
 class Telemetry:
-    """Keeps the last steps' publication times and latencies; nothing grows with the episode."""
+    """Keeps publication times and latencies of the newest steps. Its memory does not grow with the episode.
+
+    The control thread adds steps, and the executor's thread reads them.
+    """
 
     def __init__(self) -> None:
         self._published_ns: deque[int] = deque(maxlen=MAX_STEPS)
@@ -38,12 +41,12 @@ class Telemetry:
         self.fault = ""
 
     def note_step(self, stamp_ns: int, published_ns: int) -> None:
-        """One step's newest camera stamp, and when its command went out [ns]."""
+        """Adds a step: its newest camera stamp, and the time when its command was published [ns]."""
         self._published_ns.append(published_ns)
         self._latency_ms.append(milliseconds(published_ns - stamp_ns))
 
     def rate_hz(self, now_ns: int) -> float:
-        """Steps per second, between the first and the last of the newest RATE_NS; 0 while there are not two."""
+        """Steps per second in the newest RATE_NS; 0 for fewer than two steps."""
         times = [time for time in tuple(self._published_ns) if 0 <= now_ns - time <= RATE_NS]
         span = times[-1] - times[0] if len(times) > 1 else 0
         return (len(times) - 1) * SECOND / span if span > 0 else 0.0
@@ -51,9 +54,11 @@ class Telemetry:
     def diagnostics(
         self, name: str, controller: Controller | None, active: bool, around: Neighbours, now_ns: int
     ) -> DiagnosticArray:
-        """The node's status: OK while it moves the arm, WARN while it holds or the graph has a problem, ERROR
-        while it holds for a reason that a person has to clear, or when control has failed, STALE while not
-        active."""
+        """The node's status. controller: None while the node is not configured. now_ns: ROS time [ns].
+
+        OK: the node moves the arm. WARN: it holds, or budget or graph have a problem. ERROR: it holds until a
+        person clears the hold, or control has failed. STALE: the node is not active.
+        """
         level, message = DiagnosticStatus.OK, "controlling"
         if self.fault:
             level, message = DiagnosticStatus.ERROR, f"fault: {self.fault}"
@@ -75,7 +80,7 @@ class Telemetry:
         return array
 
     def _figures(self, controller: Controller, now_ns: int) -> dict[str, str]:
-        import torch  # the controller has loaded it by now
+        import torch  # the controller has already loaded it
 
         latency = tuple(self._latency_ms)
         figures = {
@@ -98,13 +103,13 @@ class Telemetry:
 
 
 def told_hold(holding: tuple[HoldReason, ...], serious: tuple[HoldReason, ...]) -> str:
-    """Why the arm holds, and what ends a hold that does not end by itself."""
+    """Text that says why the arm holds and, if the hold does not end by itself, what a person has to do."""
     needs = "; look at the arm, then call ~/hold with false or give another instruction" if serious else ""
     return "holding: " + "; ".join(reason.value for reason in holding) + needs
 
 
 def budget_problems(policy: BudgetedPolicy) -> list[str]:
-    """What keeps the budget from being kept."""
+    """Reasons why the budget is not kept, one text each."""
     problems, status = [policy.problem] if policy.problem else [], policy.status
     if status.achieved.recent_miss_rate > RARE:
         problems.append(
@@ -116,7 +121,7 @@ def budget_problems(policy: BudgetedPolicy) -> list[str]:
 
 
 def _budget_figures(status: BudgetStatus) -> dict[str, str]:
-    """Requested against achieved."""
+    """Requested and achieved cost, by key of /diagnostics."""
     done = status.achieved
     figures = {
         f"budget.{name}": f"{value:g}" for name, value in status.requested.active((*AVERAGES, *PEAKS)).items()

@@ -1,8 +1,8 @@
 """The watchdog: a small process that holds the arm when the policy node hangs, is stopped or has died.
 
-It is a process of its own because nothing inside the node can be relied upon then: an inference may keep the
-interpreter's lock, the kernel may have stopped or killed the node. It imports neither torch nor the policy.
-The node starts it (`watchdog_client.py`) and beats through a socket; nobody else needs to know of it.
+It is a separate process because nothing inside the node is reliable in these cases: an inference may keep the
+interpreter's lock, or the kernel may have stopped or killed the node. The node starts it
+(`watchdog_client.py`) and sends beats through a socket. It imports neither torch nor the policy.
 
 python -m deer_vla_ros.ros.watchdog DESCRIPTOR SETTINGS [ROS ARGUMENTS]
 """
@@ -32,19 +32,23 @@ from deer_vla_ros.control.types import Command, HoldReason, Pose, Twist
 from deer_vla_ros.ros.messages import NEWEST, measured_pose, pose_message, twist_message
 
 MARGIN_S = 0.05
-"""How much longer than inputs.max_age_s a beat may be missing: as long as the node may wait between a beat
-and the beginning of a step, which it throws away by itself when it took longer than inputs.max_age_s."""
+"""The arm is held when the newest beat is older than inputs.max_age_s plus this margin [s]. The margin is the
+longest time between a beat and the start of a step. A step itself may take up to inputs.max_age_s: the node
+discards a longer one."""
 LOOK_S = 0.02
-"""How often the watchdog looks whether a beat is missing."""
+"""Period of the check for a missing beat [s]."""
 ANSWER_S = 0.1
-"""How often it tells the node that it is alive."""
+"""Period of the messages which tell the node that the watchdog is alive [s]."""
 HOLD_AFTER_DEATH_S = 2.0
-"""For how long a dead node's arm is told to hold: until every controller has heard it."""
+"""How long the watchdog holds a dead node's arm [s]. Every controller receives the hold in this time."""
 
 
 @dataclass(frozen=True)
 class WatchdogSettings:
-    """Names are absolute, after remapping; a topic that is empty is not published on."""
+    """What the node tells the watchdog at its start. Names are absolute, after remapping.
+
+    If target_topic or twist_topic is empty, nothing is published there.
+    """
 
     target_topic: str
     twist_topic: str
@@ -59,11 +63,12 @@ class WatchdogSettings:
 
 @dataclass(frozen=True)
 class Beat:
-    """What the node says: it was alive at beat_ns, by the clock that never stops.
+    """A message from the node: its control thread was alive at beat_ns (time.monotonic_ns).
 
-    commands: whether it tells the arm anything, so that a missing beat leaves an arm without a commander. stamp_ns,
-    quaternion: of the newest command, quaternion empty before the first target. step_m, step_rad: limits of one step. The
-    others are parameters of the node as they are now; frame: of the action.
+    commands: whether the node commands the arm. Only then does a missing beat leave the arm without a
+    commander. stamp_ns, quaternion: of the newest command; quaternion (x y z w) is empty before the first
+    target. step_m, step_rad: limits of one step. frame: the action frame. The other fields are present values
+    of the node's parameters.
     """
 
     beat_ns: int
@@ -87,7 +92,7 @@ class Beat:
 
 
 class Watchdog:
-    """Listens to beats until the node ends it, or is gone."""
+    """Receives beats, and holds the arm when they are missing or the node has died."""
 
     def __init__(self, node: Node, link: socket.socket, settings: WatchdogSettings):
         self._node, self._link = node, link
@@ -106,7 +111,7 @@ class Watchdog:
         node.create_subscription(PoseStamped, settings.pose_topic, self._on_pose, NEWEST)
 
     def run(self) -> None:
-        """Returns when the node has said that it ends, or HOLD_AFTER_DEATH_S after it died."""
+        """Returns after the node has announced its end, or HOLD_AFTER_DEATH_S after the node has died."""
         due = answered = 0.0
         while True:
             now = time.monotonic()
@@ -124,7 +129,7 @@ class Watchdog:
         self._bury()
 
     def _listen(self) -> tuple[bool, bool]:
-        """Waits LOOK_S for news: whether the node lives, and whether it has ended in order."""
+        """Waits up to LOOK_S for a beat. Returns (the node lives, it has announced its end)."""
         try:
             while data := self._link.recv(4096):
                 if data == b"end":
@@ -150,13 +155,12 @@ class Watchdog:
         self._gate.limits = limits
 
     def _answer(self) -> None:
-        with contextlib.suppress(
-            BlockingIOError, TimeoutError, ConnectionError
-        ):  # a stopped node does not read; a dead one is seen
+        # A stopped node does not read, and `_listen` notices a dead one.
+        with contextlib.suppress(BlockingIOError, TimeoutError, ConnectionError):
             self._link.send(b"alive")
 
     def _bury(self) -> None:
-        """The node has died: its arm is held at the control rate for a while."""
+        """Holds the arm of a dead node for HOLD_AFTER_DEATH_S, at the control rate."""
         if self._beat is None or not self._beat.commands:
             return
         end = time.monotonic() + HOLD_AFTER_DEATH_S
@@ -165,10 +169,9 @@ class Watchdog:
             time.sleep(1 / self._beat.rate_hz)
 
     def _hold(self, reason: HoldReason) -> None:
-        """Zero twist at once; the measured pose as target, where a fresh one is known."""
-        for _ in range(
-            8
-        ):  # the newest pose and clock wait in their queues; nothing is taken from them until it is needed
+        """Publishes a zero twist, and the measured pose as target if a fresh one is known."""
+        # The newest pose and clock wait in their queues and are taken only now.
+        for _ in range(8):
             self._executor.spin_once(timeout_sec=0.0)
         now_ns = self._node.get_clock().now().nanoseconds
         pose = self._pose_to_hold(now_ns)
@@ -179,7 +182,7 @@ class Watchdog:
             self._target.publish(pose_message(command.target, self._beat.frame, command.stamp_ns))
 
     def _pose_to_hold(self, now_ns: int) -> Pose | None:
-        """As the controller chooses it: the pose that was held before while the arm is within a step of it."""
+        """The pose to hold. As in the controller, it stays while the arm is within a step of it."""
         inputs = self._gate.snapshot()
         if self._gate.judge_pose(inputs, now_ns):
             return None
@@ -195,13 +198,11 @@ class Watchdog:
 
 
 def main(arguments: list[str]) -> None:
-    """arguments: the socket's descriptor, WatchdogSettings as JSON, and arguments for rclpy."""
+    """Runs the watchdog. arguments: the socket's descriptor, WatchdogSettings as JSON, and those of rclpy."""
     descriptor, settings, *ros_args = arguments
     settings = WatchdogSettings(**json.loads(settings))
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a Ctrl-C is the node's to answer; it ends this process afterwards
+    # The node handles Ctrl-C, and ends this process afterwards.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     link = socket.socket(fileno=int(descriptor))
     link.settimeout(LOOK_S)

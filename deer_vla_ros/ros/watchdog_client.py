@@ -1,5 +1,4 @@
-"""The node's side of the watchdog: it starts the process, beats, hears whether it is alive, and starts it
-again when it has died."""
+"""The node's side of the watchdog: starts the process, sends beats, and replaces a process that has died."""
 
 from __future__ import annotations
 
@@ -12,19 +11,22 @@ import time
 from deer_vla_ros.ros.watchdog import Beat, WatchdogSettings
 
 SILENCE_S = 1.0
-"""A watchdog that has not answered for so long is stopped, or has not started yet."""
+"""A watchdog that has not answered for this time [s] is stopped, or has not started yet."""
 RESTART_S, HOPELESS_S = 2.0, 10.0
-"""The least time between two starts, so that one that cannot start does not take the machine; and the silence after which one
-that is stopped, or hangs, is replaced."""
+"""RESTART_S: shortest time between two starts [s], so that a watchdog that cannot start does not occupy the
+machine. HOPELESS_S: a watchdog that has been silent for this time is stopped or hangs, and is replaced."""
 END_S = 0.5
-"""How long it may take to end when it is told to."""
+"""How long the watchdog may take to end after the request [s]."""
 
 
 class WatchdogClient:
-    """One watchdog process from `start` to `close`. `beat` and `is_alive` are for the control thread, and wait for nothing."""
+    """One watchdog process from `start` to `close`.
+
+    The control thread calls `beat` and `is_alive`. Neither of them waits.
+    """
 
     def __init__(self, settings: WatchdogSettings, ros_args: list[str]):
-        """ros_args: for the process, as rclpy takes them: the security enclave."""
+        """ros_args: the process's arguments for rclpy, which name the security enclave."""
         self._settings, self._ros_args = settings, ros_args
         self._link: socket.socket | None = None
         self._process: subprocess.Popen | None = None
@@ -32,17 +34,17 @@ class WatchdogClient:
         self._is_gone = False
 
     def start(self) -> None:
-        """Does nothing where it runs."""
+        """Starts the process, unless it runs already."""
         if self._process is None:
             self._start()
 
     def beat(self, beat: Beat) -> None:
-        """One that cannot be delivered is lost: a watchdog that is stopped has enough of them waiting."""
+        """Sends a beat. It is lost if the socket is full: a stopped watchdog has enough beats there."""
         with contextlib.suppress(OSError):
             self._link.send(beat.to_bytes())
 
     def is_alive(self) -> bool:
-        """Whether it has answered lately."""
+        """Whether the watchdog has answered within SILENCE_S."""
         link, now = self._link, time.monotonic()
         try:
             while data := link.recv(64):
@@ -55,7 +57,7 @@ class WatchdogClient:
         return not self._is_gone and now - self._heard <= SILENCE_S
 
     def revive(self) -> None:
-        """Starts another one in place of one that has died, or was silent for hopelessly long; from the executor's thread."""
+        """Replaces a watchdog that died or was silent for HOPELESS_S. The executor's thread calls it."""
         if self._process is None:
             return
         since_start = time.monotonic() - self._started
@@ -65,7 +67,7 @@ class WatchdogClient:
             self._start()
 
     def close(self) -> None:
-        """Tells it that all ends in order: it holds nothing, and is gone afterwards."""
+        """Ends the watchdog in order: it publishes no hold, and the process is gone when this returns."""
         if self._process is None:
             return
         with contextlib.suppress(OSError):
@@ -74,7 +76,7 @@ class WatchdogClient:
         self._abandon()
 
     def leave(self) -> None:
-        """Leaves it behind: it sees that this process is gone, and holds the arm for a while."""
+        """Closes the socket only: the watchdog takes this process for dead, and holds the arm for a while."""
         if self._link is not None:
             self._link.close()
 
@@ -88,8 +90,8 @@ class WatchdogClient:
             str(theirs.fileno()),
             self._settings.to_json(),
         ]
-        # A session of its own: whatever kills the node's group, a Ctrl-C included, leaves it alive to hold
-        # the arm.
+        # The process has its own session: a signal to the node's process group, such as Ctrl-C, does not end
+        # it, so it can hold the arm.
         self._process = subprocess.Popen(
             [*command, *self._ros_args],
             pass_fds=[theirs.fileno()],
@@ -100,7 +102,7 @@ class WatchdogClient:
         self._started, self._heard, self._is_gone = time.monotonic(), -HOPELESS_S, False
 
     def _abandon(self) -> None:
-        """Whatever state it is in."""
+        """Ends the process, in any state that it is in."""
         self._link.close()
         try:
             self._process.wait(END_S)
