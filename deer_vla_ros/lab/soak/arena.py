@@ -1,4 +1,4 @@
-"""This file holds all processes of a soak, and what can be done to them."""
+"""All processes of a soak, and the actions on them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from deer_vla_ros.lab.soak.news import News
 from deer_vla_ros.lab.soak.part import Part, children_of, command_of
 
 START_S = 90.0
-"""How long the node may take from its start to its first motion on a busy machine."""
+"""The most time from the node's start to its first motion, on a busy machine."""
 INSTRUCTION = "lift the red block"
 WATCHDOG = "deer_vla_ros.ros.watchdog"
-"""Part of the command line of the node's watchdog."""
+"""A part of the command line of the node's watchdog, by which the process is found."""
 
 
 class Arena:
-    """Use `opened`. node, robot, observer and caller are the processes that run now; the first two may be
-    replaced."""
+    """The processes of a soak; `opened` makes one. node, robot, observer and caller are the present
+    processes.
+
+    node and robot may be replaced by new processes during a soak. Methods that return an int return the time
+    at which the change was made [ns, wall clock].
+    """
 
     def __init__(self, out: Path, with_table: bool, table_parameters: Path):
         self.news = News()
         self.with_table = with_table
-        self.node_ends: list[str] = []  # how node processes ended when nobody had killed them
-        self.broken: list[dict[str, Any]] = []  # promises that are not about one command
-        self.count = 0  # of displacements, so that they take turns
+        self.node_ends: list[str] = []  # Failures of node processes that the soak had not killed.
+        self.broken: list[dict[str, Any]] = []  # Broken promises that do not concern a single command.
+        self.count = 0  # Number of displacements: they alternate in direction.
         self._out = out
         self._table_parameters = table_parameters
         self._sim_time = False
@@ -41,8 +45,8 @@ class Arena:
     # --- begin and end
 
     def open(self, limits: Limits) -> None:
-        """Starts everything; raises UserError where something does not come up."""
-        self.node = self._start_node()  # first: it takes longest
+        """Starts all processes. Raises UserError if one does not start."""
+        self.node = self._start_node()  # The node is started first, because it takes longest.
         self.observer = self._part("observer", "deer_vla_ros.lab.soak.observer", [], hear=self.news.hear)
         self.caller = self._part("operator", "deer_vla_ros.lab.soak.caller", [])
         self.robot = self._start_robot()
@@ -54,13 +58,13 @@ class Arena:
         self.await_motion("at the start")
 
     def await_motion(self, when: str) -> None:
-        """Until the node moves the arm; raises UserError."""
+        """Waits until the node moves the arm. Raises UserError if it does not. when: words for the error."""
         if self.news.motion_after(time.time_ns(), START_S) is None:
             self.check()
             raise UserError(f"no motion came within {START_S:g} s {when}: see {self.node.log}")
 
     def close(self) -> None:
-        """Ends everything: first who commands, then who obeys. Nothing is left, whatever state it is in."""
+        """Ends all processes, in any state: first those that command the arm, then the robot."""
         if self.second is not None:
             self.second.end()
         if not self.node.killed:
@@ -70,17 +74,18 @@ class Arena:
     # --- processes
 
     def check(self) -> None:
-        """Raises UserError where a process that is not under attack is gone."""
+        """Raises UserError if the observer or the operator has ended: no fault concerns them."""
         for part in (self.observer, self.caller):
             if not part.is_running():
                 raise UserError(f"the {part.name} ended before it was to: see {part.log}")
 
     def watchdog_pid(self) -> int | None:
-        """Of the node's watchdog process; None where it has none."""
+        """The process id of the node's watchdog, or None if it has none."""
         return next((pid for pid in children_of(self.node.pid) if WATCHDOG in command_of(pid)), None)
 
     def revive_node(self) -> int:
-        """Starts the node anew, as a supervisor does, whether it has ended or hangs; when it did."""
+        """Ends the node if it still runs, and starts a new one, as a supervisor does. Returns the time of the
+        start."""
         if self.node.is_running():
             self.node.kill()
         elif not self.node.killed:
@@ -88,7 +93,8 @@ class Arena:
         return self._replace_node()
 
     def use_simulated_time(self) -> int:
-        """From now on the robot publishes /clock, and a new node lives by it."""
+        """Starts a new robot that publishes /clock, and a new node that uses it. Returns the time of the
+        node's start."""
         self._note_end(self.node, self.node.end())
         self.robot.end()
         self.observer.say(do="robot_gone")
@@ -98,18 +104,18 @@ class Arena:
         return self._replace_node()
 
     def restart_robot(self) -> int:
-        """After it was killed."""
+        """Starts a new robot after the last one was killed. Returns the time at which it was ready."""
         self.robot = self._start_robot()
         self._await_robot()
         return time.time_ns()
 
     def start_second_node(self) -> Part:
-        """The same node once more, on the same topics."""
+        """Starts a second node on the same topics."""
         self.second = self._start_node("second")
         return self.second
 
     def promise(self, kept: bool, what: str) -> None:
-        """Notes a promise that was broken, in a sentence."""
+        """Records a broken promise if `kept` is false. what: a sentence that describes the failure."""
         if not kept:
             self.broken.append({"at_ns": time.time_ns(), "message": what})
 
@@ -152,7 +158,12 @@ class Arena:
 
 @contextmanager
 def opened(out: Path, limits: Limits, with_table: bool, table_parameters: Path) -> Iterator[Arena]:
-    """An arena in which the node moves the arm. No process outlives it."""
+    """A context with an arena in which the node already moves the arm. All its processes end with the
+    context.
+
+    out: the folder of the logs. table_parameters: the node's parameter file, used if with_table. Raises
+    UserError if a process does not start.
+    """
     os.environ["ROS_LOG_DIR"] = str(out / "ros")
     arena = Arena(out, with_table, table_parameters)
     try:

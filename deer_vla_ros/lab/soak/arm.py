@@ -14,8 +14,10 @@ LAG_S = 0.12
 
 @dataclass
 class Arm:
-    """position (3,) [m], quaternion (4,) xyzw; target: where it is told to go, None while it is told to
-    stay."""
+    """The state of the arm. position: (3,) [m]. quaternion: (4,) xyzw.
+
+    target: the commanded position and quaternion; None if the arm has to stay where it is.
+    """
 
     position: np.ndarray = field(default_factory=lambda: np.array(HOME))
     quaternion: np.ndarray = field(default_factory=lambda: np.array([1.0, 0.0, 0.0, 0.0]))
@@ -23,15 +25,16 @@ class Arm:
     _push: tuple[np.ndarray, float] = field(default_factory=lambda: (np.zeros(3), 0.0))
 
     def push(self, way: np.ndarray, seconds: float) -> None:
-        """Somebody moves it by `way` (3,) [m] in that time, whatever it is told."""
+        """Moves the arm by `way` (3,) [m] within `seconds`, in addition to its commands, as a person
+        would."""
         self._push = (way / seconds, seconds)
 
     def displace(self, way: np.ndarray) -> None:
-        """It is elsewhere at once."""
+        """Moves the arm by `way` (3,) [m] at once."""
         self.position = self.position + way
 
     def advance(self, seconds: float) -> None:
-        """Time passes."""
+        """Advances the simulated time."""
         speed, left = self._push
         if left > 0:
             self.position = self.position + speed * min(left, seconds)

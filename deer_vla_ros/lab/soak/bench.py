@@ -1,4 +1,5 @@
-"""This file brings what was heard into the order of time for the judge, and keeps the record."""
+"""The bench gives the judge all received messages in the order of time, and keeps a record of the
+violations."""
 
 from __future__ import annotations
 
@@ -13,18 +14,19 @@ from deer_vla_ros.lab.soak.pairing import PATIENCE_NS, Half, Pairing
 from deer_vla_ros.lab.soak.silence import Silence
 
 SILENCE_LIMIT_S = 0.5
-"""The longest time without a command that is no violation."""
+"""The longest time without a command that is not a violation."""
 STALL_AROUND_NS = SECOND // 5
-"""A stall of the observer excuses what it may have done to what came just before and after."""
+"""A stall of the observer excuses silence during the stall, and for this time before and after it."""
 
 
 CLOCK_DELIVERY_NS = SECOND // 10
-"""How long /clock may take to the node."""
+"""The most time that a /clock message takes to the node."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the observer has heard. violations: each with the faults that were in progress."""
+    """The observer's result. violations: the fields of each Violation, and "faults", those in progress at
+    that time."""
 
     commands: int
     motions: int
@@ -38,7 +40,7 @@ class Summary:
 
 @dataclass
 class _Trouble:
-    """A fault from its begin to the recovery; end_ns is None while it goes on."""
+    """A fault from its begin to the node's recovery. end_ns is None until the recovery."""
 
     name: str
     begin_ns: int
@@ -47,7 +49,7 @@ class _Trouble:
 
 @dataclass
 class _Window:
-    """A time in which the arm had to hold; looked at once everything up to its end was judged."""
+    """A time in which the arm had to hold. It is checked when all commands up to its end are judged."""
 
     name: str
     begin_ns: int
@@ -57,8 +59,11 @@ class _Window:
 
 @dataclass
 class Bench:
-    """Everything comes as it is heard; `judge_until` brings the judge up to date. tell: where news goes, as
-    keywords."""
+    """Takes messages in the order of their arrival; `judge_until` passes them on to the judge.
+
+    tell: called with keywords for every event that the soak command has to know. All times are in ns of the
+    wall clock.
+    """
 
     tell: Callable[..., None]
     _judge: Judge = field(default_factory=lambda: Judge(Limits()))
@@ -75,74 +80,80 @@ class Bench:
     _now_ns: int = 0
 
     def set_limits(self, limits: Limits) -> None:
-        """Before anything is judged."""
+        """Sets the limits of all commands. Call it before the first command is judged."""
         self._judge.limits = limits
 
-    # --- what was heard
+    # --- Messages that were received.
 
     def pose(self, pose: HeardPose) -> None:
-        """Measured or true."""
+        """Takes a measured or a true pose of the arm."""
         self._poses.append(pose)
 
     def clock(self, said_ns: int, offset_ns: int) -> None:
-        """The node's clock was so far ahead of the wall clock at `said_ns`. Never told: they are the same."""
+        """Takes a reading of the node's clock: at `said_ns` it was `offset_ns` ahead of the wall clock.
+
+        Without any call the two clocks are taken to be equal.
+        """
         self._offsets.append((said_ns, offset_ns))
 
     def half(self, half: Half) -> None:
-        """A twist or a target. A twist tells the soak command at once whether the arm moves."""
+        """Takes a twist or a target. A twist is also reported at once, as a motion or a hold."""
         self._pairing.put(half)
         if half.is_twist:
             moves = bool(half.first.any() or half.second.any())
             self.tell(**{"motion" if moves else "hold": half.said_ns})
 
     def step(self, said_ns: int, held: bool, reasons: list[str]) -> None:
-        """The node's account of one inference."""
+        """Takes a step message of the node. held: whether the arm held. reasons: why."""
         self._judge.decision(said_ns, held)
         self.tell(step=said_ns, held=held, reasons=reasons)
 
     def status(self, said_ns: int, level: int, message: str) -> None:
-        """The node's line in /diagnostics."""
+        """Takes the node's status in /diagnostics."""
         self.tell(status=said_ns, level=level, message=message)
 
-    # --- what the soak command says
+    # --- Requests of the soak command.
 
     def fault(self, name: str, at_ns: int) -> None:
-        """A fault begins."""
+        """Notes that a fault begins."""
         self._troubles.append(_Trouble(name, at_ns))
 
     def over(self, name: str, at_ns: int) -> None:
-        """The node has recovered from it, or was given up."""
+        """Notes that the node has recovered from a fault, or that the soak command no longer waits for
+        that."""
         for trouble in self._troubles:
             if trouble.name == name and trouble.end_ns is None:
                 trouble.end_ns = at_ns
 
     def must_have_held(self, name: str, begin_ns: int, end_ns: int, by_decisions: bool) -> None:
-        """No motion was allowed in that time."""
+        """Demands that the arm held in this time. by_decisions: check step messages, because no command was
+        received."""
         self._windows.append(_Window(name, begin_ns, end_ns, by_decisions))
 
     def mute(self, begin_ns: int, end_ns: int) -> None:
-        """Nobody was there to say anything, or to hear it."""
+        """Excuses silence in this time: no node ran, or nobody could receive its commands."""
         self._silence.excuse(begin_ns, end_ns)
 
     def stalled(self, begin_ns: int, end_ns: int) -> None:
-        """The observer itself did not come to listen."""
+        """Notes a time in which the observer itself could not receive messages, and excuses silence around
+        it."""
         self._stalls.append((end_ns - begin_ns) / SECOND)
         self._silence.excuse(begin_ns - STALL_AROUND_NS, end_ns + STALL_AROUND_NS)
 
     def lose_arm(self) -> None:
-        """The robot is gone, and with it the places that targets may be near to."""
+        """Forgets the arm's poses, because the robot was killed. Messages so far are judged first."""
         self.judge_until(self._now_ns + PATIENCE_NS)
         self._judge.lose_arm()
 
     def forget(self) -> None:
-        """The next command does not follow the last one."""
+        """Treats the next command as the first one. Messages so far are judged first."""
         self.judge_until(self._now_ns + PATIENCE_NS)
         self._judge.forget()
 
-    # --- judging
+    # --- The judgement.
 
     def judge_until(self, now_ns: int) -> None:
-        """Judges what is old enough to be in order."""
+        """Judges all messages that are at least PATIENCE_NS old, in the order of time."""
         self._now_ns = max(now_ns, self._now_ns)
         commands = self._pairing.take(self._now_ns)
         until = self._now_ns - PATIENCE_NS
@@ -172,8 +183,8 @@ class Bench:
             self._record(violation, self._in_progress(violation.at_ns))
 
     def _by_the_nodes_clock(self, command: HeardCommand) -> HeardCommand:
-        """With the time that the node's clock showed; just after a jump, of the two that it may have shown
-        the older."""
+        """The command with the time of the node's clock. Just after a jump the clock may have shown two
+        times: the older one counts."""
         if not self._offsets:
             return command
         self._offsets.sort()
@@ -185,7 +196,7 @@ class Bench:
         return dataclasses.replace(command, clock_ns=command.said_ns + min(offsets), clock_just_set=just_set)
 
     def _in_progress(self, at_ns: int, until_ns: int | None = None) -> list[str]:
-        """The faults that were not over at a time, or at any time of a stretch."""
+        """The names of the faults in progress at `at_ns`, or at any time from `at_ns` to `until_ns`."""
         return [
             trouble.name
             for trouble in self._troubles
@@ -198,7 +209,7 @@ class Bench:
         self.tell(violation=told)
 
     def summary(self) -> Summary:
-        """Everything up to now."""
+        """The result up to now."""
         stretches = self._silence.stretches(self._now_ns - PATIENCE_NS)
         silences = [
             dataclasses.asdict(

@@ -1,4 +1,4 @@
-"""This file holds the faults that come in through the instruction, the services and the parameters."""
+"""The faults that come through the instruction, the services and the parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deer_vla_ros.lab.soak.arena import INSTRUCTION, Arena
 from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, Clearing, Door, Fault
 
 LONG_TEXT = 2_000_000
-"""Characters of an absurd instruction."""
+"""The number of characters of a far too long instruction."""
 LOOSE = {
     "guard.max_translation_m": 1.0,
     "guard.max_rotation_rad": 3.0,
@@ -24,11 +24,11 @@ TIGHT = {
 }
 """The node's defaults."""
 WRONG_TRANSITIONS = [77, 3, 1, 2, 0, 255, 3, 1]
-"""None of them is possible while the node is active."""
+"""Ids of lifecycle transitions that are not possible while the node is active."""
 CYCLES = [4, 3, 4, 3, 4, 3]
-"""Deactivate and activate."""
+"""Ids of lifecycle transitions: deactivate and activate, three times."""
 FULL_CYCLE = [4, 2, 1, 3]
-"""Deactivate, clean up, configure, activate."""
+"""Ids of lifecycle transitions: deactivate, clean up, configure, activate."""
 
 
 def _call(arena: Arena, do: str, **arguments: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _call(arena: Arena, do: str, **arguments: Any) -> dict[str, Any]:
 
 
 def _flood(do: str, **arguments: Any):
-    """Calls without a pause; every one of them is to be answered."""
+    """A fault of many calls without a pause. The node must answer every one of them."""
 
     def begin(arena: Arena) -> int:
         answer = _call(arena, do, **arguments)
@@ -62,7 +62,7 @@ def _garbage(arena: Arena) -> int:
 
 
 def _loosen(arena: Arena) -> int:
-    """Limits of the guard cannot be taken away from an arm that moves."""
+    """Tries to set wider limits of the guard while the arm moves, which the node must refuse."""
     answer = _call(arena, "set_parameters", values=LOOSE)
     arena.promise(bool(answer["answered"]), "set_parameters: no answer")
     arena.promise(not answer["accepted"], "the guard's limits were loosened while the arm moved")

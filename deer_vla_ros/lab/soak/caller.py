@@ -1,7 +1,8 @@
-"""This process is the operator: it gives the instruction and calls the policy node's services.
+"""The process of the operator: it gives the instruction and calls the policy node's services.
 
-Started by the soak command. Requests on stdin name one of ACTIONS and its arguments; each is answered with a
-line that has the request's id, when the work began and ended [ns, wall clock], and what came out.
+The soak command starts it. A request on stdin names one of ACTIONS ("do") and its arguments ("with"). The
+answer is a line with the request's id, the begin and end of the work [ns, wall clock], and the action's
+result.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from deer_vla_ros.ros.process import ros_process
 
 NODE = "deer_vla"
 IN_FLIGHT = 8
-"""Requests that wait for an answer at the same time: a service's queue keeps ten and drops what is more."""
+"""The most requests that wait for an answer at the same time: a service's queue holds ten and drops more."""
 PATIENCE_S = 10.0
-"""How long one answer may take: an inference, or a lock that is kept, may stand before it."""
+"""The most time for an answer, which may have to wait for an inference or for a lock."""
 CLIENTS = 4
-"""That set parameters at the same time."""
+"""The number of clients that set parameters at the same time."""
 PARAMETERS: tuple[tuple[str, float], ...] = (
     ("budget.average_fraction", 0.7),
     ("budget.average_fraction", -1.0),
@@ -43,13 +44,13 @@ PARAMETERS: tuple[tuple[str, float], ...] = (
     ("budget.peak_gmac", float("nan")),
     ("action.gripper_hysteresis", 0.05),
 )
-"""What a flood of parameter sets asks for in turn: what is valid leaves the node as it was, and the rest is
-refused."""
+"""Parameters that a flood sets in turn. Valid values leave the node as it is; the node must refuse the
+others."""
 
 
 class Caller:
-    """One node, and one client of each service for good: whoever serves keeps memory for every client it ever
-    met."""
+    """The operator's node. It has the same clients all the time: a server keeps memory for every client it
+    has had."""
 
     def __init__(self) -> None:
         self.node = rclpy.create_node("soak_operator")
@@ -70,15 +71,15 @@ class Caller:
     def spin(self, seconds: float) -> None:
         self._executor.spin_once(timeout_sec=seconds)
 
-    # --- actions, each with the arguments of its request
+    # --- Actions. Their arguments come from the request.
 
     def instruct(self, text: str, repeat: int = 1) -> dict[str, Any]:
-        """A text, so many times repeated within itself, so that a request stays short."""
+        """Publishes an instruction: `text`, repeated `repeat` times within one message."""
         self._instruction.publish(String(data=text * repeat))
         return {}
 
     def instruction_flood(self, rate_hz: float, seconds: float) -> dict[str, Any]:
-        """Another text every time."""
+        """Publishes instructions at `rate_hz` for `seconds`, with another text every time."""
         end = time.monotonic() + seconds
         count = 0
         while (now := time.monotonic()) < end:
@@ -88,7 +89,7 @@ class Caller:
         return {"sent": count}
 
     def hold(self, value: bool) -> dict[str, Any]:
-        """Asks until there is an answer: a server that has just started may lose the first."""
+        """Calls ~/hold, up to three times: a server that has just started may lose the first request."""
         for _ in range(3):
             answers = self._call_all([(self._hold, SetBool.Request(data=value))], PATIENCE_S / 3)
             if answers and answers[0].success:
@@ -96,12 +97,12 @@ class Caller:
         return {"ok": False}
 
     def hold_flood(self, count: int) -> dict[str, Any]:
-        """True and false in turn; the last one lets the arm go."""
+        """Calls ~/hold with true and false in turn; the last call, with false, lets the arm move again."""
         requests = [(self._hold, SetBool.Request(data=index % 2 == 0)) for index in range(2 * (count // 2))]
         return {"sent": len(requests), "answered": len(self._call_all(requests))}
 
     def hold_both(self, count: int) -> dict[str, Any]:
-        """True and false at the same time, again and again."""
+        """Calls ~/hold with true and false at the same time, `count` times."""
         answered = 0
         for _ in range(count):
             requests = [(self._hold, SetBool.Request(data=value)) for value in (True, False)]
@@ -113,7 +114,7 @@ class Caller:
         return {"sent": count, "answered": len(answers)}
 
     def parameter_flood(self, count: int) -> dict[str, Any]:
-        """Sets from all clients at the same time, valid and not."""
+        """Sets valid and invalid parameters from all clients at the same time."""
         wanted = (PARAMETERS[index % len(PARAMETERS)] for index in range(count))
         requests = [
             (self._parameters[index % CLIENTS], _request({name: value}))
@@ -124,14 +125,18 @@ class Caller:
         return {"sent": count, "answered": len(answers), "accepted": accepted}
 
     def set_parameters(self, values: dict[str, float]) -> dict[str, Any]:
-        """All or none, once; whether they were accepted, and why not."""
+        """Sets all values in one atomic request. The result says whether they were accepted, and if not,
+        why."""
         answers = self._call_all([(self._parameters[0], _request(values))])
         accepted = bool(answers) and answers[0].result.successful
         reason = answers[0].result.reason if answers else "no answer"
         return {"accepted": accepted, "reason": reason, "answered": len(answers)}
 
     def transitions(self, ids: list[int]) -> dict[str, Any]:
-        """Lifecycle transitions in turn; which were made. None: no answer, and the rest is not tried."""
+        """Requests lifecycle transitions one after another. made: whether each succeeded.
+
+        An entry None means that no answer came; later transitions are not requested then.
+        """
         made: list[bool | None] = []
         for number in ids:
             request = ChangeState.Request(transition=Transition(id=number))
@@ -145,10 +150,10 @@ class Caller:
         answers = self._call_all([(self._state, GetState.Request())], 2.0)
         return {"ok": bool(answers) and answers[0].current_state.id == State.PRIMARY_STATE_ACTIVE}
 
-    # --- calls
+    # --- Calls.
 
     def _call_all(self, requests: Iterable[tuple[Client, Any]], patience_s: float = PATIENCE_S) -> list[Any]:
-        """The answers that came, at most IN_FLIGHT requests at a time."""
+        """Sends all requests, at most IN_FLIGHT at a time. Returns the answers that came in time."""
         answers: list[Any] = []
         waiting: list[Future] = []
         todo = list(requests)
@@ -194,7 +199,7 @@ ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Until its stdin ends, or a signal comes."""
+    """Runs the operator until its stdin ends or a signal comes."""
     lines = jsonlines.requests()
     with ros_process([]) as stop:
         caller = Caller()

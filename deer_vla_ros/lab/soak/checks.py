@@ -1,4 +1,4 @@
-"""This file holds what is checked of one command: each function returns the violations of one promise."""
+"""The checks of one command: each function returns the violations of one promise."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from deer_vla_ros.lab.soak.geometry import angle_between, distance, outside_by, 
 from deer_vla_ros.lab.soak.heard import SECOND, HeardCommand, HeardPose, Limits, Violation
 
 ROUNDING = 1e-6
-"""Metres and radians: what arithmetic on the way may add."""
+"""The allowed rounding error of computations [m, rad]."""
 QUATERNION_LENGTH = 1e-3
-"""How far a target's quaternion may be from unit length: a hold repeats what a float32 publisher measured."""
+"""The allowed deviation of a target's quaternion from unit length: a hold repeats a measured pose, perhaps in
+float32."""
 BURST = 1.3
-"""The way of one second may be so much longer than the mean allows: frames jitter."""
+"""The way of one second may be longer than the mean rate allows by this factor, because frames jitter."""
 DELIVERY_S = 0.2
-"""How long the middleware may take on a busy machine; only what is later than that is the node's fault."""
+"""The most time that the middleware takes on a busy machine. The node answers only for longer delays."""
 ALLOWED_TWIST_ERROR = 1e-5
-"""Metres or radians per step between a twist and the targets that it goes with."""
+"""The allowed difference between a twist and its targets, per step [m, rad]."""
 
 
 def finite(command: HeardCommand) -> list[Violation]:
-    """Every number is a number."""
+    """Checks that all numbers are finite."""
     parts = (command.position, command.quaternion, command.linear, command.angular)
     if all(part is None or np.isfinite(part).all() for part in parts):
         return []
@@ -32,7 +33,11 @@ def finite(command: HeardCommand) -> list[Violation]:
 def target(
     limits: Limits, command: HeardCommand, near: list[HeardPose], last_motion: HeardCommand | None
 ) -> list[Violation]:
-    """Promises of every target, in motion or not: a unit quaternion, inside the box, on the leash."""
+    """Checks the promises of every target, moving or not: a unit quaternion, inside the workspace, near the
+    arm.
+
+    near: the poses where the arm may be. last_motion: the last command, if it moved the arm.
+    """
     if command.position is None:
         return []
     found = []
@@ -47,7 +52,7 @@ def target(
 def _box(
     limits: Limits, command: HeardCommand, near: list[HeardPose], last_motion: HeardCommand | None
 ) -> list[Violation]:
-    """An arm outside the box may be brought back and is never sent further out."""
+    """Checks the workspace. An arm outside it may be brought back, and must not be sent further out."""
     box = (limits.workspace_min, limits.workspace_max)
     places = [pose.position for pose in near] + ([last_motion.position] if last_motion else [])
     allowed = max((outside_by(place, *box) for place in places), default=0.0)
@@ -58,8 +63,10 @@ def _box(
 
 
 def _leash(limits: Limits, command: HeardCommand, near: list[HeardPose]) -> list[Violation]:
-    """One of the poses is near enough in both; where none is, the one that is nearest in its worse part is
-    told."""
+    """Checks that the target is near one of the poses, in distance and in angle.
+
+    If none is near, the violation names the pose that exceeds the limits least.
+    """
 
     def excess(pose: HeardPose) -> tuple[float, float]:
         metres = distance(command.position, pose.position) - limits.leash_m
@@ -81,7 +88,8 @@ def _leash(limits: Limits, command: HeardCommand, near: list[HeardPose]) -> list
 
 
 def fresh(limits: Limits, command: HeardCommand) -> list[Violation]:
-    """A motion is not older than its inputs may be, when it leaves the node and when it arrives."""
+    """Checks that the age of a motion's inputs is within the limit when it leaves the node and when it
+    arrives."""
     limit = limits.max_age_s + limits.late_s
     left = (command.clock_ns - command.stamp_ns) / SECOND
     arrived = left + (command.heard_ns - command.said_ns) / SECOND
@@ -95,7 +103,7 @@ def fresh(limits: Limits, command: HeardCommand) -> list[Violation]:
 
 
 def speed(limits: Limits, command: HeardCommand) -> list[Violation]:
-    """The twist is not faster than one step per period."""
+    """Checks that the twist is not faster than one step per period."""
     found = []
     for what, vector, step, unit in (
         ("speed_m", command.linear, limits.max_translation_m, "m/s"),
@@ -108,8 +116,8 @@ def speed(limits: Limits, command: HeardCommand) -> list[Violation]:
 
 
 def start(limits: Limits, command: HeardCommand, near: list[HeardPose]) -> list[Violation]:
-    """The first motion after a hold is one step away from where the arm is; where that is unknown, nothing is
-    said."""
+    """Checks that the first motion after a hold is at most one step away from the arm. Unknown poses give no
+    violation."""
     if not near:
         return []
 
@@ -130,7 +138,7 @@ def moved_by(command: HeardCommand, last: HeardCommand) -> tuple[float, float]:
 
 
 def step(limits: Limits, command: HeardCommand, last: HeardCommand) -> list[Violation]:
-    """Two motions one after another: within the limits of one step, and the twist says the same as the
+    """Checks two motions in a row: they are within the limits of one step, and the twist agrees with the
     targets."""
     metres, radians = moved_by(command, last)
     found = []
@@ -154,7 +162,7 @@ def _agreement(limits: Limits, command: HeardCommand, last: HeardCommand) -> lis
 
 
 def travel(limits: Limits, command: HeardCommand, metres: float, radians: float) -> list[Violation]:
-    """Steps that are each small enough do not come too often: the way of one second."""
+    """Checks the way of one second, so that small steps do not come too often. metres, radians: that way."""
     found = []
     for what, value, step_limit, unit in (
         ("travel_m", metres, limits.max_translation_m, "m"),

@@ -1,4 +1,4 @@
-"""This file holds what a fault is, what must be seen while it lasts, and how the node gets over it."""
+"""The description of a fault: what it does, what the node must do meanwhile, and how the node recovers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from deer_vla_ros.lab.soak.arena import Arena
 
 HOLD_WITHIN_S = 0.6
-"""How long after a fault's begin the last motion may leave: inputs.max_age_s, 0.2 s, and 0.1 s for a busy
+"""The most time from a fault's begin to the last motion: inputs.max_age_s, 0.2 s, and 0.1 s for a busy
 machine."""
 NOT_FOLLOWING_WITHIN_S = 3.6
-"""The same where only an arm that does not follow gives the fault away: guard.follow_timeout_s and 0.6 s."""
+"""The same for faults that the node only notices because the arm does not follow: guard.follow_timeout_s and
+0.6 s."""
 
 
 class Door(enum.Enum):
-    """Where a fault comes in. Two at once come in by different doors."""
+    """The part of the system where a fault acts. Two faults at the same time act at different doors."""
 
     CAMERAS = "cameras"
     POSE = "measured pose"
@@ -29,7 +30,7 @@ class Door(enum.Enum):
 
 
 class Clearing(enum.Enum):
-    """How the node moves again when the fault is over."""
+    """How the node moves the arm again after the end of a fault."""
 
     ITSELF = "by itself"
     ASKED = "when ~/hold is called with false, and not before"
@@ -38,15 +39,15 @@ class Clearing(enum.Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to make life hard.
+    """One fault.
 
-    about: what happens, for people. seconds: how long it lasts, beyond what `begin` takes.
-    begin, end: do it; each returns the time [ns, wall clock] from which on it was so.
-    holds_after_s: the arm must hold so long after the begin at the latest, until the end; None: it need not.
-    holds_for_s: where the fault ends by itself, how long after its begin; None: with `end`.
-    by_decisions: nobody hears commands meanwhile, and ~/step has to do.
-    is_silent: no command is expected meanwhile. restarts: the node's process ends. is_robots: the fake robot
-    only. alone: its promise means nothing while another fault lasts.
+    about: a description. seconds: how long it lasts, in addition to the time of `begin`.
+    begin, end: start and end the fault; each returns the time from which the change holds [ns, wall clock].
+    holds_after_s: the arm must hold from this time after the begin until the end; None: it need not hold.
+    holds_for_s: how long after its begin the fault ends by itself; None: only `end` ends it.
+    by_decisions: nobody receives commands meanwhile, so that the judge uses ~/step.
+    is_silent: no command is expected meanwhile. restarts: the node's process ends.
+    is_robots: only the fake robot can have it. alone: its promise cannot be judged beside another fault.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Fault:
 
     @property
     def pairs(self) -> bool:
-        """Whether it may come together with another one."""
+        """Whether the fault may come together with another one."""
         return self.door not in (Door.PROCESSES, Door.CLOCK) and not (
             self.is_silent or self.by_decisions or self.alone
         )

@@ -1,4 +1,5 @@
-"""This file holds the measures of poses that the judge needs; it shares no code with the node."""
+"""The measures of poses that the judge needs. They share no code with the node, to be independent of its
+errors."""
 
 from __future__ import annotations
 
@@ -10,23 +11,23 @@ import numpy as np
 def angle_between(first: np.ndarray, second: np.ndarray) -> float:
     """The angle [rad] between two orientations, quaternions (4,) xyzw of about unit length."""
     first, second = first / np.linalg.norm(first), second / np.linalg.norm(second)
-    # The distance of the two is exact for small angles, where the arc cosine of their product is not.
+    # The chord is exact for small angles; the arc cosine of the product is not.
     chord = min(float(np.linalg.norm(first - second)), float(np.linalg.norm(first + second)))
     return 4 * math.asin(min(chord / 2, 1.0))
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Metres between two positions (3,)."""
+    """The distance [m] of two positions (3,)."""
     return float(np.linalg.norm(first - second))
 
 
 def outside_by(position: np.ndarray, low: tuple[float, ...], high: tuple[float, ...]) -> float:
-    """How far a position (3,) is outside a box [m]; 0 inside."""
+    """The distance [m] of a position (3,) from a box; 0 inside the box."""
     return float(np.linalg.norm(position - np.clip(position, low, high)))
 
 
 def is_pose(position: np.ndarray, quaternion: np.ndarray) -> bool:
-    """Whether the numbers are a pose at all: finite, within a kilometre, a quaternion of about unit
+    """Whether the numbers are a possible pose: finite, within a kilometre, a quaternion (4,) of about unit
     length."""
     finite = bool(np.isfinite(position).all() and np.isfinite(quaternion).all())
     return finite and float(np.abs(position).max()) < 1e3 and abs(float(np.linalg.norm(quaternion)) - 1) < 0.1

@@ -1,4 +1,4 @@
-"""This file holds the plain data that the judge hears and tells: poses, commands, limits and violations."""
+"""The plain data that the judge takes and gives: poses, commands, limits and violations."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 SECOND = 1_000_000_000
-"""Nanoseconds."""
+"""One second in nanoseconds."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What every command has to keep. The judge has its own copy of the node's defaults, so that a node that
-    loosens its own limits is found out.
+    """The limits of every command. They are a separate copy of the node's defaults, to notice a node that
+    weakens its own.
 
-    max_translation_m and max_rotation_rad are per step; max_age_s is the oldest input that may move the arm;
-    late_s: how much later than that a command may leave the node.
+    max_translation_m, max_rotation_rad: per step. leash_m, leash_rad: the most distance of a target from the
+    arm. max_age_s: the most age of an input that moves the arm. late_s: how much later than max_age_s a
+    command may leave the node.
     """
 
     max_translation_m: float = 0.06
@@ -32,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class HeardPose:
-    """Where the arm is, as it was told at `said_ns` (wall clock): position (3,) [m], quaternion (4,) xyzw."""
+    """A pose of the arm, published at `said_ns` (wall clock): position (3,) [m], quaternion (4,) xyzw."""
 
     said_ns: int
     position: np.ndarray
@@ -41,16 +42,17 @@ class HeardPose:
 
 @dataclass(frozen=True)
 class HeardCommand:
-    """One command as it came over DDS.
+    """One command as the observer received it.
 
-    said_ns: when it left its publisher, wall clock. heard_ns: when the middleware of the observer had it,
-    wall clock. clock_ns: the time of the node's own clock at `said_ns`; equal to it unless the node lives in
-    simulated time. clock_just_set: that clock was set so shortly before that the node may not have heard of
-    it. stamp_ns: its header's stamp. position (3,) [m] and quaternion (4,) of the target; None
-    where none was published. linear (3,) [m/s] and angular (3,) [rad/s] of the twist; None where no twist of
-    that stamp came. after_loss: the observer missed something before it, so that it cannot be compared with
-    the command before. publisher: which one it came from, numbered by the observer; a node and its watchdog
-    are two.
+    said_ns: when it left its publisher, wall clock. heard_ns: when the observer's middleware received it,
+    wall clock. clock_ns: the time of the node's own clock at `said_ns`; it is equal to `said_ns` except in
+    simulated time. clock_just_set: that clock was set so shortly before that the node may not know the new
+    time yet. stamp_ns: the stamp of the header.
+
+    position: (3,) [m] and quaternion: (4,) xyzw of the target; None if no target had this stamp. linear: (3,)
+    [m/s] and angular: (3,) [rad/s] of the twist; None if no twist had this stamp. after_loss: messages before
+    it were lost, so that it cannot be compared with the command before. publisher: the number that the
+    observer gave its publisher; a node and its watchdog are two publishers.
     """
 
     said_ns: int
@@ -67,15 +69,15 @@ class HeardCommand:
 
     @property
     def moves(self) -> bool:
-        """Whether the arm is told to move: a twist that is not zero, NaN included."""
+        """Whether the command moves the arm: its twist is not zero. NaN counts as a motion."""
         return self.linear is not None and not (np.all(self.linear == 0) and np.all(self.angular == 0))
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that was not as promised.
+    """One broken promise.
 
-    at_ns: wall clock. what: its kind, one word. value and limit: in the unit that `message` names.
+    at_ns: the time, wall clock. what: its kind, one word. value, limit: in the unit that `message` names.
     """
 
     at_ns: int

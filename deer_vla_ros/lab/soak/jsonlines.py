@@ -1,4 +1,4 @@
-"""This file holds how the processes of a soak talk with each other: one JSON object a line."""
+"""The messages between the processes of a soak: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 from typing import Any
 
 ENDED: dict[str, Any] = {"do": "end"}
-"""What a process reads when whoever started it has closed its stdin, or is gone."""
+"""The last request of a process: its stdin was closed, or the process that started it has ended."""
 
 
 def requests() -> queue.SimpleQueue[dict[str, Any]]:
-    """What comes in on stdin, read by a thread so that nobody who is busy misses it; ENDED is the last."""
+    """A queue of the requests on stdin, which a thread reads at once. ENDED is the last one."""
     lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def read() -> None:
@@ -26,7 +26,7 @@ def requests() -> queue.SimpleQueue[dict[str, Any]]:
 
 
 def waiting(lines: queue.SimpleQueue[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Everything that has come so far."""
+    """Takes all requests that have come so far from the queue."""
     found = []
     while not lines.empty():
         found.append(lines.get())
@@ -34,6 +34,6 @@ def waiting(lines: queue.SimpleQueue[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tell(**what: Any) -> None:
-    """One line to whoever started this process, at once."""
+    """Writes one line to the process that started this one, without delay."""
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""This file holds the judge: it hears poses and commands and tells what was not as promised."""
+"""The judge: it takes poses and commands and returns the violations of the limits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from deer_vla_ros.lab.soak.heard import SECOND, HeardCommand, HeardPose, Limits,
 REMEMBERED_NS = 2 * SECOND
 """How long poses are kept."""
 CLOCK_STEP_NS = SECOND // 20
-"""A clock that moves more than this against the wall clock between two commands has jumped."""
+"""The node's clock has jumped if it moves by more than this against the wall clock between two commands."""
 MOTIONS = 100_000
-"""Motions that are remembered for `check_held`: hours of a fault that never ends are not needed."""
+"""The number of newest motions that are kept for `check_held`, more than any fault lasts."""
 
 
 class Judge:
-    """Knows nothing of ROS and has no clock: time comes with what it hears, and has to come in order.
+    """Checks commands against limits. It uses neither ROS nor a clock: poses and commands bring their times,
+    in order.
 
-    Poses and commands may come from any number of publishers. After `forget` the next command is the first
-    one.
+    Poses and commands may come from any number of publishers. After `forget` the next command counts as the
+    first one.
     """
 
     def __init__(self, limits: Limits):
@@ -35,29 +36,29 @@ class Judge:
         self.forget()
 
     def forget(self) -> None:
-        """What comes next does not follow what came before: another node, or some of it was not heard."""
-        self._last: dict[int, HeardCommand] = {}  # by publisher
-        self._last_target: np.ndarray | None = None  # its quaternion
+        """Forgets the commands so far: the next one comes from another node, or some were lost."""
+        self._last: dict[int, HeardCommand] = {}  # The last command, by publisher.
+        self._last_target: np.ndarray | None = None  # The quaternion of the last target.
         self._last_motion: HeardCommand | None = None
         self._travelled.clear()
 
     def pose(self, pose: HeardPose) -> None:
-        """Where the arm is measured to be, or is; both count as places that a target may be near to."""
+        """Takes a measured or a true pose of the arm. A target may be near either of them."""
         self._poses.append(pose)
         while self._poses and pose.said_ns - self._poses[0].said_ns > REMEMBERED_NS and len(self._poses) > 1:
             self._poses.popleft()
 
     def lose_arm(self) -> None:
-        """The robot is gone; the next pose is where another one stands."""
+        """Forgets the poses: the robot was killed, and the next pose is that of another robot."""
         self._poses.clear()
 
     def decision(self, said_ns: int, held: bool) -> None:
-        """The node told of a step; where nobody can hear commands this is all there is to judge by."""
+        """Takes a step of the node. It serves to judge the node while nobody receives its commands."""
         if not held:
             self._decision_times.append(said_ns)
 
     def command(self, command: HeardCommand) -> list[Violation]:
-        """Everything that is wrong with one command."""
+        """Takes a command and returns its violations."""
         self.commands += 1
         if command.after_loss:
             self.forget()
@@ -71,7 +72,10 @@ class Judge:
         return found
 
     def check_held(self, begin_ns: int, end_ns: int, by_decisions: bool = False) -> list[Violation]:
-        """One violation for each motion that was told between two times, when the arm had to hold."""
+        """One violation for each motion that was commanded between two times, in which the arm had to hold.
+
+        by_decisions: use the node's steps instead of its commands.
+        """
         times = self._decision_times if by_decisions else self._motion_times
         return [
             Violation(
@@ -86,8 +90,7 @@ class Judge:
         ]
 
     def _near(self, now_ns: int) -> list[HeardPose]:
-        """The poses that a command may build upon; the newest one where the arm has not been heard for
-        long."""
+        """The poses on which a command may be based; only the newest pose if all are too old."""
         oldest = now_ns - round((self.limits.max_age_s + self.limits.late_s) * SECOND)
         near = [pose for pose in self._poses if pose.said_ns >= oldest]
         return near or list(self._poses)[-1:]
@@ -97,9 +100,9 @@ class Judge:
         if last is None or command.stamp_ns >= last.stamp_ns:
             return []
         if abs((command.clock_ns - command.said_ns) - (last.clock_ns - last.said_ns)) > CLOCK_STEP_NS:
-            return []  # the node's own clock was set
+            return []  # The node's own clock was set.
         if last.clock_just_set:
-            return []  # the last command may still have been stamped by the clock from before
+            return []  # The last command may have a stamp from before the clock was set.
         value = (last.stamp_ns - command.stamp_ns) / SECOND
         return [
             Violation(
@@ -115,7 +118,7 @@ class Judge:
         if command.quaternion is None or self._last_target is None:
             return []
         product = float(command.quaternion @ self._last_target)
-        # An arm that was turned by more than 120 degrees between two holds has no sign to keep.
+        # If the arm was turned by more than 120 degrees between two holds, either sign is right.
         if product >= -0.5:
             return []
         message = "the quaternion has the other sign than the last target's"
@@ -131,7 +134,7 @@ class Judge:
         return found + self._travel(command)
 
     def _travel(self, command: HeardCommand) -> list[Violation]:
-        """The way of one second, so that steps that are each small do not come too often."""
+        """Checks the way of one second, so that small steps do not come too often."""
         self._travelled.append((command.said_ns, *checks.moved_by(command, self._last_motion)))
         while command.said_ns - self._travelled[0][0] > SECOND:
             self._travelled.popleft()

@@ -1,4 +1,4 @@
-"""This file holds how a log is searched for errors that nobody handled."""
+"""The search of logs for errors that no code handled."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 TRACEBACK = "Traceback (most recent call last)"
 ENDS = ("Fatal Python error", "terminate called", "Segmentation fault", "core dumped")
-"""What a process says that ends by an error of C or C++."""
+"""Words in the log of a process that ended by an error in C or C++."""
 MARK = "soak did this on purpose"
-"""Of errors that soak has raised inside the node, as `node_with_faults` marks them."""
+"""Words in the errors that the soak has raised inside the node; `node_with_faults` writes the same words."""
 
 
 def unhandled(logs: Iterable[Path]) -> list[str]:
-    """One line for each traceback, and for each of ENDS. Errors that soak raised itself do not count."""
+    """One line for each traceback and for each of ENDS. Errors that the soak raised itself do not count."""
     found = []
     for log in logs:
         if log.exists():
@@ -23,7 +23,7 @@ def unhandled(logs: Iterable[Path]) -> list[str]:
 
 
 def unhandled_lines(text: str) -> list[str]:
-    """The last line of every traceback, which names the error, and every line with one of ENDS."""
+    """The line of every traceback that names the error, and every line with one of ENDS."""
     lines = text.splitlines()
     found = [line for line in lines if any(end in line for end in ENDS)]
     for index, line in enumerate(lines):
@@ -33,7 +33,7 @@ def unhandled_lines(text: str) -> list[str]:
 
 
 def _error_of(lines: list[str]) -> str:
-    """The first line after the frames, which are indented."""
+    """The first line after the stack frames, which are indented."""
     for line in lines:
         bare = re.sub(r"^\[[A-Z]+\] \[[\d.]+\] \[\w+\]: ", "", line)
         if bare and not bare.startswith(" "):

@@ -1,4 +1,4 @@
-"""This file holds what the observer has told so far, for the soak command to wait for."""
+"""The observer's reports so far; the soak command waits for them here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections import deque
 from typing import Any
 
 KEPT = 4000
-"""Newest motions, holds and statuses; minutes of them."""
+"""The number of newest motions, holds and statuses that are kept; they cover minutes."""
 
 
 class News:
-    """`hear` is called in the thread that reads the observer; everything else may be asked from another."""
+    """The observer's reports. The thread that reads the observer calls `hear`; other threads may call the
+    rest."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -23,7 +24,7 @@ class News:
         self.summary: dict[str, Any] | None = None
 
     def hear(self, line: dict[str, Any]) -> None:
-        """One line of the observer."""
+        """Takes one line of the observer."""
         with self._changed:
             if "motion" in line:
                 self._motions.append(line["motion"])
@@ -38,21 +39,22 @@ class News:
             self._changed.notify_all()
 
     def motion_after(self, begin_ns: int, seconds: float) -> int | None:
-        """When the first motion after `begin_ns` was told [ns]; waits at most so long for it, None where none
+        """The time of the first motion after `begin_ns` [ns]. Waits for it at most `seconds`; None if none
         came."""
         return self._first(self._motions, begin_ns, seconds)
 
     def hold_after(self, begin_ns: int, seconds: float) -> int | None:
-        """The same for a hold."""
+        """The time of the first hold after `begin_ns` [ns]. Waits for it at most `seconds`; None if none
+        came."""
         return self._first(self._holds, begin_ns, seconds)
 
     def messages(self, begin_ns: int, end_ns: int) -> list[str]:
-        """What /diagnostics said in that time, each sentence once."""
+        """The messages of /diagnostics in that time, each text once."""
         with self._changed:
             return list(dict.fromkeys(text for at, text in self._said if begin_ns <= at <= end_ns))
 
     def await_summary(self, seconds: float) -> dict[str, Any] | None:
-        """The observer's summary, once it has come."""
+        """Waits at most `seconds` for the observer's summary; None if it has not come."""
         with self._changed:
             self._changed.wait_for(lambda: self.summary is not None, seconds)
             return self.summary

@@ -1,7 +1,7 @@
-"""This process is the policy node itself, whose inference soak can spoil on demand.
+"""The process of the policy node, whose inference the soak can make fail on request.
 
-Started by the soak command; arguments are those of the node. A line on stdin, {"inference": NAME}, chooses
-what the policy's steps do from then on: one of SPOILS, or "good".
+The soak command starts it with the arguments of the node. A line on stdin, {"inference": NAME}, selects what
+the policy's steps do from then on: one of SPOILS, or "good".
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from deer_vla_ros.lab.soak import jsonlines
 SLOW_S = 1.0
 LOCKED_S = 3.0
 MARK = "soak did this on purpose"
-"""Stands in every error that is raised here, so that a log tells them from the node's own."""
+"""Words in every error that is raised here, to distinguish them from the node's own errors in a log."""
 
 
 class PanicException(BaseException):
-    """What a library written in Rust raises when it panics: no Exception, so few catch it."""
+    """The error of a library in Rust that panics. It is not an Exception, so that `except Exception` does not
+    catch it."""
 
 
 def _raise() -> None:
@@ -39,9 +40,9 @@ def _panic() -> None:
 
 
 def _keep_lock() -> None:
-    """A call into C that keeps the interpreter's lock: no other thread of the process runs."""
+    """Calls a C function that keeps the interpreter's lock, so that no other thread of the process runs."""
     ctypes.PyDLL(None).usleep(int(LOCKED_S * 1e6))
-    _Mood.name = "good"  # once is enough: a second one would follow before anybody could lift the fault
+    _Mood.name = "good"  # Only once: a second call would follow before the soak command could end the fault.
 
 
 SPOILS: dict[str, Callable[[], None]] = {
@@ -54,7 +55,7 @@ SPOILS: dict[str, Callable[[], None]] = {
 
 
 class _Mood:
-    """What the next step does; written by the thread that reads stdin."""
+    """Selects what the next step does. The thread that reads stdin sets it."""
 
     name = "good"
 
@@ -73,7 +74,7 @@ def _spoil(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _listen() -> None:
-    """Requests change the mood for as long as the process lives."""
+    """Starts the thread that reads requests and sets the mood until the process ends."""
     lines = jsonlines.requests()
 
     def obey() -> None:

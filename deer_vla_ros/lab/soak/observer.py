@@ -1,8 +1,9 @@
-"""This process hears what the policy node says over DDS and judges every command with limits of its own.
+"""The process of the observer: it receives the policy node's messages over DDS and judges every command by
+its own limits.
 
-Started by the soak command. Requests on stdin: `limits`, `fault`, `over`, `held`, `mute`, `deaf`,
-`restarted`, `robot_gone`, `sum`.
-It tells on stdout: each motion, hold, status and violation at once, and a summary when it is asked for.
+The soak command starts it. The requests on stdin are `limits`, `fault`, `over`, `held`, `mute`, `deaf`,
+`restarted`, `robot_gone` and `sum`. It writes to stdout every motion, hold, step, status and violation at
+once, and a summary on request.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from deer_vla_ros.ros.messages import NEWEST, nanoseconds
 from deer_vla_ros.ros.process import ros_process
 
 KEEP_ALL = 1000
-"""Depth of the queues: nothing that was published may be missed."""
+"""Depth of the queues: the observer must not miss any message."""
 FRAME = "base"
 TRUE_POSE = "soak/true_pose"
-"""Where the fake robot tells where its arm really is, whatever it claims on `ee_pose`."""
+"""The topic of the arm's true pose from the fake robot; on `ee_pose` the robot may publish a wrong one."""
 STALL_NS = SECOND // 10
-"""An observer that has not come to listen for so long has been stalled itself."""
+"""The observer itself was stalled if it has not received messages for longer than this."""
 
 
 class Observer(Node):
-    """Turns messages into plain data for the bench; nothing is judged here."""
+    """Converts messages to plain data for the bench. It does not judge them."""
 
     def __init__(self, bench: Bench):
         super().__init__("soak_observer")
@@ -52,14 +53,14 @@ class Observer(Node):
         self.listen()
 
     def listen(self) -> None:
-        """To the arm's commands."""
+        """Subscribes to the arm's commands."""
         self._ears = [
             self.create_subscription(TwistStamped, "target_twist", self._on_twist, KEEP_ALL),
             self.create_subscription(PoseStamped, "target_pose", self._on_target, KEEP_ALL),
         ]
 
     def be_deaf(self) -> None:
-        """No subscriber of the arm's commands is left here."""
+        """Ends the subscriptions to the arm's commands."""
         for ear in self._ears:
             self.destroy_subscription(ear)
         self._ears = []
@@ -115,7 +116,7 @@ def _pose_arrays(message: PoseStamped) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _obey(request: dict[str, Any], observer: Observer, bench: Bench) -> None:
-    """One request of the soak command."""
+    """Carries out one request of the soak command."""
     what = request["do"]
     if what == "limits":
         bench.set_limits(Limits(**request["limits"]))
@@ -139,7 +140,7 @@ def _obey(request: dict[str, Any], observer: Observer, bench: Bench) -> None:
 
 
 def main() -> None:
-    """Until its stdin ends, or a signal comes."""
+    """Runs the observer until its stdin ends or a signal comes."""
     lines = jsonlines.requests()
     with ros_process([]) as stop:
         bench = Bench(jsonlines.tell)

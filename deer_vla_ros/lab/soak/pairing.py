@@ -1,4 +1,4 @@
-"""This file makes one command of a twist and a target of the same stamp, in the order of time."""
+"""The pairing of a twist and a target with the same stamp into one command, in the order of time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import numpy as np
 from deer_vla_ros.lab.soak.heard import SECOND, HeardCommand
 
 PATIENCE_NS = SECOND * 15 // 100
-"""How long the other half of a command is waited for, and how late a message may be behind one that was said
-later."""
+"""The most time to wait for the other half of a command, and for a message that was published before
+others."""
 
 
 @dataclass(frozen=True)
 class Half:
-    """A twist or a target as it came. first and second: linear and angular, or position and quaternion.
+    """A twist or a target as it was received. first, second: linear and angular, or position and quaternion.
 
-    after_loss: something was lost on this topic before it. publisher: as `Publishers` numbers them.
+    said_ns, heard_ns, stamp_ns: as in HeardCommand. after_loss: messages before it on this topic were lost.
+    publisher: the number that `Publishers` gives.
     """
 
     is_twist: bool
@@ -31,23 +32,25 @@ class Half:
 
 
 class Publishers:
-    """Tells the publishers of one topic apart by how many messages each has published, which is all that
-    rclpy tells."""
+    """Distinguishes the publishers of one topic by their numbers of messages, since rclpy gives nothing
+    else."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}  # the newest of each publisher
+        self._counts: dict[int, int] = {}  # The newest count of each publisher.
         self._known = 0
 
     def of(self, count: int) -> tuple[int, bool]:
-        """Which publisher a message comes from that is its `count`-th, and whether messages before it were
-        lost."""
+        """The number of a message's publisher, and whether messages before this one were lost.
+
+        count: the message is the `count`-th of its publisher.
+        """
         for publisher, newest in self._counts.items():
             if count == newest + 1:
                 self._counts[publisher] = count
                 return publisher, False
         self._known += 1
         self._counts[self._known] = count
-        if len(self._counts) > 8:  # of publishers that have ended
+        if len(self._counts) > 8:  # The oldest ones belong to publishers that have ended.
             del self._counts[min(self._counts)]
         return self._known, count != 1
 
@@ -55,7 +58,7 @@ class Publishers:
 class Pairing:
     """Takes halves in any order and gives commands in the order of time, PATIENCE_NS later.
 
-    It takes the wall clock for the node's: whoever knows of another clock puts that in.
+    It sets a command's clock_ns to the wall clock; in simulated time the bench replaces it.
     """
 
     def __init__(self) -> None:
@@ -63,7 +66,8 @@ class Pairing:
         self._ready: list[HeardCommand] = []
 
     def put(self, half: Half) -> None:
-        """A new half; one that waits under the same stamp is told alone."""
+        """Takes a half. If a half of the same kind and stamp still waits, that one becomes a command
+        alone."""
         other = self._halves.pop((half.stamp_ns, not half.is_twist), None)
         if other is not None:
             self._ready.append(_command(*((half, other) if half.is_twist else (other, half))))
@@ -74,7 +78,7 @@ class Pairing:
         self._halves[half.stamp_ns, half.is_twist] = half
 
     def take(self, now_ns: int) -> list[HeardCommand]:
-        """What was said long enough ago that nothing older can still come."""
+        """Takes the commands that are older than PATIENCE_NS, so that no earlier one can still come."""
         until = now_ns - PATIENCE_NS
         for key, half in list(self._halves.items()):
             if half.said_ns < until:
@@ -103,7 +107,7 @@ def _command(twist: Half, target: Half) -> HeardCommand:
 def _alone(half: Half) -> HeardCommand:
     arrays = (None, None, half.first, half.second) if half.is_twist else (half.first, half.second, None, None)
     times = (half.said_ns, half.heard_ns, half.said_ns, half.stamp_ns)
-    # The publishers of targets are numbered apart from those of twists: a target alone starts an order of its
-    # own.
+    # The publishers of targets and of twists are numbered separately. A target without a twist gets a
+    # negative number, so that its stamps are not compared with those of a twist's publisher.
     publisher = half.publisher if half.is_twist else -half.publisher
     return HeardCommand(*times, *arrays, after_loss=half.after_loss, publisher=publisher)

@@ -1,4 +1,4 @@
-"""This file holds one process of a soak: started, talked to by JSON lines, stopped, killed and looked at."""
+"""One process of a soak: it can be started, sent JSON lines, stopped, killed and inspected."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.processes import end_with_parent
 
 END_S = 15.0
-"""How long a process may take from SIGTERM to its end."""
+"""The most time from SIGTERM to a process's end."""
 ANSWER_S = 60.0
-"""How long an answer may take before the process counts as hung."""
+"""The most time for an answer; after it the process counts as hung."""
 
 
 class Part:
-    """`python -m MODULE ARGUMENTS...` in a process group of its own. stderr, and stdout unless it talks, go
-    to `log`.
+    """The process `python -m MODULE ARGUMENTS...`, in a process group of its own.
 
-    hear: gets every line that it says and that answers no request; it is called in a thread of its own.
+    talks: whether the process writes JSON lines to stdout. Its stderr goes to `log`, and so does its stdout
+    if it does not talk. hear: called with every line that is not an answer to a request, in a thread of its
+    own.
     """
 
     def __init__(
@@ -67,13 +68,13 @@ class Part:
         return self._popen.poll() is None
 
     def say(self, **what: Any) -> None:
-        """One line on its stdin; a process that is gone does not hear it."""
+        """Writes one line to the process's stdin; nothing happens if the process has ended."""
         with contextlib.suppress(OSError):
             self._popen.stdin.write(json.dumps(what).encode() + b"\n")
             self._popen.stdin.flush()
 
     def ask(self, patience_s: float = ANSWER_S, **what: Any) -> dict[str, Any]:
-        """Its answer to one request; raises UserError where none comes."""
+        """Sends a request and returns the answer. Raises UserError if none comes within `patience_s`."""
         number = next(self._ids)
         self.say(id=number, **what)
         with self._news:
@@ -86,7 +87,8 @@ class Part:
         return self._answers.pop(number)
 
     def await_ready(self, patience_s: float = ANSWER_S) -> None:
-        """Until it has said that it is; raises UserError."""
+        """Waits until the process has written that it is ready. Raises UserError if it does not within
+        `patience_s`."""
         with self._news:
             if (
                 not self._news.wait_for(lambda: self._ready or not self.is_running(), patience_s)
@@ -98,7 +100,7 @@ class Part:
         for line in self._popen.stdout:
             try:
                 said = json.loads(line)
-            except json.JSONDecodeError:  # the middleware prints its own complaints there
+            except json.JSONDecodeError:  # The middleware prints its own messages to stdout.
                 continue
             with self._news:
                 self._ready = self._ready or "ready" in said
@@ -110,21 +112,22 @@ class Part:
         with self._news:
             self._news.notify_all()
 
-    # --- its end
+    # --- The end of the process.
 
     def signal(self, number: int) -> None:
-        """Nothing happens where it is gone."""
+        """Sends a signal; nothing happens if the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """kill -9, of the process alone: what it has started is to notice by itself."""
+        """Kills the process with SIGKILL, but not its children: they have to notice by themselves."""
         self.killed = True
         self.signal(signal.SIGKILL)
         self._popen.wait()
 
     def end(self) -> int | None:
-        """SIGTERM, and after END_S kill -9; its exit status, None where it was killed."""
+        """Ends the process with SIGTERM, and after END_S with SIGKILL. Returns its exit status, None after
+        SIGKILL."""
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         with contextlib.suppress(OSError):
@@ -136,7 +139,7 @@ class Part:
             return None
 
     def end_group(self) -> None:
-        """Whatever is left of its process group, at once."""
+        """Kills all processes of its process group that still run."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -144,7 +147,7 @@ class Part:
 
 
 def children_of(parent: int) -> list[int]:
-    """Process ids of a process's children that run."""
+    """The process ids of a process's running children."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -155,7 +158,7 @@ def children_of(parent: int) -> list[int]:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process, words parted by blanks; empty where it is gone."""
+    """The command line of a process, its words separated by spaces; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -163,8 +166,7 @@ def command_of(pid: int) -> str:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, period_s: float = 0.01) -> Any:
-    """What `condition` gives as soon as that is true; what it gives last where it does not become true in
-    time."""
+    """Waits until `condition()` is true, at most `seconds`. Returns its last value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(period_s)

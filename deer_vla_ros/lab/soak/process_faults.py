@@ -1,4 +1,4 @@
-"""This file holds the faults of the inference, and of processes that are stopped or killed."""
+"""The faults of the inference, and of processes that are stopped or killed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, Clearing, Door, Fault
 from deer_vla_ros.lab.soak.part import wait_until
 
 SECOND_START_S = 60.0
-"""How long a second node may take until it says that it holds."""
+"""The most time until a second node logs that it holds."""
 LOCKED_S = 2.9
-"""How long the interpreter's lock is kept, less a little."""
+"""The arm must hold for this time while the interpreter's lock is kept, which lasts slightly longer."""
 
 Act = Callable[[Arena], int]
 
@@ -67,7 +67,8 @@ def _kill_robot(arena: Arena) -> int:
 
 
 def _start_second(arena: Arena) -> int:
-    """Until it holds; it says so in its log, and never that it controls."""
+    """Starts a second node and waits until it holds. It must log that, with the reason, and never that it
+    controls."""
     begin_ns = time.time_ns()
     second = arena.start_second_node()
     size = second.log.stat().st_size if second.log.exists() else 0
@@ -92,7 +93,8 @@ def _end_second(arena: Arena) -> int:
 
 
 def _limit_files(size: int) -> Act:
-    """The node can write nothing: what a full disk does, without filling one."""
+    """Limits the size of the files that the node and its watchdog write; 0 has the effect of a full disk, -1
+    ends it."""
 
     def act(arena: Arena) -> int:
         for pid in filter(None, (arena.node.pid, arena.watchdog_pid())):

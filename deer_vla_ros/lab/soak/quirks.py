@@ -1,4 +1,4 @@
-"""This file holds every way in which the fake robot can misbehave, by name."""
+"""The quirks: all ways in which the fake robot can misbehave, by name."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sensor_msgs.msg import Image
 from deer_vla_ros.ros.messages import SECOND, image_message, nanoseconds, stamp
 
 ImageQuirk = Callable[[str, Image], "Image | None"]
-"""Takes the camera's name and a good image; gives what is published instead, None for nothing."""
+"""Takes the camera's name and a good image; returns the image to publish instead, or None to publish none."""
 PoseQuirk = Callable[[PoseStamped], "PoseStamped | None"]
-"""The same for the measured pose."""
+"""Takes a good measured pose; returns the pose to publish instead, or None to publish none."""
 
 LAG_S = 0.25
-"""Of the gripper camera when it is skewed: five times what the node allows, and less than the age that it
-allows."""
+"""How far the gripper camera's stamps lag when it is skewed: five times the skew that the node allows, but
+less than the age that it allows."""
 SHUFFLE_S = 0.25
-"""How far stamps out of order lie in the past."""
+"""How far in the past the stamps that are out of order are at most."""
 AHEAD_S = 10.0
-"""How far stamps lie in the future."""
+"""How far in the future stamps are."""
 SLOW_EVERY = 10
-"""Of the frames of a slow camera one in so many is published: 1 Hz."""
+"""A slow camera publishes one of this many frames, which gives 1 Hz."""
 SIZES = ((160, 120), (31, 57), (64, 64))
-"""Width and height that the cameras change to, one after another."""
+"""Width and height of the images, one pair after another."""
 
 
 def _nothing() -> ImageQuirk:
@@ -36,7 +36,7 @@ def _nothing() -> ImageQuirk:
 
 
 def _only(name: str, quirk: ImageQuirk) -> ImageQuirk:
-    """The quirk on one of the cameras."""
+    """The quirk on one camera alone."""
     return lambda camera, image: quirk(camera, image) if camera == name else image
 
 
@@ -49,7 +49,7 @@ def _restamped(change: Callable[[int], int]) -> ImageQuirk:
 
 
 def _frozen() -> ImageQuirk:
-    """The first image of each camera, stamp and all, again and again."""
+    """Repeats the first image of each camera, with its stamp."""
     kept: dict[str, Image] = {}
     return lambda camera, image: kept.setdefault(camera, image)
 
@@ -70,7 +70,7 @@ def _out_of_order() -> ImageQuirk:
 
 
 def _other_clock() -> ImageQuirk:
-    """Counts from 1970, as a camera does whose clock nobody set."""
+    """Stamps that count from 1970, as those of a camera whose clock was never set."""
     first: list[int] = []
 
     def since_first(ns: int) -> int:
@@ -123,7 +123,7 @@ def _no_pose() -> PoseQuirk:
 
 
 def _frozen_pose() -> PoseQuirk:
-    """The first pose with fresh stamps, as a driver repeats it whose robot is gone."""
+    """Repeats the first pose with new stamps, as a driver does that has lost its robot."""
     kept: list[PoseStamped] = []
 
     def edit(pose: PoseStamped) -> PoseStamped:
@@ -152,7 +152,7 @@ def _zero_quaternion() -> PoseQuirk:
 
 
 def _first_pose_zero() -> PoseQuirk:
-    """Nothing for a while, then a pose that was never filled in: a driver that starts."""
+    """Publishes nothing for a while, then a default pose without values, as a driver does that starts."""
     count = [0]
 
     def edit(pose: PoseStamped) -> PoseStamped | None:
@@ -201,8 +201,7 @@ POSE_QUIRKS: dict[str, Callable[[], PoseQuirk]] = {
     "pose_wrong_frame": _wrong_frame,
 }
 CLOCK_QUIRKS = ("clock_jumps_back", "clock_jumps_forward", "clock_stops")
-"""The clock goes on from where it jumped to when the fault is over; a stopped one goes on from where it
-stopped."""
+"""After the fault the clock goes on from the time to which it jumped, or at which it stopped."""
 ARM_QUIRKS = ("arm_stuck", "commands_unheard")
-"""An arm that does not follow, and one that does not even subscribe."""
+"""An arm that does not follow its commands, and an arm that does not subscribe to them."""
 CLOCK_JUMP_S = 20.0

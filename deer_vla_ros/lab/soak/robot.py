@@ -1,7 +1,8 @@
-"""This process is a fake robot: cameras, a measured pose and an arm, all of which can misbehave.
+"""The process of the fake robot: cameras, a measured pose and an arm, all of which can misbehave.
 
-Started by the soak command. Requests on stdin: {"quirk": NAME, "on": BOOL}, {"push": [x, y, z], "seconds":
-s}, {"displace": [x, y, z]}. Each is answered with the time [ns, wall clock] from which on it is in force.
+The soak command starts it. The requests on stdin are {"quirk": NAME, "on": BOOL}, {"push": [x, y, z],
+"seconds": NUMBER} and {"displace": [x, y, z]}, with lengths in metres. The answer is the time from which the
+request is in force [ns, wall clock].
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from deer_vla_ros.ros.process import ros_process
 
 POSE_HZ = 30
 SILENT_TICKS = 15
-"""So long it tells only where the arm is: who judges is to know that before anybody moves it."""
+"""For this many ticks at the start the robot publishes only the arm's pose, so that the observer knows it
+before any motion."""
 HEARD_WITHIN_S = 10.0
 CAMERA_EVERY = 3
-"""One pair of images for so many poses: 10 Hz."""
+"""One pair of images for this many poses, which gives 10 Hz."""
 SIZES = {"gripper": 48, "static": 64}
 FRAME = "base"
 TRUE_POSE = "soak/true_pose"
@@ -36,12 +38,12 @@ BEST_EFFORT = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 class Robot(Node):
-    """Everything happens in `tick`, at POSE_HZ."""
+    """The fake robot. It does all its work in `tick`, which is called at POSE_HZ."""
 
     def __init__(self, publishes_clock: bool):
         super().__init__("soak_robot")
         self._arm = Arm()
-        self._edits: dict[str, Any] = {}  # quirks in force, by name
+        self._edits: dict[str, Any] = {}  # The quirks in force, by name.
         self._random = np.random.default_rng(0)
         self._ticks = 0
         self._offset_ns = 0
@@ -76,10 +78,10 @@ class Robot(Node):
                 np.array([turned.x, turned.y, turned.z, turned.w]),
             )
 
-    # --- requests
+    # --- Requests.
 
     def obey(self, request: dict[str, Any]) -> None:
-        """One request of the soak command."""
+        """Carries out one request of the soak command."""
         if "push" in request:
             self._arm.push(np.array(request["push"]), request["seconds"])
         elif "displace" in request:
@@ -110,10 +112,10 @@ class Robot(Node):
         elif name == "clock_stops" and self._stopped_at_ns is not None:
             self._offset_ns, self._stopped_at_ns = self._stopped_at_ns - time.time_ns(), None
 
-    # --- what it does all the time
+    # --- The robot's regular work.
 
     def tick(self) -> None:
-        """One measured pose, and every third time a pair of images."""
+        """Publishes one measured pose, and every CAMERA_EVERY-th time a pair of images."""
         self._arm.advance(1 / POSE_HZ)
         now_ns = self._now_ns()
         if self._clock:
@@ -133,7 +135,7 @@ class Robot(Node):
                 self._publish_image(camera, size, now_ns)
 
     def await_observer(self) -> None:
-        """Until somebody hears where the arm is; without anybody it goes on after a while."""
+        """Waits until the observer receives the arm's pose, at most HEARD_WITHIN_S."""
         deadline = time.monotonic() + HEARD_WITHIN_S
         while not self._truth.get_subscription_count() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -152,7 +154,7 @@ class Robot(Node):
 
 
 def main() -> None:
-    """Until its stdin ends, or a signal comes."""
+    """Runs the robot until its stdin ends or a signal comes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--clock", action="store_true", help="publish /clock, and stamp everything with it")
     args = parser.parse_args()
@@ -174,7 +176,8 @@ def main() -> None:
             while (left := due - time.monotonic()) > 0:
                 executor.spin_once(timeout_sec=left)
             robot.tick()
-            due = max(due + 1 / POSE_HZ, time.monotonic() - 1 / POSE_HZ)  # late ticks are not caught up
+            # At most one late tick is caught up.
+            due = max(due + 1 / POSE_HZ, time.monotonic() - 1 / POSE_HZ)
         executor.shutdown()
         robot.destroy_node()
 

@@ -1,4 +1,4 @@
-"""This file holds the faults of the robot's side: cameras, measured pose, arm and clock."""
+"""The faults of the robot: cameras, measured pose, arm and clock."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from deer_vla_ros.lab.soak.arena import Arena
 from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, NOT_FOLLOWING_WITHIN_S, Clearing, Door, Fault
 
 PUSH_M, PUSH_S = [-0.2, 0.15, 0.1], 0.5
-"""What a hand does to a moving arm."""
+"""The push of a hand on a moving arm, and its duration."""
 CARRY_M, CARRY_S = [0.2, -0.15, 0.1], 1.2
-"""What a hand does to an arm that holds."""
+"""The push of a hand on an arm that holds, and its duration."""
 DISPLACED_M = [0.2, 0.3, 0.15]
-"""Back and forth in turn, so that the arm stays inside its workspace."""
+"""The displacement. Its direction alternates, so that the arm stays inside its workspace."""
 
 Act = Callable[[Arena], int]
 
@@ -24,7 +24,7 @@ def _quirk(name: str, on: bool) -> Act:
 
 
 def _odd(name: str, about: str, door: Door, seconds: float, **options: Any) -> Fault:
-    """A quirk of the robot while the fault lasts."""
+    """A fault that switches a quirk of the robot on and off."""
     return Fault(
         name, about, door, seconds, _quirk(name, True), _quirk(name, False), is_robots=True, **options
     )

@@ -1,4 +1,4 @@
-"""This file holds how much memory, threads and open files the node's processes have, sampled from outside."""
+"""Samples of the memory, threads and open files of the node's processes, taken from outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PERIOD_S = 1.0
 
 @dataclass(frozen=True)
 class Sample:
-    """What one process uses. at_s: time.monotonic() [s]; rss_kib: resident memory [KiB]."""
+    """The resources of one process. at_s: time.monotonic() [s]. rss_kib: resident memory [KiB]."""
 
     at_s: float
     pid: int
@@ -23,7 +23,7 @@ class Sample:
 
 
 def sample(pid: int) -> Sample | None:
-    """A process as it is now; None where it is gone."""
+    """The present resources of a process; None if it has ended."""
     try:
         fields = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
@@ -31,15 +31,15 @@ def sample(pid: int) -> Sample | None:
         fds = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
         rss_kib = int(fields["VmRSS"].split()[0])
         return Sample(time.monotonic(), pid, rss_kib, int(fields["Threads"]), fds)
-    except (OSError, KeyError):  # gone, or about to be
+    except (OSError, KeyError):  # The process has ended, or is just ending.
         return None
 
 
 class Sampler:
-    """Samples whatever processes there are, once in PERIOD_S, in a thread of its own."""
+    """Samples processes every PERIOD_S, in a thread of its own."""
 
     def __init__(self, pids: Callable[[], dict[str, int]]):
-        """pids: the processes to look at now, by what they are."""
+        """pids: returns the process ids to sample now, by the processes' names."""
         self.samples: dict[str, list[Sample]] = {}
         self._pids = pids
         self._stop = threading.Event()

@@ -1,4 +1,4 @@
-"""This file holds the order of the faults: random by a seed, one at a time, and now and then two at once."""
+"""The order of the faults: random by a seed, one at a time, and sometimes two at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from deer_vla_ros.lab.soak import call_faults, process_faults, robot_faults
 from deer_vla_ros.lab.soak.fault import Clearing, Door, Fault
 
 FAULTS = {fault.name: fault for fault in (*robot_faults.FAULTS, *call_faults.FAULTS, *process_faults.FAULTS)}
-"""All of them, by name."""
+"""All faults, by name."""
 PAIR_EVERY = 4
-"""After so many single faults come two at once."""
+"""After this many single faults, two come at once."""
 
 
 def chosen(names: str, with_table: bool) -> list[Fault]:
-    """The faults of `--faults`: all, or names parted by commas; raises UserError. A table has no faults of
-    its own."""
+    """The faults that `--faults` selects: "all", or names separated by commas. Raises UserError for other
+    values.
+
+    with_table: the simulated table takes the place of the fake robot, whose faults are not possible then.
+    """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if wanted == ["all"]:
         return [fault for fault in FAULTS.values() if not (with_table and fault.is_robots)]
@@ -33,10 +36,11 @@ def chosen(names: str, with_table: bool) -> list[Fault]:
 
 
 def in_real_time(faults: Sequence[Fault], seed: int) -> Iterator[tuple[Fault, ...]]:
-    """Without end: one or two faults each time, none of the clock. Nothing where there is no such fault.
+    """Yields without end one or two faults, none of them of the clock; yields nothing if there is no such
+    fault.
 
-    What ends the node's process comes in the first round only, where others are left: memory is measured on a
-    node that lives long.
+    Faults that end the node's process come in the first round only, if there are others: memory is measured
+    on a node that runs for a long time.
     """
     faults = [fault for fault in faults if fault.door is not Door.CLOCK]
     lasting = [fault for fault in faults if not fault.restarts] or faults
@@ -52,7 +56,7 @@ def in_real_time(faults: Sequence[Fault], seed: int) -> Iterator[tuple[Fault, ..
 
 
 def in_simulated_time(faults: Sequence[Fault], seed: int) -> Iterator[tuple[Fault, ...]]:
-    """The same for the faults of the clock, one at a time."""
+    """Yields without end the faults of the clock, one at a time; yields nothing if there is no such fault."""
     faults = [fault for fault in faults if fault.door is Door.CLOCK]
     dice = random.Random(seed)
     while faults:
@@ -61,7 +65,7 @@ def in_simulated_time(faults: Sequence[Fault], seed: int) -> Iterator[tuple[Faul
 
 
 def _pair(faults: Sequence[Fault], dice: random.Random) -> tuple[Fault, ...]:
-    """Two that come in by different doors; empty where there are none."""
+    """Two faults of different doors; empty if there are none."""
     pairs = [
         (one, other)
         for one in faults
@@ -76,8 +80,8 @@ def _pair(faults: Sequence[Fault], dice: random.Random) -> tuple[Fault, ...]:
 
 
 def _apart(one: Fault, other: Fault) -> bool:
-    """Whether neither undoes the other: a call may clear a hold that only ~/hold or a new instruction
-    clears."""
+    """Whether neither of two faults cancels the other: a call may end a hold that only ~/hold or a new
+    instruction ends."""
     return not any(
         first.door is Door.CALLS and (second.clearing is Clearing.ASKED or second.name == "pose_first_zero")
         for first, second in ((one, other), (other, one))

@@ -1,4 +1,4 @@
-"""This file holds the longest time without any command, less the times that are excused."""
+"""The times without any command, except those that are excused."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from deer_vla_ros.lab.soak.heard import SECOND
 
 KEPT_NS = SECOND // 4
-"""Gaps that are shorter need not be remembered."""
+"""Shorter gaps are not kept."""
 
 
 @dataclass(frozen=True)
 class Quiet:
-    """A stretch without a command, wall clock."""
+    """A time without a command, wall clock."""
 
     begin_ns: int
     end_ns: int
@@ -23,7 +23,7 @@ class Quiet:
 
 
 class Silence:
-    """Hears when commands came. Excused stretches may be told later than they were."""
+    """Takes the times of commands and finds the gaps. A time may be excused afterwards."""
 
     def __init__(self) -> None:
         self._last_ns: int | None = None
@@ -31,17 +31,17 @@ class Silence:
         self._excused: list[Quiet] = []
 
     def heard(self, said_ns: int) -> None:
-        """A command came."""
+        """Takes the time of a command."""
         if self._last_ns is not None and said_ns - self._last_ns > KEPT_NS:
             self._gaps.append(Quiet(self._last_ns, said_ns))
         self._last_ns = max(said_ns, self._last_ns or said_ns)
 
     def excuse(self, begin_ns: int, end_ns: int) -> None:
-        """No command is expected in this stretch, or the observer could not hear."""
+        """Excuses a time: no command is expected in it, or the observer could not receive any."""
         self._excused.append(Quiet(begin_ns, end_ns))
 
     def stretches(self, now_ns: int) -> list[Quiet]:
-        """What is left of every gap, the one that lasts until now included."""
+        """The parts of all gaps that are not excused, including the gap that lasts until now."""
         gaps = list(self._gaps)
         if self._last_ns is not None and now_ns > self._last_ns:
             gaps.append(Quiet(self._last_ns, now_ns))

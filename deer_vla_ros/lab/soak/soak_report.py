@@ -1,4 +1,4 @@
-"""This file holds the report of a soak: figures from what was seen, goals, and the summary for people."""
+"""The report of a soak: its figures, the goals that it missed, and the summary as text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from deer_vla_ros.lab.soak.sampling import Sample
 from deer_vla_ros.lab.soak.strike import StrikeOutcome
 
 TOLD = 50
-"""Violations that the report tells one by one."""
+"""The most violations that the report lists."""
 WARM_UP_S = 60.0
-"""The first minute of a process fills caches and pools; memory is judged after it."""
+"""Memory growth is measured after this time: a process fills caches and pools in its first minute."""
 STARTING_S = 15.0
-"""A process that is still importing has not begun."""
+"""A process's samples count after this time, when its imports are finished."""
 LEAST_S = 240.0
-"""With less after the warm-up, a slope would be noise."""
+"""The least time after the warm-up for a slope; over less time it would be noise."""
 POINTS = 300
-"""Samples that the slope is made of at most: it looks at every two of them."""
+"""The most samples for the slope, because it uses every pair of them."""
 
 MOST = (
     ("longest_silence_s", "a silence of", " s", SILENCE_LIMIT_S),
@@ -31,12 +31,12 @@ MOST = (
     ("time_to_recover_p95", "a 95th percentile of the recoveries of", " s", 3.0),
     ("memory_growth_percent_per_hour", "the node's memory grew per hour by", "%", 1.0),
 )
-"""Figures that may be at most so much."""
+"""The greatest allowed values of figures."""
 
 
 @dataclass
 class SoakFindings:
-    """Everything that a soak has found. summary: the observer's, empty where it has told none."""
+    """All results of a soak. summary: the observer's Summary as a dictionary; empty if none came."""
 
     seed: int
     minutes: float
@@ -50,7 +50,7 @@ class SoakFindings:
 
 
 def report(seen: SoakFindings) -> dict[str, Any]:
-    """What `--json` writes."""
+    """The report that `--json` writes."""
     node = longest_lived(seen.samples.get("node", []))
     growth, reason = growth_percent_per_hour(node)
     restarts = [outcome for outcome in seen.outcomes if outcome.restarted]
@@ -98,7 +98,7 @@ def report(seen: SoakFindings) -> dict[str, Any]:
 
 
 def missed(figures: dict[str, Any]) -> list[str]:
-    """The goals that were missed, a few words each."""
+    """The goals that the soak missed, in a few words each."""
     goals = (
         ("commands_outside_limits", "{} commands outside their limits"),
         ("stale_commands", "{} stale commands"),
@@ -130,8 +130,11 @@ def longest_lived(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def growth_percent_per_hour(life: Sequence[Sample]) -> tuple[float | None, str]:
-    """Theil and Sen's slope of a process's resident memory after its first minute, as a share of its median;
-    None and why where the process lived too short. One outlier, or a few, do not move it."""
+    """The growth of a process's resident memory after the warm-up [percent of its median per hour].
+
+    It is the Theil-Sen slope (the median slope of all pairs of samples), on which single outliers have no
+    effect. Returns None and the reason if the process did not run long enough.
+    """
     warm = [each for each in life if each.at_s - life[0].at_s >= WARM_UP_S]
     lived_s = warm[-1].at_s - warm[0].at_s if warm else 0.0
     if lived_s < LEAST_S:
@@ -154,19 +157,19 @@ def by_minute(life: Sequence[Sample]) -> list[float]:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """None of nothing."""
+    """The percentile of values; share: 0..100. None if there are no values."""
     return round(float(np.percentile(values, share)), 3) if values else None
 
 
 def spread(samples: Sequence[Sample], of) -> dict[str, float]:
-    """First, last and greatest, once the process has started."""
+    """The first, last and greatest value of `of(sample)` after the process's start."""
     begun = [each for each in samples if each.at_s - samples[0].at_s >= STARTING_S] or samples
     values = [of(each) for each in begun]
     return {"first": round(values[0], 1), "last": round(values[-1], 1), "max": round(max(values), 1)}
 
 
 def summary_lines(figures: dict[str, Any]) -> list[str]:
-    """The report for people."""
+    """The report as text, line by line."""
     recoveries = figures["recoveries"]
     growth = figures["memory_growth_percent_per_hour"]
     lines = [
@@ -200,7 +203,7 @@ def _times(outcomes: Sequence[StrikeOutcome]) -> list[float]:
 
 
 def _finite(violation: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity."""
+    """A violation with None instead of NaN and infinity, which JSON does not have."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in violation.items()

@@ -1,4 +1,4 @@
-"""This file holds the run of a soak: attack after attack until the time is over."""
+"""The run of a soak: one attack after another until the time is over."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from deer_vla_ros.lab.soak.soak_report import SoakFindings
 from deer_vla_ros.lab.soak.strike import StrikeOutcome, strike
 
 CLOCK_SHARE, CLOCK_LEAST_S, CLOCK_MOST_S = 0.2, 25.0, 120.0
-"""How much of the time, at the end, belongs to simulated time, where faults of the clock were asked for."""
+"""The share of a soak, at its end, that runs in simulated time for the faults of the clock; its least and
+most time."""
 GAP_S = (0.5, 1.5)
-"""Healthy motion between two attacks."""
+"""The time of undisturbed motion between two attacks, from and to."""
 SUMMARY_S = 10.0
 OURS = "DEER_VLA_SOAK"
-"""Environment variable that every process of this soak inherits, so that none is overlooked at the end."""
+"""The environment variable that every process of this soak inherits, to find those that still run at the
+end."""
 
 
 def soak(
@@ -37,11 +39,11 @@ def soak(
     table_parameters: Path | None,
     progress: Callable[[float, StrikeOutcome | None], None],
 ) -> None:
-    """Attacks for `seen.minutes` and fills `seen`, also where it is interrupted. progress: seconds gone,
-    newest outcome.
+    """Attacks the node for `seen.minutes` and fills `seen`, also if it is interrupted.
 
-    table_parameters: of the node on the simulated table, which then takes the fake robot's place. Raises
-    UserError where the processes do not come up.
+    table_parameters: the node's parameter file for the simulated table, which takes the fake robot's place;
+    None: the fake robot. progress: called with the seconds so far and the newest outcome. Raises UserError if
+    a process does not start.
     """
     os.environ[OURS] = uuid.uuid4().hex
     try:
@@ -56,7 +58,10 @@ def soak(
 
 
 def _attack(
-    arena: Arena, seen: SoakFindings, faults: Sequence[Fault], progress: Callable[[float, StrikeOutcome | None], None]
+    arena: Arena,
+    seen: SoakFindings,
+    faults: Sequence[Fault],
+    progress: Callable[[float, StrikeOutcome | None], None],
 ) -> None:
     started_s, started_ns = time.monotonic(), time.time_ns()
     total_s = seen.minutes * 60
@@ -88,7 +93,7 @@ def _until(attacks: Iterator[tuple[Fault, ...]], end_s: float) -> Iterator[tuple
 
 
 def _clock_seconds(faults: Sequence[Fault], total_s: float) -> float:
-    """The time at the end that belongs to the clock's faults: all of it where there are no others."""
+    """The time at the end for the faults of the clock [s]: all of it if there are no other faults."""
     doors = {fault.door for fault in faults}
     if Door.CLOCK not in doors:
         return 0.0
@@ -98,7 +103,7 @@ def _clock_seconds(faults: Sequence[Fault], total_s: float) -> float:
 
 
 def _begin_simulated_time(arena: Arena) -> None:
-    """The node is ended and started again, which nobody has to judge."""
+    """Starts robot and node again in simulated time. The silence meanwhile is excused."""
     begin_ns = time.time_ns()
     arena.use_simulated_time()
     arena.await_motion("in simulated time")
@@ -106,7 +111,8 @@ def _begin_simulated_time(arena: Arena) -> None:
 
 
 def _revive(arena: Arena) -> None:
-    """First aid after a fault that the node has not got over, so that the next one can be judged."""
+    """Starts a new node after a fault from which the node did not recover, so that the next fault can be
+    judged."""
     begin_ns = time.time_ns()
     arena.revive_node()
     arena.await_motion("after it was started anew")
@@ -114,13 +120,13 @@ def _revive(arena: Arena) -> None:
 
 
 def _pids(arena: Arena) -> dict[str, int]:
-    """What is sampled."""
+    """The ids of the processes to sample, by name."""
     watchdog = arena.watchdog_pid()
     return {"node": arena.node.pid} | ({"watchdog": watchdog} if watchdog else {})
 
 
 def _collect(arena: Arena, seen: SoakFindings) -> None:
-    """What was seen so far."""
+    """Fills `seen` with the results so far."""
     arena.observer.say(do="sum")
     seen.summary = arena.news.await_summary(SUMMARY_S) or {}
     seen.broken = arena.broken
@@ -128,7 +134,7 @@ def _collect(arena: Arena, seen: SoakFindings) -> None:
 
 
 def _left_behind() -> list[str]:
-    """Processes of this soak that still run, by what they were started as; they are ended."""
+    """Kills all processes of this soak that still run. Returns their command lines."""
     mark, found = f"{OURS}={os.environ[OURS]}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
@@ -142,7 +148,10 @@ def _left_behind() -> list[str]:
 
 
 def limits_for(table_parameters: Path | None) -> Limits:
-    """The node's defaults, with the workspace of the table where it is used; raises UserError."""
+    """The node's default limits, with the workspace from `table_parameters` if it is given.
+
+    Raises UserError if the file has no workspace of three numbers a corner.
+    """
     if table_parameters is None:
         return Limits()
     from deer_vla_ros.ros.parameters import from_file

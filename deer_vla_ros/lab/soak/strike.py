@@ -1,4 +1,4 @@
-"""This file holds one attack: faults begin, last and end, and the way back to motion is measured."""
+"""One attack: faults begin, last and end, and the time until the arm moves again is measured."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from deer_vla_ros.lab.soak.fault import Clearing, Fault
 from deer_vla_ros.lab.soak.heard import SECOND
 
 PROOF_S = 0.7
-"""How long a hold that has to be cleared is watched after the fault's end, before it is."""
+"""The time after a fault's end in which the arm must still hold, if only ~/hold may end the hold."""
 BY_ITSELF_S = 4.0
-"""How long motion is waited for that comes by itself, or may; then a fault that may be cleared is."""
+"""The most time to wait for motion without a call of ~/hold; after it, the hold is cleared if the fault
+allows that."""
 CLEARED_S = 6.0
-"""How long motion is waited for after a hold was cleared."""
+"""The most time to wait for motion after the hold was cleared."""
 HOLD_TOLD_S = 0.3
-"""How much later than the last allowed motion the first hold may be heard."""
+"""The most time from the last allowed motion to the first hold."""
 
 
 @dataclass(frozen=True)
 class StrikeOutcome:
-    """What came of one attack.
+    """The result of one attack.
 
-    at_s: since the soak began. recovered_s: from the end of the faults, or from the clearing where one was
-    needed, to the first motion; None where there was none. cleared: whether ~/hold was called. restarted:
-    whether the node's process was started anew. said: what /diagnostics told meanwhile.
+    at_s: the time since the begin of the soak. recovered_s: the time to the first motion, from the end of the
+    faults or, if ~/hold was called, from that call; None if there was no motion. cleared: whether ~/hold was
+    called. restarted: whether the node's process was started again. said: the messages of /diagnostics
+    meanwhile.
     """
 
     faults: tuple[str, ...]
@@ -39,7 +41,7 @@ class StrikeOutcome:
 
 @dataclass
 class _Struck:
-    """A fault in progress. lifted_ns: until then it stood for certain; end_ns: from then on it did not."""
+    """A fault in progress. lifted_ns: just before its end was requested. end_ns: when it had ended."""
 
     fault: Fault
     begin_ns: int
@@ -48,8 +50,11 @@ class _Struck:
 
 
 def strike(arena: Arena, faults: Sequence[Fault], gap_s: float, started_ns: int) -> StrikeOutcome:
-    """Lets the faults begin, `gap_s` apart, last as long as the longest of them, and end; then waits for
-    motion."""
+    """Lets the faults begin, `gap_s` apart, last as long as the longest of them, and end. Then waits for
+    motion.
+
+    started_ns: the begin of the soak [ns, wall clock].
+    """
     struck = []
     for fault in faults:
         if struck:
@@ -81,7 +86,8 @@ def strike(arena: Arena, faults: Sequence[Fault], gap_s: float, started_ns: int)
 
 
 def _recover(arena: Arena, struck: Sequence[_Struck], end_ns: int) -> tuple[int | None, int | None]:
-    """When the arm moved again and when the hold was cleared, None for never."""
+    """Waits for motion, and clears the hold if the faults need that. Returns the times of both [ns]; None for
+    never."""
     restarts = any(each.fault.restarts for each in struck)
     ways = {each.fault.clearing for each in struck}
     if ways == {Clearing.ASKED}:
@@ -99,7 +105,8 @@ def _recover(arena: Arena, struck: Sequence[_Struck], end_ns: int) -> tuple[int 
 
 
 def _judge(arena: Arena, struck: _Struck, cleared_ns: int | None) -> None:
-    """Has the observer look whether the arm held when it had to, and looks itself whether it was told to."""
+    """Lets the observer check that no motion came when the arm had to hold, and checks that a hold was
+    published."""
     fault, begin_ns = struck.fault, struck.begin_ns
     if fault.holds_after_s is None:
         return
