@@ -1,4 +1,4 @@
-"""What did the cameras see, and how deep did the policy think about it? One picture of a demo: `cameras.png`."""
+"""The picture of a demo, `cameras.png`: images of both cameras, and how many layers the policy ran."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from matplotlib.patches import Patch
 from deer_vla_ros.lab.demo.demo_report import PictureMoment, depth_of, seconds_of, write_whole
 
 COLUMNS = 6
-"""Moments per band: six images in a row are still recognisable at the width of a README."""
+"""Moments per band: at the width of a README, six images in a row can still be recognised."""
 DPI = 110
 BAND_HEIGHT, CAPTION_HEIGHT = 4.3, 0.8
-"""Of a band of two rows of square images, and of its part below them [inch]."""
+"""The height of a band, which has two rows of square images, and of the captions in it [inch]."""
 INSTRUCTION_WIDTH = 25
-"""Characters that fit under an image; what does not goes into a second line."""
+"""The number of characters that fit under an image; a longer text continues on a second line."""
 INK, FAINT = "#1f2933", "#7b8794"
 INSTRUCTION_COLOURS = ("#c2410c", "#0f766e", "#6d28d9", "#a16207", "#be185d", "#1d4ed8")
 
 
-def draw(rows: list[dict[str, Any]], moments: list[PictureMoment], weights: dict[str, Any], path: Path) -> None:
-    """Writes the picture: the moments in bands, static camera above gripper camera, and below them the depth of every step.
+def draw(
+    rows: list[dict[str, Any]], moments: list[PictureMoment], weights: dict[str, Any], path: Path
+) -> None:
+    """Writes the picture: bands of moments, with the static camera above the gripper camera, then the depth
+    of every step.
 
-    weights: the checkpoint's `config.json`.
+    rows: all steps, at least one (see demo_report). weights: the content of the checkpoint's `config.json`.
+    path: the PNG file.
     """
     colours = {
         text: INSTRUCTION_COLOURS[index % len(INSTRUCTION_COLOURS)]
@@ -67,7 +71,8 @@ def draw(rows: list[dict[str, Any]], moments: list[PictureMoment], weights: dict
 
 
 def whole_bands(moments: list[PictureMoment]) -> list[PictureMoment]:
-    """As many moments as fill their bands, the first and the last among them; all of them where they do not fill one."""
+    """Selects as many moments as fill whole bands, with the first and the last one; all if they do not fill
+    one band."""
     kept = len(moments) // COLUMNS * COLUMNS or len(moments)
     return [moments[round(place)] for place in np.linspace(0, len(moments) - 1, kept)]
 
@@ -117,9 +122,13 @@ def _draw_moment(
 
 
 def _draw_depth(
-    axes: Any, rows: list[dict[str, Any]], moments: list[PictureMoment], began_s: float, colours: dict[str, str]
+    axes: Any,
+    rows: list[dict[str, Any]],
+    moments: list[PictureMoment],
+    began_s: float,
+    colours: dict[str, str],
 ) -> None:
-    """The depth of every step over time; those of the moments above are ringed."""
+    """Draws the depth of every step over time, with a ring for each moment above."""
     for row in rows:
         seconds = seconds_of(row["header"]["stamp"]) - began_s
         axes.bar(seconds, depth_of(row) + 1, width=0.075, color=colours[row["instruction"]], alpha=0.75)

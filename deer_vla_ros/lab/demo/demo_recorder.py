@@ -1,6 +1,6 @@
-"""What does the demo hear and say? A node that gives instructions, keeps every step, and a few images to look at.
+"""The recorder of a demo: a ROS node that gives instructions, and keeps every step and some images.
 
-It belongs to a process without torch, so it stays away from the modules that talk to the policy itself.
+Its process does not load torch, so that this module must not import modules that use the policy.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from deer_vla_ros.ros.messages import LATCHED, SECOND, nanoseconds
 POLICY_NODE, TABLE_NODE = "deer_vla", "table"
 CAMERAS = ("static", "gripper")
 IMAGES_WAITING = 30
-"""Images kept per camera until the step that used them is heard: 3 s at 10 Hz."""
+"""Images kept per camera until the message of the step that used them arrives: 3 s at 10 Hz."""
 EVERY_STEP = QoSProfile(depth=1000, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.RELIABLE)
 IMAGES = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 class DemoRecorder(Node):
-    """Hears both cameras, `~/step`, `/diagnostics` and what the table says was done; says `instruction`. All of it from one thread,
-    the one that spins.
+    """Receives both cameras' images, `~/step`, `/diagnostics` and the table's successes, and publishes
+    `instruction`.
 
-    moment_interval_s: distance of the moments whose images are kept [s].
+    All its work happens in the thread that spins it. moment_interval_s: the least time between two moments
+    whose images are kept [s].
     """
 
     def __init__(self, moment_interval_s: float):
         super().__init__("demo")
         self.rows: list[dict] = []
         self.moments: list[PictureMoment] = []
-        self.first_step_at: float | None = None  # time.monotonic()
+        self.first_step_at: float | None = None  # Its time.monotonic().
         self.recording = True
-        self.figures: dict[str, str] = {}  # the policy node's own, newest
+        self.figures: dict[str, str] = {}  # The newest values of the policy node in /diagnostics.
         self.figures_stamp_s = 0.0
-        self.status = ""  # the policy node's state in its own words
+        self.status = ""  # The newest message of the policy node in /diagnostics.
         self.told: list[InstructionResult] = []
         self._waits_for_instruction = False
         self._moment_interval_s = moment_interval_s
@@ -64,25 +65,28 @@ class DemoRecorder(Node):
             )
 
     def say(self, instruction: str) -> None:
+        """Publishes an instruction."""
         self.told.append(InstructionResult(instruction))
         self._instruction.publish(String(data=instruction))
 
     def ready(self) -> bool:
-        """Both cameras and the policy node are heard, it holds for want of an instruction, and `~/step` has matched.
+        """Whether both cameras publish, and the policy node has a publisher of steps and reports a warning.
 
-        Only then does every hold of the start-up lie in `figures`, and no step gets lost.
+        The warning means that the node holds because it has no instruction. From then on no step gets lost,
+        and `figures` has all holds of the start-up.
         """
         return self._waits_for_instruction and all(self._images.values()) and self.policies() > 0
 
     def missing(self) -> str:
-        """What `ready` still waits for, for people."""
+        """The names of everything that `ready` still waits for."""
         waits = [f"the {camera} camera" for camera in CAMERAS if not self._images[camera]]
         return ", ".join(
             waits if self._waits_for_instruction and self.policies() else [*waits, "the policy node"]
         )
 
     def policies(self) -> int:
-        """How many policy nodes publish steps in this ROS domain; more than one means that somebody else's is here too."""
+        """The number of policy nodes that publish steps in this ROS domain; more than one means that a
+        foreign node runs."""
         return self.count_publishers(f"{POLICY_NODE}/step")
 
     def _on_image(self, camera: str, image: Image) -> None:
@@ -105,9 +109,7 @@ class DemoRecorder(Node):
         if newest is None or _stamp_s(row) - _stamp_s(newest) >= self._moment_interval_s:
             static = self._images["static"].get(nanoseconds(message.static_stamp))
             gripper = self._images["gripper"].get(nanoseconds(message.gripper_stamp))
-            if (
-                static and gripper
-            ):  # otherwise an image got lost on its way here: the next step will do as well
+            if static and gripper:  # If an image was lost, the next step becomes the moment.
                 self.moments.append(PictureMoment(row, image_array(static), image_array(gripper)))
 
     def _on_success(self, message: String) -> None:
@@ -116,7 +118,7 @@ class DemoRecorder(Node):
             told.done = True
 
     def _pending(self, instruction: str) -> InstructionResult | None:
-        """The instruction that was given last, where it is this one and not done yet."""
+        """The result of the newest instruction if it has this text and is not done yet; else None."""
         last = self.told[-1] if self.told else None
         return last if last and last.instruction == instruction and not last.done else None
 

@@ -1,6 +1,7 @@
-"""What happened in a demo? Its steps as rows, and the summary of them. Plain functions of plain data, without ROS.
+"""The steps of a demo as rows, and their summary. The functions work on plain data, without ROS.
 
-A row is one `~/step` message as a dictionary with the message's field names; README and tests read `steps.jsonl` the same way.
+A row is one `~/step` message as a dictionary with the message's field names. `steps.jsonl` has one row a
+line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 CONTROL_RATE_HZ = 10.0
 ENOUGH = 0.9
-"""Share of the steps expected at the control rate below which a demo has failed."""
+"""A demo has failed if it has less than this share of the steps that the control rate gives."""
 STAGES = {
     "preprocess": "preprocess_ms",
     "vision": "vision_ms",
@@ -28,15 +29,15 @@ STAGES = {
     "stamp_to_publish": "stamp_to_publish_ms",
 }
 STOPS = ("agreed", "deepest", "stage")
-"""What the values of `stop_reason` mean, in the order of PolicyStep's STOP_ constants."""
+"""The names of the values of `stop_reason`, in the order of PolicyStep's STOP_ constants."""
 VERDICTS = ("accepted", "limited", "held")
-"""What the values of `verdict` mean, in the order of PolicyStep's VERDICT_ constants."""
+"""The names of the values of `verdict`, in the order of PolicyStep's VERDICT_ constants."""
 HOLDS = "holds."
 
 
 @dataclass(frozen=True)
 class PictureMoment:
-    """A step and the two images it acted on: (H, W, 3) uint8 RGB."""
+    """A step and the two images on which it acted: (H, W, 3) uint8 RGB."""
 
     row: dict[str, Any]
     static: np.ndarray
@@ -45,7 +46,10 @@ class PictureMoment:
 
 @dataclass
 class InstructionResult:
-    """An instruction that was given: whether the table showed it to be done, and the steps until then, or until the next one."""
+    """An instruction that was given. done: whether the table reported success.
+
+    steps: the number of steps until the success, or until the next instruction.
+    """
 
     instruction: str
     done: bool = False
@@ -53,12 +57,13 @@ class InstructionResult:
 
 
 def row_of(message: Any) -> dict[str, Any]:
-    """A ROS message as JSON can say it: nested messages as dictionaries (stamps: sec, nanosec), NaN and infinity as None."""
+    """A ROS message in types of JSON: nested messages are dictionaries (stamps: sec, nanosec), NaN and
+    infinity are None."""
     return {name: _plain(getattr(message, name)) for name in message.get_fields_and_field_types()}
 
 
 def image_array(message: Any) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a sensor_msgs/Image in rgb8, which is what the simulated table publishes."""
+    """(H, W, 3) uint8 RGB pixels of a sensor_msgs/Image. Raises ValueError if its encoding is not rgb8."""
     if message.encoding != "rgb8":
         raise ValueError(f"encoding '{message.encoding}': the demo draws rgb8")
     rows = np.frombuffer(message.data, np.uint8).reshape(message.height, message.step)
@@ -66,12 +71,12 @@ def image_array(message: Any) -> np.ndarray:
 
 
 def seconds_of(stamp: dict[str, int]) -> float:
-    """A row's stamp [s]; a double keeps the present epoch to better than 1 us."""
+    """A row's stamp [s]. The rounding error of a double is less than 1 us at the present time."""
     return stamp["sec"] + stamp["nanosec"] * 1e-9
 
 
 def depth_of(row: dict[str, Any]) -> int:
-    """Layer at which the exit taken reads its action, from 0."""
+    """The layer of the exit that a step took, from 0."""
     return row["exit_layers"][row["exit_index"]]
 
 
@@ -84,25 +89,26 @@ def rate_hz(rows: list[dict[str, Any]]) -> float:
 
 
 def lost_steps(rows: list[dict[str, Any]]) -> int:
-    """How many steps the policy ran whose message did not arrive: gaps in the numbers, which begin with 0."""
+    """The number of steps whose message did not arrive: the gaps in the step numbers, which begin with 0."""
     numbers = [-1] + [row["step"] for row in rows]
     return sum(max(0, later - earlier - 1) for earlier, later in zip(numbers, numbers[1:]))
 
 
 def verdict_on(rows: list[dict[str, Any]], seconds: float) -> str:
-    """Why a demo of `seconds` of control has failed, in one line; empty where enough steps came."""
+    """One line that says why a demo of `seconds` of control has failed; empty if enough steps came."""
     expected = seconds * CONTROL_RATE_HZ
     if len(rows) >= ENOUGH * expected:
         return ""
     slowest = percentiles(row["total_ms"] for row in rows)["p95"] if rows else math.nan
     return (
-        f"{len(rows)} steps in {seconds:g} s, at least {math.ceil(ENOUGH * expected)} are expected at {CONTROL_RATE_HZ:g} Hz "
+        f"{len(rows)} steps in {seconds:g} s, "
+        f"at least {math.ceil(ENOUGH * expected)} are expected at {CONTROL_RATE_HZ:g} Hz "
         f"(a step takes up to {slowest:.0f} ms): is something else using the machine?"
     )
 
 
 def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
-    """p50 and p95 of what was measured; None where nothing was."""
+    """The percentiles p50 and p95 of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return {
         f"p{share}": round(float(np.percentile(known, share)), 3) if known else None for share in (50, 95)
@@ -110,7 +116,10 @@ def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
 
 
 def counted_since(before: dict[str, str], after: dict[str, str], prefix: str) -> dict[str, int]:
-    """How far the counters of `/diagnostics` whose key begins with `prefix` went up between two messages, where they did."""
+    """How much the counters of `/diagnostics` rose between two messages.
+
+    Returns the counters that rose and whose key begins with `prefix`, by the rest of the key.
+    """
     grown = {
         key: int(value) - int(before.get(key, 0)) for key, value in after.items() if key.startswith(prefix)
     }
@@ -118,13 +127,18 @@ def counted_since(before: dict[str, str], after: dict[str, str], prefix: str) ->
 
 
 def summarise(
-    rows: list[dict[str, Any]], before: dict[str, str], after: dict[str, str], told: list[InstructionResult], **facts: Any
+    rows: list[dict[str, Any]],
+    before: dict[str, str],
+    after: dict[str, str],
+    told: list[InstructionResult],
+    **facts: Any,
 ) -> dict[str, Any]:
-    """`summary.json` of at least one step.
+    """The content of `summary.json`.
 
-    before, after: the policy node's values of `/diagnostics` when the first instruction was given and after the last step, so that
-    the holds of the start-up (no instruction, no frame yet) do not count. told: the instructions in their order. facts: what the steps
-    cannot tell, taken over as it is.
+    rows: at least one step. before, after: the policy node's values in `/diagnostics` when the first
+    instruction was given, and after the last step. Holds of the start-up (no instruction, no frame yet)
+    therefore do not count. told: the instructions in their order. facts: further entries, which are added as
+    they are.
     """
     layers = rows[0]["exit_layers"]
     taken = Counter(depth_of(row) for row in rows)
@@ -137,7 +151,9 @@ def summarise(
         "rate_hz": round(rate_hz(rows), 3),
         "exits": {str(layer): taken[layer] for layer in layers},
         "exits_readable": {
-            f"exit {index + 1} of {len(layers)}, after layer {layer} ({layer + 1} of {full} layers run)": f"{taken[layer] / len(rows):.1%}"
+            (
+                f"exit {index + 1} of {len(layers)}, after layer {layer} ({layer + 1} of {full} layers run)"
+            ): f"{taken[layer] / len(rows):.1%}"
             for index, layer in enumerate(layers)
         },
         "stops": {name: stops[value] for value, name in enumerate(STOPS)},
@@ -158,7 +174,7 @@ def summarise(
 
 
 def write_steps(rows: list[dict[str, Any]], path: Path) -> None:
-    """One JSON object a line, one line a step."""
+    """Writes the steps as JSON lines, one line a step."""
     write_whole(
         path, lambda part: part.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     )
@@ -169,7 +185,8 @@ def write_summary(summary: dict[str, Any], path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Under `path` stands either all that `write` writes, or what stood there before."""
+    """Calls `write` with a temporary path, and then moves the whole file to `path`. After an error `path` is
+    unchanged."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         write(part)

@@ -1,4 +1,5 @@
-"""What happens in a demo, and when? Wait until all is up, give the instructions one after another, listen, stop."""
+"""The run of a demo: it waits until all processes are ready, gives the instructions one after another, and
+records."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ from deer_vla_ros.ros.process import ros_process
 
 START_TIMEOUT_S = 120.0
 LAST_WORD_TIMEOUT_S = 5.0
-"""For the diagnostics that follow the last step; the node publishes them at 1 Hz."""
+"""The most time to wait for the diagnostics after the last step; the node publishes them at 1 Hz."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a demo heard. before, after: the node's `/diagnostics` when the first instruction was given and after the last step.
+    """The record of a demo.
 
-    seconds: from the first step to the last; told: the instructions in their order.
+    rows, moments: see demo_report. before, after: the node's values in `/diagnostics` when the first
+    instruction was given, and after the last step. first_step_s: the time from the demo's begin to the first
+    step. seconds: the time from the first step to the end of control. told: the instructions in their order.
     """
 
     rows: list[dict[str, Any]]
@@ -39,7 +42,7 @@ class Recorded:
 
 
 class _Demo:
-    """One demo in progress: everything happens in the thread that calls `until`."""
+    """One demo in progress. All its work happens in the thread that calls `until`."""
 
     def __init__(
         self,
@@ -58,7 +61,10 @@ class _Demo:
         self._executor.add_node(recorder)
 
     def until(self, over: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
-        """Listens until `over()`; raises UserError after `timeout_s` or when a process ends, KeyboardInterrupt on a signal."""
+        """Spins the recorder until `over()`. what: names what it waits for.
+
+        Raises UserError after `timeout_s` or if a process ends, and KeyboardInterrupt on a signal.
+        """
         deadline = time.monotonic() + timeout_s
         while not over():
             self._executor.spin_once(timeout_sec=0.05)
@@ -68,7 +74,8 @@ class _Demo:
                 process.check()
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"nothing came from {what()} within {timeout_s:g} s; the node says '{self._recorder.status or 'nothing'}'"
+                    f"nothing came from {what()} within {timeout_s:g} s; "
+                    f"the node says '{self._recorder.status or 'nothing'}'"
                 )
             if self._recorder.first_step_at is None:
                 self._view.waiting(what(), time.monotonic() - self._started)
@@ -84,16 +91,20 @@ def control(
     weights: dict[str, Any],
     started: float,
 ) -> Recorded:
-    """Runs at most `seconds` of control from the first step on: the next instruction follows when one is done, or its share of the
-    time is over.
+    """Runs at most `seconds` of control from the first step on.
 
-    started: time.monotonic() when the demo began. Raises UserError where something fails, KeyboardInterrupt on SIGINT and SIGTERM.
+    The next instruction follows when one is done, or when its share of the time is over. moment_interval_s:
+    the least time between two moments whose images are kept [s]. weights: the content of the checkpoint's
+    `config.json`. started: time.monotonic() at the demo's begin.
+
+    Raises UserError if a process ends or nothing comes in time, and KeyboardInterrupt on SIGINT and SIGTERM.
     """
     with ros_process([]) as stop, DemoView(seconds) as view:
         view.say(f"weights: {weights['weights']}")
         if not weights["trained"]:
             view.say(
-                "NOT TRAINED: the arm moves, but it does not do what it is told. Timing, exits and safety are what this demo shows."
+                "NOT TRAINED: the arm moves, but it does not do what it is told. "
+                "Timing, exits and safety are what this demo shows."
             )
         recorder = DemoRecorder(moment_interval_s)
         demo = _Demo(recorder, view, processes, stop.is_set, started)
@@ -110,9 +121,8 @@ def control(
             if index:
                 recorder.say(instruction)
             now = time.monotonic()
-            end = now + (began + seconds - now) / (
-                len(instructions) - index
-            )  # what the earlier ones left is shared
+            # The time that is left is shared equally by the instructions that are left.
+            end = now + (began + seconds - now) / (len(instructions) - index)
             demo.until(
                 lambda end=end: recorder.told[-1].done or time.monotonic() >= end,
                 2 * seconds + START_TIMEOUT_S,

@@ -1,4 +1,5 @@
-"""What does the demo show while it runs? A live table at a terminal, a line per second anywhere else; a summary at the end."""
+"""The text output of a demo: a live table in a terminal, or else one line per second; and a summary at the
+end."""
 
 from __future__ import annotations
 
@@ -15,14 +16,15 @@ from deer_vla_ros.lab.demo.demo_report import VERDICTS, depth_of, rate_hz
 
 ROWS_SHOWN = 12
 RATE_WINDOW = 20
-"""Steps that the rate shown covers."""
+"""The number of steps of which the rate is shown."""
 LINE_PERIOD_S = 1.0
 
 
 class DemoView:
-    """Use as a context manager; `waiting` before the first step, `running` from then on, as often as you like.
+    """The view, a context manager. Call `waiting` before the first step and `running` from then on, at any
+    rate.
 
-    seconds: how long control will run.
+    seconds: the time of control.
     """
 
     def __init__(self, seconds: float):
@@ -42,10 +44,11 @@ class DemoView:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self.console.print(Text(text), soft_wrap=True)
 
     def waiting(self, what: str, elapsed_s: float) -> None:
+        """Shows what the demo waits for, and for how long."""
         if self.console.is_terminal:
             self._live.update(Text(f"{elapsed_s:5.1f} s  waiting for {what}"), refresh=True)
         elif what and what != self._said:
@@ -53,6 +56,7 @@ class DemoView:
             self.say(f"waiting for {what}")
 
     def running(self, rows: list[dict[str, Any]], elapsed_s: float) -> None:
+        """Shows the newest steps. rows: all steps so far. elapsed_s: the time since the first one."""
         if self.console.is_terminal:
             bar = ProgressBar(total=self._seconds, completed=min(elapsed_s, self._seconds), width=40)
             line = Table.grid(padding=(0, 2))
@@ -68,7 +72,7 @@ class DemoView:
             self.say(step_line(rows))
 
     def summary(self, summary: dict[str, Any], out: str) -> None:
-        """The end: exits, cost and latency as a person wants to know them."""
+        """Shows the summary (demo_report.summarise) and the files in the folder `out`."""
         table = Table(title=f"{summary['seconds']:.1f} s of control", show_header=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -82,13 +86,14 @@ def step_line(rows: list[dict[str, Any]]) -> str:
     """The newest step in one line of text."""
     row = rows[-1]
     return (
-        f"step {row['step']:4d}  {_recent_rate(rows):4.1f} steps/s  exit {row['exit_index'] + 1}/{len(row['exit_layers'])}  "
+        f"step {row['step']:4d}  {_recent_rate(rows):4.1f} steps/s  "
+        f"exit {row['exit_index'] + 1}/{len(row['exit_layers'])}  "
         f"{row['layers_run']:2d} layers  {agreement(row):24}  {row['total_ms']:5.1f} ms  {row['instruction']}"
     )
 
 
 def agreement(row: dict[str, Any]) -> str:
-    """Why the step stopped where it did: its delta against the threshold."""
+    """The reason for the step's exit: its delta against the threshold, or that it was the deepest exit."""
     delta, threshold = row["deltas"][row["exit_index"]], row["thresholds"][row["exit_index"]]
     if depth_of(row) == row["exit_layers"][-1] or delta is None or threshold is None:
         return f"delta {'-' if delta is None else f'{delta:.4f}'}, deepest"
@@ -134,7 +139,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "steps",
-            f"{summary['steps']} at {summary['rate_hz']:.2f} steps/s, {summary['lost_steps']} lost, {summary['dropped']} frames dropped",
+            f"{summary['steps']} at {summary['rate_hz']:.2f} steps/s, "
+            f"{summary['lost_steps']} lost, {summary['dropped']} frames dropped",
         ),
         ("first step", f"{summary['first_step_s']:.1f} s after the start"),
         (
@@ -148,7 +154,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("exits", "  ".join(f"layer {layer}: {count}" for layer, count in summary["exits"].items())),
         (
             "language MACs",
-            f"{summary['macs_fraction']:.0%} of full depth, {summary['mean_layers_run']:.1f} layers in the mean",
+            f"{summary['macs_fraction']:.0%} of full depth, "
+            f"{summary['mean_layers_run']:.1f} layers in the mean",
         ),
         (
             "p50 / p95 ms",
