@@ -1,4 +1,4 @@
-"""What would it have done on this recording? rosbag2 in, decisions out; no network in here.
+"""Replay of rosbag2 recordings: messages in, the policy's decisions out. It uses no DDS.
 
 For tests of your own: `from deer_vla_ros.bag import assert_replays, decisions`.
 """
@@ -11,7 +11,7 @@ __all__ = ["assert_replays", "decisions"]
 
 
 def __getattr__(name: str) -> Any:
-    """Those two bring torch along, which who only writes a recording does without."""
+    """Imports these two when they are used: they need torch, and code that writes a recording does not."""
     if name in __all__:
         from deer_vla_ros.bag import golden
 

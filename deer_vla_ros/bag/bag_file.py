@@ -1,4 +1,4 @@
-"""How is a recording written? An MCAP rosbag2 folder, topic by topic; no network in here."""
+"""Writes a recording: an MCAP rosbag2 folder, topic by topic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deer_vla_ros.errors import UserError
 
 
 class BagFile:
-    """A recording in the making; without `close` it has no index. UserError where the folder is there already or cannot be made."""
+    """A new recording; without `close` it has no index. UserError if the folder exists or cannot be made."""
 
     def __init__(self, folder: Path):
         if folder.exists():
@@ -31,18 +31,19 @@ class BagFile:
     def declare(
         self, topic: str, kind: str, definition: tuple[str, str] | None = None, qos: Sequence[Qos] = ()
     ) -> None:
-        """A topic; definition: its text and hash, None for a type that is installed here."""
+        """Adds a topic. definition: text and hash of its type; None for a type that is installed here."""
         text, digest = definition or (None, None)
         self._connections[topic] = self._writer.add_connection(
             topic, kind, typestore=types(), msgdef=text, rihs01=digest, offered_qos_profiles=qos
         )
 
     def write(self, topic: str, data: bytes, time_ns: int) -> None:
-        """A message of a declared topic as CDR bytes, received at `time_ns`."""
+        """Writes a message of a declared topic, as CDR bytes that were received at `time_ns`."""
         self._writer.write(self._connections[topic], time_ns, data)
 
     def close(self) -> None:
         self._writer.close()
 
     def abort(self) -> None:
+        """Ends the recording without an index."""
         self._writer.abort()

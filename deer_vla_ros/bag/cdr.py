@@ -1,6 +1,7 @@
-"""How does a message lie in a recording? As the bytes that DDS would send: from them, and into them, always the same ones.
+"""Conversion between ROS messages and CDR bytes, which DDS sends and recordings keep.
 
-(rclpy.serialization leaves bytes at the end that are not part of the message, and differ from run to run.)
+A message always gives the same bytes. (rclpy.serialization adds bytes at the end that are not part of the
+message, and differ from run to run.)
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import deer_vla_ros.msg
 from deer_vla_ros.errors import UserError
 
 TRAILING = 64
-"""Bytes that may follow a message: what recorders written with rclpy's serialize_message leave there."""
+"""Bytes that may follow a message: recorders that use rclpy's serialize_message leave such bytes."""
 NUMPY = {"byte": "uint8", "octet": "uint8", "char": "uint8"}
-"""Number types whose names numpy does not share."""
+"""The ROS number types that have other names in numpy."""
 
 
 @cache
 def types() -> Typestore:
-    """ROS 2 Jazzy's message types and this package's."""
+    """The message types of ROS 2 Jazzy and of this package. UserError if the latter are not installed."""
     store = get_typestore(Stores.ROS2_JAZZY)
     for path in sorted(_definitions().glob("*.msg")):
         store.register(get_types_from_msg(path.read_text(), f"deer_vla_ros/msg/{path.stem}"))
@@ -33,7 +34,7 @@ def types() -> Typestore:
 
 
 def _definitions() -> Path:
-    """The folder of this package's .msg files, installed beside the generated classes' prefix."""
+    """The folder of this package's installed .msg files, found from the generated Python classes."""
     for parent in Path(deer_vla_ros.msg.__file__).parents:
         if (folder := parent / "share" / "deer_vla_ros" / "msg").is_dir():
             return folder
@@ -43,7 +44,7 @@ def _definitions() -> Path:
 
 
 def type_of(kind: type) -> str:
-    """What a recording calls a ROS message class: package/msg/Name."""
+    """The name of a ROS message class in a recording: package/msg/Name."""
     return f"{kind.__module__.partition('.')[0]}/msg/{kind.__name__}"
 
 
@@ -54,7 +55,8 @@ def to_cdr(message: Any) -> bytes:
 
 
 def from_cdr(data: bytes, kind: str) -> Any:
-    """The message of that type; its fields are those of the ROS class. ValueError, or whatever else a parser raises, for other bytes."""
+    """The message of type `kind`, with the fields of the ROS class. Raises ValueError, or any other error of
+    the parser, for other bytes."""
     if len(data) < 4 or data[0] != 0 or data[1] > 1:
         raise ValueError("no CDR encapsulation")
     definition = types().get_msgdef(kind)
@@ -66,7 +68,7 @@ def from_cdr(data: bytes, kind: str) -> Any:
 
 
 def _plain(message: Any, kind: str) -> Any:
-    """The message with arrays as the serialiser wants them."""
+    """The message with the arrays that the serialiser needs."""
     values = {name: _value(getattr(message, name), *field) for name, field in types().fielddefs[kind][1]}
     return types().types[kind](**values)
 

@@ -1,4 +1,4 @@
-"""Does it still decide as it did? Decisions kept in a file, and the first one that differs: a regression test for a robot's recordings."""
+"""A regression test on a robot's recordings: a golden file of decisions, and the first that differs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from deer_vla_ros.files import write_text
 
 
 def compare(rows: Iterable[Row], golden: Path, tolerance: float) -> str:
-    """Empty where decisions agree with those of a golden file, else the first that differs and by how much; UserError for no such file."""
+    """The first decision that differs from the golden file, and by how much; empty if all agree.
+
+    tolerance: see `rows.difference`. Raises UserError if the file is not a readable golden file.
+    """
     for index, (ours, theirs) in enumerate(zip_longest(rows, read_rows(golden))):
         if ours is None:
-            return f"step {index} (stamp {theirs['stamp'] / 1e9:.9f}): the golden file has it, the replay ends before"
+            return (
+                f"step {index} (stamp {theirs['stamp'] / 1e9:.9f}): "
+                "the golden file has it, the replay ends before"
+            )
         if theirs is None:
-            return f"step {index} (stamp {ours['stamp'] / 1e9:.9f}): the replay has it, the golden file ends before"
+            return (
+                f"step {index} (stamp {ours['stamp'] / 1e9:.9f}): "
+                "the replay has it, the golden file ends before"
+            )
         if found := difference(index, ours, theirs, tolerance):
             return str(found)
     return ""
 
 
 def write(rows: Iterable[Row], golden: Path) -> None:
-    """Keeps decisions, in one piece."""
+    """Writes decisions to a golden file, which is replaced as a whole."""
     text = io.StringIO(newline="")
     writer = RowWriter(text, DECIDED)
     for row in rows:
@@ -36,16 +45,17 @@ def write(rows: Iterable[Row], golden: Path) -> None:
 
 
 def decisions(bag: Path | str, **how: Any) -> list[Row]:
-    """Everything that the policy decides on a recording; `how` as request.request takes it: params, budget, topics, instruction, ..."""
+    """All decisions of the policy on a recording. how: arguments of `request.request`."""
     rows: list[Row] = []
     run(request(Path(bag), **how), "replay", on_row=rows.append)
     return rows
 
 
 def assert_replays(bag: Path | str, golden: Path | str, tolerance: float = 0.0, **how: Any) -> int:
-    """For tests: fails, naming the first step that differs and by how much, unless the policy decides as a golden file says.
+    """For tests: AssertionError with the first step that differs from a golden file, and by how much.
 
-    Returns how many decisions were compared. tolerance: by how much numbers may differ; 0 holds on one machine and one installation.
+    Returns how many decisions were compared. tolerance: by how much numbers may differ. 0 is possible on one
+    machine with one installation. how: as for `decisions`.
     """
     __tracebackhide__ = True  # pytest shows the caller's line
     rows = decisions(bag, **how)

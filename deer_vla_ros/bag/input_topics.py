@@ -1,4 +1,4 @@
-"""Which recorded messages does the controller hear, and when? The topics of a recording as what the node subscribes to."""
+"""The topics of a recording as the node's inputs: which messages the controller gets, and at what time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deer_vla_ros.bag.recording import RecordedMessage, Recording, decode
 from deer_vla_ros.control.types import Camera, Frame
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import images
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 STATIC, GRIPPER = (f"camera/{camera.value}/image_raw" for camera in Camera)
 POSE, INSTRUCTION, STEPS, PARAMETERS = "ee_pose", "instruction", "deer_vla/step", "parameter_events"
@@ -27,29 +27,31 @@ TYPES: dict[str, tuple[str, ...]] = {
     TARGET: ("geometry_msgs/msg/PoseStamped",),
     GRIPPER_COMMAND: ("std_msgs/msg/Float64MultiArray",),
 }
-"""What the node calls its topics, and the types that it takes there."""
+"""The node's names of topics, and the types that it takes there."""
 NEEDED = (STATIC, GRIPPER, POSE)
 CLOCKS = ("receive", "header")
 OTHER_CLOCK_NS = 10_000_000_000
-"""A stamp that is further from the time of receipt than this was taken from another clock."""
+"""A stamp that is further from the time of receipt than this comes from another clock."""
 
 JUMP_NS = 1_000_000_000
 JUMP_MESSAGES = 5
-"""By so much a stamp is another clock's, and so many in a row make it the clock."""
+"""A stamp that differs by more than JUMP_NS comes from another clock. After JUMP_MESSAGES of them in a row,
+that one is the clock."""
 
 
 @dataclass
 class Tally:
-    """What a recording held that could not be used, by topic and reason; how many messages were used."""
+    """How many messages were used, by topic, and how many could not be used, by topic and reason."""
 
     used: Counter[str] = field(default_factory=Counter)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def skip(self, topic: str, reason: str) -> None:
+        """Counts a message, or another fact, that could not be used."""
         self.skipped[topic, reason] += 1
 
     def lines(self) -> list[str]:
-        """One for each kind of message that was left out."""
+        """One line for each topic and reason of messages that were left out."""
         return [
             f"{topic}: {count} left out: {reason}" for (topic, reason), count in sorted(self.skipped.items())
         ]
@@ -58,10 +60,12 @@ class Tally:
 def find_topics(
     recording: Recording, renames: Mapping[str, str], read: tuple[str, ...], tally: Tally
 ) -> dict[str, str]:
-    """By the node's topic, the recorded one. Without a rename: the topic of that name, or the only one that ends with it.
+    """The recorded topics by the node's names.
 
-    read: what is going to be read beside NEEDED. UserError where one of NEEDED is missing, a rename names no topic, several topics could
-    be one that is read, or its type is not what the node takes; another one that is of no use is counted and left out.
+    renames: recorded topics by the node's names. Without a rename, it is the topic of that name, or the only
+    one that ends with it. read: the topics that will be read besides NEEDED. Raises UserError if one of
+    NEEDED is missing, a rename names no topic, several topics could be one that is read, or its type is
+    wrong. Any other topic of a wrong type is counted and left out.
     """
     read = (*NEEDED, *read)
     if unknown := sorted(set(renames) - set(TYPES)):
@@ -73,7 +77,8 @@ def find_topics(
         topic = renames.get(name) or _by_name(recording, name, name in read)
         if topic is None and name in NEEDED:
             raise UserError(
-                f"{recording.path} has no topic {name}: name the one it has with --topic {name}:=TOPIC; {_listed(recording)}"
+                f"{recording.path} has no topic {name}: name the one it has with --topic {name}:=TOPIC; "
+                f"{_listed(recording)}"
             )
         if topic is None:
             continue
@@ -88,8 +93,8 @@ def find_topics(
                 )
                 continue
             raise UserError(
-                f"{recording.path}: {topic} is of type {recording.topics[topic]}, {name} takes {' or '.join(TYPES[name])}: "
-                f"name another one with --topic {name}:=TOPIC"
+                f"{recording.path}: {topic} is of type {recording.topics[topic]}, "
+                f"{name} takes {' or '.join(TYPES[name])}: name another one with --topic {name}:=TOPIC"
             )
         found[name] = topic
     return found
@@ -104,7 +109,8 @@ def _by_name(recording: Recording, name: str, is_read: bool) -> str | None:
         ending = [topic for topic in recording.topics if topic.endswith(f"/{each}")]
         if len(ending) > 1 and is_read:
             raise UserError(
-                f"{recording.path}: {', '.join(sorted(ending))} could all be {name}: choose with --topic {name}:=TOPIC"
+                f"{recording.path}: {', '.join(sorted(ending))} could all be {name}: "
+                f"choose with --topic {name}:=TOPIC"
             )
         if len(ending) == 1:
             return ending[0]
@@ -116,9 +122,10 @@ def _listed(recording: Recording) -> str:
 
 
 class Stamps:
-    """When is it? By the time at which a message was received, or by the newest stamp that messages carried until then.
+    """Bag time: the time at which a message was received, or the newest stamp of the messages until then.
 
-    One stamp far from the others (JUMP_NS) does not move the clock; JUMP_MESSAGES that agree do, forwards or back: the clock was set.
+    A single stamp that is far from the others (JUMP_NS) does not move the clock. JUMP_MESSAGES of them that
+    agree move it, forwards or back, because the clock was set.
     """
 
     def __init__(self, clock: str, path: object = ""):
@@ -129,15 +136,16 @@ class Stamps:
         self._odd, self._odd_count = 0, 0
 
     def time(self, received_ns: int, stamp_ns: int | None) -> int:
-        """Nanoseconds, 0 while it is not known; stamp_ns: of the message's header, None where it has none, 0 where it was not set.
+        """Bag time after this message [ns], 0 while it is not known.
 
-        UserError where stamps are of another clock than the times of receipt, and those were asked for.
+        stamp_ns: of the message's header; None: no header; 0: a stamp that was not set. Raises UserError if
+        bag time is the time of receipt, and the stamps come from another clock.
         """
         if self._clock == "receive":
             if stamp_ns and not self._checked and abs(received_ns - stamp_ns) > OTHER_CLOCK_NS:
                 raise UserError(
-                    f"{self._path}: messages are stamped {(received_ns - stamp_ns) / 1e9:.0f} s away from when they were received, "
-                    "by another clock: replay with --clock header"
+                    f"{self._path}: messages are stamped {(received_ns - stamp_ns) / 1e9:.0f} s away "
+                    "from when they were received, by another clock: replay with --clock header"
                 )
             self._checked = self._checked or bool(stamp_ns)
             return received_ns
@@ -156,12 +164,12 @@ class Stamps:
 
 
 def stamp_of(message: Any) -> int | None:
-    """Nanoseconds of the header, None for a message without one."""
+    """The stamp in the message's header [ns], None for a message without a header."""
     return nanoseconds(message.header.stamp) if hasattr(message, "header") else None
 
 
 def image(record: RecordedMessage, message: Any) -> Frame:
-    """A camera's message as the frame that the node would make of it; UserError."""
+    """A camera's message as the frame that the node would make of it. Raises UserError."""
     return (images.compressed_frame if record.type == COMPRESSED else images.frame)(message)
 
 
@@ -172,9 +180,9 @@ def messages(
     window: tuple[int | None, int | None] = (None, None),
     copy: Callable[[RecordedMessage], None] | None = None,
 ) -> Iterator[tuple[str, RecordedMessage, Any]]:
-    """The node's name of a topic, the record and its message; what cannot be decoded is counted and left out.
+    """Yields (node's name of the topic, record, decoded message). Counts and skips undecodable records.
 
-    window: first time of receipt and the one at which it ends [ns]. copy: is given every record of every topic on the way.
+    window: first time of receipt, and the time before which it ends [ns]. copy: called with every record.
     """
     names = {topic: name for name, topic in topics.items()}
     for record in recording.messages(set(recording.topics) if copy else set(names), *window):

@@ -1,4 +1,5 @@
-"""What does a recording show at the control rate? Frames that belong together, the pose and the words, as the controller would see them."""
+"""The observations in a recording at the control rate: pairs of frames, pose and instruction, as the
+controller sees them."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ from deer_vla_ros.ros.messages import measured_pose
 
 @dataclass(frozen=True, eq=False)
 class ObservedStep:
-    """One moment at which the controller would have stepped. stamp_ns: of the static frame. gripper: newest gripper command by then, None
-    where there was none. target: newest target of the arm, likewise."""
+    """A moment at which the controller would have stepped. stamp_ns: of the static frame.
+
+    gripper, target: the newest recorded commands of gripper and arm; None before the first one.
+    """
 
     instruction: str
     observation: Observation
@@ -39,8 +42,10 @@ class ObservedStep:
 
 @dataclass
 class ObservedCounts:
-    """What was and was not used. holds: moments at which the controller would have held, by reason; dropped: camera pairs that a newer one
-    replaced before they could be used."""
+    """What was used, and what was not. holds: moments at which the controller would have held, by reason.
+
+    seen: moments that were used. dropped: camera pairs that a newer one replaced before they were used.
+    """
 
     tally: Tally = field(default_factory=Tally)
     holds: Counter[HoldReason] = field(default_factory=Counter)
@@ -48,6 +53,7 @@ class ObservedCounts:
     dropped: int = 0
 
     def lines(self) -> list[str]:
+        """What was left out, one line for each reason."""
         held = [
             f"held {count} times: {reason.name}: {reason.value}" for reason, count in self.holds.most_common()
         ]
@@ -65,9 +71,10 @@ def observed(
     clock: str = "receive",
     instruction: str | None = None,
 ) -> Iterator[ObservedStep]:
-    """Every moment of a recording at which a controller of this rate, these limits and this action frame would step.
+    """Yields the moments of a recording at which a controller with these settings would step.
 
-    topics: recorded topic by the node's, where its name is another. UserError for a recording that cannot be read or lacks an input.
+    account: its counts go on. frame: the action frame. topics: recorded topics by the node's names, if they
+    differ. Raises UserError for a recording that cannot be read or lacks an input.
     """
     with Recording(path) as recording:
         found = find_topics(recording, topics, (INSTRUCTION,) if instruction is None else (), account.tally)
@@ -100,13 +107,14 @@ def observed(
 
 
 class _Newest:
-    """Commands as they go by."""
+    """The newest recorded commands of gripper and arm."""
 
     def __init__(self) -> None:
         self.gripper: float | None = None
         self.target: Pose | None = None
 
     def watch(self, heard):
+        """Yields the messages unchanged, and remembers the commands among them."""
         for name, record, message in heard:
             if name == GRIPPER_COMMAND and len(message.data) == 1:
                 self.gripper = float(message.data[0])

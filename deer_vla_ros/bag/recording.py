@@ -1,6 +1,7 @@
-"""What is in a recording? A rosbag2 folder or file, MCAP or sqlite3, compressed or not, read as a stream.
+"""Reads a recording as a stream: a rosbag2 folder or file, MCAP or sqlite3, compressed or not.
 
-Nothing is read that is not asked for, and no more than a chunk is held at a time. Whatever is wrong with a file is said in one line.
+Only the requested messages are read, and memory holds one chunk at a time. Any fault of a file is a UserError
+of one line.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class RecordedMessage:
 
 
 class Recording:
-    """An open recording; use it as a context manager. UserError for a file that cannot be opened or read."""
+    """An open recording; use it as a context manager. UserError for a file that cannot be opened or read.
+
+    start_ns, end_ns: receipt of the first message, and the end [ns]. topics: types, and counts: numbers of
+    messages, by topic.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -46,8 +51,8 @@ class Recording:
             raise UserError(f"{path}: not a recording: give a rosbag2 folder, or a .mcap or .db3 file")
         if path.is_dir() and not (path / METADATA).is_file():
             raise UserError(
-                f"{path}: no {METADATA} in it, as the recorder leaves when it ends: run `ros2 bag reindex {path}`, or give the "
-                ".mcap or .db3 file in it"
+                f"{path}: no {METADATA} in it, as the recorder leaves when it ends: run `ros2 bag reindex "
+                f"{path}`, or give the .mcap or .db3 file in it"
             )
         self._reader = self._guarded(lambda: Reader(path))
         self._guarded(self._reader.open)
@@ -71,15 +76,16 @@ class Recording:
 
     @property
     def connections(self) -> list[Connection]:
-        """Every topic as it was recorded, with type, quality of service and definition."""
+        """Every recorded topic, with its type, quality of service and definition."""
         return list(self._reader.connections)
 
     def messages(
         self, topics: set[str], start_ns: int | None = None, stop_ns: int | None = None
     ) -> Iterator[RecordedMessage]:
-        """Messages of these topics, received from `start_ns` on and before `stop_ns`, in the order in which they were received.
+        """Messages of these topics, received from `start_ns` on and before `stop_ns`, in this order.
 
-        What lies before is not read: index or database lead to the first one.
+        Earlier messages are not read: the index or the database leads to the first one. Raises UserError for
+        a damaged file.
         """
         wanted = [each for each in self._reader.connections if each.topic in topics]
         if not wanted:
@@ -91,7 +97,7 @@ class Recording:
                 connection, time_ns, data = next(stream)
             except StopIteration:
                 return
-            except Exception as error:  # whatever a parser raises when it is fed with arbitrary bytes
+            except Exception as error:  # for arbitrary bytes, a parser may raise anything
                 so_far = (
                     "" if last_ns is None else f", {(last_ns - self.start_ns) / 1e9:.1f} s from its beginning"
                 )
@@ -102,7 +108,7 @@ class Recording:
             yield RecordedMessage(connection.topic, connection.msgtype, last_ns, bytes(data))
 
     def _guarded(self, call: Callable[[], Result]) -> Result:
-        """UserError for whatever a parser raises when it is fed with arbitrary bytes."""
+        """Calls `call`. Raises UserError for any error of the parser."""
         try:
             return call()
         except Exception as error:
@@ -114,8 +120,8 @@ class Recording:
 def _remedy(path: Path) -> str:
     name = path if path.is_file() else path / "FILE"
     return (
-        f"it was cut short or damaged: recover what is left with `mcap recover {name}` or sqlite3's .recover, "
-        f"then `ros2 bag reindex`, or record it again"
+        f"it was cut short or damaged: recover what is left with `mcap recover {name}` or sqlite3's "
+        f".recover, then `ros2 bag reindex`, or record it again"
     )
 
 
@@ -124,24 +130,23 @@ def _one_line(error: Exception) -> str:
 
 
 def decode(record: RecordedMessage) -> Any:
-    """The message; its fields are those of the ROS class. UserError where the bytes do not fit the type."""
+    """The decoded message, with the fields of the ROS class. UserError if the bytes do not fit the type."""
     try:
         return from_cdr(record.data, record.type)
-    except Exception as error:  # whatever a parser raises when it is fed with arbitrary bytes
+    except Exception as error:  # for arbitrary bytes, a parser may raise anything
         raise UserError(
             f"{record.topic}: {len(record.data)} bytes are no {record.type} ({_one_line(error)})"
         ) from error
 
 
 def definition(connection: Connection) -> tuple[str, str] | None:
-    """Message definition and RIHS01 hash of a topic, as recorded or as this installation knows the type; None where neither is."""
+    """Message definition and RIHS01 hash of a topic, as recorded or as installed; None if neither exists."""
     store, recorded = types(), connection.msgdef
     if recorded.format is not MessageDefinitionFormat.NONE and connection.digest:
         return recorded.data, connection.digest
-    if (
-        recorded.format is MessageDefinitionFormat.MSG
-    ):  # older recorders, and MCAP files without their folder, leave the hash out
-        with contextlib.suppress(Exception):  # whatever a parser raises when it is fed with arbitrary text
+    # Older recorders, and MCAP files without their folder, lack the hash.
+    if recorded.format is MessageDefinitionFormat.MSG:
+        with contextlib.suppress(Exception):  # for arbitrary text, a parser may raise anything
             own = get_typestore(Stores.EMPTY)
             own.register(get_types_from_msg(recorded.data, connection.msgtype))
             return recorded.data, own.hash_rihs01(connection.msgtype)

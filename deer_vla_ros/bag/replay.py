@@ -1,10 +1,10 @@
-"""The node's controller, driven by recorded messages and bag time alone: what the policy would have done on a
+"""Runs the node's controller on recorded messages and bag time: what the policy would have done on a
 recording.
 
-Two ways. In lock step: every message is heard when it was received, and the controller is ticked as the node
-ticks it, at every new pair of frames and at the control rate; an inference takes no time, or as long as a
-latency table says. Along recorded steps: the controller is given just the inputs that a live node's `~/step`
-messages name, since one dropped frame changes the temporal state.
+There are two ways. In lock step: the controller gets every message at its time of receipt, and ticks as in
+the node, at every new pair of frames and at the control rate. An inference takes no time, or the time from a
+latency table. Along recorded steps: the controller gets exactly the inputs that a live node's `~/step`
+messages name, because one dropped frame changes the temporal state.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from deer_vla_ros.inference.types import StageTimes
 from deer_vla_ros.ros.messages import measured_pose, nanoseconds
 
 Messages = Iterator[tuple[str, RecordedMessage, Any]]
-"""What `inputs.messages` gives."""
+"""What `input_topics.messages` yields: the node's name of a topic, the record, the decoded message."""
 SILENCE_NS = 15_000_000_000
-"""After so much time without a message everything is stale, and a hold is all that could be repeated."""
+"""After this time without a message all inputs are stale, and the controller could only repeat a hold."""
 REMEMBERED_NS = 3_000_000_000
-"""How long before a recorded step its inputs may have been received: longer than an inference takes."""
+"""How long before a recorded step its inputs may have been received. An inference takes less."""
 
 
 @dataclass(frozen=True)
 class ReplayMoment:
-    """Something that the controller said.
+    """A command of the controller.
 
-    now_ns: the controller's time; received_ns: when the newest recorded message was received by then.
-    wall_ms: what the tick really took. recorded: the live node's step that was followed, None in lock step.
+    now_ns: the controller's time. received_ns: when the newest message so far was received. wall_ms: what the
+    tick really took. recorded: the live node's step that was followed, None in lock step.
     """
 
     now_ns: int
@@ -62,8 +62,10 @@ class ReplayMoment:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A message at the controller: when, by its clock and by the recorder's; put hands it over and says
-    whether a tick may have something to do."""
+    """A message for the controller. time_ns: by the controller's clock. received_ns: by the recorder's clock.
+
+    put: hands the message over, and returns whether a tick may have something to do.
+    """
 
     time_ns: int
     received_ns: int
@@ -71,14 +73,16 @@ class Arrival:
 
 
 ParameterChange = Callable[[Any], bool]
-"""Applies a parameter event; whether it changed anything."""
+"""Applies a parameter event, and returns whether it changed anything."""
 
 
 def arrivals(
     messages: Messages, stamps: Stamps, tally: Tally, on_parameters: ParameterChange
 ) -> Iterator[Arrival]:
-    """Recorded messages as the node's callbacks take them; images that cannot be decoded are counted and left
-    out. What comes before it is known what time it is, arrives then."""
+    """Recorded messages as the node's callbacks take them. Undecodable images are counted and left out.
+
+    Messages that come before the time is known arrive as soon as it is known.
+    """
     waiting: list[tuple[RecordedMessage, Callable[[InputGate], bool]]] = []
     for name, record, message in messages:
         put, time_ns = (
@@ -117,10 +121,10 @@ def _put(
 def lockstep(
     controller: Controller, coming: Iterator[Arrival], inference_takes_time: bool
 ) -> Iterator[ReplayMoment]:
-    """Everything that the controller says while the recording goes by.
+    """Every command of the controller while the recording plays.
 
-    inference_takes_time: as long as the steps' times say; what arrives meanwhile waits, and the newest wins,
-    as in the node.
+    inference_takes_time: an inference takes the time that its step reports. Messages that arrive meanwhile
+    wait, and the newest ones are used next, as in the node.
     """
     clock = _Clock(coming)
 
@@ -138,22 +142,24 @@ def lockstep(
         if due_ns - clock.heard_ns > SILENCE_NS:
             due_ns = max(due_ns, clock.next.time_ns - period_ns)
         if clock.next.time_ns > due_ns:
-            if due_ns >= clock.now_ns:  # else an inference was going on at that time
+            if due_ns >= clock.now_ns:  # otherwise an inference was running at that time
                 clock.now_ns, clock.woken = due_ns, True
             due_ns += period_ns
         else:
             clock.take(controller)
         while clock.woken:
             clock.woken = False
-            controller.gate.clear()  # nobody is here to look at a serious hold: it would never end
+            controller.gate.clear()  # no person clears a serious hold here: it would never end
             began = time.perf_counter()
             command = controller.tick(clock.now_ns, finished)
             if command is not None:
-                yield ReplayMoment(clock.now_ns, clock.received_ns, command, (time.perf_counter() - began) * 1e3)
+                yield ReplayMoment(
+                    clock.now_ns, clock.received_ns, command, (time.perf_counter() - began) * 1e3
+                )
 
 
 class _Clock:
-    """Bag time, and what has arrived by it."""
+    """Bag time, and the messages that have arrived until then."""
 
     def __init__(self, coming: Iterator[Arrival]):
         self._coming = coming
@@ -162,14 +168,14 @@ class _Clock:
         self.woken = False
 
     def take(self, controller: Controller) -> None:
-        """Hands over the next message; time goes on to it, or back."""
+        """Hands over the next message, and moves the time to it, forwards or back."""
         self.now_ns = self.heard_ns = self.next.time_ns
         self.received_ns = self.next.received_ns
         self.woken = self.next.put(controller.gate) or self.woken
         self.next = next(self._coming, None)
 
     def advance(self, duration_ns: int, controller: Controller) -> None:
-        """Time goes on by so much; what arrives meanwhile is handed over."""
+        """Moves the time forwards, and hands over the messages that arrive meanwhile."""
         until = self.now_ns + duration_ns
         while self.next is not None and self.now_ns <= self.next.time_ns <= until:
             self.take(controller)
@@ -179,11 +185,12 @@ class _Clock:
 def along_steps(
     controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange
 ) -> Iterator[ReplayMoment]:
-    """The recorded steps once more, each on the inputs that it names.
+    """Repeats the recorded steps, each on the inputs that it names.
 
-    A step whose inputs are not in the recording, or that is missing there itself, is counted and left out,
-    and so are those after it until an episode begins: they rest on a memory that is not known. A parameter
-    event is heard before the node obeys it: it is obeyed at the step whose budget id says so.
+    A step is counted and left out if the recording lacks one of its inputs, or the step itself. The steps
+    after it are left out, too, until an episode begins, because the temporal state is not known. A live node
+    applies a parameter event some time after it was sent: here it applies at the step whose budget id shows
+    it.
     """
     budget = _FollowedBudget(controller, on_parameters)
     recent: dict[str, OrderedDict[int, tuple[RecordedMessage, Any]]] = {
@@ -195,10 +202,8 @@ def along_steps(
     for name, record, message in messages:
         if name in recent:
             past = recent[name]
-            past[stamp_of(message)] = (
-                dataclasses.replace(record, data=b""),
-                message,
-            )  # decoded: its bytes are not needed again
+            # The message is decoded, so its bytes are not needed again.
+            past[stamp_of(message)] = dataclasses.replace(record, data=b""), message
             while next(iter(past.values()))[0].time_ns < record.time_ns - REMEMBERED_NS:
                 past.popitem(last=False)
         elif name == PARAMETERS:
@@ -206,13 +211,18 @@ def along_steps(
         elif name == STEPS:
             budget.before(message)
             if newest_step is None and message.step:
-                tally.skip(record.topic, f"{message.step} steps before the recording: an average budget's governor remembers their cost, "
-                           "so thresholds may differ")  # fmt: skip
+                tally.skip(
+                    record.topic,
+                    f"{message.step} steps before the recording: an average budget's governor remembers "
+                    "their cost, so thresholds may differ",
+                )
             if newest_step is not None and message.step > newest_step + 1:
                 tally.skip(
                     record.topic,
-                    f"steps {newest_step + 1} to {message.step - 1} are missing in the recording: the memory after them is "
-                    "unknown until an episode begins, and an average budget's governor does not know their cost",
+                    f"steps {newest_step + 1} to {message.step - 1} are missing in the recording: the memory "
+                    "after them is "
+                    "unknown until an episode begins, and an average budget's governor does not know their "
+                    "cost",
                 )
                 is_known = False
             newest_step = message.step
@@ -233,8 +243,8 @@ def along_steps(
 
 
 class _FollowedBudget:
-    """When does a recorded change of parameters take effect? The live node's budget id counts on with it,
-    from where it was."""
+    """Finds the step at which a recorded change of the budget takes effect: the live node's budget id shows
+    it."""
 
     def __init__(self, controller: Controller, apply: ParameterChange):
         self._controller, self._apply = controller, apply
@@ -242,29 +252,31 @@ class _FollowedBudget:
         self._ahead: int | None = None  # by how much the live node's id is ahead of the replay's
 
     def hear(self, event: Any) -> None:
+        """Keeps an event that changes the budget, and applies any other one at once."""
         if any(each.name.startswith("budget.") for each in event.changed_parameters):
             self._waiting.append(event)
-        else:  # nothing that counts on the id
+        else:  # the budget id does not change
             self._apply(event)
 
     def before(self, step: Any) -> None:
-        """Obeys what the live node had obeyed by this step."""
+        """Applies the events that the live node had applied before this step."""
         while self._waiting and (self._ahead is None or step.budget_id - self._ahead > self._coming_id(step)):
             self._apply(self._waiting.pop(0))
 
     def after(self, moment: ReplayMoment) -> None:
+        """Learns from the first decision how the two nodes' budget ids differ."""
         if self._ahead is None and moment.command.decision is not None:
             self._ahead = moment.recorded.budget_id - moment.command.decision.budget_id
 
     def _coming_id(self, step: Any) -> int:
-        """The replay's budget id in this step, if nothing were obeyed: another number of tokens makes a new
+        """The replay's budget id in this step without any event: another number of tokens makes a new
         rule."""
         policy = self._controller.policy
         return policy.budget_id + int(step.tokens != policy.status.tokens)
 
 
 class _Missing(Exception):
-    """An input that a recorded step names."""
+    """An input that a recorded step names is missing."""
 
 
 def _again(
@@ -274,6 +286,7 @@ def _again(
     recent: Mapping[str, OrderedDict[int, tuple[RecordedMessage, Any]]],
     tally: Tally,
 ) -> ReplayMoment:
+    """Repeats one recorded step. Raises _Missing."""
     named = {GRIPPER: step.gripper_stamp, STATIC: step.static_stamp, POSE: step.pose_stamp}
     found = {name: recent[name].get(nanoseconds(stamp)) for name, stamp in named.items()}
     for name, one in found.items():
@@ -293,7 +306,7 @@ def _again(
         return published_ns
 
     now_ns = nanoseconds(step.static_stamp) + round(step.static_age_ms * 1e6)
-    controller.gate.clear()  # the live node went on, so somebody had cleared what it held for
+    controller.gate.clear()  # the live node moved, so a person had cleared its holds
     began = time.perf_counter()
     command = controller.tick(now_ns, finished)
     wall_ms = (time.perf_counter() - began) * 1e3

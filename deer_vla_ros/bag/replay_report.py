@@ -1,4 +1,4 @@
-"""What do the budgets buy on this recording? One HTML page without links, and the same figures as JSON."""
+"""The report of a replay: one HTML page without links, and the same figures for JSON."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from deer_vla_ros.control.types import HoldReason
 
 FULL_DEPTH = "full depth"
 NEAR_NS = 50_000_000
-"""Half a period of 10 Hz. A recorded target carries the frame's stamp where a policy gave it, and its own where somebody else did."""
+"""Half a period of 10 Hz. A target from a policy has a frame's stamp; another target has its own."""
 COLOURS = ("#0d9488", "#d97706", "#7c3aed", "#dc2626", "#2563eb", "#65a30d")
 
 
 def summary(result: Result, reference: Result | None) -> dict[str, Any]:
-    """A run's figures. reference: the run at full depth; null where there is none, or the recording has no commands."""
+    """A run's figures. reference: the run at full depth, or None. Figures that cannot be computed are
+    None."""
     steps = result.steps
     exits = np.array([step.exit_layer for step in steps])
     wall = np.array([step.wall_ms for step in steps])
@@ -29,7 +30,8 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
     notes = list(result.notes)
     if result.recorded_targets and not len(metres):
         notes.append(
-            f"none of the {len(result.recorded_targets)} recorded targets is within {NEAR_NS / 1e9:g} s of a step: not compared"
+            f"none of the {len(result.recorded_targets)} recorded targets is within {NEAR_NS / 1e9:g} s "
+            "of a step: not compared"
         )
     return {
         "label": result.label,
@@ -55,7 +57,10 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
 
 
 def deviations(result: Result, reference: Result | None) -> tuple[np.ndarray, np.ndarray]:
-    """Of the steps that both runs took, when [s], and the root mean square distance of the six pose values from those at full depth."""
+    """Times [s] of the steps that both runs took, and how far their actions are from those at full depth.
+
+    The distance is the root mean square over the six pose values of the action.
+    """
     full = {step.stamp: step.action for step in reference.steps} if reference else {}
     both = [step for step in result.steps if step.stamp in full]
     away = [np.sqrt(np.mean((step.action.astype(float) - full[step.stamp]) ** 2)) for step in both]
@@ -63,7 +68,10 @@ def deviations(result: Result, reference: Result | None) -> tuple[np.ndarray, np
 
 
 def from_recorded(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Distances [m] and angles [rad] of targets from those that the arm was given at that time: the one of the nearest stamp, within NEAR_NS."""
+    """Distances [m] and angles [rad] between the run's targets and the recorded targets.
+
+    A target is compared with the recorded one of the nearest stamp, if that is within NEAR_NS.
+    """
     stamps = np.array(sorted(result.recorded_targets), np.int64)
     pairs = []
     for step in result.steps:
@@ -91,21 +99,23 @@ def page(title: str, results: Sequence[Result], rows: list[dict[str, Any]], refe
     """The report as HTML; rows: the `summary` of each result."""
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{results[0].seconds:.1f} s of recording. Cost counts the language part: decoder and cross-attention layers run.</p>",
+        f"<p>{results[0].seconds:.1f} s of recording. "
+        "Cost counts the language part: decoder and cross-attention layers run.</p>",
         _table(rows),
         _holds(results),
         *(_section(result, reference, colour) for result, colour in zip(results, COLOURS * len(results))),
         _left_out(rows),
     ]
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-        + "".join(parts)
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>" + "".join(parts)
     )
 
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1f2937}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #e5e7eb;text-align:right}"
+    "table{border-collapse:collapse;margin:1em 0}"
+    "td,th{padding:.3em .8em;border-bottom:1px solid #e5e7eb;text-align:right}"
     "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
 )
 
@@ -115,9 +125,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
         return "-" if figures is None else f"{figures['mean'] * scale:.3g} / {figures['max'] * scale:.3g}"
 
     head = (
-        "budget", "steps", "GMAC per step", "share of full depth", "from full depth<br>mean / max", "from recorded, mm<br>mean / max",
-        "tick, ms<br>p50 / p99", "holds", "× real time",
-    )  # fmt: skip
+        "budget",
+        "steps",
+        "GMAC per step",
+        "share of full depth",
+        "from full depth<br>mean / max",
+        "from recorded, mm<br>mean / max",
+        "tick, ms<br>p50 / p99",
+        "holds",
+        "× real time",
+    )
     body = [
         (
             html.escape(row["label"]),
@@ -164,11 +181,12 @@ def _left_out(rows: list[dict[str, Any]]) -> str:
 
 def _section(result: Result, reference: Result | None, colour: str) -> str:
     picture = base64.b64encode(_picture(result, reference, colour)).decode()
-    return f'<h2>{html.escape(result.label)}</h2><img alt="exits over time" src="data:image/png;base64,{picture}">'
+    image = f'<img alt="exits over time" src="data:image/png;base64,{picture}">'
+    return f"<h2>{html.escape(result.label)}</h2>{image}"
 
 
 def _picture(result: Result, reference: Result | None, colour: str) -> bytes:
-    """Camera frames over time; under them the depth, the deviation from full depth and the cost of every step, and where the arm was held."""
+    """A PNG of the run over time: camera frames, depth of every step with the holds, deviation, tick time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,7 +225,7 @@ def _picture(result: Result, reference: Result | None, colour: str) -> bytes:
 
 
 def _ends(holds: list[tuple[float, tuple[HoldReason, ...]]], steps: list[Step], span: float) -> list[float]:
-    """When each hold was over: at the next hold or the next step that moved the arm."""
+    """When each hold ended [s]: at the next hold, or at the next step that moved the arm."""
     moving = np.array([step.seconds for step in steps if not step.held])
     begins = [begin for begin, _ in holds]
     ends = []

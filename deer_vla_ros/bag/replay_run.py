@@ -1,5 +1,4 @@
-"""One recording, one set of parameters: from the first message to tables and a recording of what the policy
-would have said."""
+"""One replay: a recording and a set of parameters in; tables and a recording of the policy's commands out."""
 
 from __future__ import annotations
 
@@ -47,19 +46,20 @@ THUMBNAILS = 8
 FOLLOWED = tuple(
     name for name in DECIDED if name not in (*AGES, "step", "episode", "budget_id", "verdict", "reasons")
 )
-"""What a replay along recorded steps has to decide as the live node did: all but numbers that count from the
-node's start, ages, which the controller's clock rounds, and what the guard made of it, which rests on poses
-that came while the live node was thinking."""
+"""The fields that a replay along recorded steps has to decide as the live node did. The others are numbers
+that count from the node's start, ages, which the controller's clock rounds, and the guard's verdict, which
+depends on poses that came during the live node's inference."""
 
 
 @dataclass(frozen=True)
 class Request:
     """What is replayed, and how.
 
-    given: value of every parameter of the node. topics: recorded topic by the node's. clock: of
-    inputs.CLOCKS. start_s, duration_s: of the recording, from its beginning; None: to its end. instruction:
-    in place of the recorded ones. follow: along recorded steps. keep: names of parameters (their beginnings)
-    on which recorded changes have no effect.
+    given: value of every parameter of the node. topics: recorded topics by the node's names. clock: one of
+    input_topics.CLOCKS. start_s: from the beginning of the recording. duration_s: None: to its end.
+    instruction: replaces the recorded ones. follow: along recorded steps. keep: prefixes of the parameters on
+    which recorded changes have no effect. latencies: give the time of an inference. with_inputs: copy the
+    inputs to the output.
     """
 
     bag: Path
@@ -77,7 +77,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """What a report needs to know of one decision; times from the beginning of the recording [s]."""
+    """What a report needs of one decision. stamp [ns]. seconds: receipt, from the start of the replayed part.
+
+    exit_layer: counted from 0. action: (6,), the six pose values. target: position [m] and quaternion x y z
+    w.
+    """
 
     stamp: int
     seconds: float
@@ -93,9 +97,12 @@ class Step:
 
 @dataclass
 class Result:
-    """One run. holds: [start s, reasons] of each. thumbnails: [s, (H, W, 3) image] of the static camera.
-    recorded_targets: by stamp, as the arm was told when it was recorded. differences: from the recorded
-    steps, where they were followed."""
+    """The outcome of one replay. Times are from the start of the replayed part [s].
+
+    holds: (start, reasons). thumbnails: (time, (H, W, 3) image) of the static camera. recorded_targets:
+    position and quaternion by stamp [ns], as they were recorded. differences: from the recorded steps, if
+    they were followed.
+    """
 
     label: str
     steps: list[Step] = field(default_factory=list)
@@ -124,11 +131,11 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
     on_progress: Callable[[float, float], None] = lambda seconds, of: None,
 ) -> Result:
-    """Replays, and writes into `folder` (which must not be there yet), where one is given: steps.csv,
-    timings.csv, holds.csv and bag/.
+    """Replays a recording. folder: where to write steps.csv, timings.csv, holds.csv and bag/; it must not
+    exist yet.
 
-    on_row: is given every decision. on_progress: seconds of the recording that are done, and of how many.
-    UserError for a recording that cannot be replayed, or that leads to no step.
+    on_row: called with every decision. on_progress: called with the seconds that are done, and their total.
+    Raises UserError for a recording that cannot be replayed, or that leads to no step.
     """
     check_clock(request.given, request.latencies is not None)
     with contextlib.ExitStack() as stack:
@@ -144,10 +151,12 @@ def run(
             )
         if request.instruction is None and INSTRUCTION not in topics and not request.follow:
             raise UserError(
-                f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, or say what to do with --instruction"
+                f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "
+                "or say what to do with --instruction"
             )
         window = _window(request, recording)
-        # Along recorded steps it is the live arm's pose that is measured, and only the holds between them are not known.
+        # Along recorded steps, the measured pose is the live arm's. Only the holds between the steps are not
+        # known.
         feedback = {"guard.follow_timeout_s": 0.0} if request.follow else parameters.NO_FEEDBACK
         controller = warm_controller(request.given | feedback, logging.getLogger(__name__), request.latencies)
         stack.callback(controller.policy.close)
@@ -162,11 +171,12 @@ def run(
 
 
 def _window(request: Request, recording: Recording) -> tuple[int, int]:
-    """First and end time of receipt of what is replayed [ns]."""
+    """The first and the last time of receipt of the replayed part [ns]."""
     start_ns, stop_ns = recording.start_ns + round(request.start_s * 1e9), recording.end_ns
     if start_ns >= stop_ns:
         raise UserError(
-            f"--start is {request.start_s:g} s, but {request.bag} is {(stop_ns - recording.start_ns) / 1e9:.1f} s long"
+            f"--start is {request.start_s:g} s, "
+            f"but {request.bag} is {(stop_ns - recording.start_ns) / 1e9:.1f} s long"
         )
     if request.duration_s is not None:
         stop_ns = min(stop_ns, start_ns + round(request.duration_s * 1e9))
@@ -174,7 +184,7 @@ def _window(request: Request, recording: Recording) -> tuple[int, int]:
 
 
 class _Replaying:
-    """One run in progress."""
+    """A replay in progress."""
 
     def __init__(
         self,
@@ -197,7 +207,7 @@ class _Replaying:
         self._next_thumbnail = 0
 
     def finish(self, on_row: Callable[[Row], None], on_progress: Callable[[float, float], None]) -> None:
-        """From the first message to the last."""
+        """Replays from the first message to the last. Raises UserError if the controller took no step."""
         began, result = time.perf_counter(), self._result
         for moment in self._moments(on_progress):
             self._take(moment, on_row)
@@ -228,7 +238,7 @@ class _Replaying:
         return lockstep(self._controller, coming, inference_takes_time=request.latencies is not None)
 
     def _first_instruction(self) -> str:
-        """The one that is given, or the last one that came before the part that is replayed: instructions are
+        """The given instruction, or the last one before the replayed part, because instructions are
         latched."""
         if self._request.instruction is not None:
             return self._request.instruction
@@ -240,14 +250,13 @@ class _Replaying:
         return before[-1] if before else ""
 
     def _obey_earlier_changes(self) -> None:
-        """What was asked of the node before the part that is replayed."""
+        """Applies the changes of parameters from before the replayed part."""
         topics = {name: topic for name, topic in self._topics.items() if name == PARAMETERS}
         for _, _, message in messages(self._recording, topics, Tally(), (None, self._window[0])):
             self._events.apply(self._controller, message)
 
     def _heard(self, on_progress: Callable[[float, float], None]) -> Messages:
-        """Messages of the inputs; on the way everything is copied that is to be, and looked at that a report
-        needs."""
+        """Yields the messages of the inputs, copies them to the output, and collects what a report needs."""
         copy = self._files.copy if self._files else None
         for name, record, message in messages(
             self._recording, self._topics, self._result.tally, self._window, copy
@@ -264,7 +273,7 @@ class _Replaying:
 
     def _thumbnail(self, record: RecordedMessage, message: Any) -> None:
         self._next_thumbnail += 1
-        with contextlib.suppress(UserError):  # one that cannot be decoded is counted elsewhere
+        with contextlib.suppress(UserError):  # `arrivals` counts an image that cannot be decoded
             self._result.thumbnails.append(
                 (self._seconds(record.time_ns), image(record, message).image[::2, ::2].copy())
             )
@@ -273,7 +282,7 @@ class _Replaying:
         return (received_ns - self._window[0]) / 1e9
 
     def _take(self, moment: ReplayMoment, on_row: Callable[[Row], None]) -> None:
-        """Enters what the controller said."""
+        """Adds a command of the controller to the result and the output."""
         command, seconds = moment.command, self._seconds(moment.received_ns)
         if command.error:
             raise UserError(
@@ -289,7 +298,7 @@ class _Replaying:
             self._files.said(command, step, self._controller.action_space.frame, moment.received_ns)
 
     def _enter(self, moment: ReplayMoment, seconds: float, on_row: Callable[[Row], None]) -> bytes:
-        """One decision; its `~/step` message."""
+        """Adds a decision, and returns its `~/step` message as CDR bytes."""
         command, result, decision = moment.command, self._result, moment.command.decision
         data = to_cdr(step_message(decision, self._controller.action_space.frame, _published(moment)))
         row = row_of(from_cdr(data, STEP_TYPE))
@@ -320,7 +329,7 @@ class _Replaying:
 
 
 def _published(moment: ReplayMoment) -> int:
-    """When the command went out, in bag time."""
+    """When the command was published [ns, bag time]."""
     recorded = moment.recorded
     if recorded is not None:
         return nanoseconds(recorded.header.stamp) + round(recorded.stamp_to_publish_ms * 1e6)

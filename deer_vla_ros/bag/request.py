@@ -1,4 +1,4 @@
-"""What is to be replayed? From what a person says, checked."""
+"""Makes the request for a replay from a person's options, and checks them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ def request(
     follow: bool = False,
     with_inputs: bool = True,
 ) -> Request:
-    """One run. params: the node's parameter file, None: its defaults. budget: NAME=VALUE, several with commas between, in place of the
-    parameters', and then recorded changes of budgets are not obeyed. latency_table: None takes the checkpoint folder's, where a budget needs
-    one. The rest as Request; UserError for what the node would refuse."""
+    """The request for one run. Raises UserError for what the node would refuse.
+
+    params: the node's parameter file; None: its defaults. budget: NAME=VALUE, several with commas between; it
+    replaces the budget of the parameters, and recorded changes of budgets then have no effect. latency_table:
+    None takes the checkpoint folder's, if a budget needs one. The other arguments are as in `Request`.
+    """
     given = parameters.from_file(params)
     if budget:
         parts = [part.removeprefix("budget.") for part in budget.split(",")]
@@ -57,5 +60,5 @@ def request(
 
 
 def no_budget() -> dict[str, Any]:
-    """Parameters that ask for nothing."""
+    """The values of the budget parameters that set no limit."""
     return dict.fromkeys((f"budget.{name}" for name in (*AVERAGES, *PEAKS)), 0.0)

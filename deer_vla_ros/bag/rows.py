@@ -1,4 +1,5 @@
-"""What is a decision, as a line of a table? Every field of `PolicyStep`, so that two of them can be compared to the bit."""
+"""Decisions as lines of a table, with every field of `PolicyStep`, so that they can be compared to the
+bit."""
 
 from __future__ import annotations
 
@@ -14,24 +15,24 @@ from rosbags.interfaces import Nodetype
 
 from deer_vla_ros.bag.cdr import types
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 STEP_TYPE = "deer_vla_ros/msg/PolicyStep"
 TIMINGS = ("preprocess_ms", "vision_ms", "language_ms", "head_ms", "total_ms", "stamp_to_publish_ms")
-"""Fields that say how fast the machine was, not what was decided."""
+"""Fields that depend on the speed of the machine, and not on the decision."""
 WALL = "wall_ms"
-"""What a replayed tick really took."""
+"""The time that a replayed tick really took."""
 STAMPS = ("static_stamp", "gripper_stamp", "pose_stamp")
 AGES = ("static_age_ms", "gripper_age_ms", "pose_age_ms", "skew_ms")
 FIELDS = ("stamp", "frame_id", *(name for name, _ in types().fielddefs[STEP_TYPE][1] if name != "header"))
 DECIDED = tuple(name for name in FIELDS if name not in TIMINGS)
 
 Row = dict[str, Any]
-"""By field name: numbers, text, or lists of either; stamps as integer nanoseconds."""
+"""Values by field name: numbers, text, or lists of either; stamps as integer nanoseconds."""
 
 
 def row_of(message: Any) -> Row:
-    """A `PolicyStep` message, as it was decoded from a recording."""
+    """The row of a `PolicyStep` message that was decoded from a recording."""
     row: Row = {"stamp": nanoseconds(message.header.stamp), "frame_id": message.header.frame_id}
     for name in FIELDS[2:]:
         value = getattr(message, name)
@@ -42,14 +43,14 @@ def row_of(message: Any) -> Row:
 
 
 def text_of(value: Any) -> str:
-    """A value as a cell: floats with as many digits as it takes to read the same one back, list items separated by spaces."""
+    """A value as a cell. A float has the digits that give the same float back; spaces separate list items."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(text_of, value))
     return repr(value) if isinstance(value, float) else str(value)
 
 
 class RowWriter:
-    """Lines of some fields of rows, as CSV with a header."""
+    """Writes some fields of rows, as CSV with a header."""
 
     def __init__(self, file: TextIO, fields: Iterable[str]):
         self._fields = tuple(fields)
@@ -61,13 +62,14 @@ class RowWriter:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Decisions of a `steps.csv`; UserError for a file that is none."""
+    """The decisions in a `steps.csv`. Raises UserError for any other file."""
     try:
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != DECIDED:
                 raise UserError(
-                    f"{path}: not the decisions of a replay of this version: write it again with --golden {path}"
+                    f"{path}: not the decisions of a replay of this version: write it again with --golden "
+                    f"{path}"
                 )
             for row in reader:
                 yield {name: _value(name, text) for name, text in row.items()}
@@ -81,7 +83,7 @@ _KINDS = dict(types().fielddefs[STEP_TYPE][1])
 
 
 def _value(name: str, text: str) -> Any:
-    """Inverse of `text_of` for the field `name`."""
+    """The inverse of `text_of` for the field `name`."""
     if name == "stamp" or name in STAMPS:
         return int(text)
     if name == "frame_id":
@@ -100,7 +102,10 @@ def _number(kind: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class RowDifference:
-    """Where two decisions part. index: of the step, from 0; by: how far apart two numbers are, infinite for anything else."""
+    """The first field in which two decisions differ. index: of the step, from 0. stamp: its stamp [ns].
+
+    by: how far apart two numbers are; infinite for other values.
+    """
 
     index: int
     stamp: int
@@ -111,15 +116,18 @@ class RowDifference:
 
     def __str__(self) -> str:
         far = "" if math.isinf(self.by) else f", {self.by:.3g} apart"
-        return f"step {self.index} (stamp {self.stamp / 1e9:.9f}): {self.field} is {text_of(self.ours)}, not {text_of(self.theirs)}{far}"
+        return (
+            f"step {self.index} (stamp {self.stamp / 1e9:.9f}): "
+            f"{self.field} is {text_of(self.ours)}, not {text_of(self.theirs)}{far}"
+        )
 
 
 def difference(
     index: int, ours: Row, theirs: Row, tolerance: float, fields: Iterable[str] = DECIDED
 ) -> RowDifference | None:
-    """The first field, in the order of `fields`, in which two decisions differ by more than `tolerance`; None where they agree.
+    """The first of `fields` in which two decisions differ by more than `tolerance`; None if they agree.
 
-    Whole numbers, words and the lengths of lists have to be equal. NaN equals NaN.
+    Whole numbers, text and the lengths of lists have to be equal. NaN equals NaN.
     """
     for name in fields:
         by = _distance(ours[name], theirs[name])

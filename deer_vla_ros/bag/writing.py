@@ -1,4 +1,5 @@
-"""What does a run leave? Tables of what was decided, and a recording with what the policy would have said beside the input's topics."""
+"""The files of a replay: tables of the decisions, and a recording of the policy's commands beside the
+inputs."""
 
 from __future__ import annotations
 
@@ -15,17 +16,19 @@ from deer_vla_ros.bag.input_topics import GRIPPER_COMMAND, STEPS, TARGET, TYPES,
 from deer_vla_ros.bag.recording import RecordedMessage, Recording, definition
 from deer_vla_ros.bag.rows import DECIDED, TIMINGS, WALL, Row, RowWriter
 from deer_vla_ros.control.types import Command, HoldReason
-from deer_vla_ros.ros.stamped import pose_message
+from deer_vla_ros.ros.messages import pose_message
 
 OUTPUTS = {f"/{name}": TYPES[name][0] for name in (STEPS, TARGET, GRIPPER_COMMAND)}
 RECORDED = "/recorded"
-"""Before the names of recorded topics that the replay's own would be mixed with."""
+"""Prefix for recorded topics whose names are those of the replay's own topics."""
 STEPS_CSV, TIMINGS_CSV, HOLDS_CSV, BAG = "steps.csv", "timings.csv", "holds.csv", "bag"
 
 
 class RunFolder:
-    """The folder of one run, which must not be there yet: steps.csv, timings.csv, holds.csv and bag/. Use it as a context manager; left by an
-    exception, the recording has no index."""
+    """The folder of one run: steps.csv, timings.csv, holds.csv and bag/. It must not exist yet.
+
+    Use it as a context manager. After an exception, the recording has no index.
+    """
 
     def __init__(self, folder: Path, recording: Recording, tally: Tally, with_inputs: bool):
         folder.mkdir(parents=True)
@@ -48,18 +51,21 @@ class RunFolder:
             self._bag.abort() if kind else self._bag.close()
 
     def decided(self, row: Row, wall_ms: float) -> None:
+        """Writes a decision. wall_ms: what its tick really took."""
         self._steps.write(row)
         self._timings.write({**row, WALL: wall_ms})
 
     def held(self, now_ns: int, reasons: Iterable[HoldReason]) -> None:
+        """Writes the beginning of a hold, or a change of its reasons, at now_ns [ns, bag time]."""
         self._holds.write({"time_ns": now_ns, "reasons": [reason.name for reason in reasons]})
 
     def said(self, command: Command, step: bytes | None, frame_id: str, time_ns: int) -> None:
+        """Writes a command into the recording, as `ReplayBag.add`."""
         self._bag.add(command, step, frame_id, time_ns)
 
 
 class ReplayBag:
-    """An MCAP recording in the making; `close` finishes it. Without inputs it holds the replay's topics alone."""
+    """A new MCAP recording; `close` finishes it. Without inputs it contains only the replay's own topics."""
 
     def __init__(self, folder: Path, recording: Recording, tally: Tally, with_inputs: bool):
         self._file = BagFile(folder)
@@ -82,12 +88,12 @@ class ReplayBag:
             self._file.declare(topic, kind)
 
     def copy(self, record: RecordedMessage) -> None:
-        """One of the input's messages, as it is."""
+        """Copies one message of the input, unchanged."""
         if topic := self._names.get(record.topic):
             self._file.write(topic, record.data, record.time_ns)
 
     def add(self, command: Command, step: bytes | None, frame_id: str, time_ns: int) -> None:
-        """What the policy said at `time_ns`; step: its `~/step` message."""
+        """Writes what the policy published at `time_ns` [ns]. step: its `~/step` message as CDR bytes."""
         if step is not None:
             self._file.write(f"/{STEPS}", step, time_ns)
         if command.gripper is not None:
@@ -103,12 +109,13 @@ class ReplayBag:
         self._file.close()
 
     def abort(self) -> None:
-        """Ends without an index."""
+        """Ends the recording without an index."""
         self._file.abort()
 
 
 def _free(topic: str, recording: Recording) -> str:
-    """A name for a recorded output that nothing in the recording has: it may be a replay's, and hold RECORDED ones already."""
+    """A free name for a recorded output. The recording may be a replay's, and have RECORDED topics
+    already."""
     while topic in OUTPUTS or topic in recording.topics:
         topic = RECORDED + topic
     return topic
