@@ -1,7 +1,8 @@
-"""How is a task done? A scripted expert that decides from the current state alone, so that any state can be labelled.
+"""The scripted expert: it chooses the next action of a task from the current state only.
 
-It has no memory and no phases: what to do next follows from where things are. So it recovers from any disturbance, and the
-labels of two visits to one state agree (a demonstrator with hidden phases teaches a policy what it cannot see).
+It has no memory and no phases. It can therefore label any state, and it recovers from any disturbance. The
+same state always has the same label; a demonstrator with hidden phases would teach a policy something that it
+cannot see.
 """
 
 from __future__ import annotations
@@ -34,19 +35,20 @@ from deer_vla_ros.lab.sim.things import drawer_handle, lamp_switch, led_button, 
 STEP_M = 0.03  # translation of a pose value of 1
 STEP_RAD = 0.15  # rotation of a pose value of 1
 
-TRANSIT = 0.145  # m: height of the TCP at which nothing on the table is touched
-HIGHEST = 0.24  # m: how high a block is lifted
+TRANSIT = 0.145  # m: height at which the TCP touches nothing on the table
+HIGHEST = 0.24  # m: height to which a block is lifted
 _DOWN = np.array([0.0, 1.0, 0.0, 0.0])  # wxyz: gripper straight down, fingers along y
-_CLEAR = np.array([0.030, 0.030, 0.040])  # m around the TCP that are free of blocks once one has been let go
-_BESIDE = 0.060  # m from a thing's middle: where closed fingers come down to push it
-_GAIN = 0.9  # share of the distance that one step goes: the arm's own lag does the rest
+_CLEAR = np.array([0.030, 0.030, 0.040])  # m around the TCP without blocks after the gripper has released one
+_BESIDE = 0.060  # m from the centre of a thing: where closed fingers go down to push it
+_GAIN = 0.9  # share of the remaining distance in one step; the arm's lag covers the rest
 
 
 @dataclass(frozen=True, eq=False)
 class Intent:
-    """What the expert wants in one state.
+    """The expert's action in one state.
 
-    pose: (6,) action in -1..1, units STEP_M and STEP_RAD, base frame. open: whether the gripper is to be open.
+    pose: (6,) action in -1..1, units STEP_M and STEP_RAD, base frame. open: whether the gripper should be
+    open.
     """
 
     pose: np.ndarray
@@ -54,7 +56,7 @@ class Intent:
 
 
 def act(task: str, state: TableState) -> Intent:
-    """The next step of a task of tasks.TASKS; KeyError for another name."""
+    """Returns the next action for a task of tasks.TASKS. Raises KeyError for another name."""
     if task.startswith(("lift_", "push_")):
         verb, colour, *side = task.split("_")
         if colour in RELATIONS:
@@ -68,7 +70,7 @@ def act(task: str, state: TableState) -> Intent:
 
 
 def _pick(state: TableState, colour: str) -> Intent:
-    """Takes the block and lifts it."""
+    """Grasps the block and lifts it."""
     block, tcp = state.block(colour), state.tcp.position
     if held(state) == colour:
         return _intent(state, [*tcp[:2], min(tcp[2] + 0.05, HIGHEST)], open_=False, turn=None)
@@ -82,7 +84,7 @@ def _pick(state: TableState, colour: str) -> Intent:
 
 
 def _put(state: TableState, goal: np.ndarray, release_z: float, xy: float) -> Intent:
-    """With a held block: over the goal, down, let go."""
+    """Moves a held block over the goal, moves it down and releases it."""
     tcp = state.tcp.position
     if _is_near(tcp, goal, xy, release_z):
         return _intent(state, goal, open_=True, turn=None)
@@ -105,25 +107,25 @@ def _stack(state: TableState) -> Intent:
     block, tcp = state.block(colour), state.tcp.position
     free = free_blocks(state) or others(colour)
     base = min((state.block(c).position for c in free), key=lambda p: np.hypot(*(p - tcp)[:2]))
-    # The block may sit off the fingers' middle: it is the block that has to come to rest over the other one.
+    # The held block can be off the middle of the fingers. The goal places the block, not the TCP.
     goal = base + [0.0, 0.0, 2 * BLOCK_HALF + 0.004] - (block.position - tcp)
     return _put(state, goal, 0.007, 0.009)
 
 
 def _release(state: TableState) -> Intent:
-    """The block stands where it should: the fingers open."""
+    """Opens the fingers around a block that is at its goal."""
     return _intent(state, state.tcp.position, open_=True, turn=None)
 
 
 def _pick_nearest(state: TableState) -> Intent:
-    """Nothing is held: what was dropped on the way is picked up again."""
+    """Grasps the nearest free block, for example one that was dropped on the way."""
     tcp = state.tcp.position
     free = [c for c in COLOURS if on_table(state, c) and not is_covered(state, c)] or list(COLOURS)
     return _pick(state, min(free, key=lambda c: float(np.linalg.norm(state.block(c).position - tcp))))
 
 
 def _take_out(state: TableState) -> Intent:
-    """One that stands badly in the drawer, because it was knocked aside, is better than one beside it."""
+    """Takes a block out of the drawer, if necessary one at a place that is hard to reach."""
     inside = [colour for colour in COLOURS if in_drawer(state, colour)]
     return _pick(state, held(state) or drawer_block(state) or (inside or COLOURS)[0])
 
@@ -134,7 +136,10 @@ def _unstack(state: TableState) -> Intent:
 
 
 def _push(state: TableState, thing: np.ndarray, direction: np.ndarray, z: float) -> Intent:
-    """Comes down behind the thing with closed fingers and pushes it along `direction` (2,), a unit vector along x or y."""
+    """Moves closed fingers down behind the thing and pushes it along `direction` (2,).
+
+    `direction` is a unit vector along x or y.
+    """
     if (blocked := _let_go(state)) is not None:
         return blocked
     tcp = state.tcp.position
@@ -149,7 +154,7 @@ def _push(state: TableState, thing: np.ndarray, direction: np.ndarray, z: float)
 
 
 def _open_drawer(state: TableState) -> Intent:
-    """Closes on the handle and pulls."""
+    """Closes the fingers on the handle and pulls."""
     handle, tcp = drawer_handle(state), state.tcp.position
     if _is_near(tcp, handle, 0.014, 0.012):
         if state.opening < 0.032:
@@ -180,7 +185,7 @@ def _turn_lamp(sign: float):
 
 def _turn_led(on: bool):
     def script(state: TableState) -> Intent:
-        """Presses the button; where that has been done to no avail (the light had been pressed before), lets it up first."""
+        """Presses the button. If a press did not change the light, it first lets the button go up."""
         if (blocked := _let_go(state)) is not None:
             return blocked
         button, tcp = led_button(), state.tcp.position
@@ -211,11 +216,11 @@ _SCRIPTS = {
 
 
 def _let_go(state: TableState, but: str = "") -> Intent | None:
-    """A held block that this task is not about is let go of, and the fingers rise from it; None where the gripper is free."""
+    """Releases a held block that is not `but` and moves the fingers up; None if the gripper is free."""
     colour = held(state)
     tcp = state.tcp.position
     if colour is None:
-        # Just let go of: the fingers stay open until they are above the block.
+        # After a release, the fingers stay open until they are above the block.
         near = [c for c in COLOURS if c != but and (np.abs(state.block(c).position - tcp) < _CLEAR).all()]
         if not near or state.opening < 0.03:
             return None
@@ -226,7 +231,10 @@ def _let_go(state: TableState, but: str = "") -> Intent | None:
 def _approach(
     state: TableState, goal, open_: bool, yaw: float | None, transit: float = TRANSIT, funnel: float = 0.015
 ) -> Intent:
-    """Over the goal at transit height, then down a funnel onto it; first up, where the arm is lower than the funnel."""
+    """Moves over the goal at transit height, then down to it inside a funnel.
+
+    If the arm is below the funnel, it moves up first.
+    """
     goal, tcp = np.asarray(goal, float), state.tcp.position
     distance = float(np.hypot(*(goal - tcp)[:2]))
     height = goal[2] + (max(transit, goal[2] + 0.04) - goal[2]) * np.clip(
@@ -236,12 +244,12 @@ def _approach(
     if not fingers_ready:
         height = max(height, goal[2] + 0.07)
     below = height - tcp[2]
-    share = float(np.clip(1.0 - (below - 0.02) / 0.03, 0.0, 1.0))  # how much of the way sideways is free
+    share = float(np.clip(1.0 - (below - 0.02) / 0.03, 0.0, 1.0))  # share of the sideways motion
     return _intent(state, [*(tcp[:2] + share * (goal - tcp)[:2]), height], open_, yaw)
 
 
 def _intent(state: TableState, goal, open_: bool, turn: float | None) -> Intent:
-    """One step towards a TCP position. turn: yaw to turn to [rad], None keeps the orientation."""
+    """Returns one step towards a TCP position. turn: the goal yaw [rad]; None keeps the orientation."""
     motion = _GAIN * (np.asarray(goal, float) - state.tcp.position) / STEP_M
     motion /= max(1.0, float(np.abs(motion).max()))
     rotation = np.zeros(3)
@@ -253,7 +261,7 @@ def _intent(state: TableState, goal, open_: bool, turn: float | None) -> Intent:
 
 
 def _turned(yaw: float) -> np.ndarray:
-    """wxyz of a gripper straight down, turned by `yaw` about z."""
+    """Returns the orientation wxyz of a gripper that points straight down, turned by `yaw` about z."""
     result = np.empty(4)
     mujoco.mju_mulQuat(result, np.array([np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)]), _DOWN)
     return result

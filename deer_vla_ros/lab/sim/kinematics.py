@@ -1,4 +1,4 @@
-"""Which joint motion brings the TCP towards a pose? Damped least squares inside joint limits and speed limits."""
+"""Inverse kinematics of the arm: damped least squares within joint limits and speed limits."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 ARM_FILE = Path(__file__).parent / "assets" / "arm.xml"
 
 JOINTS = 7
-# TCP at x 0.40 m, y 0, z 0.26 m over the table, gripper straight down, elbow up.
+# The TCP is at x 0.40 m, y 0, z 0.26 m over the table; the gripper points straight down and the elbow is up.
 HOME_JOINTS = np.array([0.0, -0.3569, 0.0, -2.637, 0.0, 2.2801, np.pi / 4])
-JOINT_SPEED_LIMIT = 1.8  # rad/s, every joint; the real arm's datasheet allows 2.2
-# The elbow's offset makes the arm longest here, 0.4 rad before the joint's end stop: past it, bending and stretching
-# change places, and an arm that stretched too far would not find back.
+JOINT_SPEED_LIMIT = 1.8  # rad/s, every joint; the datasheet of the real arm allows 2.2
+# Because of the elbow's offset, the arm is longest here, 0.4 rad before the joint's end stop. Beyond this
+# angle, bending and stretching swap their directions, and the solver could not bring the arm back.
 STRAIGHT_ELBOW = -0.5  # rad, joint 4
 TCP_SPEED_LIMIT = 0.5  # m/s
 TCP_TURN_LIMIT = 2.0  # rad/s
 
-_DAMPING = 0.015  # m: bounds joint motion near singular postures
-_APPROACH_RATE = 20.0  # 1/s: share of the remaining error that is corrected per second
-_POSTURE_RATE = 1.0  # 1/s: how fast the spare joint drifts back to the home posture
+_DAMPING = 0.015  # m: limits joint motion near singular postures
+_APPROACH_RATE = 20.0  # 1/s: rate at which the remaining error is corrected
+_POSTURE_RATE = 1.0  # 1/s: rate at which the redundant joint returns to the home posture
 
 
 def rotation_vector(target_wxyz: np.ndarray, current_wxyz: np.ndarray) -> np.ndarray:
-    """(3,) rotation in the base frame, radians, that turns `current` into `target` (unit quaternions wxyz)."""
+    """Returns the rotation (3,) [rad, base frame] from `current` to `target` (unit quaternions wxyz)."""
     inverse, difference, vector = np.empty(4), np.empty(4), np.empty(3)
     mujoco.mju_negQuat(inverse, current_wxyz)
     mujoco.mju_mulQuat(difference, target_wxyz, inverse)
@@ -39,7 +39,7 @@ def _at_most(vector: np.ndarray, length: float) -> np.ndarray:
 
 
 class ArmKinematics:
-    """Forward kinematics and one differential step of inverse kinematics, on a copy of the arm without the table."""
+    """Forward kinematics and single steps of inverse kinematics, on a model of the arm without the table."""
 
     def __init__(self) -> None:
         self._model = mujoco.MjModel.from_xml_path(str(ARM_FILE))
@@ -50,7 +50,7 @@ class ArmKinematics:
         self._jacobian = np.zeros((6, self._model.nv))
 
     def forward(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """TCP position (3,) and quaternion wxyz (4,) at `joints` (7,)."""
+        """Returns the TCP position (3,) and quaternion wxyz (4,) at `joints` (7,)."""
         self._data.qpos[:JOINTS] = joints
         mujoco.mj_kinematics(self._model, self._data)
         quaternion = np.empty(4)
@@ -60,10 +60,10 @@ class ArmKinematics:
     def step(
         self, joints: np.ndarray, position: np.ndarray, quaternion_wxyz: np.ndarray, seconds: float
     ) -> np.ndarray:
-        """The joint positions (7,), `seconds` after `joints`, on the way to a TCP pose.
+        """Returns the joint positions (7,), `seconds` after `joints`, on the way to a TCP pose.
 
-        Within the limits of joint range, joint speed and TCP speed, whatever the target: an unreachable one is
-        approached as far as the arm stretches. A joint at its end stop is taken out and the others solve again.
+        They keep the limits of joint range, joint speed and TCP speed for any target. The arm goes as near to
+        an unreachable target as it can. If a joint is at its end stop, the step is solved again without it.
         """
         here, orientation = self.forward(joints)
         mujoco.mj_comPos(self._model, self._data)

@@ -1,4 +1,4 @@
-"""Did the arm do what it was told? Watches the table's state from an instruction on."""
+"""The referee decides from the state of the table whether an instruction was carried out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ _BY_WORDING: dict[str, Task] = {text: task for task in TASKS for text in (*task.
 
 
 def task_called(instruction: str) -> Task | None:
-    """The task that an instruction asks for, in one of its wordings; None for other words."""
+    """Returns the task with this phrasing, or None for other words."""
     return _BY_WORDING.get(" ".join(instruction.split()).lower())
 
 
 class Referee:
-    """One instruction at a time; another one, or the same again, starts anew."""
+    """Judges one instruction at a time; every new instruction starts again, also the same one."""
 
     def __init__(self) -> None:
         self._task: Task | None = None
         self._before: TableState | None = None
 
     def begin(self, instruction: str, state: TableState) -> str:
-        """The instruction is given in `state`. Returns why it is not judged: it names no task, or none that makes sense in this state,
-        as opening an open drawer; empty where it is."""
+        """Starts to judge an instruction that is given in `state`.
+
+        Returns the reason if it is not judged, and otherwise an empty text. An instruction is not judged if
+        it names no task, or a task that is impossible, such as to open an open drawer.
+        """
         task = task_called(instruction)
         self._task, self._before = None, state
         if task is None:
@@ -33,7 +36,7 @@ class Referee:
         return ""
 
     def succeeded(self, state: TableState) -> bool:
-        """Whether the task is done in `state`; True once for each instruction."""
+        """Returns whether the task is done in `state`. It returns True once for each instruction."""
         if self._task is None or not self._task.succeeded(self._before, state):
             return False
         self._task = None

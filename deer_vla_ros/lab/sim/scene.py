@@ -1,4 +1,4 @@
-"""What stands on the table and where? The MuJoCo model, random arrangements, and the state read back."""
+"""The objects on the table: the MuJoCo model, random arrangements, and the current state."""
 
 from __future__ import annotations
 
@@ -14,35 +14,29 @@ TABLE_FILE = Path(__file__).parent / "assets" / "table.xml"
 
 MAX_OPENING = 0.08  # m between the finger pads
 BLOCK_HALF = 0.023  # m
-# Centres of blocks after a reset: where no handle, the open drawer or the button is in the way of the gripper.
+# Centres of blocks after a reset. Handles, the open drawer and the button do not block the gripper there.
 BLOCK_AREA = np.array([[0.33, 0.54], [-0.13, 0.15]])  # m, x and y
 BLOCK_DISTANCE = 0.085  # m between centres, so that the open gripper fits between two blocks
 
-TABLE_AREA = np.array(
-    [[0.28, 0.585], [-0.13, 0.19]]
-)  # m, x and y: where the gripper fits around a block and beside it
-DRAWER_CENTRE = np.array([0.565, -0.28])  # m, x and y of the middle of the closed drawer
-DRAWER_PLACE = np.array(
-    [0.555, -0.28]
-)  # m, of the closed drawer: the middle of what lies open once it is pulled out
-DRAWER_HALF = np.array([0.068, 0.065])  # m, from there to its walls' inner sides
+# m, x and y: the gripper fits around and beside a block in this area
+TABLE_AREA = np.array([[0.28, 0.585], [-0.13, 0.19]])
+DRAWER_CENTRE = np.array([0.565, -0.28])  # m, x and y of the centre of the closed drawer
+DRAWER_PLACE = np.array([0.555, -0.28])  # m, closed drawer: centre of the part that opens
+DRAWER_HALF = np.array([0.068, 0.065])  # m, from the centre to the inner sides of the walls
 
 CAMERA_SHIFT_M, CAMERA_TURN_RAD = 0.008, 0.008  # largest shift and turn of the static camera, each axis
 
-_BUTTON_PRESSED, _BUTTON_RELEASED = (
-    0.008,
-    0.004,
-)  # m of travel; two values, so that a trembling press counts once
+_BUTTON_PRESSED, _BUTTON_RELEASED = 0.008, 0.004  # m of travel; an unsteady press counts only once
 _SWITCH_ON, _SWITCH_OFF = 0.038, 0.022  # m of travel
 
 
 def pose_of(position: np.ndarray, quaternion_wxyz: np.ndarray) -> Pose:
-    """A Pose of copies, from MuJoCo's quaternion order."""
+    """Returns a Pose of copies, from MuJoCo's quaternion order."""
     return Pose(position.copy(), np.roll(quaternion_wxyz, -1))
 
 
 class Scene:
-    """The model and its state (`model`, `data`), with the logic of LED and lamp that physics does not have."""
+    """The MuJoCo model and its state (`model`, `data`), and the logic of LED and lamp."""
 
     def __init__(self) -> None:
         self.model = mujoco.MjModel.from_xml_path(str(TABLE_FILE))
@@ -66,10 +60,10 @@ class Scene:
         )
 
     def arrange(self, random: np.random.Generator, varied: bool = False) -> None:
-        """Everything at rest in an arrangement drawn from `random`; the arm at home with its gripper open.
+        """Puts everything at rest in a random arrangement, with the arm at home and its gripper open.
 
-        varied: beyond that, as evaluation and training start: sometimes a block in the drawer or on another one, the arm near
-        home, and the static camera slightly off its place.
+        varied: as at the start of evaluation and training. Sometimes a block is in the drawer or on another
+        block, the arm is only near home, and the static camera is slightly moved.
         """
         mujoco.mj_resetData(self.model, self.data)
         joints = np.concatenate([HOME_JOINTS, [MAX_OPENING / 2, MAX_OPENING / 2]])
@@ -90,8 +84,10 @@ class Scene:
         mujoco.mj_forward(self.model, self.data)
 
     def camera_pose(self, name: str) -> tuple[np.ndarray, np.ndarray, float]:
-        """Position (3,) [m] and rotation (3, 3) of a camera in the base frame (x right, y up, looking along -z), and the
-        angle [rad] that its image is high and wide."""
+        """Returns position (3,) [m], rotation (3, 3) and field of view [rad] of a camera in the base frame.
+
+        The camera's x is right, y is up, and it looks along -z. Its image is square.
+        """
         camera = self.model.camera(name).id
         rotation = self.data.cam_xmat[camera].reshape(3, 3).copy()
         return self.data.cam_xpos[camera].copy(), rotation, float(np.deg2rad(self.model.cam_fovy[camera]))
@@ -116,7 +112,7 @@ class Scene:
         self._place_camera(random.uniform(-1.0, 1.0, 6))
 
     def _place_camera(self, offset: np.ndarray) -> None:
-        """The static camera off its place by `offset` (6,), in units of CAMERA_SHIFT_M and CAMERA_TURN_RAD."""
+        """Moves the static camera by `offset` (6,), in units of CAMERA_SHIFT_M and CAMERA_TURN_RAD."""
         position, quaternion = self._camera_pose
         turned = quaternion.copy()
         mujoco.mju_quatIntegrate(turned, offset[3:] * CAMERA_TURN_RAD, 1.0)
@@ -128,7 +124,7 @@ class Scene:
         self.data.qpos[start : start + 7] = [*centre, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
 
     def step(self) -> None:
-        """One physics step of `model.opt.timestep` seconds."""
+        """Does one physics step of `model.opt.timestep` seconds."""
         mujoco.mj_step(self.model, self.data)
         button = self._get("button")
         if not self._button_down and button > _BUTTON_PRESSED:
@@ -141,11 +137,13 @@ class Scene:
             self._set_lights()
 
     def tcp(self) -> Pose:
+        """Returns the measured TCP pose."""
         quaternion = np.empty(4)
         mujoco.mju_mat2Quat(quaternion, self.data.site_xmat[self._tcp])
         return pose_of(self.data.site_xpos[self._tcp], quaternion)
 
     def state(self) -> TableState:
+        """Returns everything that tasks can ask about."""
         red, blue, pink = (self._block(colour) for colour in COLOURS)
         return TableState(
             red=red,
@@ -181,7 +179,7 @@ class Scene:
 
 
 def _block_centres(random: np.random.Generator) -> np.ndarray:
-    """(3, 2) x and y of the blocks, drawn until every two are BLOCK_DISTANCE apart."""
+    """Draws x and y of the blocks, (3, 2), until all distances are at least BLOCK_DISTANCE."""
     while True:
         centres = random.uniform(BLOCK_AREA[:, 0], BLOCK_AREA[:, 1], size=(len(COLOURS), 2))
         distances = np.linalg.norm(centres - np.roll(centres, 1, axis=0), axis=1)

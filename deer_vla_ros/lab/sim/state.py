@@ -1,4 +1,4 @@
-"""What is true on the table? Plain frozen data: poses, joint positions, lights, images."""
+"""The state of the table as frozen data: poses, joint positions, lights and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = ("red", "blue", "pink")
 
 @dataclass(frozen=True, eq=False)
 class Pose:
-    """position (3,) metres and quaternion (4,) xyzw of unit length, in the base frame."""
+    """A pose in the base frame: position (3,) [m] and unit quaternion (4,) xyzw."""
 
     position: np.ndarray
     quaternion: np.ndarray
@@ -19,11 +19,13 @@ class Pose:
 
 @dataclass(frozen=True, eq=False)
 class TableState:
-    """Everything a task can ask about; the base frame's y points to the arm's left.
+    """Everything that a task can ask about. The base frame's y points to the arm's left.
 
-    red, blue, pink: poses of the blocks' centres (cubes of 46 mm). drawer: metres it is out, 0 closed to 0.13 open.
-    slider: metres from its right end, 0 right to 0.20 left. led, lamp: lit or not. switch: metres from its right end,
-    0 off to 0.06 on. tcp: measured. opening: metres between the finger pads, 0 closed to 0.08 open.
+    red, blue, pink: poses of the centres of the blocks (cubes of 46 mm). drawer: metres from closed, 0 to
+    0.13 (open).
+    slider: metres from its right end, 0 to 0.20 (left). led, lamp: whether they are on. switch: metres from
+    its right end, 0 (off) to 0.06 (on). tcp: the measured pose. opening: metres between the finger pads, 0 to
+    0.08 (open).
     """
 
     red: Pose
@@ -38,7 +40,7 @@ class TableState:
     opening: float
 
     def block(self, colour: str) -> Pose:
-        """The pose of the block called `colour`, one of COLOURS; ValueError for another word."""
+        """Returns the pose of the block of this colour. Raises ValueError if it is not one of COLOURS."""
         if colour not in COLOURS:
             raise ValueError(f"no {colour!r} block; the table has {', '.join(COLOURS)}")
         return getattr(self, colour)
@@ -46,7 +48,7 @@ class TableState:
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """One moment seen by both cameras, RGB uint8: static (200, 200, 3) and gripper (84, 84, 3)."""
+    """The images of both cameras at one time, RGB uint8: static (200, 200, 3) and gripper (84, 84, 3)."""
 
     static: np.ndarray
     gripper: np.ndarray

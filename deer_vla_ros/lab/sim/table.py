@@ -1,4 +1,4 @@
-"""How does the simulated robot behave? The arm follows a TCP target, the fingers an opening, time is advanced by hand."""
+"""The simulated robot: the arm follows a TCP target, the fingers an opening; the caller advances time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _FINGERS = slice(JOINTS, JOINTS + 2)
 
 
 class Table:
-    """A table with an arm, driven by TCP targets. Use as a context manager or call close() after rendering.
+    """A table with an arm that follows TCP targets. Call close() after rendering, or use `with`.
 
-    The joint targets move at most at the speed limits of kinematics.py and never run further ahead of the measured
-    joints than the actuators' torque can follow, so neither a far target nor a blocked arm ends in a jump.
-    Physics is deterministic: the same seed, targets and calls of advance() give the same states and images.
+    The joint targets keep the speed limits of kinematics.py. They also stay so near to the measured joints
+    that the actuators' torque can follow. A far target or a blocked arm therefore causes no jump. Physics is
+    deterministic: the same seed, targets and calls of advance() give the same states and images.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -40,13 +40,14 @@ class Table:
 
     @property
     def joint_names(self) -> tuple[str, ...]:
-        """Names of joint_positions(): seven arm joints, then two fingers."""
+        """The names of joint_positions(): seven arm joints, then two fingers."""
         return self._scene.joint_names
 
     def reset(self, seed: int | None = None, varied: bool = False) -> None:
-        """A new arrangement, the arm at home and told to stay there; varied: as Scene.arrange says.
+        """Makes a new arrangement with the arm at home; home is also the target. varied: as in Scene.arrange.
 
-        With a seed the arrangement depends on it alone; without, it is the next one of the running sequence.
+        With a seed, the arrangement depends only on it. Without a seed, it is the next one of the random
+        sequence.
         """
         if seed is not None:
             self._random = np.random.default_rng(seed)
@@ -57,17 +58,18 @@ class Table:
         self._time_left = 0.0
 
     def set_target(self, position: np.ndarray, quaternion: np.ndarray) -> None:
-        """The TCP pose to go to: position (3,) metres, quaternion (4,) xyzw, base frame.
+        """Sets the goal pose of the TCP: position (3,) [m] and quaternion (4,) xyzw, base frame.
 
-        Any finite pose is accepted; one out of reach is approached as far as the joints allow. ValueError, and the
-        target stays as it was, for numbers that are not finite, other shapes, or a quaternion of no length.
+        Any finite pose is accepted; the arm goes as near to it as the joints allow. Raises ValueError and
+        keeps the last target for numbers that are not finite, for other shapes, and for a quaternion of
+        length 0.
         """
         position, quaternion = np.array(position, float), np.array(quaternion, float)
         if position.shape != (3,) or quaternion.shape != (4,):
             raise ValueError(f"a target is 3 + 4 numbers, not shapes {position.shape} and {quaternion.shape}")
         if not (np.isfinite(position).all() and np.isfinite(quaternion).all()):
             raise ValueError(f"target {position} {quaternion} is not finite; the arm keeps its last target")
-        # Scaled by the largest entry first, so that the length of absurd numbers does not overflow.
+        # Division by the largest entry first avoids an overflow in the length.
         quaternion /= np.abs(quaternion).max() or 1.0
         length = np.linalg.norm(quaternion)
         if length == 0.0:
@@ -76,13 +78,13 @@ class Table:
         self._quaternion_wxyz = np.roll(quaternion / length, 1)
 
     def set_gripper(self, opening: float) -> None:
-        """Metres between the finger pads, clamped into [0, 0.08]; ValueError if not finite."""
+        """Sets the distance of the finger pads [m], clamped to [0, 0.08]. ValueError if it is not finite."""
         if not np.isfinite(opening):
             raise ValueError(f"gripper opening {opening} is not finite; the gripper keeps its last command")
         self._opening = float(np.clip(opening, 0.0, MAX_OPENING))
 
     def advance(self, seconds: float) -> None:
-        """Runs physics for `seconds`; what is less than a whole 5 ms step is carried over to the next call."""
+        """Runs physics for `seconds`. Time that is less than a 5 ms step is carried over to the next call."""
         self._time_left += seconds
         steps = int(np.floor(self._time_left / self._timestep + 1e-6))
         self._time_left -= steps * self._timestep
@@ -91,29 +93,32 @@ class Table:
             self._scene.step()
 
     def render(self) -> Views:
-        """Both camera images. OpenGL is opened by the first call, and belongs to its thread until close()."""
+        """Renders both camera images. From the first call to close(), OpenGL needs the same thread."""
         if self._cameras is None:
             self._cameras = Cameras(self._scene.model)
         return self._cameras.render(self._scene.data)
 
     def tcp_pose(self) -> Pose:
-        """The measured TCP pose."""
+        """Returns the measured TCP pose."""
         return self._scene.tcp()
 
     def joint_positions(self) -> np.ndarray:
-        """(9,) measured: radians of the arm's joints, metres of the fingers."""
+        """Returns the measured positions (9,): arm joints [rad], then fingers [m]."""
         return self._scene.data.qpos[: JOINTS + 2].copy()
 
     def joint_velocities(self) -> np.ndarray:
-        """(9,) measured: rad/s of the arm's joints, m/s of the fingers."""
+        """Returns the measured velocities (9,): arm joints [rad/s], then fingers [m/s]."""
         return self._scene.data.qvel[: JOINTS + 2].copy()
 
     def state(self) -> TableState:
+        """Returns everything that tasks can ask about."""
         return self._scene.state()
 
     def pixel(self, camera: str, point: np.ndarray) -> np.ndarray:
-        """(2,) where a point [m, base frame] appears in a camera's ("static" or "gripper") image: x to the right and y down, each
-        0..1 inside the image; NaN behind the camera."""
+        """Returns the position (2,) of a point [m, base frame] in the image of camera "static" or "gripper".
+
+        x points right and y down; both are 0..1 inside the image, and NaN behind the camera.
+        """
         position, rotation, angle = self._scene.camera_pose(camera)
         x, y, z = rotation.T @ (np.asarray(point, float) - position)
         if z >= 0.0:
@@ -122,18 +127,18 @@ class Table:
         return np.array([0.5 + 0.5 * x / half, 0.5 - 0.5 * y / half])
 
     def close(self) -> None:
-        """Closes OpenGL, in the thread that rendered; a later render() opens it again."""
+        """Closes OpenGL; call it in the thread that rendered. A later render() opens it again."""
         if self._cameras is not None:
             self._cameras.close()
             self._cameras = None
 
     def _drive(self) -> None:
-        """Moves the actuators' targets by one timestep."""
+        """Moves the targets of the actuators by one timestep."""
         data = self._scene.data
         target = self._kinematics.step(
             self._joint_target, self._position, self._quaternion_wxyz, self._timestep
         )
-        # Where the actuators would exert no torque: the measured joints, plus what damping makes a moving joint lag.
+        # At these targets the actuators exert no torque: the measured joints plus the lag from damping.
         balance = data.qpos[:JOINTS] + self._lag * data.qvel[:JOINTS]
         self._joint_target = np.clip(target, balance - self._lead, balance + self._lead)
         data.ctrl[:JOINTS] = self._joint_target

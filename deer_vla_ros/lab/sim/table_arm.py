@@ -1,4 +1,4 @@
-"""How does an action move the simulated arm? As the node's controller would: guarded, from the last target on."""
+"""Actions on the simulated arm, with the same guard and from the last target, as in the node's controller."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.model.action_space import TABLETOP
 
 LIMITS = GuardLimits(0.06, 0.3, 0.15, 0.6, (-0.8, -0.8, 0.0), (0.8, 0.8, 1.2))
-"""The node's defaults (config/deer_vla.yaml)."""
+"""The defaults of the node (config/deer_vla.yaml)."""
 
 STEP_S = 1 / TABLETOP.rate_hz
 
 
 class TableArm:
-    """Steps of a table by actions of the TABLETOP action space."""
+    """Moves the arm of a table by actions of the TABLETOP action space."""
 
     def __init__(self, table: Table):
         self.table = table
         self._last_target: Pose | None = None
 
     def measured(self) -> np.ndarray:
-        """(7,) TCP pose, position and quaternion xyzw, as an observation holds it."""
+        """Returns the TCP pose (7,), position and quaternion xyzw, as in an observation."""
         pose = self.table.tcp_pose()
         return np.concatenate([pose.position, pose.quaternion])
 
     def step(self, action: np.ndarray, gripper_open: bool) -> Pose:
-        """One control step of STEP_S seconds: action (6,) in -1..1; returns the target that the arm was given."""
+        """Does one control step of STEP_S seconds with action (6,) in -1..1. Returns the arm's target."""
         measured = self.table.tcp_pose()
         measured = Pose(measured.position, measured.quaternion)
         guarded = guard(LIMITS, self._last_target or measured, measured, *motion_of(action, TABLETOP))
-        if guarded.arm_moved:  # the node holds a step and starts again from where the arm is
+        if guarded.arm_moved:  # the node waits one step and starts again from the measured pose
             self._last_target = None
             target = measured
         else:

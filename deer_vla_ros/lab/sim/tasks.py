@@ -1,7 +1,7 @@
-"""What can the table be asked for, and was it done? Tasks with their wordings, decided on the simulator's state alone.
+"""The tasks of the table: their phrasings, when they are possible, and when they are done.
 
-As CALVIN's task oracle: a task compares the state before the instruction with the state now. Left and right are the arm's
-(the base frame's +y and -y).
+As in CALVIN's task oracle, a task compares the simulator's state before the instruction with the current
+state. Left and right are seen from the arm (+y and -y of the base frame).
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from deer_vla_ros.lab.sim.scene import BLOCK_HALF, DRAWER_CENTRE, DRAWER_HALF, D
 from deer_vla_ros.lab.sim.state import COLOURS, TableState
 
 RELATIONS = ("nearest", "farthest")
-LIFTED_M = 0.05  # how much higher a lifted block is
-PUSHED_M = 0.05  # how far a pushed block has moved sideways
-PUSH_ROOM = (-0.10, 0.12)  # m, y: a block beyond is not pushed further out, nor reached from behind
-HANDS = np.array([0.022, 0.022, 0.028])  # m, from the TCP: where a held block's middle is
+LIFTED_M = 0.05  # least height that a lifted block gains
+PUSHED_M = 0.05  # least distance that a pushed block moves sideways
+PUSH_ROOM = (-0.10, 0.12)  # m, y: blocks beyond this range are not pushed
+HANDS = np.array([0.022, 0.022, 0.028])  # m: largest offset of a held block's centre from the TCP
 DRAWER_OPEN_M, DRAWER_CLOSED_M = 0.10, 0.02
 SLIDER_LEFT_M, SLIDER_RIGHT_M = 0.16, 0.04
-GRIPPER_ROOM = 0.075  # m, y: distance of another block's centre at which an open finger fits beside a block
-RELEASED_M = 0.068  # opening of a gripper that has let go of a block, however it held it: a diagonal is 65 mm
-RELATION_MARGIN = 0.03  # m: by how much the nearest (or farthest) of two blocks has to be so, to be asked for
-GRIP_MARGIN = 0.002  # m: how much wider than the block between them closed fingers may stand
+GRIPPER_ROOM = 0.075  # m, y: distance between blocks at which an open finger fits between them
+RELEASED_M = 0.068  # least opening after any release of a block: its diagonal is 65 mm
+RELATION_MARGIN = 0.03  # m: least difference of two distances for "nearest" and "farthest"
+GRIP_MARGIN = 0.002  # m: largest gap between closed fingers and a held block
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One thing to ask for.
+    """One task.
 
-    phrasings: how training says it; held_out: how only evaluation says it.
-    possible: whether it makes sense to ask for it in this state. succeeded: of the states before and now.
-    block: the colour of the block that the instruction is about, told from the state before; None where it is about none.
-    goes_on: whether it makes sense in this state, though nobody would ask for it now, because a block is in the hand already.
+    phrasings: for training. held_out: phrasings for evaluation only. possible: whether the task can be given
+    in a state.
+    succeeded: whether it is done, from the states before and now. block: the colour of the task's block, from
+    the state before; None if the task is not about a block. goes_on: whether the task can continue in a state
+    in which it would not be given because the gripper holds a block.
     """
 
     name: str
@@ -48,14 +49,14 @@ class Task:
 
 
 def in_drawer(state: TableState, colour: str) -> bool:
-    """Whether the block's centre is inside the drawer, wherever the drawer is."""
+    """Returns whether the block's centre is inside the drawer, at any position of the drawer."""
     position = state.block(colour).position
     centre = DRAWER_CENTRE - [state.drawer, 0.0]
     return bool((np.abs(position[:2] - centre) < DRAWER_HALF).all() and position[2] < 0.06)
 
 
 def below(state: TableState, colour: str) -> str | None:
-    """The block right under this one; None where there is none."""
+    """Returns the block directly under this one, or None."""
     position = state.block(colour).position
     for other in COLOURS:
         offset = position - state.block(other).position
@@ -65,19 +66,19 @@ def below(state: TableState, colour: str) -> str | None:
 
 
 def is_covered(state: TableState, colour: str) -> bool:
-    """Whether another block rests on this one; a held one does not."""
+    """Returns whether another block rests on this one; a held block does not count."""
     return any(below(state, other) == colour for other in COLOURS if other not in (colour, held(state)))
 
 
 def on_table(state: TableState, colour: str) -> bool:
-    """Whether the block stands on the table top, within the arm's comfortable reach."""
+    """Returns whether the block is on the table top within TABLE_AREA."""
     position = state.block(colour).position
     inside = (TABLE_AREA[:, 0] < position[:2]).all() and (position[:2] < TABLE_AREA[:, 1]).all()
     return bool(inside and abs(position[2] - BLOCK_HALF) < 0.012 and not in_drawer(state, colour))
 
 
 def held(state: TableState) -> str | None:
-    """The block between the closed fingers, taken by its sides or across; None where there is none."""
+    """Returns the block that the closed fingers hold, by its sides or its diagonal, or None."""
     colour = between_fingers(state)
     if colour is None or not 0.03 < state.opening < _grip_width(state, colour) + GRIP_MARGIN:
         return None
@@ -85,20 +86,20 @@ def held(state: TableState) -> str | None:
 
 
 def _grip_width(state: TableState, colour: str) -> float:
-    """How wide the block is along the way that the fingers close [m]."""
+    """Returns the width of the block along the direction in which the fingers close [m]."""
     fingers = _rotation(state.tcp.quaternion)[:, 1]
     return float(2 * BLOCK_HALF * np.abs(fingers @ _rotation(state.block(colour).quaternion)).sum())
 
 
 def _rotation(quaternion: np.ndarray) -> np.ndarray:
-    """(4,) xyzw -> (3, 3)."""
+    """Returns the rotation matrix of a quaternion, (4,) xyzw -> (3, 3)."""
     matrix = np.empty(9)
     mujoco.mju_quat2Mat(matrix, np.roll(quaternion, 1))
     return matrix.reshape(3, 3)
 
 
 def between_fingers(state: TableState) -> str | None:
-    """The block that the fingers are around, gripped or not; None where there is none."""
+    """Returns the block between the fingers, held or not, or None."""
     for colour in COLOURS:
         if (np.abs(state.block(colour).position - state.tcp.position) < HANDS).all():
             return colour
@@ -106,7 +107,7 @@ def between_fingers(state: TableState) -> str | None:
 
 
 def has_room(state: TableState, colour: str) -> bool:
-    """Whether an open gripper fits around the block: no other block beside it."""
+    """Returns whether no other block prevents an open gripper around this block."""
     position = state.block(colour).position
     for other in COLOURS:
         offset = np.abs(state.block(other).position - position)
@@ -116,7 +117,7 @@ def has_room(state: TableState, colour: str) -> bool:
 
 
 def graspable(state: TableState, colour: str) -> bool:
-    """Whether the block stands free on the table, and no held one hangs over it."""
+    """Returns whether the block is free on the table, without a held block over it."""
     hanging = held(state)
     if hanging and np.hypot(*(state.block(hanging).position - state.block(colour).position)[:2]) < 0.07:
         return hanging == colour
@@ -124,7 +125,7 @@ def graspable(state: TableState, colour: str) -> bool:
 
 
 def stacked(state: TableState) -> tuple[str, str] | None:
-    """(upper, lower) of two blocks of which one rests on the other and neither is held; None where none does."""
+    """Returns (upper, lower) of two stacked blocks, of which the upper one is not held, or None."""
     for upper in COLOURS:
         lower = below(state, upper)
         if lower and held(state) != upper:
@@ -133,7 +134,7 @@ def stacked(state: TableState) -> tuple[str, str] | None:
 
 
 def drawer_block(state: TableState) -> str | None:
-    """A block in the drawer that the gripper can reach into the open drawer for."""
+    """Returns a block in the drawer that the gripper can reach if the drawer is open, or None."""
     for colour in COLOURS:
         offset = np.abs(state.block(colour).position[:2] - DRAWER_PLACE + [state.drawer, 0.0])
         if in_drawer(state, colour) and offset[0] < 0.03 and offset[1] < 0.012:
@@ -142,7 +143,7 @@ def drawer_block(state: TableState) -> str | None:
 
 
 def free_blocks(state: TableState) -> list[str]:
-    """Blocks on which another one can be put: on the table, not covered, not held."""
+    """Returns the blocks on which another one can be put: on the table, not covered, not held."""
     return [c for c in COLOURS if on_table(state, c) and not is_covered(state, c) and held(state) != c]
 
 
@@ -168,24 +169,24 @@ def _lift(colour: str) -> Task:
 
 
 def others(colour: str) -> tuple[str, str]:
-    """The two blocks of other colours, in the order of COLOURS."""
+    """Returns the two other colours, in the order of COLOURS."""
     first, second = (other for other in COLOURS if other != colour)
     return first, second
 
 
 def related(state: TableState, relation: str, colour: str) -> str:
-    """Of the other two blocks, the one that is "nearest" to the block called `colour` or "farthest" from it, seen from above."""
+    """Returns the other block that is "nearest" to the block `colour`, or "farthest" from it, from above."""
     choose = min if relation == "nearest" else max
     return choose(others(colour), key=lambda other: _apart(state, other, colour))
 
 
 def _apart(state: TableState, one: str, other: str) -> float:
-    """Metres between two blocks, seen from above."""
+    """Returns the horizontal distance of two blocks [m]."""
     return float(np.hypot(*(state.block(one).position - state.block(other).position)[:2]))
 
 
 def _lift_related(relation: str, colour: str) -> Task:
-    """A block that the instruction does not name: which one it is follows from where all three are."""
+    """Makes a task whose block is not named; it follows from the positions of all three blocks."""
 
     def is_clear(state: TableState, standing: Iterable[str]) -> bool:
         first, second = (_apart(state, other, colour) for other in others(colour))
@@ -195,7 +196,7 @@ def _lift_related(relation: str, colour: str) -> Task:
         return is_clear(state, COLOURS) and graspable(state, related(state, relation, colour))
 
     def goes_on(state: TableState) -> bool:
-        """The right block is in the hand, or a wrong one has to be put back."""
+        """The gripper holds the right block, or a wrong one that it must put back."""
         hand, meant = held(state), related(state, relation, colour)
         return (
             hand is not None
@@ -264,7 +265,7 @@ def _push(colour: str, side: str) -> Task:
 
 
 def _pushable(state: TableState, colour: str, sign: float) -> bool:
-    """Whether closed fingers fit on the side from which the block is pushed, and no other block is in its way."""
+    """Returns whether the fingers have room behind the block, and no other block is in its way."""
     position = state.block(colour).position
     for other in COLOURS:
         offset = state.block(other).position - position
@@ -280,7 +281,7 @@ def _take_out(before: TableState, now: TableState) -> bool:
 
 
 def _unstacked(before: TableState, now: TableState) -> bool:
-    """Off the other block in whatever way, as CALVIN counts it."""
+    """The upper block left the lower one in any way, as in CALVIN."""
     pair = stacked(before)
     if pair is None:
         return False
@@ -487,4 +488,4 @@ def _drawer_is_used(state: TableState) -> bool:
 TASKS: tuple[Task, ...] = _all_tasks()
 BY_NAME: dict[str, Task] = {task.name: task for task in TASKS}
 NEEDS_HELD_BLOCK = ("place_in_drawer", "stack_block")
-"""Tasks that only make sense with a block in the gripper, and say nothing of which."""
+"""Tasks that need a held block; their instructions do not name its colour."""

@@ -1,4 +1,4 @@
-"""What is there on the table to act upon, and where is it? What a policy has to find in its images, whatever it is told to do."""
+"""The positions of all things on the table that a policy must find in its images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ NAMES = (*COLOURS, "drawer", "slider", "button", "switch")
 
 @dataclass(frozen=True, eq=False)
 class Things:
-    """In the order of NAMES. positions (things, 3): middles of blocks, places to touch of fixtures [m, base frame], NaN for what no camera can
-    see; yaws (things,): how they are turned about the base frame's z [rad], 0 for what stands along the axes."""
+    """All things in the order of NAMES.
+
+    positions (things, 3) [m, base frame]: centres of blocks and touch points of fixtures; NaN for a thing
+    that no camera can see. yaws (things,) [rad]: rotation about z; 0 for things along the axes.
+    """
 
     positions: np.ndarray
     yaws: np.ndarray
 
 
 def things(state: TableState) -> Things:
-    """Where everything is; a block in a shut drawer, or one that fell off the table, cannot be seen."""
+    """Returns all positions. A block in a closed drawer, or one that fell off the table, is not visible."""
     blocks = [state.block(colour) for colour in COLOURS]
     hidden = np.full(3, np.nan)
     shown = [
@@ -34,27 +37,27 @@ def things(state: TableState) -> Things:
 
 
 def drawer_handle(state: TableState) -> np.ndarray:
-    """(3,) the middle of its bar."""
+    """Returns the centre of its bar (3,)."""
     return np.array([0.472 - state.drawer, -0.28, 0.084])
 
 
 def slider_knob(state: TableState) -> np.ndarray:
-    """(3,) where fingers push it."""
+    """Returns the point (3,) where fingers push it."""
     return np.array([0.64, -0.10 + state.slider, 0.075])
 
 
 def led_button() -> np.ndarray:
-    """(3,) its top."""
+    """Returns its top (3,)."""
     return np.array([0.38, 0.26, 0.042])
 
 
 def lamp_switch(state: TableState) -> np.ndarray:
-    """(3,) where fingers push it."""
+    """Returns the point (3,) where fingers push it."""
     return np.array([0.62, 0.22 + state.switch, 0.045])
 
 
 def yaw_of(quaternion: np.ndarray) -> float:
-    """Yaw [rad] of a cube, of four equal ones the one nearest to 0."""
+    """Returns the yaw [rad] of a cube: of its four equivalent yaws, the one nearest to 0."""
     x, y, z, w = quaternion
     yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
     return float((yaw + np.pi / 4) % (np.pi / 2) - np.pi / 4)

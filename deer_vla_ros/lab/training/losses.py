@@ -169,7 +169,7 @@ def features_of(
     tcp: Tensor | None = None,
     pool_padding: bool = True,
 ) -> tuple[Tensor, Found | None]:
-    """Returns the pooled features of every exit, (exits, N, width), and what the grounding found.
+    """Returns the pooled features of every exit, (exits, N, width), and what the grounding found (or None).
 
     images (F, cameras, 3, size, size), normalised, and tcp (F, 7); input_ids and attention_mask (N, S): N / F
     instructions for each moment, ordered by moment. pool_padding: whether padding counts in the pooled
