@@ -1,4 +1,4 @@
-"""The environment that every test runs in: real messages, and a ROS graph of its own."""
+"""The environment of every test: the generated messages, and a ROS graph of its own."""
 
 import os
 import random
@@ -6,22 +6,27 @@ from pathlib import Path
 
 import pytest
 
-# One domain per test process, so that two runs on one machine never hear each other: of ten for each worker of a run. Above 101 the
-# ports of a domain reach into the range that Linux hands out to other programs.
+# Every test process has a ROS domain of its own, so that two runs on one machine do not receive each other's
+# messages.
+# Each worker of a run draws one of ten domains. Domains above 101 use ports that Linux may give to other
+# programs.
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 os.environ["ROS_DOMAIN_ID"] = str(1 + 10 * (_worker % 10) + random.SystemRandom().randrange(10))
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-# Tests kill processes, and over Fast DDS's shared memory that can leave those that live waiting for good (eProsima/Fast-DDS#5469).
+# Tests kill processes. With Fast DDS's shared memory, other processes may then wait forever
+# (eProsima/Fast-DDS#5469).
 os.environ["FASTDDS_BUILTIN_TRANSPORTS"] = "UDPv4"
-# Networks as small as the tests' are slower on two threads than on one, and ten times so where the cores are shared.
+# The small networks of the tests are slower on two threads than on one, and ten times slower if other
+# processes use the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 try:
     import deer_vla_ros.msg  # noqa: F401
 except ImportError as error:
-    # Skipping here would let CI test nothing and call it a success.
+    # This ends the run. If the tests were skipped instead, CI would test nothing and report success.
     pytest.exit(
-        f"deer_vla_ros.msg cannot be imported ({error}): run `make test`, or `make build` and `. scripts/env.sh`",
+        f"deer_vla_ros.msg cannot be imported ({error}): "
+        "run `make test`, or `make build` and `. scripts/env.sh`",
         returncode=1,
     )
 
@@ -37,7 +42,7 @@ _LONGEST = (
     "lab/parity/test_parity.py",
     "inference/test_long_episode.py",
 )
-"""Files that take the most time, as measured: they go first, so that two workers end together."""
+"""The files that take the most time. They run first, so that both workers end at about the same time."""
 
 
 def pytest_collection_modifyitems(items):

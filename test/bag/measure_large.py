@@ -1,7 +1,11 @@
-"""How much memory does a long recording need? Not a test: run it by hand, `python test/bag/measure_large.py --gb 10`.
+"""Measures the memory of replays of a long and a short recording. It is not a test; run it by hand:
 
-Writes recordings of 0.01 GB and of --gb (640 x 480 noise from two cameras at 10 Hz), replays each in a process of its own, and prints the peaks of
-their memory and the ratio; then the time of a replay of the last 2 s of the long one.
+    python test/bag/measure_large.py --gb 10
+
+It writes recordings of 0.01 GB and of --gb (640 x 480 noise from two cameras at 10 Hz) and replays each in a
+process of its own. It prints their peak memory and the ratio, and then the time of a replay of the last 2 s
+of
+the long recording.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from std_msgs.msg import String
 
 from deer_vla_ros.bag.bag_file import BagFile
 from deer_vla_ros.bag.cdr import to_cdr, type_of
-from deer_vla_ros.ros.stamped import SECOND, image_message, stamp
+from deer_vla_ros.ros.messages import SECOND, image_message, stamp
 
 BEGINS_NS = 1_800_000_000 * SECOND
 
@@ -50,7 +54,7 @@ def generate(folder: Path, gigabytes: float) -> None:
 
 
 def replayed(folder: Path, *arguments: str) -> tuple[float, float]:
-    """Peak memory [MB] and seconds of a replay."""
+    """Runs a replay. Returns its peak memory [MB] and its time [s]."""
     command = [
         sys.executable,
         "-m",

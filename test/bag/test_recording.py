@@ -1,4 +1,5 @@
-"""Is every kind of rosbag2 read, from where it is asked for, and every damaged one refused in one line?"""
+"""Tests of reading: every kind of rosbag2 is read, from any start time, and damaged ones are refused in one
+line."""
 
 import random
 import shutil
@@ -39,7 +40,7 @@ def test_a_part_is_read_without_what_lies_before(tmp_path):
     with Recording(path) as recording:
         later = recording.start_ns + (recording.end_ns - recording.start_ns) * 2 // 3
         expected = list(recording.messages(set(INPUTS), later))
-    data[200:2000] = bytes(1800)  # in the first chunk
+    data[200:2000] = bytes(1800)  # These bytes lie in the first chunk.
     file.write_bytes(data)
     with Recording(path) as recording:
         assert list(recording.messages(set(INPUTS), later)) == expected and expected[0].time_ns >= later
@@ -66,7 +67,7 @@ def test_the_types_are_those_that_the_installed_messages_have():
         assert types().hash_rihs01(f"deer_vla_ros/msg/{name}") == hashes[f"deer_vla_ros/msg/{name}"]
 
 
-# What is no recording
+# Files that are not recordings.
 
 
 @pytest.mark.parametrize(
@@ -111,14 +112,14 @@ def test_an_empty_recording_says_so(tmp_path, storage):
 
 
 def outcome(path) -> str:
-    """'' where everything is read, else why not."""
+    """'' if the whole recording is read, else the error's text."""
     try:
         with Recording(path) as recording:
             for each in recording.messages(set(recording.topics)):
                 try:
                     decode(each)
                 except UserError:
-                    pass  # counted and left out, by those who read
+                    pass  # Readers count such a message and leave it out.
         return ""
     except UserError as error:
         return str(error)

@@ -1,4 +1,5 @@
-"""Does a replay hear what the node would hear, decide the same every time, and leave what it says it leaves?"""
+"""Tests of replays: they use the messages that the node would use, always decide the same, and write complete
+results."""
 
 import csv
 import dataclasses
@@ -29,22 +30,23 @@ from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
-from deer_vla_ros.ros.stamped import nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 
 MS = 1_000_000
 SHORT = 3.0
-"""Seconds of the table's recording that most tests need."""
+"""The seconds of the table's recording that most tests use."""
 
 
 def replayed(path: Path, **how):
-    """The result of a run, and its decisions."""
+    """Runs a replay. Returns its result and its decisions."""
     rows = []
     result = run(request(path, **how), "test", on_row=rows.append)
     return result, rows
 
 
 def decided(path: Path, **how) -> list[list[str]]:
-    """Every decision as the cells of its line, which are equal where the decisions are, NaN or not."""
+    """Every decision as the cells of its line. The cells are equal if the decisions are equal, also with
+    NaN."""
     return [[text_of(row[name]) for name in DECIDED] for row in decisions(path, **how)]
 
 
@@ -55,14 +57,14 @@ def short(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """What `replay --out` leaves of the table's recording under two budgets."""
+    """The folder that `replay --out` writes for the table's recording under two budgets."""
     out = tmp_path_factory.mktemp("whole") / "out"
     arguments = ["--budget", "average_fraction=0.25", "--budget", "average_fraction=0.6,peak_gmac=1"]
     assert main(["replay", str(TABLE), "--out", str(out), *arguments]) == 0
     return out
 
 
-# What it leaves
+# The results that a replay writes.
 
 
 def test_every_static_frame_is_stepped_on_and_told_with_every_field_of_policy_step(whole):
@@ -179,7 +181,7 @@ def test_a_place_that_cannot_be_written_is_named_in_one_line(short, tmp_path, ca
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
-    """In a container the next process often has the number of the one that was killed."""
+    """In a container, a new process often has the id of one that was killed."""
     left = tmp_path / f".out.partial-{os.getpid()}"
     (left / "out").mkdir(parents=True)
     (left / "out" / "half").write_text("half")
@@ -205,7 +207,7 @@ def test_what_a_replay_left_can_be_replayed(whole, tmp_path):
     assert decided(first / "bag") == decided(TABLE, duration_s=1.0)
 
 
-# What it hears
+# The messages that a replay uses.
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, tmp
     assert result.hold_reasons["TOO_SLOW"], "its frames are older than inputs.max_age_s by then"
 
 
-# Odd recordings
+# Unusual recordings.
 
 
 def test_a_gap_is_a_hold_and_what_follows_goes_on(short, tmp_path):
@@ -384,7 +386,8 @@ def test_a_topic_that_is_not_read_may_be_of_any_type(short, tmp_path):
     result, rows = replayed(path)
     assert len(rows) == len(decisions(short))
     assert result.tally.lines() == [
-        "/gripper_command: 1 left out: of type std_msgs/msg/String, gripper_command takes std_msgs/msg/Float64MultiArray"
+        "/gripper_command: 1 left out: of type std_msgs/msg/String, "
+        "gripper_command takes std_msgs/msg/Float64MultiArray"
     ]
     with pytest.raises(UserError, match="/gripper_command is of type std_msgs/msg/String"):
         decisions(path, topics={"gripper_command": "/gripper_command"})
@@ -406,7 +409,8 @@ def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
 
 
 def restamped(found: list[RecordedMessage], shift) -> list[RecordedMessage]:
-    """Messages with other header stamps; shift: of a message's index and stamp [ns] -> stamp [ns]."""
+    """The messages with other header stamps. shift: gives the new stamp [ns] from the message's index and
+    stamp [ns]."""
     from deer_vla_ros.bag.cdr import types
 
     result = []
@@ -439,7 +443,7 @@ def test_a_clock_that_jumps_back_is_a_hold_and_a_new_episode(short, tmp_path):
     found = records(INPUTS, short)
     length = found[-1].time_ns - found[0].time_ns + 100 * MS
     late = [dataclasses.replace(each, time_ns=each.time_ns + length) for each in found]
-    path = write(tmp_path / "bag", [*found, *late])  # stamps begin again, times of receipt go on
+    path = write(tmp_path / "bag", [*found, *late])  # Stamps begin again; times of receipt go on.
     result, rows = replayed(path, clock="receive")
     assert result.hold_reasons["STATIC_STALE"] >= 1 and len(rows) == len(decisions(short))
     again, _ = replayed(path, clock="header")
@@ -514,7 +518,7 @@ def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short,
 
 
 def test_a_type_that_only_the_recording_knows_is_copied_from_its_file_alone(short, tmp_path):
-    """Of an MCAP without its folder, and of older recorders, no hash of the type is known."""
+    """An MCAP file without its folder, or from an older recorder, has no hash of the type."""
     from rosbags.rosbag2 import Writer
     from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
@@ -533,12 +537,12 @@ def test_a_type_that_only_the_recording_knows_is_copied_from_its_file_alone(shor
     assert [bytes(each.data) for each in records(["/torque"], tmp_path / "out" / "bag")] == [bytes(data)]
 
 
-# Along recorded steps
+# Replays that follow recorded steps.
 
 
 @pytest.fixture(scope="module")
 def live(whole) -> Path:
-    """A recording with `~/step` messages: of the first budget."""
+    """A recording with `~/step` messages: the output of the first budget."""
     return next(whole.glob("*0.25*/bag"))
 
 
@@ -625,7 +629,7 @@ def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-# Golden files
+# Golden files.
 
 
 def test_a_golden_file_is_kept_and_the_first_difference_named(short, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`colcon build` gives code, messages and executables that work from anywhere."""
+"""Tests of `colcon build`: the installed code, messages and executables work in any folder."""
 
 import pytest
 from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run_sourced
@@ -6,7 +6,8 @@ from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run
 
 @pytest.fixture(scope="module", params=[[], ["--symlink-install"]], ids=["copied", "symlinked"])
 def workspace(request, tmp_path_factory):
-    """(folder of the workspace, its sources, whether it was installed as links), built once for all questions."""
+    """The workspace's folder, its sources, and whether it was installed as links. It is built once for all
+    tests."""
     folder = tmp_path_factory.mktemp("workspace")
     sources = copy_sources(folder)
     run("colcon", "build", *request.param, cwd=folder, env=clean_environment())
@@ -41,7 +42,9 @@ def test_every_source_file_is_installed_and_links_are_live(workspace):
     folder, sources, as_links = workspace
     installed = next((folder / "install").glob("**/*-packages/deer_vla_ros"))
     expected = [
-        p.relative_to(sources) for p in (sources / "deer_vla_ros").rglob("*") if p.is_file() and "__pycache__" not in p.parts
+        p.relative_to(sources)
+        for p in (sources / "deer_vla_ros").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
     ]
     assert len(expected) > 10
     for path in expected:
@@ -54,5 +57,7 @@ def test_every_source_file_is_installed_and_links_are_live(workspace):
 
 
 def test_colcon_takes_the_package_for_an_ament_cmake_package():
-    # An invalid e-mail in package.xml, or setup.py alone, would make it plain Python without a word, and without messages.
-    assert run("colcon", "list", cwd=ROOT, env=clean_environment()).split() == ["deer_vla_ros", ".", "(ros.ament_cmake)"]
+    # With an invalid e-mail in package.xml, or with setup.py alone, colcon would take it for a plain Python
+    # package, and build no messages, without a warning.
+    listed = run("colcon", "list", cwd=ROOT, env=clean_environment())
+    assert listed.split() == ["deer_vla_ros", ".", "(ros.ament_cmake)"]

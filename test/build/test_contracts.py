@@ -1,4 +1,5 @@
-"""Which room imports which: the contracts of `.importlinter`, and what a running node has loaded."""
+"""Tests of the imports between packages: the contracts of `.importlinter`, and the modules of a running
+node."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""`pip install .` gives the same package, in an environment that has ROS, and names the remedy in one that has not."""
+"""Tests of `pip install .`: it installs the same package as colcon; without ROS its error names the
+remedy."""
 
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from builds import USE_MESSAGES, clean_environment, copy_sources, run
 
 
 def test_installed_package_works_from_elsewhere(tmp_path):
-    # Given: a new environment that sees the packages of this one, and pip's default isolated build, which hides them.
+    # Given: a new environment that sees this one's packages, and pip's default isolated build, which hides
+    # them.
     sources, prefix = copy_sources(tmp_path), tmp_path / "venv"
     environment = clean_environment()
     run(sys.executable, "-m", "venv", "--without-pip", prefix, cwd=tmp_path, env=environment)
@@ -16,9 +18,11 @@ def test_installed_package_works_from_elsewhere(tmp_path):
     (site / "ros.pth").write_text(sysconfig.get_path("purelib"))
     python = prefix / "bin/python"
     # When
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", sources, cwd=tmp_path, env=environment)
-    # Then: the messages are usable although none of our folders is in LD_LIBRARY_PATH.
-    assert run(python, "-c", USE_MESSAGES, cwd="/", env=environment).splitlines()[-1] == str(site / "deer_vla_ros")
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--no-deps", sources, cwd=tmp_path, env=environment)
+    # Then: the messages can be used although none of our folders is in LD_LIBRARY_PATH.
+    printed = run(python, "-c", USE_MESSAGES, cwd="/", env=environment)
+    assert printed.splitlines()[-1] == str(site / "deer_vla_ros")
     assert "usage: python -m deer_vla_ros" in run(prefix / "bin/deer-vla", "--help", cwd="/", env=environment)
     assert (prefix / "share/ament_index/resource_index/packages/deer_vla_ros").is_file()
     assert (prefix / "lib/deer_vla_ros/deer_vla_node").stat().st_mode & 0o111
@@ -32,8 +36,8 @@ def test_installed_package_works_from_elsewhere(tmp_path):
 
 def test_without_ros_the_error_names_the_remedy(tmp_path):
     # Given: an interpreter whose prefix holds no ROS.
-    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty", cwd=tmp_path, env=clean_environment())
     environment = clean_environment()
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty", cwd=tmp_path, env=environment)
     environment.pop("AMENT_PREFIX_PATH")
     environment["PYTHONPATH"] = sysconfig.get_path("purelib")
     # When

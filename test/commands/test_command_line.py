@@ -1,4 +1,5 @@
-"""`python -m deer_vla_ros` finds the command, passes on what is ROS's, and turns a user's error into one line."""
+"""Tests of `python -m deer_vla_ros`: it finds the command, passes ROS arguments on, and prints a user's error
+in one line."""
 
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from deer_vla_ros.errors import UserError
 
 @pytest.fixture
 def probe(monkeypatch):
-    """A command `probe` that records its arguments and does what `probe.action` says."""
+    """A command `probe` that keeps its arguments and calls `probe.action`."""
     module = SimpleNamespace(__doc__="Example: probe --number 3", seen=None, action=lambda: 0)
 
     def run(args):

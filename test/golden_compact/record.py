@@ -1,9 +1,9 @@
-"""Which part of the reference's recording travels with the repository? A subset small enough to commit, made here.
+"""Makes the compact recording of the reference: a subset that is small enough to commit.
 
 Example: python test/golden_compact/record.py ../shared/golden
 
-Nothing is computed: every array is copied as the reference recorded it, or left out. `python -m deer_vla_ros parity` reads
-the result as it reads the whole. README.md says what is left.
+Every array is copied as the reference recorded it, or left out; nothing is computed. `python -m deer_vla_ros
+parity` reads the result like the whole recording. README.md lists what it contains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-MODEL = "9b"  # the smaller weights; and cross-attention on some layers only, a final norm, exits below a max_layer
+# The 9b recording has the smaller weights, cross-attention in some layers only, a final norm, and runs with
+# exits below a max_layer.
+MODEL = "9b"
 CLIP_TEXT_TOWER = (
     "vision_encoder.positional_embedding",
     "vision_encoder.text_projection",
@@ -38,11 +40,9 @@ DROPPED_RUNS = (
     "dyn_maxlayer5",
 )
 HIDDEN_STATE_STEPS = 3
-DROPPED_FORWARDS = ("fwd0/",)  # batch1 has the longer texts; training takes both batches
-DROPPED_FROM_TRAINING = (
-    "grad_norm_per_param",
-    "param_delta_l2",
-)  # in float32, where rounding grows from step to step
+DROPPED_FORWARDS = ("fwd0/",)  # batch1 has the longer texts; training takes both batches.
+# In float32 the rounding errors of these values grow from step to step.
+DROPPED_FROM_TRAINING = ("grad_norm_per_param", "param_delta_l2")
 KEPT_PREPROCESSING = ("gripper/", "shift4/")
 
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def without_text_tower(keys: dict) -> dict:
-    """The key list without the tensors left out of the weights."""
+    """The list of keys without the tensors that are left out of the weights."""
     return {
         **keys,
         "keys": [entry for entry in keys["keys"] if not entry["stored_as"].startswith(CLIP_TEXT_TOWER)],
@@ -87,7 +87,7 @@ def without_dropped_runs(info: dict) -> dict:
 
 
 def without_gradients(record: dict) -> dict:
-    """The training record without what was measured parameter by parameter."""
+    """The training record without the values of single parameters."""
     stages = [
         {**kept_of(stage), "steps": [kept_of(step) for step in stage["steps"]]} for stage in record["stages"]
     ]
@@ -105,14 +105,18 @@ def copy_json(source: Path, out: Path, name: str, subset: Callable[[dict], dict]
 
 
 def copy_arrays(source: Path, out: Path, name: str, keep: Callable[[str], bool]) -> None:
-    """The arrays that `keep` names; hidden states of whole runs are cut to their first steps. Same input, same bytes."""
+    """Copies the arrays for whose names `keep` is true. Hidden states of whole runs are cut to their first
+    steps.
+
+    The same input gives the same bytes.
+    """
     with (
         np.load(source / name) as arrays,
         zipfile.ZipFile(out / name, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file,
     ):
         for key in filter(keep, arrays.files):
             array = arrays[key][:HIDDEN_STATE_STEPS] if key.endswith("/hidden_states") else arrays[key]
-            entry = zipfile.ZipInfo(f"{key}.npy")  # dated 1980, so that a new run changes nothing
+            entry = zipfile.ZipInfo(f"{key}.npy")  # Its date is always 1980: a new run gives the same bytes.
             entry.compress_type = zipfile.ZIP_DEFLATED
             with file.open(entry, "w") as member:
                 np.lib.format.write_array(

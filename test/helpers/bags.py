@@ -1,4 +1,4 @@
-"""Recordings for the tests: the one in test/data, and others made from its messages."""
+"""Recordings for the tests: the one in test/data, and others that are made from its messages."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SECOND = 1_000_000_000
 
 
 def records(topics=None, path: Path = TABLE, seconds: float | None = None) -> list[RecordedMessage]:
-    """What the recording of the table holds, `seconds` from its beginning."""
+    """The messages of a recording, of `topics` or all, from its first `seconds` or all of it."""
     with Recording(path) as recording:
         stop = None if seconds is None else recording.start_ns + round(seconds * SECOND)
         return list(recording.messages(set(topics or recording.topics), None, stop))
@@ -34,7 +34,8 @@ def write(
     compression: CompressionMode = CompressionMode.NONE,
     topics: dict[str, str] | None = None,
 ) -> Path:
-    """A recording of these messages; topics: type by topic, where it is not what the messages say."""
+    """Writes a recording of these messages. topics: types by topic, if they differ from those of the
+    messages."""
     writer = Writer(path, version=9, storage_plugin=storage)
     writer.set_compression(compression, CompressionFormat.ZSTD)
     kinds = topics if topics is not None else {record.topic: record.type for record in found}

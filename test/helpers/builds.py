@@ -1,4 +1,5 @@
-"""What the build tests share: a copy of the sources, a clean environment, and a question to ask of an installation."""
+"""Helpers of the build tests: a copy of the sources, a clean environment, and a program that uses the
+messages."""
 
 import os
 import shutil
@@ -12,7 +13,7 @@ NOT_SOURCES = shutil.ignore_patterns(
     ".git", ".venv", "build", "install", "log", "out", "__pycache__", "*.egg-info"
 )
 
-# Publishing makes the middleware load its own type support, which an import alone would not.
+# The program publishes, because only that makes the middleware load its type support; an import does not.
 USE_MESSAGES = """
 import pathlib, rclpy, deer_vla_ros
 from deer_vla_ros.msg import BudgetStatus, PolicyStep
@@ -27,8 +28,8 @@ print(pathlib.Path(deer_vla_ros.__file__).parent)
 
 
 def copy_sources(folder: Path) -> Path:
-    """The sources alone, as a clone has them: no test builds in, or leaves files in, the checkout."""
-    # test/build is this folder's name as well as the build folder's: only the one at the top is no source.
+    """Copies the sources alone, as a clone has them, so that no test writes to the checkout."""
+    # Only the folder `build` at the top is not a source; test/build is one.
     copy = folder / "deer_vla_ros"
     shutil.copytree(
         ROOT,
@@ -40,7 +41,7 @@ def copy_sources(folder: Path) -> Path:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment of a person who has ROS and nothing of this checkout on any path."""
+    """Environment variables with ROS on the paths, and without this checkout."""
     environment = dict(os.environ)
     for name in ("PYTHONPATH", "AMENT_PREFIX_PATH", "LD_LIBRARY_PATH", "CMAKE_PREFIX_PATH"):
         kept = [
@@ -55,7 +56,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def run(*command, cwd: Path, env: dict[str, str]) -> str:
-    """Run to the end and return what it printed; a failure shows the same."""
+    """Runs a command to its end and returns its output. If it fails, the test fails and shows the output."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -69,5 +70,5 @@ def run(*command, cwd: Path, env: dict[str, str]) -> str:
 
 
 def run_sourced(setup: Path, *command, cwd: Path, env: dict[str, str]) -> str:
-    """The same in a shell that sourced an installation's setup.bash, as a person would."""
+    """Runs a command as `run` does, in a shell that sourced an installation's setup.bash."""
     return run("bash", "-c", '. "$0" && exec "$@"', setup, *command, cwd=cwd, env=env)

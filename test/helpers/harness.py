@@ -1,7 +1,7 @@
-"""How do tests meet a running node? Processes to start and stop, a client that listens, and waiting for events.
+"""Helpers for tests with running nodes: processes to start and stop, a client, and waiting for events.
 
-Import it as `from harness import Client, spawn, wait_until` in the tests of this folder. ROS_DOMAIN_ID comes from the
-environment (test/conftest.py gives every test process its own), and child processes inherit it.
+Import it as `from harness import Client, spawn, wait_until`. ROS_DOMAIN_ID comes from the environment:
+test/conftest.py gives every test process its own, and child processes inherit it.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from rclpy.qos import QoSProfile
 from rclpy.task import Future
 
 START_TIMEOUT = 60.0
-"""Seconds that a node may take to start on a busy machine; most of them are imports of torch."""
+"""The most seconds until a node has started on a busy machine; it mostly imports torch."""
 PATIENCE_S = 2.0
-"""How long a call waits for a response before it takes it for lost."""
+"""The time that a call waits for a response until it counts as lost."""
 REACHES = {
     Transition.TRANSITION_CONFIGURE: State.PRIMARY_STATE_INACTIVE,
     Transition.TRANSITION_ACTIVATE: State.PRIMARY_STATE_ACTIVE,
     Transition.TRANSITION_DEACTIVATE: State.PRIMARY_STATE_INACTIVE,
     Transition.TRANSITION_CLEANUP: State.PRIMARY_STATE_UNCONFIGURED,
 }
-"""The lifecycle state that a transition ends in."""
+"""The lifecycle state after each transition."""
 
 
 class Process:
-    """A child process in its own process group whose output (both streams) can be read at any time."""
+    """A child process in its own process group. Its output (both streams) can be read at any time."""
 
     def __init__(self, command: tuple[str, ...], env: dict[str, str] | None = None):
         self._log = tempfile.NamedTemporaryFile("a")
@@ -52,7 +52,7 @@ class Process:
         return self._popen.pid
 
     def output(self) -> str:
-        # Opened anew: the child shares the file position of the handle it was given.
+        # The file is opened again, because the child shares the position of its own handle.
         with open(self._log.name, errors="replace") as log:
             return log.read()
 
@@ -63,7 +63,7 @@ class Process:
         self._popen.send_signal(signal_number)
 
     def wait(self, timeout: float = 10.0) -> int:
-        """Exit status; fails with the output if the process is still running after `timeout` seconds."""
+        """Waits for the end and returns the exit status. Fails with the output after `timeout` seconds."""
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -75,7 +75,7 @@ class Process:
         return self.wait(timeout)
 
     def close(self) -> None:
-        """Kills whatever is left: for clean-up, never to test an exit."""
+        """Kills all processes of the group that still run. It is for clean-up, not to test an exit."""
         if self.running():
             self._popen.kill()
             self._popen.wait()
@@ -83,13 +83,14 @@ class Process:
 
 
 def spawn(*command: str, env: dict[str, str] | None = None) -> contextlib.AbstractContextManager[Process]:
-    """Runs `python -m deer_vla_ros COMMAND...`; on a failing test its output is printed, at the end it is killed."""
+    """Runs `python -m deer_vla_ros COMMAND...`. If the test fails, its output is printed. At the end it is
+    killed."""
     return spawn_python("-m", "deer_vla_ros", *command, env=env)
 
 
 @contextlib.contextmanager
 def spawn_python(*command: str, env: dict[str, str] | None = None) -> Iterator[Process]:
-    """The same for `python COMMAND...`."""
+    """Runs `python COMMAND...`, as `spawn` does."""
     process = Process((sys.executable, *command), env)
     try:
         yield process
@@ -101,11 +102,11 @@ def spawn_python(*command: str, env: dict[str, str] | None = None) -> Iterator[P
 
 
 class Client:
-    """A node of the test with its own context, spun in a thread. Use as a context manager.
+    """A ROS node of the test with its own context, spun in a thread. Use it as a context manager.
 
-    `listen` keeps every message of a topic; `publisher` waits until somebody listens; `call` waits for a response,
-    `change_state` and `await_active` for a lifecycle state.
-    Relative topic names are in `namespace`: nodes of two tests that run at the same time need one each.
+    `listen` keeps every message of a topic. `publisher` waits for a subscriber. `call` waits for a response,
+    `change_state` and `await_active` wait for a lifecycle state. Relative topic names are in `namespace`;
+    tests that run at the same time need different ones.
     """
 
     def __init__(self, name: str = "test_client", namespace: str = ""):
@@ -120,10 +121,10 @@ class Client:
         self._thread = threading.Thread(target=self._spin, name=f"{name}_spin")
 
     def _spin(self) -> None:
-        # Not executor.spin(): ending that from another thread destroys what it waits on.
+        # executor.spin() is not used: to end it from another thread destroys objects on which it waits.
         try:
             while not self._stop.is_set():
-                # A test may take an entity away while the executor gathers what to wait for.
+                # A test may destroy an entity while the executor collects the entities to wait for.
                 with contextlib.suppress(InvalidHandle):
                     self._executor.spin_once(timeout_sec=0.1)
         except BaseException as error:
@@ -149,16 +150,17 @@ class Client:
         return received
 
     def publisher(self, message_type, topic: str, qos: QoSProfile | int = 10, timeout: float = 10.0):
-        """A publisher on `topic`, once a subscription has matched it."""
+        """Returns a publisher on `topic` as soon as a subscription has matched it."""
         publisher = self.node.create_publisher(message_type, topic, qos)
         wait_until(publisher.get_subscription_count, timeout, f"a subscription on {topic}")
         return publisher
 
     def call(self, service_type, name: str, request=None, timeout: float = START_TIMEOUT):
-        """The response of service `name` to `request` (default: an empty one), which may be sent more than once.
+        """Returns the response of service `name` to `request` (default: an empty one), which may be sent
+        several times.
 
-        A server that has not discovered the client's reader yet drops its response (rmw gives it 100 ms): the request without one
-        is sent again.
+        A server that has not discovered the client's reader within 100 ms (set by rmw) drops its response. A
+        request without a response is therefore sent again.
         """
         sent: list[tuple[float, Future]] = []
 
@@ -174,7 +176,8 @@ class Client:
         return self.call(GetState, f"{node}/get_state").current_state.id
 
     def change_state(self, node: str, transition: int) -> bool:
-        """Asks `node` for a transition, once; whether it was made. For a lost response the state is asked."""
+        """Requests a transition of `node` once. Returns whether it succeeded. If the response is lost, the
+        state decides."""
         request = ChangeState.Request(transition=Transition(id=transition))
         future, sent = (
             self._ask(ChangeState, f"{node}/change_state", request, START_TIMEOUT),
@@ -199,7 +202,8 @@ class Client:
         wait_until(active, START_TIMEOUT, f"{node} to be active")
 
     def _ask(self, service_type, name: str, request, timeout: float) -> Future:
-        # One client per service for good: whoever serves keeps memory for every client that it ever met.
+        # Every service has one client for all calls, because a server keeps memory for every client that it
+        # has had.
         if name not in self._clients:
             self._clients[name] = self.node.create_client(service_type, name)
         wait_until(self._clients[name].service_is_ready, timeout, f"service {name}")

@@ -1,4 +1,4 @@
-"""Poses and motions for property tests of the control room."""
+"""Poses and motions for property tests of the package `control`."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -15,10 +15,10 @@ poses = st.builds(lambda position, rotation: Pose(position, rotation.as_quat()),
 
 
 def angle_between(a: Pose, b: Pose) -> float:
-    """Radians between two orientations."""
+    """The angle [rad] between the orientations of two poses."""
     return (Rotation.from_quat(a.quaternion) * Rotation.from_quat(b.quaternion).inv()).magnitude()
 
 
 def distance_between(a: Pose, b: Pose) -> float:
-    """Metres between two positions."""
+    """The distance [m] of the positions of two poses."""
     return float(np.linalg.norm(a.position - b.position))

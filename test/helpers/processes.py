@@ -1,4 +1,4 @@
-"""What do tests of any room ask of processes: wait for something, and see who runs."""
+"""Helpers for tests with processes: waiting for a condition, and finding running processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ Value = TypeVar("Value")
 
 
 def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str = "the condition") -> Value:
-    """Polls until `condition()` is true and returns its value; after `timeout` seconds fails naming `what`."""
+    """Polls until `condition()` is true and returns its value. After `timeout` seconds the test fails and
+    names `what`."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -21,7 +22,7 @@ def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str 
 
 
 def state_and_parent(pid):
-    """One letter and an id from /proc; None where the process is gone or only waits to be reaped."""
+    """A process's state (a letter) and its parent's id from /proc; None if the process has ended."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except (FileNotFoundError, ProcessLookupError):
@@ -30,7 +31,7 @@ def state_and_parent(pid):
 
 
 def children(parent):
-    """Ids of the processes that `parent` started and that still run."""
+    """The ids of the running processes that `parent` started."""
     running = {int(folder.name): state_and_parent(folder.name) for folder in Path("/proc").glob("[0-9]*")}
     return [pid for pid, found in running.items() if found and found[1] == parent]
 

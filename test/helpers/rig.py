@@ -1,4 +1,5 @@
-"""A robot as the policy node sees it: cameras and a measured pose over real DDS, each of which can misbehave."""
+"""A robot as the policy node sees it: cameras and a measured pose over real DDS. Each of them can
+misbehave."""
 
 from __future__ import annotations
 
@@ -24,15 +25,15 @@ PERIOD_S = 0.1
 
 
 class Rig:
-    """Publishes at 10 Hz while `running()`; change the attributes to make it misbehave. Keeps everything the
-    node says.
+    """Publishes at 10 Hz while `running()`, and keeps all messages of the node. Change its attributes to make
+    it misbehave.
 
-    edit_image (camera name, message) and edit_pose (message) change a message before it goes out. The arm
-    goes where it is told while it is told to move, unless `follows` is off; while it holds it stays wherever
-    `position` is put, as an arm led by hand does.
+    edit_image (camera name, message) and edit_pose (message) change a message before it is published. The arm
+    follows the targets while they move, unless `follows` is False. While the node holds, the arm stays at
+    `position`, which a test may set as if the arm were moved by hand.
 
-    namespace: prefix of all topics, "" or one that ends in a slash. compressed: cameras publish JPEG.
-    hears_commands: as an arm's controller does that is running.
+    namespace: prefix of all topics; "" or a name that ends in a slash. compressed: the cameras publish JPEG.
+    hears_commands: the rig subscribes to the commands, as a running controller of the arm does.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class Rig:
         self.edit_image = lambda name, image: None
         self.edit_pose = lambda pose: None
         self.follows = True
-        # Small: every node that ends with an image in flight leaves it in the 512 KiB of shared memory of
-        # this process for good, and one that finds no place there is lost.
+        # The images are small: if a node ends before it has taken an image, that image stays in this
+        # process's 512 KiB of shared memory, and an image that does not fit there is lost.
         self.sizes = {"static": 64, "gripper": 48}
         self._images: dict = {}
         self._images_lock = threading.Lock()
@@ -68,7 +69,7 @@ class Rig:
         self._stop = threading.Event()
 
     def hear_commands(self) -> None:
-        """Subscribes to what the arm is told."""
+        """Subscribes to the arm's commands."""
         for kind, topic, heard in (
             (PoseStamped, "target_pose", self.targets),
             (TwistStamped, "target_twist", self.twists),
@@ -78,14 +79,14 @@ class Rig:
             )
 
     def stop_hearing_commands(self) -> None:
-        """As an arm's controller that has ended."""
+        """Ends the subscriptions to the arm's commands, as a controller does that ends."""
         while self._hearing:
             self._client.node.destroy_subscription(self._hearing.pop())
 
     def make_cameras(self, reliable: bool) -> None:
-        """Camera publishers of that reliability, in place of any before."""
+        """Makes camera publishers of this reliability, and destroys earlier ones."""
         kind, suffix = (CompressedImage, "/compressed") if self._compressed else (Image, "")
-        # Depth 1, and destroyed when done, for the same reason.
+        # The queues have depth 1, and unused publishers are destroyed, for the same reason.
         reliability = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
         quality = QoSProfile(depth=1, reliability=reliability)
         with self._images_lock:
@@ -113,21 +114,24 @@ class Rig:
             self._destroy_cameras()
 
     def instruct(self, text: str) -> None:
-        """Says it once the node has seen where the arm is: a new rig's arm stands elsewhere than that of the
-        one before, and the node takes an instruction that comes before its pose for one that does not know of
-        it."""
+        """Gives an instruction after the node has received the arm's pose.
+
+        A new rig's arm is not where the last one's was. The node does not move it on an instruction that came
+        before its pose.
+        """
         if self.pose_on:
             wait_until(lambda: self.poses_sent >= 3, what="poses of a rig that is running")
         self._instruction.publish(String(data=text))
 
     def await_steps(self, count: int = 1, timeout: float = 20.0) -> list[PolicyStep]:
-        """The next `count` steps from now on."""
+        """Waits for the next `count` steps and returns them."""
         begin = len(self.steps)
         wait_until(lambda: len(self.steps) >= begin + count, timeout, f"{count} steps")
         return self.steps[begin : begin + count]
 
     def await_hold(self, timeout: float = 10.0) -> PoseStamped | None:
-        """The newest target, if there ever was one, once the arm holds: three zero twists in a row."""
+        """Waits until the node holds: three zero twists in a row. Returns the newest target, None if there
+        was none."""
         begin = len(self.twists)
         wait_until(
             lambda: len(self.twists) >= begin + 3 and not any(map(moves, self.twists[-3:])), timeout, "a hold"
@@ -154,7 +158,7 @@ class Rig:
                     self._publish_image("gripper", now - Duration(seconds=self.gripper_lag_s))
 
     def now(self) -> Time:
-        """The time that inputs are stamped with."""
+        """The time with which inputs are stamped."""
         return self._client.node.get_clock().now()
 
     def _publish_image(self, name: str, time: Time) -> None:

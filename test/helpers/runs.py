@@ -1,4 +1,4 @@
-"""Recipes that take seconds, demonstrations for them, and how they are run."""
+"""Training recipes that take seconds, demonstrations for them, and a function that runs them."""
 
 import argparse
 import os
@@ -49,7 +49,7 @@ EXIT = {
 
 
 def write_demonstrations(folder):
-    """Two shards of frames in which the brightness of the image and the task decide the action."""
+    """Writes two shards of frames in which the image's brightness and the task decide the action."""
     random = np.random.default_rng(0)
     for shard in range(2):
         writer = ShardWriter(folder / f"shard-{shard:04d}", tuple(PHRASINGS), 64, {"phrasings": PHRASINGS})
@@ -116,7 +116,7 @@ def parsed(config, out, data):
 
 
 def train(config, out, data, processes=1):
-    """The log and the weights of a finished run; one process of it is this one."""
+    """Runs a training to its end. Returns its log and weights. With `processes` 1 it runs in this process."""
     if processes == 1:
         assert main(command(config, out, data)[3:]) == 0
     else:

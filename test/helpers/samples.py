@@ -1,4 +1,5 @@
-"""Deltas and deviations as a policy with exits gives them: some steps are hard at every exit, deep exits are near full depth."""
+"""Made-up deltas and deviations of a policy with exits: some steps are hard at every exit, and deep exits are
+near full depth."""
 
 import numpy as np
 
@@ -11,7 +12,7 @@ EXITS = (1, 3, 5, 7, 9, 11)
 def samples(
     count: int = 2000, exits: int = 6, seed: int = 0, scale: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """deltas and deviations, (count, exits) each."""
+    """Deltas and deviations, (count, exits) each."""
     random = np.random.default_rng(seed)
     hardness = random.gamma(2.0, 0.5, (count, 1))
     deltas = (
@@ -24,7 +25,7 @@ def samples(
 def calibration(
     count: int = 2000, exits: tuple[int, ...] = EXITS, seed: int = 0, scale: float = 1.0
 ) -> Calibration:
-    """A calibration of such samples: poses that deviate from full depth along one axis."""
+    """A calibration of such samples. Its poses deviate from full depth along one axis."""
     deltas, deviations = samples(count, len(exits), seed, scale)
     poses = np.zeros((count, len(exits), 6), np.float32)
     poses[:, :, 0] = deviations * np.sqrt(6)

@@ -1,6 +1,6 @@
-"""What do tests of the network run on? A network that has every part and steps in about a millisecond.
+"""A small network for the tests. It has every part, and a step takes about a millisecond.
 
-Import it as `from small_model import ...`; conftest.py of the other folders puts this one on the path.
+Import it as `from small_model import ...`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def with_decoder(config: ModelConfig, **changes) -> ModelConfig:
 
 
 def small_model(config: ModelConfig = SMALL, seed: int = 0) -> MultiExitVLA:
-    """Random weights, larger than at initialisation: neighbouring exits disagree, each step differently."""
+    """A network with random weights, larger than at initialisation, so that exits disagree differently in
+    each step."""
     torch.manual_seed(seed)
     model = MultiExitVLA(config).eval().requires_grad_(False)
     for parameter in model.layers.parameters():
@@ -61,7 +62,7 @@ def small_model(config: ModelConfig = SMALL, seed: int = 0) -> MultiExitVLA:
 
 
 def small_tokenizer(max_tokens: int = SMALL.max_tokens) -> InstructionTokenizer:
-    """Word by word; what is none of WORDS reads as end of text."""
+    """A word-level tokenizer. A word that is not in WORDS becomes the end-of-text token."""
     vocabulary = {word: i for i, word in enumerate((END_OF_TEXT, END_OF_CHUNK, IMAGE, PAD, *WORDS))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=END_OF_TEXT))
     tokenizer.pre_tokenizer = Whitespace()
@@ -72,7 +73,8 @@ def small_tokenizer(max_tokens: int = SMALL.max_tokens) -> InstructionTokenizer:
 
 
 def observations(count: int, seed: int = 0) -> list[Observation]:
-    """Noise of two sizes, neither of them the network's, and a gripper that points down."""
+    """Observations of noise images in two sizes, which differ from the network's, and a gripper that points
+    down."""
     random, tcp = np.random.default_rng(seed), np.array([0.4, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0])
     sizes = (20, 24, 3), (12, 10, 3)
     return [

@@ -1,4 +1,5 @@
-"""What launch files check before they start anything, and how they judge the end of a process."""
+"""Tests of the checks that launch files make before they start anything, and of their handling of a process's
+end."""
 
 import os
 import subprocess
@@ -19,7 +20,7 @@ GIVEN = {"ros__parameters": {"control.rate_hz": 5.0}}
 
 
 def refusal(check, *arguments, **named) -> str:
-    """The one line with which it is refused."""
+    """The single line of the error with which a check refuses its arguments."""
     with pytest.raises(UserError) as caught:
         check(*arguments, **named)
     assert "\n" not in str(caught.value)
@@ -85,7 +86,7 @@ def test_a_file_is_for_the_node_where_the_node_itself_finds_it_so(tmp_path, name
 
 
 def overrides(namespace: str, file: Path) -> dict:
-    """The parameters that rcl takes out of the file for the node."""
+    """The parameters that rcl reads from the file for the node."""
     context = Context()
     rclpy.init(context=context)
     try:

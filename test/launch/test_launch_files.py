@@ -1,4 +1,7 @@
-"""Launch files name what exists. `launch` is not on PyPI: without it they are read, with it (apt Jazzy) they are loaded."""
+"""Tests that launch files name only what exists.
+
+`launch` is not on PyPI. Without it the tests read the files as text; with it (apt Jazzy) they load them.
+"""
 
 import ast
 import importlib.util
@@ -28,7 +31,7 @@ FILES = pytest.mark.parametrize("path", ARGUMENTS, ids=lambda path: path.name)
 
 
 def calls(path, name):
-    """Every call of `name` in the file."""
+    """All calls of `name` in the file."""
     tree = ast.parse(path.read_text(), str(path))
     return [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == name
@@ -36,7 +39,7 @@ def calls(path, name):
 
 
 def keyword(call, name):
-    """The literal that a call gives as keyword argument `name`; None where it is no literal."""
+    """The value of a call's keyword argument `name`; None if it is not a literal."""
     value = {given.arg: given.value for given in call.keywords}[name]
     return value.value if isinstance(value, ast.Constant) else None
 
@@ -106,7 +109,8 @@ def is_parameters(node):
 
 @pytest.mark.parametrize("namespace", ["/", "/left"])
 def test_what_launch_gives_wins_over_the_parameter_file(namespace, tmp_path):
-    """The command line is the one that launch_ros writes: the file first, then a file of its own under the node's full name."""
+    """The command line is that of launch_ros: first the file, then a file of its own with the node's full
+    name."""
     given = tmp_path / "launch_params.yaml"
     full_name = f"{namespace.rstrip('/')}/{NODE_NAME}"
     given.write_text(
@@ -125,14 +129,16 @@ def test_what_launch_gives_wins_over_the_parameter_file(namespace, tmp_path):
         assert node.get_fully_qualified_name() == full_name
         assert node.get_parameter("model.path").value == "/data/mine"
         assert node.get_parameter("autostart").value is False
-        assert node.get_parameter("control.rate_hz").value == 10.0  # from deer_vla.yaml, in any namespace
+        # This value comes from deer_vla.yaml, in any namespace.
+        assert node.get_parameter("control.rate_hz").value == 10.0
         node.destroy_node()
     finally:
         rclpy.shutdown(context=context)
 
 
 def test_a_replay_plays_on_the_recordings_clock_and_keeps_recorded_outputs_apart():
-    """Every topic on which the node publishes, for two publishers on one would mix what was decided then with what is decided now."""
+    """This concerns every topic on which the node publishes: with two publishers, recorded decisions would
+    mix with new ones."""
     (outputs,) = (
         node.value.elts
         for node in ast.walk(ast.parse(REPLAY.read_text()))
@@ -142,7 +148,7 @@ def test_a_replay_plays_on_the_recordings_clock_and_keeps_recorded_outputs_apart
     assert {each.value for each in outputs} >= {
         *published,
         "parameter_events",
-    }  # `replay --follow` obeys those it finds
+    }  # `replay --follow` follows those that it finds.
     topics = (ROOT / "docs" / "reference" / "topics.md").read_text()
     assert all(name.removeprefix("deer_vla/") in topics for name in published)
     text = REPLAY.read_text()
@@ -167,7 +173,7 @@ def test_the_policy_node_is_launched_with_only_the_parameters_given():
     assert node.node_executable == "deer_vla_node"
 
 
-# --- with launch: what happens when something is wrong
+# --- With launch: the handling of errors.
 
 RUN = """
 import sys
@@ -181,7 +187,7 @@ service = LaunchService(argv=sys.argv[2:])
 service.include_launch_description(LaunchDescription([file]))
 sys.exit(service.run())
 """
-"""What `ros2 launch` does with a file and its arguments."""
+"""Does what `ros2 launch` does with a file and its arguments."""
 
 
 @pytest.mark.parametrize(
