@@ -1,7 +1,8 @@
-"""How does a recording become training data? Episodes of one instruction each, in CALVIN's format, actions from what the arm did.
+"""Conversion of recordings into training data: episodes of one instruction each, in CALVIN's format.
 
-The action of a step is the motion from its measured pose to the next step's (or its target, where the arm was told one), in units of the
-action space, and whether the gripper was open by then. What a robot does not know (scene_obs) is zero, and so are joints that were not recorded.
+The action of a step is the motion from its measured pose to the measured pose (or the target) of the next
+step, in units of the action space, and whether the gripper was then open. Values that a robot does not know
+(scene_obs) are zero, and so are the joints.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.bag.observed import Seen
+from deer_vla_ros.bag.observed import ObservedStep
 from deer_vla_ros.control.motion import euler_of, motion_between
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
@@ -31,12 +32,15 @@ from deer_vla_ros.lab.training.calvin_files import (
 from deer_vla_ros.model.action_space import ActionSpace
 
 LONGEST_GAP = 2.5
-"""Control periods. Steps further apart than this are two episodes."""
+"""In control periods. A longer gap between two steps separates two episodes."""
 
 
 @dataclass
 class Converted:
-    """What came of it. clipped: steps that moved further than an action can say."""
+    """The result of a conversion.
+
+    short: episodes that were too short. clipped: steps that moved further than an action can express.
+    """
 
     episodes: int = 0
     steps: int = 0
@@ -45,12 +49,15 @@ class Converted:
     texts: Counter[str] = field(default_factory=Counter)
 
 
-def episodes(seen: Iterable[Seen], rate_hz: float) -> Iterator[Iterator[Seen]]:
-    """Moments without a break under one instruction, each episode read to its end before the next one; one moment is held at a time."""
+def episodes(seen: Iterable[ObservedStep], rate_hz: float) -> Iterator[Iterator[ObservedStep]]:
+    """Splits the steps into episodes without a break and with one instruction each.
+
+    Read each episode to its end before the next one. Only one step at a time is in memory.
+    """
     gap_ns = LONGEST_GAP * 1e9 / rate_hz
     episode, last = 0, None
 
-    def number(moment: Seen) -> int:
+    def number(moment: ObservedStep) -> int:
         nonlocal episode, last
         if last and (moment.instruction != last[0] or not 0 < moment.stamp_ns - last[1] <= gap_ns):
             episode += 1
@@ -61,16 +68,17 @@ def episodes(seen: Iterable[Seen], rate_hz: float) -> Iterator[Iterator[Seen]]:
 
 
 def convert(
-    recordings: Iterable[tuple[Path, Iterable[Seen]]],
+    recordings: Iterable[tuple[Path, Iterable[ObservedStep]]],
     out: Path,
     space: ActionSpace,
     rate_hz: float,
     source: str,
     shortest: int = 2,
 ) -> Converted:
-    """Writes `out`/training, whole or not at all. UserError where nothing can be learnt from the recordings, or there is no gripper command.
+    """Writes `out`/training; it is complete or does not exist.
 
-    source: where a motion leads, "measured" pose or "target". shortest: steps of an episode that is worth keeping.
+    source: the end of a motion, "measured" pose or "target". shortest: least number of steps in an episode.
+    Raises UserError if the recordings hold no usable episode or no gripper command.
     """
     if out.exists():
         raise UserError(f"--out is {out}, which exists: give the dataset a new folder")
@@ -84,9 +92,8 @@ def convert(
                 if len(beginning) <= shortest:
                     converted.short += 1
                     continue
-                first = number = (
-                    converted.steps + converted.episodes
-                )  # a gap between episodes: they were recorded with a break
+                # The numbers have a gap between episodes because the recording has a break there.
+                first = number = converted.steps + converted.episodes
                 for now, following in pairwise(chain(beginning, episode)):
                     write_step(folder, number, _step(path, now, following, space, source, converted))
                     number += 1
@@ -97,7 +104,8 @@ def convert(
                 converted.texts[text] += 1
         if not annotations:
             raise UserError(
-                f"convert-bag: no episode of more than {shortest} steps in these recordings: nothing is written"
+                f"convert-bag: no episode of more than {shortest} steps in these recordings: "
+                "nothing is written"
             )
         write_annotations(folder, annotations)
         write_action_space(folder, space, actions=source, rate_hz=rate_hz, episodes=dict(converted.texts))
@@ -105,18 +113,24 @@ def convert(
 
 
 def _step(
-    path: Path, now: Seen, following: Seen, space: ActionSpace, source: str, converted: Converted
+    path: Path,
+    now: ObservedStep,
+    following: ObservedStep,
+    space: ActionSpace,
+    source: str,
+    converted: Converted,
 ) -> CalvinStep:
     if following.gripper is None:
         raise UserError(
-            f"{path}: no gripper command by {following.stamp_ns / 1e9:.3f} s: name its topic with --topic gripper_command:=TOPIC, "
-            "or start the recording before the first one"
+            f"{path}: no gripper command by {following.stamp_ns / 1e9:.3f} s: "
+            "name its topic with --topic gripper_command:=TOPIC, or start the recording before the first one"
         )
     start, end = _pose(now), _pose(following)
     if source == "target":
         if following.target is None:
             raise UserError(
-                f"{path}: no target by {following.stamp_ns / 1e9:.3f} s: name its topic with --topic target_pose:=TOPIC"
+                f"{path}: no target by {following.stamp_ns / 1e9:.3f} s: "
+                "name its topic with --topic target_pose:=TOPIC"
             )
         end = following.target
     translation, rotation = motion_between(start, end)
@@ -137,12 +151,12 @@ def _step(
     )
 
 
-def _pose(seen: Seen) -> Pose:
+def _pose(seen: ObservedStep) -> Pose:
     return Pose(seen.observation.tcp[:3], Rotation.from_quat(seen.observation.tcp[3:]).as_quat())
 
 
 def _is_open(command: float | None, space: ActionSpace) -> float:
-    """1 where the command is nearer to open than to closed, -1 elsewhere."""
+    """Returns 1 if the command is nearer to open than to closed, and -1 otherwise."""
     if command is None:
         return 1.0
     return 1.0 if abs(command - space.gripper_open) < abs(command - space.gripper_closed) else -1.0

@@ -1,8 +1,9 @@
-"""How does the scripted expert show the tasks? Sessions of tasks one after another, without resetting the table in between.
+"""Demonstrations by the scripted expert, in sessions of several tasks without a reset between them.
 
-So episodes begin as they will in instruction chains: the arm anywhere, perhaps with a block in its hand. Most are disturbed by
-bursts of noise, and the expert's clean answer to the disturbed state is what is recorded. With a policy, the policy acts first and
-the expert takes over (DAgger, Ross et al. 2011, arXiv 1011.0686): frames of the policy's own mistakes, with the expert's answers.
+Episodes therefore begin as in instruction chains: the arm can be anywhere and can hold a block. Bursts of
+noise disturb most episodes; the recorded action is the expert's answer to the disturbed state, without noise.
+With a policy, the policy acts first and then the expert takes over (DAgger, Ross et al. 2011, arXiv
+1011.0686). This gives frames of the policy's own mistakes with the expert's answers.
 """
 
 from __future__ import annotations
@@ -25,29 +26,34 @@ from deer_vla_ros.lab.sim.things import things
 STEP_LIMIT = 80
 SESSION_TASKS = 8
 NOISE = 0.35
-"""Standard deviation of a burst's mean, in units of the action."""
+"""Standard deviation of the mean of a burst of noise, in units of the action."""
 
 BURSTS = 0.12
-"""Probability that one begins, per step."""
+"""Probability that a burst begins, per step."""
 
 _RARE = {"place_in_drawer": 5.0, "stack_block": 5.0, "take_out_of_drawer": 4.0, "unstack_block": 3.0}
-"""How much more often than others a task is chosen where it is possible: it seldom is."""
+"""How much more often a possible task is chosen than others; these tasks are seldom possible."""
 
 _RARE_OF_A_POLICY = {
     **_RARE,
     **{task.name: 4.0 for task in TASKS if task.name.startswith(("lift_nearest", "lift_farthest"))},
 }
-"""Where a policy acts first. Whatever the expert does, its frames are labelled for every task; a policy's mistakes come only with what it
-was asked for."""
+"""The same if a policy acts first.
+
+The expert's frames serve every task, because all tasks are labelled. The policy's mistakes occur only in the
+given task.
+"""
 
 Driver = Callable[[Observation], Action]
-"""A policy that has been told the instruction."""
+"""A policy that follows one instruction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What the expert would do in one state for every task, in the order of TASKS, and where everything is; the arrays are
-    training.frames.ARRAYS' rows."""
+    """Labels of one state: the expert's action for every task, in the order of TASKS, and all things.
+
+    The arrays are rows of training.frames.ARRAYS.
+    """
 
     actions: np.ndarray
     valid: np.ndarray
@@ -58,10 +64,11 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """What is there before one step.
+    """The situation before one step.
 
-    tcp (7,): measured pose, position [m] and quaternion xyzw. joints (9,): as Table.joint_positions. gripper_open: what the gripper
-    was last told in this episode, before its first step whether it is wide open.
+    tcp (7,): measured pose, position [m] and quaternion xyzw. joints (9,): as Table.joint_positions.
+    gripper_open: the last gripper command of this episode; before the first one, whether the gripper is wide
+    open.
     """
 
     views: Views
@@ -74,7 +81,7 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One task from where the one before left the table, until it succeeded or STEP_LIMIT steps were over."""
+    """One task, from the state after the task before, until success or until STEP_LIMIT steps."""
 
     task: Task
     moments: tuple[Moment, ...]
@@ -82,16 +89,17 @@ class Episode:
 
 
 def demonstrations(count: int, seed: int, driver: Callable[[str], Driver] | None = None) -> Iterator[Episode]:
-    """`count` episodes worth learning from; they depend on nothing but the arguments.
+    """Yields `count` episodes that are useful for training; they depend only on the arguments.
 
-    driver: makes the policy that acts first, from an instruction; None: the expert alone acts, and what it fails at is left out.
+    driver: makes the policy that acts first, from an instruction. None: only the expert acts, and its
+    failures are left out.
     """
     with closing(_episodes(seed, driver)) as episodes:
         yield from islice((episode for episode in episodes if episode.succeeded or driver), count)
 
 
 def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Episode]:
-    """Without end."""
+    """Yields episodes without end."""
     random = np.random.default_rng(seed)
     with Table(seed) as table:
         while True:
@@ -113,7 +121,7 @@ def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Epi
 def record_episode(
     table: Table, task: Task, random: np.random.Generator, new_driver: Callable[[str], Driver] | None = None
 ) -> Episode:
-    """Does one task, from where the table is."""
+    """Does one task from the current state of the table."""
     arm, before, moments = TableArm(table), table.state(), []
     disturbance = Disturbance(random, probability=BURSTS if random.random() < 0.75 else 0.0)
     driver, own_steps, gripper_open = None, 0, before.opening > RELEASED_M
@@ -158,14 +166,14 @@ def _labels(table: Table, current: Task, state: TableState) -> Labels:
 
 
 class Disturbance:
-    """Bursts of noise on an action: a push in one direction for a few steps, and a tremble on it."""
+    """Bursts of noise on actions: a constant offset for a few steps, with smaller noise in each step."""
 
     def __init__(self, random: np.random.Generator, probability: float):
         self._random, self._probability = random, probability
         self._left, self._push = 0, np.zeros(6)
 
     def draw(self) -> np.ndarray:
-        """(6,) to add to this step's action."""
+        """Returns the noise (6,) for this step's action."""
         if self._left == 0 and self._random.random() < self._probability:
             self._left = int(self._random.integers(2, 6))
             self._push = self._random.normal(0.0, NOISE, 6)

@@ -1,4 +1,4 @@
-"""Who acts before the expert takes over? A checkpoint's network, at full depth, told what to do."""
+"""The policy that acts before the expert takes over: a checkpoint's network at full depth."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load
 
 
 def new_driver(folder: Path) -> Callable[[str], Driver]:
-    """Makes the network of a checkpoint folder follow an instruction; one instruction at a time."""
+    """Returns a function that makes the network of a folder follow an instruction, one at a time."""
     checkpoint = load(folder)
-    rule = ExitRule(
-        checkpoint.info.model.exits[-1:], (-1.0,), checkpoint.info.delta
-    )  # its one exit is the last one
+    only_last = checkpoint.info.model.exits[-1:]
+    rule = ExitRule(only_last, (-1.0,), checkpoint.info.delta)
     policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, rule)
 
     def drive(observation: Observation) -> Action:
         action = policy.step(observation).action
         if not action.is_finite:
             raise UserError(
-                f"record-demos: an action of {folder} is not finite: its weights are damaged, or training diverged"
+                f"record-demos: an action of {folder} is not finite: its weights are damaged, "
+                "or training diverged"
             )
         return action
 
-    def told(instruction: str) -> Driver:
+    def driver_of(instruction: str) -> Driver:
         policy.reset(instruction)
         return drive
 
-    return told
+    return driver_of
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of all that a network's actions depend on."""
+    """Returns the SHA-256 of all files that a network's actions depend on."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         try:
             digest.update((folder / name).read_bytes())
         except OSError as error:
             raise UserError(
-                f"record-demos: {folder / name} cannot be read ({error.strerror}): give --policy a checkpoint folder"
+                f"record-demos: {folder / name} cannot be read ({error.strerror}): "
+                "give --policy a checkpoint folder"
             ) from error
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""How are demonstrations made on all cores? In shards, each from a seed of its own, so that nothing depends on who made which."""
+"""Recording of demonstrations on all cores, in shards with their own seeds."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ from deer_vla_ros.lab.workers import Work, spread
 DEMOS_PER_SHARD = 100
 SEEDS_PER_RUN = 1_000
 FIRST_FOREIGN_SEED = 1_000_000
-"""Seeds from here on are for evaluation."""
+"""Evaluation uses the seeds from here on."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What to record. image_size: pixels, None: CALVIN's format. policy: checkpoint whose network acts first; None: the expert alone."""
+    """What to record.
+
+    image_size: pixels; None for CALVIN's format. policy: checkpoint whose network acts first; None for the
+    expert alone.
+    """
 
     folder: Path
     demos: int
@@ -52,7 +56,8 @@ class Recording:
         if self.image_size is None and len(self.shard_sizes) > CALVIN_SHARDS:
             most = CALVIN_SHARDS * self.demos_per_shard
             raise UserError(
-                f"record-demos: --demos is {self.demos}, but CALVIN's seven digits number {most} at most: give fewer"
+                f"record-demos: --demos is {self.demos}, but CALVIN's seven digits number {most} at most: "
+                "give fewer"
             )
         last = self.seed * SEEDS_PER_RUN + len(self.shard_sizes) - 1
         if (
@@ -60,14 +65,16 @@ class Recording:
             or len(self.shard_sizes) > SEEDS_PER_RUN
         ):
             raise UserError(
-                f"record-demos: --seed {self.seed} with --demos {self.demos} needs seeds {self.seed * SEEDS_PER_RUN} to {last}: give "
-                f"--seed 0 to {FIRST_FOREIGN_SEED // SEEDS_PER_RUN - 1} and at most {SEEDS_PER_RUN * self.demos_per_shard} --demos, "
+                f"record-demos: --seed {self.seed} with --demos {self.demos} needs seeds "
+                f"{self.seed * SEEDS_PER_RUN} to {last}: give --seed 0 to "
+                f"{FIRST_FOREIGN_SEED // SEEDS_PER_RUN - 1} and at most "
+                f"{SEEDS_PER_RUN * self.demos_per_shard} --demos, "
                 f"since seeds from {FIRST_FOREIGN_SEED} on are for evaluation"
             )
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Demonstrations in each shard: the last one may be smaller."""
+        """The number of demonstrations in each shard; the last shard can be smaller."""
         whole, rest = divmod(self.demos, self.demos_per_shard)
         return [self.demos_per_shard] * whole + [rest] * (rest > 0)
 
@@ -77,7 +84,7 @@ class Recording:
         )
 
     def settings(self) -> Settings:
-        """What every shard depends on, besides its own seed."""
+        """Returns what every shard depends on, except its own seed."""
         return {
             "format": None if self.image_size is None else FORMAT,
             "image_size": self.image_size,
@@ -89,7 +96,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Shard:
-    """Demonstrations that are made together, by one process. settings: with the shard's own seed."""
+    """Demonstrations that one process makes together. settings: including the shard's own seed."""
 
     number: int
     demos: int
@@ -97,7 +104,10 @@ class Shard:
 
 
 def record(recording: Recording, jobs: int) -> tuple[int, int]:
-    """Records what is not there yet: (frames recorded now, demonstrations that were there). UserError for a folder of something else."""
+    """Records what is missing. Returns the number of new frames and of demonstrations that existed before.
+
+    Raises UserError for a folder with other content.
+    """
     store, settings = recording.store(), recording.settings()
     shards = [
         Shard(number, demos, {"seed": recording.seed * SEEDS_PER_RUN + number, **settings})
@@ -124,12 +134,13 @@ def record(recording: Recording, jobs: int) -> tuple[int, int]:
 
 
 def _check(recording: Recording, shards: list[Shard], found: dict[int, Settings]) -> None:
-    """Raises UserError where the folder holds shards that do not belong to this recording."""
+    """Raises UserError if the folder holds shards that do not belong to this recording."""
     remedy = f"give another --out, or remove {recording.folder}"
     for number, settings in sorted(found.items()):
         if number >= len(shards) or settings["episodes"] > shards[number].demos:
             raise UserError(
-                f"{recording.folder} holds more than {recording.demos} demonstrations: {remedy}, or give a larger --demos"
+                f"{recording.folder} holds more than {recording.demos} demonstrations: {remedy}, "
+                "or give a larger --demos"
             )
         for name, wanted in shards[number].settings.items():
             if settings.get(name) != wanted:
@@ -141,14 +152,14 @@ def _check(recording: Recording, shards: list[Shard], found: dict[int, Settings]
 
 
 def _worker(store: Store, policy: Path | None) -> Work:
-    """Records shards in this process."""
+    """Returns the function that records shards in this process."""
     torch.set_num_threads(1)
     new_driver = None if policy is None else _policy_driver().new_driver(policy)
 
-    def work(shard: Shard, tell: Callable[[], None]) -> int:
+    def work(shard: Shard, on_episode: Callable[[], None]) -> int:
         episodes = demonstrations(shard.demos, shard.settings["seed"], new_driver)
         try:
-            return store.write(shard.number, shard.settings, _told(episodes, tell))
+            return store.write(shard.number, shard.settings, _reported(episodes, on_episode))
         except OSError as error:
             raise UserError(
                 f"record-demos: shard {shard.number} cannot be written ({error}): make room, and repeat this"
@@ -157,14 +168,15 @@ def _worker(store: Store, policy: Path | None) -> Work:
     return work
 
 
-def _told(episodes: Iterator[Episode], tell: Callable[[], None]) -> Iterator[Episode]:
+def _reported(episodes: Iterator[Episode], on_episode: Callable[[], None]) -> Iterator[Episode]:
+    """Yields the episodes and calls `on_episode` after each."""
     for episode in episodes:
         yield episode
-        tell()
+        on_episode()
 
 
 def _policy_driver() -> ModuleType:
-    """Imported where it is needed: the network brings seconds of imports, and the expert alone needs none of it."""
+    """Imports the module of the policy only if it is needed, because the network's imports take seconds."""
     from deer_vla_ros.lab.demonstrations import policy_driver
 
     return policy_driver

@@ -1,4 +1,4 @@
-"""How do shards of demonstrations come onto the disk? In our own format or in CALVIN's, each shard whole or not at all."""
+"""Writing of shards of demonstrations, in our own format or in CALVIN's; no shard is incomplete."""
 
 from __future__ import annotations
 
@@ -30,30 +30,32 @@ from deer_vla_ros.lab.training.frames import ShardWriter
 from deer_vla_ros.model.action_space import TABLETOP
 
 Settings = dict[str, Any]
-"""What a shard depends on. Its names and values go into the shard, as JSON."""
-
+"""What a shard depends on. Its names and values are written into the shard as JSON."""
 
 _STEPS_PER_SHARD = 10_000
-"""In CALVIN's numbering: more than demonstrations.STEP_LIMIT of all demonstrations of a shard."""
+"""In CALVIN's numbering; it is more than demonstrations.STEP_LIMIT times the demonstrations of a shard."""
 CALVIN_SHARDS = (LARGEST_NUMBER + 1) // _STEPS_PER_SHARD
 
 
 class Store(Protocol):
-    """Where shards lie. It is told to worker processes, so it is plain data."""
+    """A folder of shards. It is sent to worker processes, so it holds only plain data."""
 
     def found(self) -> dict[int, Settings]:
-        """The settings of every complete shard by its number, with `episodes`: how many it holds. Removes what a killed run left."""
+        """Returns the settings of every complete shard by its number, with the number of its `episodes`.
+
+        Removes what a killed run left.
+        """
 
     def write(self, number: int, settings: Settings, episodes: Iterable[Episode]) -> int:
-        """One shard; the number of its frames."""
+        """Writes one shard and returns the number of its frames."""
 
     def finish(self) -> None:
-        """After the last shard."""
+        """Completes the folder after the last shard."""
 
 
 @dataclass(frozen=True)
 class FrameStore:
-    """training.frames: a folder per shard, images at the network's size."""
+    """The format of training.frames: a folder per shard, with images at the network's size."""
 
     folder: Path
     image_size: int
@@ -89,9 +91,10 @@ class FrameStore:
 
 @dataclass(frozen=True)
 class CalvinStore:
-    """training.calvin_files: a file per step, as the cameras give the images, and `shard-*.json` beside them.
+    """The format of training.calvin_files: a file per step with the cameras' own images, and `shard-*.json`.
 
-    Shard k has the numbers from 10,000 k on. Its .json is written after its steps; from all of them `finish` makes the annotations.
+    The step numbers of shard k begin at 10,000 k. Its .json file is written after its steps. `finish` makes
+    the annotations from all .json files.
     """
 
     folder: Path
@@ -126,7 +129,7 @@ class CalvinStore:
 
 
 def calvin_step(episode: Episode, moment: Moment) -> CalvinStep:
-    """One moment as training.calvin_files describes it."""
+    """Returns a moment in the form of training.calvin_files."""
     wanted = moment.labels.actions[TASKS.index(episode.task)].astype(np.float64)
     target = moved(Pose(moment.tcp[:3], moment.tcp[3:]), *motion_of(wanted, TABLETOP))
     state = moment.state

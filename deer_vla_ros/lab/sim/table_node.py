@@ -1,10 +1,11 @@
-"""How does the simulated table meet ROS? Behind the topics of a robot: images, poses and joints out, commands in.
+"""The ROS node of the simulated table.
 
-What no robot has: it listens to `instruction` too, and publishes the words on `~/succeeded` once the table shows that it was done.
+Like a robot, it publishes images, poses and joints, and takes commands. Unlike a robot, it also listens to
+`instruction`. It publishes the instruction on `~/succeeded` when it is carried out.
 
-Three parties share the process: callbacks only leave messages in an inbox; the main thread takes them from there,
-advances physics, renders and publishes; the signal handlers only raise a flag. So a slow image never delays a
-command's arrival, and OpenGL stays in one thread.
+Callbacks only put messages into an inbox. The main thread takes them from there, advances physics, renders
+and publishes. Signal handlers only set a flag. A slow image therefore never delays a command, and OpenGL
+stays in one thread.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.sim.referee import Referee
 from deer_vla_ros.lab.sim.scene import MAX_OPENING
 from deer_vla_ros.lab.sim.table import Table
+from deer_vla_ros.ros.messages import NEWEST, image_message, nanoseconds, pose_message, stamp
 from deer_vla_ros.ros.process import END_WITHIN_S, ros_process
-from deer_vla_ros.ros.qos import NEWEST
-from deer_vla_ros.ros.stamped import image_message, nanoseconds, pose_message, stamp
 
 if TYPE_CHECKING:
     from deer_vla_ros.lab.sim.table_recording import TableRecorder
@@ -45,13 +45,13 @@ POSE_RATE_HZ = 50.0
 MODES = ("paced", "lockstep")
 
 _RELIABLE = QoSProfile(depth=1)
-_SIGNAL_LATENCY = 0.05  # s: how often a waiting thread looks whether it is to stop
-_BACKLOG_LIMIT = 0.5  # s behind the pace before the table gives up catching up
-_LOG_EVERY = 2.0  # s between repetitions of the same complaint
+_SIGNAL_LATENCY = 0.05  # s: period at which a waiting thread checks whether it must stop
+_BACKLOG_LIMIT = 0.5  # s: delay after which the table no longer tries to catch up
+_LOG_EVERY = 2.0  # s between repetitions of the same log message
 
 
 class TableNode(Node):
-    """Node `table`. `run()` does the work in the calling thread until `stop` is set."""
+    """The node `table`. `run()` does the work in the calling thread until `stop` is set."""
 
     def __init__(self, stop: threading.Event, recorder: TableRecorder | None = None) -> None:
         super().__init__("table")
@@ -65,13 +65,13 @@ class TableNode(Node):
         self._elapsed_ns = 0
 
         self._referee = Referee()
-        self._judged = ""  # the instruction that the referee watches over
+        self._judged = ""  # the instruction that the referee judges
 
         self._inbox = threading.Condition()  # guards the seven below
         self._target: PoseStamped | None = None
         self._gripper: Float64MultiArray | None = None
         self._instruction: str | None = None
-        self._awaited: Time | None = None  # stamp of the camera pair that lock step waits an answer for
+        self._awaited: Time | None = None  # stamp of the camera pair whose answer lock step awaits
         self._resets_asked = self._resets_done = 0
         self._reset_seed = self._seed
 
@@ -83,8 +83,8 @@ class TableNode(Node):
         self._clock_topic = (
             self.create_publisher(Clock, "/clock", _RELIABLE) if self._publishes_clock else None
         )
-        # The gripper first: where both have arrived its callback runs first, and in lock step it is the target that
-        # sets the table going.
+        # The gripper comes first. If both messages have arrived, its callback then runs first. In lock step,
+        # the target starts the next step.
         self.create_subscription(Float64MultiArray, "gripper_command", self._on_gripper, _RELIABLE)
         self.create_subscription(PoseStamped, "target_pose", self._on_target, _RELIABLE)
         self.create_subscription(String, "instruction", self._on_instruction, _RELIABLE)
@@ -117,19 +117,21 @@ class TableNode(Node):
         )
         mode = declare(
             "clock.mode", "paced",
-            "paced: at clock.factor times real time. lockstep: as fast as possible, waiting after each camera pair "
-            "for the target_pose with its stamp",
+            "paced: at clock.factor times real time. lockstep: as fast as possible, waiting after each "
+            "camera pair for the target_pose with its stamp",
             constraint=" or ".join(MODES),
         )  # fmt: skip
         declare("clock.factor", 1.0, "table seconds per real second, when paced", True, 0.01, 100.0)
         declare(
-            "clock.lockstep_timeout_s", 2.0, "real seconds that lock step waits for an answer, then goes on without",
+            "clock.lockstep_timeout_s", 2.0,
+            "real seconds that lock step waits for an answer, then goes on without",
             True, 0.001, 3600.0,
         )  # fmt: skip
         if mode not in MODES:
             raise UserError(f"clock.mode is {mode!r}: set it to {' or '.join(MODES)}")
 
-    # -- callbacks: they only leave something in the inbox ---------------------------------------------------------
+    # -- callbacks: they only put messages into the inbox
+    # ----------------------------------------------------------
 
     def _on_gripper(self, message: Float64MultiArray) -> None:
         with self._inbox:
@@ -160,14 +162,15 @@ class TableNode(Node):
         )
         return response
 
-    # -- the main thread -------------------------------------------------------------------------------------------
+    # -- the main thread
+    # -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Advances, renders and publishes until `stop` is set; then closes OpenGL."""
+        """Advances, renders and publishes until `stop` is set. Then closes OpenGL."""
         ticks_per_frame = max(1, round(POSE_RATE_HZ / self.get_parameter("camera.rate_hz").value))
         tick_ns = round(1e9 / self.get_parameter("camera.rate_hz").value / ticks_per_frame)
         try:
-            self._table.render()  # the first image takes long: shaders compile
+            self._table.render()  # the first image is slow because shaders are compiled
             self._due = time.monotonic()
             while not self._stop.is_set():
                 for _ in range(ticks_per_frame):
@@ -176,10 +179,10 @@ class TableNode(Node):
         finally:
             self._table.close()
             with self._inbox:
-                self._inbox.notify_all()  # a reset that waits will not be carried out any more
+                self._inbox.notify_all()  # a waiting reset is not carried out
 
     def _tick(self, tick_ns: int) -> None:
-        """A short piece of table time: commands in, physics, poses out at their moment."""
+        """Advances the table by a short time: takes commands, runs physics and publishes poses."""
         self._take_commands()
         self._table.advance(tick_ns * 1e-9)
         self._elapsed_ns += tick_ns
@@ -192,14 +195,15 @@ class TableNode(Node):
         behind = time.monotonic() - self._due
         if behind > _BACKLOG_LIMIT:
             self.get_logger().warning(
-                f"{behind:.2f} s behind real time; skipping it. Lower clock.factor or camera.rate_hz if this repeats",
+                f"{behind:.2f} s behind real time; skipping it. "
+                "Lower clock.factor or camera.rate_hz if this repeats",
                 throttle_duration_sec=_LOG_EVERY,
             )
             self._due = time.monotonic()
         self._wait(self._due)
 
     def _wait(self, deadline: float, over: Callable[[], bool] = lambda: False) -> None:
-        """Until `deadline` (time.monotonic) or until `over()`; resets are carried out meanwhile."""
+        """Waits until `deadline` (time.monotonic) or until `over()`. Carries out resets meanwhile."""
         with self._inbox:
             while not self._stop.is_set():
                 self._reset_if_asked()
@@ -209,7 +213,7 @@ class TableNode(Node):
                 self._inbox.wait(min(left, _SIGNAL_LATENCY))
 
     def _reset_if_asked(self) -> None:
-        """With the inbox held. Commands that came before the reset are dropped: they were meant for what is gone."""
+        """Resets the table and drops earlier commands. The caller holds the inbox."""
         if self._resets_done == self._resets_asked:
             return
         seed = self.get_parameter("seed").value
@@ -282,27 +286,27 @@ class TableNode(Node):
     def _publish_poses(self) -> None:
         now = self._now()
         if self._clock_topic is not None:
-            self._tell(self._clock_topic, "/clock", Clock(clock=now))
-        self._tell(
+            self._publish(self._clock_topic, "/clock", Clock(clock=now))
+        self._publish(
             self._ee_pose, "ee_pose", pose_message(self._table.tcp_pose(), BASE_FRAME, nanoseconds(now))
         )
         joints = JointState(name=list(self._table.joint_names))
         joints.header.stamp = now
         joints.position = self._table.joint_positions().tolist()
         joints.velocity = self._table.joint_velocities().tolist()
-        self._tell(self._joint_states, "joint_states", joints)
+        self._publish(self._joint_states, "joint_states", joints)
 
-    def _tell(self, publisher: Publisher, topic: str, message: Any) -> None:
+    def _publish(self, publisher: Publisher, topic: str, message: Any) -> None:
         publisher.publish(message)
         self._record(topic, message)
 
     def _record(self, topic: str, message: Any) -> None:
-        """Where it is recorded: as received now."""
+        """Writes a message into the recording, if there is one, as received now."""
         if self._recorder is not None:
             self._recorder.write(topic, message, nanoseconds(self._now()))
 
     def _publish_frame(self) -> None:
-        """Both cameras at one stamp; in lock step then waits for the answer to it."""
+        """Publishes both images with one stamp. In lock step it then waits for the answer."""
         now = self._now()
         views = self._table.render()
         if self._referee.succeeded(self._table.state()):
@@ -310,12 +314,12 @@ class TableNode(Node):
         if self._lockstep:
             with self._inbox:
                 self._awaited = now
-        self._tell(
+        self._publish(
             self._static_image,
             "camera/static/image_raw",
             image_message(views.static, "static_camera", nanoseconds(now)),
         )
-        self._tell(
+        self._publish(
             self._gripper_image,
             "camera/gripper/image_raw",
             image_message(views.gripper, "gripper_camera", nanoseconds(now)),
@@ -326,16 +330,15 @@ class TableNode(Node):
 
 
 def main(args: list[str] | None = None, record: Path | None = None) -> int:
-    """Runs the node until SIGINT or SIGTERM (0); `args` as for rclpy.init. record: folder of a recording to be made.
+    """Runs the node until SIGINT or SIGTERM, and returns 0.
 
-    A wrong parameter raises UserError.
+    args: as for rclpy.init. record: folder of a recording to make. Raises UserError for a wrong parameter.
     """
     with contextlib.ExitStack() as stack:
         stop, recorder = stack.enter_context(ros_process(args, END_WITHIN_S)), None
         if record is not None:
-            from deer_vla_ros.lab.sim.table_recording import (
-                TableRecorder,  # only here: it brings the policy's action space along
-            )
+            # It is imported only here because it also imports the policy's action space.
+            from deer_vla_ros.lab.sim.table_recording import TableRecorder
 
             recorder = TableRecorder(record)
             stack.callback(recorder.close)
@@ -357,7 +360,7 @@ def main(args: list[str] | None = None, record: Path | None = None) -> int:
 
 
 def _spin(executor: SingleThreadedExecutor, stop: threading.Event, failures: list[BaseException]) -> None:
-    """Runs callbacks until `stop`; an exception in one ends the node and is raised again by main()."""
+    """Runs callbacks until `stop`. An exception in a callback ends the node; main() raises it again."""
     try:
         while not stop.is_set():
             executor.spin_once(timeout_sec=_SIGNAL_LATENCY)

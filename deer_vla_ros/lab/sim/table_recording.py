@@ -1,4 +1,4 @@
-"""What does a recording of the table look like? The node's topics as rosbag2, live, or of the scripted expert as fast as it goes."""
+"""Recordings of the table's topics as rosbag2 files: of the running node, or of the scripted expert."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TYPES = {
     "/clock": Clock,
 }
 BEGINS_NS = 1_800_000_000_000_000_000
-"""Stamp of the expert's first frame: some moment, always the same."""
+"""Stamp of the expert's first frame [ns]; its value has no meaning."""
 STEP_LIMIT = 80
 MS = 1_000_000
 
@@ -53,11 +53,11 @@ LATCHED_QOS = Qos(
     _FOREVER,
     False,
 )
-"""As LATCHED in ros.messages, for the player: a node that begins to listen after the instruction was played still hears it."""
+"""LATCHED of ros.messages for the player. Nodes that start later also receive the instruction."""
 
 
 class TableRecorder:
-    """Writes what the table publishes and hears."""
+    """Writes the messages that the table publishes and receives."""
 
     def __init__(self, folder: Path):
         self._file = BagFile(folder)
@@ -67,7 +67,7 @@ class TableRecorder:
             )
 
     def write(self, topic: str, message: Any, time_ns: int) -> None:
-        """A message of a topic of TYPES."""
+        """Writes a message of a topic of TYPES."""
         self._file.write(_absolute(topic), to_cdr(message), time_ns)
 
     def close(self) -> None:
@@ -79,10 +79,11 @@ def _absolute(topic: str) -> str:
 
 
 def record_expert(folder: Path, seed: int, instructions: list[str]) -> list[tuple[str, bool, int]]:
-    """The expert follows one instruction after the other; what the cameras saw and what the arm was told is recorded.
+    """Records the camera images and the commands while the expert follows the instructions in order.
 
-    Returns each instruction, whether it was done, and in how many steps. The folder appears whole or not at all; UserError where it is there
-    already, for words that name no task, and for a task that makes no sense by then.
+    Returns for each instruction its text, whether it was done, and the number of steps. The folder is
+    complete or it does not exist. Raises UserError if the folder exists, if an instruction names no task, or
+    if a task is impossible at its time.
     """
     tasks = [_task(text) for text in instructions]
     if folder.exists():
@@ -93,7 +94,7 @@ def record_expert(folder: Path, seed: int, instructions: list[str]) -> list[tupl
 
 def _record(folder: Path, seed: int, wanted: list[tuple[str, Task]]) -> list[tuple[str, bool, int]]:
     recorder = TableRecorder(folder)
-    now_ns, told = BEGINS_NS, []
+    now_ns, results = BEGINS_NS, []
     with Table(seed) as table:
         arm = TableArm(table)
         for text, task in wanted:
@@ -111,23 +112,24 @@ def _record(folder: Path, seed: int, wanted: list[tuple[str, Task]]) -> list[tup
                 _command(recorder, target, intent.open, now_ns)
                 now_ns, steps = now_ns + round(STEP_S * 1e9), steps + 1
                 is_done = task.succeeded(before, table.state())
-            told.append((text, is_done, steps))
+            results.append((text, is_done, steps))
         _frame(recorder, table, now_ns)
     recorder.close()
-    return told
+    return results
 
 
 def _task(text: str) -> Task:
     task = task_called(text)
     if task is None:
         raise UserError(
-            f"--show {text!r} names no task of the table: say it as docs/explanation/embedded-model.md lists them"
+            f"--show {text!r} names no task of the table: "
+            "say it as docs/explanation/embedded-model.md lists them"
         )
     return task
 
 
 def _frame(recorder: TableRecorder, table: Table, stamp_ns: int) -> None:
-    """Both cameras, pose and joints of one moment, each received a little later than it was stamped."""
+    """Records images, pose and joints of one time; each is received shortly after its stamp."""
     views = table.render()
     joints = JointState(name=list(table.joint_names), position=table.joint_positions().tolist())
     joints.header.stamp = stamp(stamp_ns)
