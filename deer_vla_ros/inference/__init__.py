@@ -1,1 +1,1 @@
-"""How does one control step run? Preprocessing, the exit rule, the policy's state."""
+"""One control step: preprocessing, the exit rule, the policy and the layers that it keeps in memory."""

@@ -1,4 +1,4 @@
-"""Where does a climb up the layers end, and with which action? An exit rule, applied to the heads read on the way."""
+"""One climb up the layers: an exit rule decides after which layer it ends, and which action results."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from deer_vla_ros.model.head import HeadOutput
 
 
 class Climb:
-    """One step of one episode. It is offered the layers in turn: where it `reads` one, it is given the shared head's output there.
+    """One step of one episode. The caller runs the layers in turn and asks after each whether the climb
+    `reads` it. If so, the caller passes the shared head's output after this layer to `ends`.
 
-    It stops at the first exit whose action agrees with the previous exit's (the first: with the layer before it), or at the deepest;
-    between two probing steps, at the first exit that is not shallower than the last one taken.
+    A probing step compares each exit with the exit before it, and the first exit with the layer before it. It
+    stops at the first exit where the two agree, or at the deepest exit. A step between two probing steps
+    stops at the first exit that is at least as deep as the last exit taken.
     """
 
     def __init__(self, rule: ExitRule, episode_step: int, last_exit_layer: int):
@@ -29,18 +31,18 @@ class Climb:
 
     @property
     def chosen(self) -> HeadOutput:
-        """The head at the exit where the climb ended."""
+        """The head's output at the exit where the climb ended."""
         assert self._chosen is not None, "asked before the climb ended"
         return self._chosen
 
     def reads(self, layer: int) -> bool:
-        """Whether the head is to be read after this layer."""
+        """Whether the head must be read after this layer."""
         if self._stage is not None:
             return layer == self._stage
         return layer in self._rule.exits or layer == self._rule.exits[0] - 1
 
     def ends(self, layer: int, output: HeadOutput) -> bool:
-        """Takes in the head's output (1, 1, ...) after `layer`; whether the climb ends here."""
+        """Takes the head's output (1, 1, ...) after `layer`. Returns whether the climb ends here."""
         rule = self._rule
         self._probes += 1
         if layer in rule.exits:
@@ -61,7 +63,7 @@ class Climb:
         return False
 
     def action(self) -> Action:
-        """What is emitted: with `ensemble` the mean of the chosen and the previous exit's."""
+        """The chosen exit's action; with `ensemble`, its mean with the previous exit's action."""
         outputs = [self.chosen]
         if self._rule.ensemble and self._stage is None and self._index > 0:
             outputs.append(self._previous)
@@ -72,7 +74,7 @@ class Climb:
         return Action(pose.cpu().numpy(), probability.item())
 
     def report(self, action: Action, tokens: int, times: StageTimes) -> PolicyStep:
-        """The whole decision."""
+        """The decision with all that the climb measured."""
         return PolicyStep(
             action=action,
             exits=self._rule.exits,

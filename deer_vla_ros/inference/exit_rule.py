@@ -1,4 +1,4 @@
-"""When has a step thought enough? Two neighbouring exits agree, or the budget ends."""
+"""The exit rule: a step stops where two neighbouring exits agree, or at the deepest exit allowed."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ DELTAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda a, b: 1 - torch.cosine_similarity(a, b, dim=-1),
     "feature": lambda a, b: 1 - torch.cosine_similarity(a, b, dim=-1),
 }
-"""Difference of what two exits say, by name: of the poses (..., 6), the gripper takes no part; `feature`: of what the head reads there
-(..., width). `l2` is the paper's, `feature` the paper's ablation."""
+"""The kinds of difference (delta) between two exits, by name. `feature` compares the features (..., width)
+that the head reads, the others compare the poses (..., 6) without the gripper. The paper uses `l2`, and
+`feature` in an ablation."""
 
 
 def compared(delta: str, poses: Tensor, features: Tensor) -> Tensor:
-    """What a delta of that name takes the difference of, in float32."""
+    """The values that a delta of this name compares, in float32."""
     return (features if delta == "feature" else poses).float()
 
 
 @dataclass(frozen=True)
 class ExitRule:
-    """The exits a step may take and the agreement each asks for.
+    """The exits that a step may take, and how well two exits must agree.
 
-    exits: layers (from 0), ascending; the last is the deepest allowed and always taken when reached.
-    thresholds: one per exit; a delta not above it stops the step. The last one is not read.
-    delta: name of the difference, one of DELTAS.
-    steps_per_stage: k > 1 probes on every k-th step only; those between keep the depth.
-    ensemble: emit the mean of the chosen and the previous exit's action; exits, deltas and state stay.
+    exits: layers (from 0), ascending. The last one is the deepest exit allowed; a step that reaches it stops.
+    thresholds: one per exit. A delta at or below its threshold stops the step. The last one is not used.
+    delta: the name of the difference, one of DELTAS.
+    steps_per_stage: if k > 1, only every k-th step probes the exits; the steps between keep its depth.
+    ensemble: the action is the mean of the chosen and the previous exit's action. This changes neither the
+        exits nor the deltas nor the memory.
     """
 
     exits: tuple[int, ...]
@@ -49,11 +51,13 @@ class ExitRule:
             raise UserError(f"exit rule: exits are {self.exits}: give at least one, ascending, none twice")
         if len(self.thresholds) != len(self.exits):
             raise UserError(
-                f"exit rule: {len(self.thresholds)} thresholds for {len(self.exits)} exits {self.exits}: give one each"
+                f"exit rule: {len(self.thresholds)} thresholds for {len(self.exits)} exits {self.exits}: "
+                "give one each"
             )
         if any(math.isnan(threshold) for threshold in self.thresholds):
             raise UserError(
-                f"exit rule: thresholds {self.thresholds} contain NaN: use -1 for never, a large value for always"
+                f"exit rule: thresholds {self.thresholds} contain NaN: "
+                "use -1 for never, a large value for always"
             )
         if self.delta not in DELTAS:
             raise UserError(f"exit rule: unknown delta '{self.delta}': use one of {', '.join(DELTAS)}")
@@ -66,19 +70,19 @@ class ExitRule:
         return self.exits[-1]
 
     def measure(self, read: Tensor, previous: Tensor) -> float:
-        """Delta of two exits' vectors, as `compared` gives them; reading it synchronises the device."""
+        """The delta of two vectors that `compared` returned. This call waits for the device."""
         return DELTAS[self.delta](read.float(), previous.float()).item()
 
     def agrees(self, index: int, delta: float) -> bool:
-        """Whether `delta` at exit number `index` stops the step. NaN never agrees."""
+        """Whether `delta` at exit number `index` stops the step. NaN does not."""
         return delta <= self.thresholds[index]
 
     def probes(self, episode_step: int) -> bool:
-        """Whether this step of the episode looks for its exit, rather than keeping the last one's depth."""
+        """Whether this step of the episode probes the exits; if not, it keeps the depth of the last step."""
         return episode_step % self.steps_per_stage == 0
 
     def index_not_shallower(self, layer: int) -> int:
-        """The first exit at `layer` or deeper; the deepest allowed where there is none."""
+        """The index of the first exit at `layer` or deeper; of the deepest exit if there is none."""
         return next(
             (i for i, exit_layer in enumerate(self.exits) if exit_layer >= layer), len(self.exits) - 1
         )

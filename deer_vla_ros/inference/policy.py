@@ -56,7 +56,7 @@ class DeerPolicy:
 
     @property
     def rule(self) -> ExitRule:
-        """The exit rule of the next step. To set it sets it for every lane; the memory stays."""
+        """The exit rule of the next step. An assignment sets the rule of all lanes; the memory stays."""
         return self._lanes[0].rule
 
     @rule.setter

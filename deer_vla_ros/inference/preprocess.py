@@ -1,4 +1,4 @@
-"""How does a camera image become the network's input? Exactly as the reference does it, through Pillow."""
+"""Preprocessing of camera images with Pillow, exactly as in the reference implementation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) uint8: shortest side to `size` (bicubic), then the centre.
+    """(H, W, 3) uint8 -> (size, size, 3) uint8: scales the shortest side to `size` and cuts out the centre.
 
-    Pillow and nothing else: torch's antialiased bicubic differs by up to two levels.
+    Pillow's bicubic filter is required: torch's antialiased bicubic differs from it by up to two grey levels.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -28,7 +28,7 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., 3, H, W) uint8 -> the same shape, with CLIP's mean and deviation taken out."""
+    """(..., 3, H, W) uint8 -> the same shape, normalised by CLIP's mean and standard deviation."""
     mean, std = (
         torch.tensor(values, device=pixels.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD)
     )
@@ -36,7 +36,7 @@ def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ImagePreprocessor:
-    """Raw images of one moment to one normalised batch on the device."""
+    """Turns raw images into one normalised batch on the device."""
 
     def __init__(self, size: int, device: torch.device, dtype: torch.dtype):
         self.size, self.device, self.dtype = size, device, dtype

@@ -1,4 +1,4 @@
-"""How deep is the network in memory? As deep as was last asked for: layers leave at once and come back from their file."""
+"""Keeping only the first layers of a network in memory; the others can be loaded back from their file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from deer_vla_ros.model.decoder import Layer
 from deer_vla_ros.model.network import MultiExitVLA
 
 PIECE_BYTES = 4 * 2**20
-"""What is copied at a time; a load that is called off ends after one piece."""
+"""The size of the pieces in which weights are copied. A cancelled load ends after the current piece."""
 
 
 class ResidentLayers:
-    """Keeps the first layers of a network on its device, the rest of them nowhere but in the checkpoint folder.
+    """Keeps the first layers of a network on its device. The other layers are on the meta device, without
+    memory: to run one raises RuntimeError.
 
-    At the beginning those are there that were loaded. Layers that are not are on the meta device: running one raises RuntimeError.
-    `folder` is the checkpoint that the network was loaded from; with None nothing could come back, so nothing may go.
-    Not thread-safe: every call comes from the thread that steps the policy, between two steps.
+    `folder` is the checkpoint that the network was loaded from. Without it no layer could be loaded back, so
+    all layers stay. This class is not thread-safe: only the thread that steps the policy may call it, between
+    steps.
     """
 
     def __init__(self, model: MultiExitVLA, folder: Path | None):
@@ -39,19 +40,21 @@ class ResidentLayers:
 
     @property
     def count(self) -> int:
-        """Layers that may run now."""
+        """The number of layers that may run now."""
         return self._count
 
     @property
     def wanted(self) -> int:
-        """Layers asked for last; more than `count` while they are being loaded."""
+        """The number of layers last asked for; it is more than `count` during a load."""
         return self._wanted
 
     def keep(self, count: int) -> None:
-        """Asks for the first `count` layers: drops those beyond now, or begins to load those that lack in the background.
+        """Asks for the first `count` layers. Drops the layers beyond them at once, or starts to load the
+        missing ones in the background.
 
-        Ends a load in progress; layers that it has read already and that are still asked for are not read again.
-        Raises UserError, and changes nothing, where `count` is not 2 to all, or where layers would go that cannot come back.
+        Cancels a load in progress, but keeps the layers that it has read and that are still asked for.
+        Raises UserError, and changes nothing, if `count` is below 2 or above the number of layers, or if the
+        layers to drop could not be loaded back.
         """
         layers = self._model.layers
         if not 2 <= count <= len(layers):
@@ -60,8 +63,8 @@ class ResidentLayers:
             )
         if self._folder is None and count < len(layers):
             raise UserError(
-                f"resident layers: {count} of {len(layers)} asked for, but this network has no checkpoint folder that the others "
-                f"could come back from: keep {len(layers)}, or load it from a folder"
+                f"resident layers: {count} of {len(layers)} asked for, but this network has no checkpoint "
+                f"folder that the others could come back from: keep {len(layers)}, or load it from a folder"
             )
         if count == self._wanted:
             return
@@ -72,7 +75,7 @@ class ResidentLayers:
         self._count = min(count, self._count)
         del read[count - self._count :]
         if count > self._count:
-            assert self._folder is not None, "layers lack, so they were dropped"
+            assert self._folder is not None, "missing layers were dropped, which needs a folder"
             self._load = _Load(
                 self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read
             )
@@ -80,9 +83,9 @@ class ResidentLayers:
         _give_back_memory(self._model.device)
 
     def absorb(self) -> bool:
-        """Puts layers in place that are loaded, all or none; whether `count` changed. Never waits.
+        """Puts the loaded layers in place, once all are loaded. Never waits. Returns whether `count` changed.
 
-        A load that failed raises UserError, once; `wanted` is then `count`, and `keep` may try again.
+        Raises the error of a load that failed, once. `wanted` is then `count`, and `keep` may try again.
         """
         if self._load is None or self._load.is_alive():
             return False
@@ -96,28 +99,28 @@ class ResidentLayers:
         return True
 
     def wait(self) -> None:
-        """Until what is loading is loaded, or has failed."""
+        """Waits until the load in progress is complete or has failed."""
         if self._load is not None:
             self._load.join()
 
     def close(self) -> None:
-        """Ends a load in progress and waits for its thread; layers in place stay."""
+        """Cancels a load in progress and waits for its thread. Layers in place stay."""
         self._end_load()
         self._wanted = self._count
         _give_back_memory(self._model.device)
 
     def _end_load(self) -> list[Layer]:
-        """The layers that the load, if there is one, has read so far; waits for at most one piece to be copied."""
+        """Cancels a load in progress, at the latest after one piece. Returns the layers that it has read."""
         load, self._load = self._load, None
         if load is None:
             return []
-        load.called_off.set()
+        load.cancelled.set()
         load.join()
         return load.layers
 
 
 class _Load(threading.Thread):
-    """Reads the layers `indices`, of which `layers` holds the first already; ends with `layers` complete or with an `error`."""
+    """Reads the layers `indices` into `layers`, which may hold the first already. A failure sets `error`."""
 
     def __init__(
         self, model: MultiExitVLA, path: Path, identity: tuple[int, ...], indices: range, layers: list[Layer]
@@ -126,13 +129,14 @@ class _Load(threading.Thread):
         self._model, self._path, self._identity, self._indices = model, path, identity, indices
         self.layers = layers
         self.error: Exception | None = None
-        self.called_off = threading.Event()
+        self.cancelled = threading.Event()
 
     def run(self) -> None:
         try:
             if _identity(self._path) != self._identity:
                 raise UserError(
-                    "the file is another one than the network was loaded from: configure the node again to use it"
+                    "the file is another one than the network was loaded from: "
+                    "configure the node again to use it"
                 )
             with safe_open(self._path, framework="pt") as file:
                 for index in self._indices[len(self.layers) :]:
@@ -140,15 +144,10 @@ class _Load(threading.Thread):
                     if layer is None:
                         return
                     self.layers.append(layer)
-        except (
-            UserError,
-            OSError,
-            SafetensorError,
-            RuntimeError,
-        ) as error:  # RuntimeError: torch is out of memory
+        except (UserError, OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: out of memory
             self.layers.clear()
             reason, first, last = " ".join(str(error).split()), self._indices[0], self._indices[-1]
-            # Not chained: the traceback would hold the mapped file and a tensor for as long as the error is kept.
+            # The new error has no cause: the traceback would keep the mapped file and a tensor in memory.
             self.error = UserError(
                 f"{self._path}: layers {first} to {last} cannot be loaded ({reason}): "
                 "restore the file or free memory, then ask again"
@@ -158,7 +157,7 @@ class _Load(threading.Thread):
             self.error = error
 
     def _read(self, file: safe_open, index: int) -> Layer | None:
-        """Layer `index` on the network's device, in memory of its own; None where the load was called off."""
+        """Layer `index` on the network's device, in memory of its own; None if the load was cancelled."""
         layer, prefix = _empty_layer(self._model, index), f"layers.{index}."
         expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
         keys = [key for key in file.keys() if key.startswith(prefix)]
@@ -174,7 +173,7 @@ class _Load(threading.Thread):
             state[name] = _own_memory(shape, self._model.device, self._model.dtype)
             rows = max(1, PIECE_BYTES * shape[0] // mapped.nbytes)
             for own, piece in zip(state[name].split(rows), mapped.split(rows)):
-                if self.called_off.is_set():
+                if self.cancelled.is_set():
                     return None
                 own.copy_(piece)
         layer.load_state_dict(state, assign=True)
@@ -182,29 +181,29 @@ class _Load(threading.Thread):
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What tells a file from one that was put in its place, or that was written into."""
+    """A value that changes if the file is replaced or written."""
     status = path.stat()
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _empty_layer(model: MultiExitVLA, index: int) -> Layer:
-    """Layer `index` without memory, on the meta device."""
+    """Layer `index` on the meta device, without memory."""
     with torch.device("meta"):
         return Layer(model.config.decoder, index, model.config.vision.width)
 
 
 def _own_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor to be filled, whose memory is free for others as soon as it is dropped."""
+    """An empty tensor whose memory returns to the system as soon as the tensor is dropped."""
     if device.type != "cpu":
         return torch.empty(shape, device=device, dtype=dtype)
-    # Not from malloc: of what a second thread got there, glibc keeps up to 64 MiB, which malloc_trim does not reach.
+    # Not malloc: glibc keeps up to 64 MiB of what a second thread frees, even after malloc_trim.
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _give_back_memory(device: torch.device) -> None:
-    """Hands memory that was freed from the allocator back to the device, so that others can have it."""
+    """Returns freed memory from the allocator to the device, so that other processes can use it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc only
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc only
         trim(0)

@@ -1,4 +1,4 @@
-"""What goes into a control step and what comes out? Plain frozen data, no ROS and no network in it."""
+"""The input and the output of one control step, as frozen dataclasses without ROS and without torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy sees at one moment: (H, W, 3) uint8 RGB images of the static and of the gripper camera.
+    """The policy's input: (H, W, 3) uint8 RGB images of the static and of the gripper camera.
 
-    tcp: (7,) measured pose of the TCP in the action space's frame, position [m] and unit quaternion xyzw; networks without
-    proprioception do not look at it.
+    tcp: (7,) measured pose of the TCP in the frame of the action space, position [m] and unit quaternion
+        xyzw. Networks without proprioception do not use it.
     """
 
     static: np.ndarray
@@ -23,10 +23,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class Action:
-    """Relative motion of the TCP as the network gives it.
+    """The network's output: a relative motion of the TCP.
 
     pose: (6,) float32 in -1..1, x y z and XYZ Euler angles, in units of the checkpoint's action space.
-    gripper_probability: probability that the gripper is to be open, 0..1.
+    gripper_probability: the probability, 0..1, that the gripper should be open.
     """
 
     pose: np.ndarray
@@ -34,17 +34,17 @@ class Action:
 
     @property
     def gripper(self) -> int:
-        """+1 open, -1 closed; exactly one half means closed, as in the reference."""
+        """+1 is open, -1 is closed. A probability of exactly one half is closed, as in the reference."""
         return 1 if self.gripper_probability > 0.5 else -1
 
     @property
     def is_finite(self) -> bool:
-        """Whether every value is a number that can be acted upon."""
+        """Whether no value is infinite or NaN."""
         return bool(np.isfinite(self.pose).all() and np.isfinite(self.gripper_probability))
 
 
 class StopReason(enum.Enum):
-    """Why a step stopped where it did."""
+    """The reason why a step stopped at its exit."""
 
     AGREED = "the delta at this exit is not above its threshold"
     DEEPEST = "the deepest exit allowed"
@@ -53,7 +53,7 @@ class StopReason(enum.Enum):
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Milliseconds of each stage of one step, the device synchronised at every boundary."""
+    """The milliseconds of each stage of one step. Each stage ends when the device has finished it."""
 
     preprocess: float
     vision: float
@@ -65,7 +65,7 @@ class StageTimes:
         return self.preprocess + self.vision + self.language + self.head
 
     def shared(self, among: int) -> StageTimes:
-        """One of `among` equal shares."""
+        """One of `among` equal shares of these times."""
         return StageTimes(
             self.preprocess / among, self.vision / among, self.language / among, self.head / among
         )
@@ -73,9 +73,11 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class PolicyStep:
-    """One decision: the action, how deep it thought, and what that took.
+    """One decision: the action, the exit, and the time that it took.
 
-    deltas and thresholds run along `exits` (layers, from 0); a delta is NaN where the exit was not probed.
+    exits: the exits allowed (layers, from 0). exit_index: the index of the exit taken.
+    deltas, thresholds: one per exit. A delta is NaN if its exit was not probed.
+    head_probes: how often the head was read. tokens: the tokens of the instruction.
     """
 
     action: Action

@@ -1,1 +1,1 @@
-"""What is the network? Vision tower, resampler, decoder layers, action head, checkpoints."""
+"""The network: vision tower, resampler, decoder layers, action head and checkpoints."""

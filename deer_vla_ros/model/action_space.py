@@ -1,4 +1,4 @@
-"""What does an action mean on the robot? Units, frame and gripper convention, declared by the checkpoint."""
+"""The action space of a checkpoint: units, frame and gripper convention of its actions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MIN_RATE_HZ, MAX_RATE_HZ = 0.1, 1000.0
 
 @dataclass(frozen=True)
 class ActionSpace:
-    """How a normalised action becomes a motion.
+    """How a normalised action is converted to a motion.
 
-    frame: name of the frame in which motions, measured poses and targets are expressed.
-    translation_m: metres that a pose value of 1 stands for, per step.
-    rotation_rad: radians that a rotation value of 1 stands for, per step (XYZ Euler, fixed axes of `frame`).
-    gripper_open, gripper_closed: value of the gripper command for open and closed.
-    rate_hz: steps per second that the policy was trained at.
+    frame: the name of the frame of motions, measured poses and targets.
+    translation_m: the metres per step that a pose value of 1 means.
+    rotation_rad: the radians per step that a rotation value of 1 means (XYZ Euler, fixed axes of `frame`).
+    gripper_open, gripper_closed: the values of the gripper command for open and closed.
+    rate_hz: the steps per second that the policy was trained for.
     """
 
     frame: str
@@ -40,23 +40,24 @@ class ActionSpace:
                 raise UserError(f"action space: {name} is {getattr(self, name)}: give a finite number")
         if not MIN_RATE_HZ <= self.rate_hz <= MAX_RATE_HZ:
             raise UserError(
-                f"action space: rate_hz is {self.rate_hz}: give {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} steps per second"
+                f"action space: rate_hz is {self.rate_hz}: "
+                f"give {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} steps per second"
             )
         if not self.frame:
             raise UserError("action space: frame is empty: name the frame that the action is expressed in")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionSpace:
-        """From `config.json`; unknown or missing keys and values of another type raise UserError by name."""
+        """Reads JSON values. Raises a UserError that names an unknown or missing key or a wrong type."""
         return from_json(cls, values, "config.json: action_space")
 
 
 CALVIN = ActionSpace(
     frame="world", translation_m=0.02, rotation_rad=0.05, gripper_open=1.0, gripper_closed=-1.0, rate_hz=30.0
 )
-"""What the released checkpoints were trained on (CALVIN, relative actions)."""
+"""The action space of the released checkpoints (CALVIN, relative actions)."""
 
 TABLETOP = ActionSpace(
     frame="base", translation_m=0.03, rotation_rad=0.15, gripper_open=0.08, gripper_closed=0.0, rate_hz=10.0
 )
-"""The simulated table's: the gripper command is the opening between the fingers in metres."""
+"""The action space of the simulated table. The gripper command is the gap between the fingers [m]."""

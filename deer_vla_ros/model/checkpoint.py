@@ -1,4 +1,4 @@
-"""How does a network rest on disk? A folder of plain files; no pickle is ever loaded."""
+"""Checkpoints: folders of plain files that hold a network. No file is a pickle."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `config.json` says.
+    """The content of `config.json`.
 
-    weights: where the weights come from, in one line; trained: whether they were trained at all.
-    delta, thresholds: the exit rule to start with, one threshold per exit of the model.
+    weights: the origin of the weights, in one line. trained: whether they were trained at all.
+    delta, thresholds: the initial exit rule, with one threshold per exit of the model.
     """
 
     model: ModelConfig
@@ -44,7 +44,8 @@ class CheckpointInfo:
         exits = self.model.exits
         if len(self.thresholds) != len(exits):
             raise UserError(
-                f"config.json: {len(self.thresholds)} thresholds for the {len(exits)} exits {exits}: give one each"
+                f"config.json: {len(self.thresholds)} thresholds for the {len(exits)} exits {exits}: "
+                "give one each"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,15 +53,15 @@ class CheckpointInfo:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckpointInfo:
-        """Inverse of `to_dict`; unknown or missing keys and values of another type raise UserError by name."""
+        """Inverse of `to_dict`. Raises a UserError that names an unknown or missing key or a wrong type."""
         return from_json(cls, values, "config.json: checkpoint")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network ready for inference, and what is needed to use it.
+    """A network ready for inference, with its tokenizer and its description.
 
-    folder: where it was loaded from; None where it was made in memory.
+    folder: the folder that it was loaded from; None if it was made in memory.
     """
 
     info: CheckpointInfo
@@ -70,20 +71,21 @@ class Checkpoint:
 
 
 def folder_of(path: str) -> Path:
-    """The checkpoint folder that a user names; an empty path is the embedded one."""
+    """The checkpoint folder at a path from the user. An empty path means the embedded checkpoint."""
     return Path(path).expanduser() if path else EMBEDDED
 
 
 def load_info(folder: Path) -> CheckpointInfo:
-    """What a checkpoint folder says of itself, without its weights; a missing or malformed file raises UserError by name."""
+    """Reads `config.json` of a folder. Raises a UserError that names a missing or malformed file."""
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             raise UserError(
-                f"checkpoint {folder}: {name} is missing: give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}"
+                f"checkpoint {folder}: {name} is missing: "
+                f"give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}"
             )
     try:
         return CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
-    except ValueError as error:  # of bytes that are no text, and of text that is no JSON
+    except ValueError as error:  # the file is not text, or not JSON
         raise UserError(
             f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint"
         ) from error
@@ -95,17 +97,19 @@ def load(
     dtype: torch.dtype = torch.float32,
     layers: int | None = None,
 ) -> Checkpoint:
-    """Reads a checkpoint folder onto `device`, weights cast to `dtype`.
+    """Reads a checkpoint folder onto `device` and casts the weights to `dtype`.
 
-    layers: only so many decoder layers, the others stay without memory (on the meta device); None: all.
-    A missing file, a missing or unknown tensor, or one of the wrong shape raises UserError by name; nothing is half loaded.
+    layers: the number of decoder layers to load; the others are on the meta device, without memory. None
+        loads all layers.
+
+    Raises a UserError that names a missing file, a missing or unknown tensor, or a tensor of a wrong shape.
     """
     info = load_info(folder)
     tokenizer = InstructionTokenizer.from_file(folder / TOKENIZER, info.model.max_tokens)
     if tokenizer.size > info.model.decoder.vocabulary:
         raise UserError(
-            f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, the network embeds {info.model.decoder.vocabulary}: "
-            "they are not of the same model"
+            f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, "
+            f"the network embeds {info.model.decoder.vocabulary}: they are not of the same model"
         )
     return Checkpoint(
         info,
@@ -116,14 +120,17 @@ def load(
 
 
 def set_thresholds(folder: Path, thresholds: tuple[float, ...]) -> None:
-    """Makes these, one per exit, the folder's own: what the checkpoint does where no budget is asked for. Interrupted, the old ones stay."""
+    """Stores the thresholds, one per exit, that the checkpoint uses when no budget is set.
+
+    If this is interrupted, the old thresholds stay.
+    """
     write_json(folder / CONFIG, dataclasses.replace(load_info(folder), thresholds=thresholds).to_dict())
 
 
 def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a checkpoint folder; `readme` says where the weights come from and what they were measured to do.
+    """Writes a checkpoint folder. `readme` describes the origin of the weights and their measured results.
 
-    The readme is the last to be there: a folder with it is whole.
+    The readme is written last: a folder that has one is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / README).unlink(missing_ok=True)
@@ -133,7 +140,7 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
     }
     partial = folder / f".{WEIGHTS}.new"
     save_file(tensors, partial)
-    partial.chmod(0o644)  # safetensors writes it readable by its owner alone
+    partial.chmod(0o644)  # safetensors makes it readable by the owner only
     partial.replace(folder / WEIGHTS)
     write_json(folder / CONFIG, checkpoint.info.to_dict())
     checkpoint.tokenizer.save(folder / TOKENIZER)
@@ -143,9 +150,10 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
 def _read_weights(
     path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype, layers: int | None
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of the network, checked by name and shape before the first is loaded.
+    """All tensors of the network. Names and shapes are checked before the first tensor is loaded.
 
-    Each gets memory of its own, so that it can be freed on its own: safetensors hands out views of the one mapped file.
+    Each tensor is copied to its own memory, so that it can be freed alone: safetensors returns views of one
+    mapped file.
     """
     absent = tuple(
         f"layers.{index}."

@@ -1,4 +1,4 @@
-"""Which sizes does the network have? Every size is one `ModelConfig`; nothing but the config differs."""
+"""The configuration of the network. Networks of all sizes differ only in their `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.from_json import from_json
 
 CAMERAS = 2
-"""Static and gripper camera."""
+"""The static and the gripper camera."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP ViT. `image_size` and `patch_size` in pixels, `width` in channels."""
+    """The vision transformer of CLIP. `image_size` and `patch_size` are in pixels, `width` is in channels."""
 
     image_size: int
     patch_size: int
@@ -26,13 +26,13 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """Patch tokens of one image, class token not counted."""
+        """The number of patch tokens of one image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Perceiver resampler: the patch tokens of one camera in, `latents` visual tokens out."""
+    """The Perceiver resampler, which turns the patch tokens of one camera into `latents` visual tokens."""
 
     depth: int = 6
     latents: int = 64
@@ -43,7 +43,7 @@ class ResamplerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The layers: gated cross-attention on every `cross_attention_every`-th, a decoder block on each."""
+    """The layers: each has a decoder block, every `cross_attention_every`-th also a gated cross-attention."""
 
     width: int
     heads: int
@@ -60,13 +60,13 @@ class DecoderConfig:
     gate_init: float = 0.0
 
     def has_cross_attention(self, layer: int) -> bool:
-        """Whether `layer` (from 0) carries a gated cross-attention."""
+        """Whether `layer` (from 0) has a gated cross-attention."""
         return (layer + 1) % self.cross_attention_every == 0
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Action head: `lstm_layers` recurrent layers of `hidden` (0: no memory), then two MLPs of `mlp_widths`."""
+    """The action head: `lstm_layers` LSTMs of `hidden` (0: no memory), then two MLPs of `mlp_widths`."""
 
     hidden: int
     mlp_widths: tuple[int, ...]
@@ -77,8 +77,8 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """Looks for `things`, always the same ones: `queries` per camera in a feature map of `channels`, in equal shares for each thing
-    (grounding.py)."""
+    """The search for a fixed set of `things` (grounding.py): `queries` per camera look at a feature map of
+    `channels`. Each thing has an equal share of the queries."""
 
     channels: int = 32
     queries: int = 4
@@ -87,8 +87,8 @@ class GroundingConfig:
 
 @dataclass(frozen=True)
 class ProprioceptionConfig:
-    """The measured TCP pose as an input: the position counts from `centre` [m, action frame] in units of `reach` [m], the rotation
-    from a gripper that points straight down in units of `turn` [rad]."""
+    """The measured TCP pose as an input. The position is relative to `centre` [m, action frame], in units of
+    `reach` [m]. The rotation is relative to a gripper that points straight down, in units of `turn` [rad]."""
 
     centre: tuple[float, ...]
     reach: float
@@ -97,10 +97,10 @@ class ProprioceptionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the shape of a `MultiExitVLA`.
+    """All sizes of a `MultiExitVLA`.
 
-    Layers count from 0. Exits lie at layers interval-1, 2*interval-1, ... and at the last layer. grounding and proprioception
-    are None in the released networks.
+    Layers count from 0. The exits are at layers interval-1, 2*interval-1, ... and at the last layer. In the
+    released networks, grounding and proprioception are None.
     """
 
     vision: VisionConfig
@@ -119,33 +119,36 @@ class ModelConfig:
             raise UserError(f"model config: max_tokens is {self.max_tokens}: give 1 or more")
         if self.decoder.layers < 2:
             raise UserError(
-                f"model config: decoder.layers is {self.decoder.layers}, but an exit is compared with the layer before it: give 2 or more"
+                f"model config: decoder.layers is {self.decoder.layers}, "
+                "but an exit is compared with the layer before it: give 2 or more"
             )
         if self.vision.patch_size > self.vision.image_size:
             raise UserError(
-                f"model config: vision.patch_size {self.vision.patch_size} is larger than vision.image_size {self.vision.image_size}: "
-                "change one of them"
+                f"model config: vision.patch_size {self.vision.patch_size} is larger than "
+                f"vision.image_size {self.vision.image_size}: change one of them"
             )
         if self.grounding is not None:
             _check_sizes("grounding", self.grounding)
             if self.grounding.queries % self.grounding.things:
                 raise UserError(
-                    f"model config: grounding.queries {self.grounding.queries} is not a multiple of grounding.things "
-                    f"{self.grounding.things}: change one of them"
+                    f"model config: grounding.queries {self.grounding.queries} is not a multiple of "
+                    f"grounding.things {self.grounding.things}: change one of them"
                 )
             if self.vision.image_size % 4:
                 raise UserError(
-                    f"model config: vision.image_size {self.vision.image_size} is not a multiple of 4, which grounding needs: change it"
+                    f"model config: vision.image_size {self.vision.image_size} is not a multiple of 4, "
+                    "which grounding needs: change it"
                 )
         pose = self.proprioception
         if pose is not None and (len(pose.centre) != 3 or not pose.reach > 0 or not pose.turn > 0):
             raise UserError(
-                f"model config: proprioception is {pose}: give a centre of 3 numbers, a reach and a turn above 0"
+                f"model config: proprioception is {pose}: "
+                "give a centre of 3 numbers, a reach and a turn above 0"
             )
         if self.exit_interval < 2:
             raise UserError(
-                f"model config: exit_interval is {self.exit_interval}, but the first exit is compared with the layer before it: "
-                "set it to 2 or more"
+                f"model config: exit_interval is {self.exit_interval}, "
+                "but the first exit is compared with the layer before it: set it to 2 or more"
             )
         for name, width, heads in (
             ("vision", self.vision.width, self.vision.heads),
@@ -153,33 +156,34 @@ class ModelConfig:
         ):
             if width % heads:
                 raise UserError(
-                    f"model config: {name}.width {width} is not a multiple of {name}.heads {heads}: change one of them"
+                    f"model config: {name}.width {width} is not a multiple of {name}.heads {heads}: "
+                    "change one of them"
                 )
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Layers at which an action can be read, ascending; the last layer is always one."""
+        """The layers at which an action can be read, ascending. The last layer is always an exit."""
         last = self.decoder.layers - 1
         return (*range(self.exit_interval - 1, last, self.exit_interval), last)
 
     @property
     def visual_tokens(self) -> int:
-        """Tokens that the layers' cross-attention looks at."""
+        """The number of tokens that the cross-attention of a layer reads."""
         found = self.grounding.things if self.grounding else 0
         return CAMERAS * self.resampler.latents + found + (1 if self.proprioception else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, as `config.json` of a checkpoint folder stores them."""
+        """The JSON values that `config.json` of a checkpoint folder stores."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`; an unknown or missing key, or a value of another type, raises UserError by name."""
+        """Inverse of `to_dict`. Raises a UserError that names an unknown or missing key or a wrong type."""
         return from_json(cls, values, "config.json: model")
 
 
 def _check_sizes(part: str, config: Any) -> None:
-    """Every whole number of a part is a size or a count: 1 or more, but for the head's memory, which it may go without."""
+    """Raises UserError if a size or a count is below 1; only `lstm_layers` may be 0."""
     for name, value in vars(config).items():
         for size in value if isinstance(value, tuple) else (value,):
             least = 0 if name == "lstm_layers" else 1
@@ -188,7 +192,7 @@ def _check_sizes(part: str, config: Any) -> None:
 
 
 def openflamingo_3b(layers: int = 12) -> ModelConfig:
-    """OpenFlamingo-3B (MPT-1B): cross-attention on every layer; 24 layers exist, DeeR uses 12."""
+    """OpenFlamingo-3B (MPT-1B), with cross-attention on every layer. DeeR uses 12 of its 24 layers."""
     return ModelConfig(
         vision=VisionConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16),
         resampler=ResamplerConfig(),
@@ -206,7 +210,7 @@ def openflamingo_3b(layers: int = 12) -> ModelConfig:
 
 
 def openflamingo_9b(layers: int = 16) -> ModelConfig:
-    """OpenFlamingo-9B (MPT-7B): cross-attention on every fourth layer; 32 layers exist, DeeR uses 16."""
+    """OpenFlamingo-9B (MPT-7B), with cross-attention on every fourth layer. DeeR uses 16 of its 32 layers."""
     return ModelConfig(
         vision=VisionConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16),
         resampler=ResamplerConfig(),
@@ -224,9 +228,9 @@ def openflamingo_9b(layers: int = 16) -> ModelConfig:
 
 
 def tabletop(layers: int = 12) -> ModelConfig:
-    """The embedded default: the same network for the simulated table, small enough for a laptop without a GPU.
+    """The embedded network for the simulated table, small enough for a laptop without a GPU.
 
-    Gates start open: at zero a network trained from nothing would be blind.
+    The gates start open: a network that is trained from random weights with closed gates would not see.
     """
     return ModelConfig(
         vision=VisionConfig(image_size=64, patch_size=8, width=64, layers=2, heads=4, mlp_ratio=2.0),

@@ -1,4 +1,4 @@
-"""What is a layer? One gated cross-attention to the visual tokens, then one block of the language model's decoder."""
+"""The layers: a gated cross-attention to the visual tokens, then a decoder block of the language model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from deer_vla_ros.model.resampler import FeedForward, merge_heads, split_heads
 
 @dataclass(frozen=True)
 class TextContext:
-    """What the network needs of an instruction; computed once per episode.
+    """An encoded instruction, computed once per episode.
 
-    embedding (B, S, width); attention_bias (B, heads, S, S), added to the attention scores; sees_image (B, S, 1), 0 before `<image>`, 1
-    from there on.
+    embedding: (B, S, width). attention_bias: (B, heads, S, S), is added to the attention scores.
+    sees_image: (B, S, 1), is 0 before the token `<image>` and 1 from there on.
     """
 
     embedding: Tensor
@@ -30,12 +30,15 @@ class TextContext:
         return self.embedding.shape[1]
 
     def rows(self, rows: list[int]) -> TextContext:
-        """Some texts of the batch."""
+        """The texts of some rows of the batch."""
         return TextContext(self.embedding[rows], self.attention_bias[rows], self.sees_image[rows])
 
 
 def alibi_slopes(heads: int, bias_max: int) -> Tensor:
-    """(heads,) slopes 2^(-bias_max * h / heads), h = 1..heads; other than powers of two interleave the next power's (MPT)."""
+    """(heads,) slopes 2^(-bias_max * h / heads), h = 1..heads.
+
+    If `heads` is no power of two, the slopes of the next power of two are interleaved, as in MPT.
+    """
     power = 2 ** math.ceil(math.log2(heads))
     slopes = 2.0 ** -(torch.arange(1, power + 1, dtype=torch.float32) * bias_max / power)
     if power != heads:
@@ -44,7 +47,7 @@ def alibi_slopes(heads: int, bias_max: int) -> Tensor:
 
 
 def attention_bias(attention_mask: Tensor, config: DecoderConfig) -> Tensor:
-    """(B, S) mask, 1 = real token -> (B, heads, S, S): ALiBi, causal and key-padding mask in one."""
+    """(B, S) mask, 1 = real token -> (B, heads, S, S): ALiBi with the causal and the padding mask."""
     tokens = attention_mask.shape[1]
     slopes = alibi_slopes(config.heads, config.alibi_bias_max).to(attention_mask.device)
     positions = torch.arange(1 - tokens, 1, device=attention_mask.device, dtype=torch.float32)
@@ -55,7 +58,7 @@ def attention_bias(attention_mask: Tensor, config: DecoderConfig) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Text tokens look at the visual tokens."""
+    """The attention of the text tokens to the visual tokens."""
 
     def __init__(self, config: DecoderConfig, visual_width: int):
         super().__init__()
@@ -73,7 +76,8 @@ class CrossAttention(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """`x += tanh(attention_gate) * CrossAttention(x, visual)`, `x += tanh(feed_forward_gate) * FeedForward(x)`."""
+    """`x += tanh(attention_gate) * CrossAttention(x, visual)`, then
+    `x += tanh(feed_forward_gate) * FeedForward(x)`."""
 
     def __init__(self, config: DecoderConfig, visual_width: int):
         super().__init__()
@@ -88,7 +92,10 @@ class GatedCrossAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm decoder block of MPT: fused q, k, v, ALiBi, exact GELU, no biases; q and k normed over the full width or not."""
+    """The pre-norm decoder block of MPT, with fused q, k, v, ALiBi, exact GELU and no biases.
+
+    With `qk_norm`, q and k are normed over the full width.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -115,7 +122,7 @@ class DecoderBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer, as exits and budgets count them."""
+    """One layer. Exits and budgets count these layers."""
 
     def __init__(self, config: DecoderConfig, index: int, visual_width: int):
         super().__init__()
@@ -125,7 +132,7 @@ class Layer(nn.Module):
         self.block = DecoderBlock(config)
 
     def forward(self, x: Tensor, visual: Tensor, text: TextContext) -> Tensor:
-        """(B, S, width) hidden state in, hidden state out; visual (B, visual tokens, visual width)."""
+        """(B, S, width) hidden state -> the next hidden state. visual: (B, visual tokens, visual width)."""
         if self.cross_attention is not None:
             x = self.cross_attention(x, visual, text.sees_image)
         return self.block(x, text.attention_bias)

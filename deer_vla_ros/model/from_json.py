@@ -1,4 +1,4 @@
-"""How does a config file become a dataclass? Every value under its name, of its type, or refused."""
+"""Reading dataclasses from JSON values, with a check of every name and type."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from deer_vla_ros.errors import UserError
 
 
 def from_json(cls: type, values: Any, where: str) -> Any:
-    """One dataclass, nested ones included, from JSON values; lists become tuples.
+    """Makes a dataclass, with nested dataclasses, from JSON values. Lists become tuples.
 
-    `where` is what messages call it, file first. An unknown or missing key, or a value of another type, raises UserError by name.
+    Messages call the values `where`, which begins with the file. Raises a UserError that names an
+    unknown or missing key or a wrong type.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where} is {values!r}: give an object with the fields of {cls.__name__}")
@@ -34,7 +35,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    if isinstance(kind, types.UnionType):  # `X | None`, the only union that configs have
+    if isinstance(kind, types.UnionType):  # configs have no union but `X | None`
         return None if value is None else _value(typing.get_args(kind)[0], value, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         if value not in [member.value for member in kind]:
@@ -50,6 +51,6 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return tuple(_value(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:  # not isinstance: a bool is no int here
+    if type(value) is not kind:  # isinstance would accept a bool as an int
         raise UserError(f"{where} is {value!r}: give a value of type {kind.__name__}")
     return value

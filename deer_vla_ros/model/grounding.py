@@ -1,9 +1,10 @@
-"""Where are the things on the table, seen from the gripper? And where is the arm? Two inputs that only small networks switch on.
+"""Two optional inputs of small networks: where the things on the table are, and where the arm is.
 
-A network of this size trained from nothing does not find out by itself where in an image a block is. Here learnt queries, one set per thing,
-ask each camera's feature map (a spatial soft-argmax, Finn et al. 2016, arXiv 1509.06113), and what they find is handed to the layers
-as further visual tokens. Always the same things, whatever the instruction: which of them is meant, the layers have to work out. The
-released networks do without.
+A small network that is trained from random weights does not learn by itself where a block is in an image.
+Therefore learnt queries, one set per thing, search the feature map of each camera (a spatial soft-argmax,
+Finn et al. 2016, arXiv 1509.06113). The layers receive the result as additional visual tokens. The things are
+the same for every instruction; the layers must find out which thing an instruction means. The released
+networks do not use these inputs.
 """
 
 from __future__ import annotations
@@ -17,26 +18,34 @@ from torch import Tensor, nn
 from deer_vla_ros.model.config import GroundingConfig, ProprioceptionConfig
 
 STRIDE = 4
-"""Pixels per cell of the feature map, each way."""
+"""The width and height of a cell of the feature map, in pixels."""
 
 POINT_UNIT = 0.1  # m
 NEARBY = 4.0
-"""How much finer the point token tells what is near: centimetres decide whether a gripper closes."""
+"""The factor by which the token of a thing magnifies small values: a grasp depends on centimetres."""
 
 POSE_VALUES = 6
 RELATE_WIDTH = 128
 NEAR_VALUES = 14
-"""Of a token, beside the hidden ones: the position coarse and fine, the turn, the TCP's rotation coarse and fine."""
+"""The number of values in a token besides the hidden ones: the position (coarse and fine), the turn, and the
+rotation of the TCP (coarse and fine)."""
 WHICH_SCALE = 0.5
-"""Of what tells a thing's token from another's, beside values of a standard deviation of 1: enough for words to ask for one by the first step."""
+"""The initial standard deviation of the part of a token that identifies its thing; the other values have a
+standard deviation of 1. With this scale the text can address a thing from the first training step."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """logits (B, cameras, queries, cells): how much each query looks at each cell, before the softmax, row by row;
-    point (B, things, 3): where the things are, from the TCP, in units of POINT_UNIT [m], axes of the action frame;
-    turn (B, things, 2): cosine and sine of four times their yaw from the fingers', as a cube looks the same after a quarter turn;
-    tokens (B, things, visual width): they say `point`, `turn` and how the TCP itself is turned."""
+    """The result of a search.
+
+    logits: (B, cameras, queries, cells), how much each query attends to each cell, before the softmax. The
+        cells are row by row.
+    point: (B, things, 3), the position of each thing relative to the TCP, in units of POINT_UNIT [m], along
+        the axes of the action frame.
+    turn: (B, things, 2), the cosine and sine of four times the yaw of each thing relative to the fingers; the
+        factor is four because a cube looks the same after a quarter turn.
+    tokens: (B, things, visual width), encode `point`, `turn` and the rotation of the TCP.
+    """
 
     logits: Tensor
     point: Tensor
@@ -45,7 +54,8 @@ class Found:
 
 
 class Grounding(nn.Module):
-    """Locates each thing from its own queries alone: what follows from several of them (which is nearest?) is left to the layers."""
+    """Locates each thing with its own queries only. Relations between things (for example which one is
+    nearest) are left to the layers."""
 
     def __init__(self, config: GroundingConfig, image_size: int, visual_width: int, cameras: int):
         super().__init__()
@@ -65,8 +75,8 @@ class Grounding(nn.Module):
         self.register_buffer("cells", cell_centres(self.positions), persistent=False)
 
     def forward(self, images: Tensor, pose: Tensor) -> Found:
-        """images (B, cameras, 3, size, size), normalised; pose (B, POSE_VALUES), the TCP's as Proprioception.values gives it, zeros where it is not
-        known."""
+        """images: (B, cameras, 3, size, size), normalised. pose: (B, POSE_VALUES), the TCP's pose as
+        Proprioception.values returns it, or zeros if it is not known."""
         maps = (
             torch.stack([stem(images[:, camera]).flatten(2) for camera, stem in enumerate(self.stems)], 1)
             + self.positions
@@ -75,9 +85,7 @@ class Grounding(nn.Module):
         weights = logits.softmax(-1)
         attended = torch.einsum("bvqn,bvcn->bvqc", weights, maps)
         seen = torch.cat([attended, weights @ self.cells], -1)
-        own = (
-            seen.unflatten(2, (self.things, -1)).transpose(1, 2).flatten(2)
-        )  # (B, things, what its queries saw)
+        own = seen.unflatten(2, (self.things, -1)).transpose(1, 2).flatten(2)  # (B, things, values)
         pose = pose[:, None].expand(-1, self.things, -1)
         related = self.relate(self.seen(torch.cat([own, pose], -1)) + self.which_seen)
         point, turn, rotation = self.point(related), self.turn(related), pose[..., 3:]
@@ -88,7 +96,10 @@ class Grounding(nn.Module):
 
 
 def cell_centres(positions: Tensor) -> Tensor:
-    """(cells, 2) x and y of every cell of a square feature map, row by row, -1..1; positions (..., cells) says how many, and where."""
+    """(cells, 2) x and y of each cell of a square feature map, row by row, -1..1.
+
+    positions: (..., cells) defines the number of cells, the device and the dtype.
+    """
     side = round(positions.shape[-1] ** 0.5)
     grid = ((torch.arange(side, device=positions.device) + 0.5) / side * 2 - 1).to(positions.dtype)
     rows, columns = torch.meshgrid(grid, grid, indexing="ij")
@@ -96,7 +107,7 @@ def cell_centres(positions: Tensor) -> Tensor:
 
 
 class Proprioception(nn.Module):
-    """The measured pose of the TCP as one visual token."""
+    """Makes one visual token from the measured pose of the TCP."""
 
     def __init__(self, config: ProprioceptionConfig, visual_width: int):
         super().__init__()
@@ -109,15 +120,16 @@ class Proprioception(nn.Module):
         return self.out(F.gelu(self.up(values)))[:, None]
 
     def values(self, tcp: Tensor) -> Tensor:
-        """(B, 7) position [m] and quaternion xyzw in the action frame -> (B, POSE_VALUES): position from the centre and rotation from
-        pointing straight down, in units of `reach` and `turn`."""
+        """(B, 7) position [m] and quaternion xyzw in the action frame -> (B, POSE_VALUES): the position
+        relative to `centre` and the rotation relative to straight down, in units of `reach` and `turn`."""
         position = (tcp[:, :3] - tcp.new_tensor(self.config.centre)) / self.config.reach
         return torch.cat([position, turn_from_down(tcp[:, 3:]) / self.config.turn], -1)
 
 
 def turn_from_down(quaternion: Tensor) -> Tensor:
-    """(B, 4) unit quaternions xyzw of a TCP -> (B, 3) rotation vector [rad], reference frame's axes, that takes a TCP whose z points straight
-    down (half a turn about x) there; the same for q and -q."""
+    """(B, 4) unit quaternions xyzw of a TCP -> (B, 3) rotation vectors [rad] along the axes of the reference
+    frame. Each turns a TCP whose z points straight down (half a turn about x) to the given rotation. The
+    result is the same for q and -q."""
     x, y, z, w = quaternion.unbind(-1)
     axis, cosine = torch.stack([-w, -z, y], -1), x  # quaternion * (1, 0, 0, 0) inverted
     axis = torch.where(cosine[:, None] < 0, -axis, axis)
@@ -126,7 +138,7 @@ def turn_from_down(quaternion: Tensor) -> Tensor:
 
 
 def _stem(channels: int) -> nn.Sequential:
-    """Three convolutions, a quarter of the resolution."""
+    """Three convolutions, which reduce the resolution to a quarter."""
     return nn.Sequential(
         nn.Conv2d(3, channels // 2, 5, stride=2, padding=2),
         nn.GELU(),

@@ -1,4 +1,4 @@
-"""How does a hidden state become an action? A recurrent head that accepts the feature of any exit."""
+"""The action head: a recurrent network that makes an action from the feature of any exit."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from deer_vla_ros.model.config import HeadConfig
 
 
 class HeadState(NamedTuple):
-    """LSTM state before the layer norms: hidden and cell, each (lstm layers, B, hidden)."""
+    """The LSTM state before the layer norms: hidden and cell, each (lstm layers, B, hidden)."""
 
     hidden: Tensor
     cell: Tensor
 
     @staticmethod
     def joined(states: Sequence[HeadState]) -> HeadState:
-        """One batch of the states of several episodes; the state itself of a single one."""
+        """The states of several episodes as one batch. A single state is returned as it is."""
         return states[0] if len(states) == 1 else HeadState(*(torch.cat(parts, 1) for parts in zip(*states)))
 
 
 class HeadOutput(NamedTuple):
-    """pose (B, T, 6) in -1..1; gripper_logit (B, T, 1); the state after the last of the T steps; feature (B, T, width) that was read."""
+    """The output of the head for T steps.
+
+    pose: (B, T, 6) in -1..1. gripper_logit: (B, T, 1). state: after the last step. feature: (B, T, width),
+        the input.
+    """
 
     pose: Tensor
     gripper_logit: Tensor
@@ -33,7 +37,7 @@ class HeadOutput(NamedTuple):
     feature: Tensor
 
     def split(self) -> list[HeadOutput]:
-        """The output of each episode of the batch, as a batch of one."""
+        """The output of each episode of the batch, as batches of one."""
         if len(self.pose) == 1:
             return [self]
         return [
@@ -48,12 +52,12 @@ class HeadOutput(NamedTuple):
 
 
 def pool(hidden: Tensor) -> Tensor:
-    """(..., S, width) -> (..., width): maximum over all tokens, padding included, as the reference does."""
+    """(..., S, width) -> (..., width): the maximum over all tokens, with padding, as in the reference."""
     return hidden.amax(dim=-2)
 
 
 class MLP(nn.Module):
-    """`widths` times (Linear, LayerNorm, ReLU, dropout), then a Linear to `out`."""
+    """(Linear, LayerNorm, ReLU, dropout) for each of `mlp_widths`, then a Linear to `out` values."""
 
     def __init__(self, width: int, config: HeadConfig, out: int):
         super().__init__()
@@ -70,7 +74,10 @@ class MLP(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """LSTM layers, each followed by a layer norm, then an MLP for the pose and one for the gripper. Without LSTM layers it has no memory."""
+    """LSTM layers, each followed by a layer norm, then an MLP for the pose and one for the gripper.
+
+    Without LSTM layers it has no memory.
+    """
 
     def __init__(self, width: int, config: HeadConfig):
         super().__init__()
@@ -83,7 +90,7 @@ class ActionHead(nn.Module):
         self.hidden = config.hidden
 
     def forward(self, feature: Tensor, state: HeadState) -> HeadOutput:
-        """(B, T, width) pooled features of T consecutive steps, and the state before the first of them."""
+        """feature: (B, T, width), the pooled features of T successive steps. state: before the first step."""
         x, hiddens, cells = feature, [], []
         for i, (lstm, norm) in enumerate(zip(self.lstms, self.norms)):
             x, (hidden, cell) = lstm(x, (state.hidden[i : i + 1], state.cell[i : i + 1]))
@@ -96,6 +103,6 @@ class ActionHead(nn.Module):
         return HeadOutput(self.pose(x).tanh(), self.gripper(x), after, feature)
 
     def initial_state(self, batch: int = 1) -> HeadState:
-        """The state in which an episode begins: zeros."""
+        """The state at the start of an episode: zeros."""
         zeros = self.pose.out.weight.new_zeros(len(self.lstms), batch, self.hidden)
         return HeadState(zeros, zeros)

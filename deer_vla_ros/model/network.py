@@ -1,4 +1,4 @@
-"""What is the whole network? Two cameras and an instruction up the layers, an action at every exit."""
+"""The whole network: the inputs are two images and an instruction, and every exit gives an action."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from deer_vla_ros.model.vision import VisionTower
 
 @dataclass(frozen=True)
 class Sight:
-    """What is seen at one moment, whatever the instruction: visual (B, config.visual_tokens, vision width), what the layers look at; found: what
-    the grounding found, where there is one."""
+    """What the network sees, independent of the instruction.
+
+    visual: (B, config.visual_tokens, vision width), the input of the layers. found: the result of the
+        grounding, if the network has one.
+    """
 
     visual: Tensor
     found: Found | None
@@ -29,8 +32,8 @@ class Sight:
 class MultiExitVLA(nn.Module):
     """The network of DeeR-VLA (Yue et al., NeurIPS 2024, arXiv 2411.02359), at any size.
 
-    The shared head reads an action at any exit; each exit but the last also has an auxiliary head, and the last layer a head
-    of its own: those train the layers and are not used to act.
+    The shared head gives an action at any exit. In addition, each exit has its own head, which is only used
+    to train the layers: the auxiliary heads and, at the last layer, `last_head`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -65,25 +68,26 @@ class MultiExitVLA(nn.Module):
         return self.token_embedding.weight.dtype
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """(B, cameras, 3, size, size) normalised images -> (B, cameras * latents, vision width) visual tokens.
+        """(B, cameras, 3, size, size) normalised images -> (B, cameras * latents, vision width) tokens.
 
-        All cameras pass the tower in one batch; their visual tokens then count as one image.
+        The tower processes all cameras as one batch. Their visual tokens then count as one image.
         """
         batch, cameras = images.shape[:2]
         visual = self.resampler(self.vision(images.flatten(0, 1)))
         return visual.unflatten(0, (batch, cameras)).flatten(1, 2)
 
     def see(self, images: Tensor, tcp: Tensor | None = None) -> Sight:
-        """What both cameras and the arm's pose give: images as in `encode_images`, tcp (B, 7).
+        """Makes the input of the layers. images: as in `encode_images`. tcp: (B, 7), as in Observation.
 
-        UserError where the network needs a measured pose and gets none.
+        Raises UserError if the network needs a measured pose and `tcp` is None.
         """
         visual = self.encode_images(images)
         pose = visual.new_zeros(visual.shape[0], POSE_VALUES)
         if self.proprioception is not None:
             if tcp is None:
                 raise UserError(
-                    "this network takes the measured TCP pose as an input, and the observation has none: give Observation.tcp"
+                    "this network takes the measured TCP pose as an input, and the observation has none: "
+                    "give Observation.tcp"
                 )
             pose = self.proprioception.values(tcp.float()).to(self.dtype)
             visual = torch.cat([visual, self.proprioception(pose)], 1)
@@ -93,7 +97,7 @@ class MultiExitVLA(nn.Module):
         return Sight(torch.cat([visual, found.tokens], 1), found)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, image_token: int) -> TextContext:
-        """(B, S) token ids and mask (1 = real token) -> what the layers need of them; depends on nothing else."""
+        """(B, S) token ids and mask (1 = real token) -> the input of the layers."""
         return TextContext(
             embedding=self.token_embedding(input_ids),
             attention_bias=attention_bias(attention_mask, self.config.decoder).to(self.dtype),
@@ -101,7 +105,7 @@ class MultiExitVLA(nn.Module):
         )
 
     def hidden_states(self, visual: Tensor, text: TextContext) -> Iterator[Tensor]:
-        """The output (B, S, width) of layer 0, 1, ... in turn; a layer runs only when it is asked for."""
+        """The output (B, S, width) of each layer in turn. A layer runs when the iterator reaches it."""
         hidden = text.embedding
         for layer in self.layers:
             hidden = layer(hidden, visual, text)
@@ -109,9 +113,9 @@ class MultiExitVLA(nn.Module):
 
 
 def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
-    """A network that owns `state`'s tensors without a second copy in memory; ready for inference.
+    """A network that uses the tensors of `state` without a copy and is ready for inference.
 
-    Raises RuntimeError where a name or shape does not fit: `check_shapes` beforehand says so in words for the user.
+    Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so in a clear message.
     """
     with torch.device("meta"):
         model = MultiExitVLA(config)
@@ -121,13 +125,16 @@ def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
 
 
 def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in the state dict of a network of this config."""
+    """The shape of each tensor of a network of this config, by name."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises UserError, by name, unless tensors of shapes `found` are exactly those of a network of this config."""
+    """Raises UserError unless `found` has exactly the names and shapes of a network of this config.
+
+    Messages begin with `where`.
+    """
     expected = state_shapes(config)
     for kind, names in (
         ("missing", expected.keys() - found.keys()),
@@ -136,17 +143,22 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
         if names:
             first = ", ".join(sorted(names)[:3])
             raise UserError(
-                f"{where}: {len(names)} tensors are {kind}, first {first}: weights and config are not of the same model"
+                f"{where}: {len(names)} tensors are {kind}, first {first}: "
+                "weights and config are not of the same model"
             )
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(
-                f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}: they are not of the same model"
+                f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}: "
+                "they are not of the same model"
             )
 
 
 def restore_buffers(model: MultiExitVLA) -> None:
-    """Refills what a state dict does not carry, lost on the meta device: position indices of the tower and of the feature maps."""
+    """Fills the buffers that a state dict does not contain: positions in the tower and the feature maps.
+
+    They have no values in a network that was made on the meta device.
+    """
     embeddings = model.vision.clip.embeddings
     positions = embeddings.position_embedding.weight
     embeddings.position_ids = torch.arange(positions.shape[0], device=positions.device)[None]

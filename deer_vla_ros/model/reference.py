@@ -1,13 +1,13 @@
 """The weight names of the reference implementation, and the network that is built from such weights.
 
-The tables map each name in the reference's state dict to ours. In these patterns, `{kind}` is the last part of
-a name (weight, bias, ...) and `{i}` is a number. `{3i+1}` and the like are computed from `{i}`, because the
-reference also counts the modules without weights in a sequence. `{n}` is the number of hidden layers of an MLP.
-`name#q`, `name#k` and `name#v` are the first, second and third part of the rows of one tensor.
+The tables map the names in the state dict of the reference to ours. In these patterns, `{kind}` is the last
+part of a name (weight, bias, ...) and `{i}` is a number. `{3i+1}` and similar terms are computed from `{i}`:
+the reference also counts modules without weights. `n` is the number of hidden layers of an MLP. `name#q`,
+`name#k` and `name#v` are the first, second and third part of the rows of one tensor.
 
 The network does not use `vision_encoder.visual.proj` and `vision_encoder.visual.ln_post.*`, which belong to
-CLIP's pooled output. `lang_encoder.old_decoder_blocks.*` and `lang_encoder.gated_cross_attn_layers.*` repeat the
-weights of `lang_encoder.transformer.blocks.*` under a second name.
+the pooled output of CLIP. `lang_encoder.old_decoder_blocks.*` and `lang_encoder.gated_cross_attn_layers.*`
+are second names for the weights of `lang_encoder.transformer.blocks.*`.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ _HEAD = {
     "gripper.mlp.{4n+1}.{kind}": "gripper.out.{kind}",
 }
 
-# Prefix in the reference, prefix in our network, names below these prefixes. The auxiliary heads are counted by
-# `{number}` in the reference and by the layer of their exit, `{exit}`, in our network.
+# Each part: its prefix in the reference, its prefix in our network, and the names below these prefixes. The
+# name of an auxiliary head has its `{number}` in the reference, but the layer of its `{exit}` in our network.
 _PARTS = (
     ("vision_encoder.visual.", "vision.clip.", _VISION),
     ("perceiver.", "resampler.", _RESAMPLER),

@@ -1,4 +1,4 @@
-"""How do a camera's patch tokens become few visual tokens? The Perceiver resampler."""
+"""The Perceiver resampler, which turns the patch tokens of one camera into few visual tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, Linear, exact GELU, Linear; no biases in the linear layers."""
+    """LayerNorm, Linear, exact GELU, Linear. The linear layers have no biases."""
 
     def __init__(self, width: int, ratio: int):
         super().__init__()
@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Latents look at the image tokens and at themselves, both normed."""
+    """The attention of the latents to the image tokens and to themselves, both normed."""
 
     def __init__(self, width: int, config: ResamplerConfig):
         super().__init__()
@@ -66,7 +66,7 @@ class ResamplerLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Image tokens of one camera in, a fixed number of visual tokens out; both cameras share the weights."""
+    """Turns the patch tokens of one camera into visual tokens. Both cameras use the same weights."""
 
     def __init__(self, width: int, config: ResamplerConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How does an instruction become token ids? The prompt template and its tokenizer."""
+"""The prompt template for instructions, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD = "<image>", "<|endofchunk|>", "<|endoftex
 
 
 def prompt(instruction: str) -> str:
-    """`<image>{instruction, stripped}<|endofchunk|><|endoftext|>`; special tokens spelled out in the instruction are dropped."""
+    """`<image>{instruction, stripped}<|endofchunk|><|endoftext|>`.
+
+    Special tokens that the instruction contains as text are removed.
+    """
     for special in (IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD):
         instruction = instruction.replace(special, " ")
     return f"{IMAGE}{instruction.strip()}{END_OF_CHUNK}{END_OF_TEXT}"
 
 
 class InstructionTokenizer:
-    """Token ids of instructions, cut to `max_tokens` (an overlong one thereby loses its two closing specials)."""
+    """Makes token ids from instructions. It cuts each to `max_tokens`, so a long instruction loses its two
+    last special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int):
         missing = [
@@ -46,7 +50,7 @@ class InstructionTokenizer:
 
     @classmethod
     def from_file(cls, path: Path, max_tokens: int) -> InstructionTokenizer:
-        """From a `tokenizer.json`; an unreadable one raises UserError."""
+        """Reads a `tokenizer.json`. Raises UserError if this fails."""
         try:
             return cls(Tokenizer.from_file(str(path)), max_tokens)
         except UserError:
@@ -57,7 +61,10 @@ class InstructionTokenizer:
             ) from error
 
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask (1 = real token), both (B, S) int64, right-padded to the longest of the batch."""
+        """Token ids and attention mask (1 = real token), both (B, S) int64.
+
+        Texts are padded on the right to the longest of the batch.
+        """
         batch = self._tokenizer(
             [prompt(text) for text in instructions],
             max_length=self.max_tokens,

@@ -1,4 +1,4 @@
-"""What does the policy see? CLIP's vision transformer, read before its final norm."""
+"""The vision tower: the vision transformer of CLIP without its final layer norm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deer_vla_ros.model.config import VisionConfig
 
 
 class VisionTower(nn.Module):
-    """ViT with QuickGELU. The patch tokens leave it without the class token and before the final layer norm."""
+    """A ViT with QuickGELU. It outputs the patch tokens, without the class token and the final norm."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -25,9 +25,7 @@ class VisionTower(nn.Module):
                 attn_implementation="sdpa",
             )
         )
-        self.clip.post_layernorm = (
-            nn.Identity()
-        )  # only the pooled class token would pass it, and nobody reads that
+        self.clip.post_layernorm = nn.Identity()  # it applies only to the class token, which is not used
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, size, size) normalised images -> (N, tokens, width) patch tokens."""
