@@ -1,11 +1,11 @@
-"""The policy node on a robot.
+"""Starts the policy node on a robot.
 
     ros2 launch deer_vla_ros deer_vla.launch.py params_file:=my_cell.yaml
     ros2 launch deer_vla_ros deer_vla.launch.py namespace:=left model_path:=/data/my_checkpoint device:=cuda
 
-Topic names are relative: `namespace` moves them all, and an including launch file renames single ones with SetRemap. An argument
-left empty leaves the matter to params_file. Nothing is started when params_file is wrong: launch says why and
-ends with exit status 1.
+Topic names are relative: `namespace` moves all of them, and an including launch file renames single ones with
+SetRemap. For an argument that is empty, params_file decides. If params_file is wrong, nothing is started:
+launch says why and ends with exit status 1.
 """
 
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
@@ -25,9 +25,9 @@ PARAMETERS = {
     "autostart": ("autostart", bool),
     "rehearsal": ("control.rehearsal", bool),
 }
-"""Launch argument -> the node's parameter and its type."""
+"""The node's parameter and its type, by launch argument."""
 SIGTERM_S, SIGKILL_S = "10", "5"
-"""Seconds that the node has after Ctrl-C, and then after SIGTERM. It needs 2 s, on a busy machine more."""
+"""Seconds that the node has after Ctrl-C, and then after SIGTERM. It needs 2 s, or more on a busy machine."""
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -72,7 +72,7 @@ def generate_launch_description() -> LaunchDescription:
 
 
 def _check(context: LaunchContext) -> None:
-    """UserError, which ends the launch, where the parameter file is wrong or says nothing to the node."""
+    """Raises UserError, which ends the launch, if the parameter file is wrong or has nothing for the node."""
     including = context.launch_configurations.get("ros_namespace")  # of a launch file that includes this one
     namespace = prefix_namespace(including, LaunchConfiguration("namespace").perform(context))
     node = f"{make_namespace_absolute(namespace).rstrip('/')}/deer_vla"
@@ -85,8 +85,9 @@ def _start_node(context: LaunchContext) -> list[LifecycleNode]:
         for argument, (parameter, kind) in PARAMETERS.items()
         if LaunchConfiguration(argument).perform(context)
     }
-    # A LifecycleNode, so that a launch file which includes this one can react to its transitions or cause them. Its own `autostart`
-    # stays off: the node's parameter of that name does it, with and without launch, and twice would be refused.
+    # A launch file that includes this one can react to the transitions of a LifecycleNode, or cause them. The
+    # action's own `autostart` stays off: the node's parameter of that name does the same, and a second
+    # transition would be refused.
     node = LifecycleNode(
         package="deer_vla_ros",
         executable="deer_vla_node",

@@ -1,10 +1,10 @@
-"""The simulated table and the policy node, with the embedded checkpoint: no robot needed.
+"""Starts the simulated table and the policy node with the embedded checkpoint. It needs no robot.
 
     ros2 launch deer_vla_ros demo.launch.py seed:=3
     ros2 topic pub --times 5 /instruction std_msgs/msg/String "{data: lift the red block}"
 
-The arm holds until an instruction comes. When one of the two processes ends by itself, the other one is ended
-too. Launch then names the one that ended, and its exit status is 1.
+The arm holds until an instruction comes. If one of the two processes ends by itself, launch ends the other
+one, says which one has ended, and has exit status 1.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from deer_vla_ros.errors import UserError
 from launch import LaunchContext, LaunchDescription
 
 TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "sim" / "assets" / "guard.yaml"
-"""The policy node's limits on this table."""
+"""The parameter file with the policy node's limits on this table."""
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -49,13 +49,13 @@ def generate_launch_description() -> LaunchDescription:
                 "namespace", default_value="", description="Namespace of both nodes and of all their topics."
             ),
             RegisterEventHandler(OnProcessExit(on_exit=_on_exit)),
-            policy,  # first: it checks its parameters, and the table must not start when they are wrong
+            policy,  # first, because it checks the parameters before the table starts
             table,
         ]
     )
 
 
 def _on_exit(event: ProcessExited, context: LaunchContext) -> None:
-    """UserError, which ends the launch, where a process ends that nobody asked to."""
+    """Raises UserError, which ends the launch, if a process has ended by itself."""
     if reason := launch_checks.early_end(event.process_name, event.returncode, context.is_shutdown):
         raise UserError(reason)

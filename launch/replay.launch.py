@@ -1,15 +1,16 @@
-"""A recording played into the policy node in real time, and what it decides recorded: a whole installation's rehearsal.
+"""Plays a recording to the policy node in real time, and records its decisions (a rehearsal).
 
-    ros2 launch deer_vla_ros replay.launch.py bag:=/data/monday out:=/data/monday_replayed params_file:=my_cell.yaml
+    ros2 launch deer_vla_ros replay.launch.py bag:=/data/monday out:=/data/monday_replayed \\
+        params_file:=my_cell.yaml
     python -m deer_vla_ros replay /data/monday_replayed --params my_cell.yaml --follow --out out/replay
 
-Time is the recording's (`ros2 bag play --clock`). The node moves an arm only when one listens: leave the
-arm's driver off. Everything that was played and decided lies in `out`, so that `replay --follow` can do it
-once more, in lock step.
+The time is that of the recording (`ros2 bag play --clock`). The node publishes real commands, so do not start
+the arm's driver. All inputs and decisions are recorded in `out`, so that `replay --follow` can repeat them in
+lock step.
 
-Nothing is started or made when `bag`, `out` or `params_file` is wrong. The recording plays as soon as the
-node is active. When the player is through, all ends. When the player, the recorder or the node fails or ends
-earlier, launch says which one, and its exit status is 1.
+If `bag`, `out` or `params_file` is wrong, nothing is started. The recording plays as soon as the node is
+active. When the player has finished, launch ends all processes. If the player, the recorder or the node fails
+or ends earlier, launch says which one, and has exit status 1.
 """
 
 import asyncio
@@ -46,9 +47,9 @@ OUTPUTS = (
     "diagnostics",
     "parameter_events",
 )
-"""What the node publishes: recorded ones are played under other names."""
+"""The topics that the node publishes. Recorded messages of these topics are played under other names."""
 ASK_S = 0.5
-"""Seconds between two questions for the state of the node."""
+"""Seconds between two requests for the state of the node."""
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -75,7 +76,7 @@ def generate_launch_description() -> LaunchDescription:
         ],
         name="recorder",
         output="screen",
-        sigterm_timeout="30",  # it writes what it still has in memory
+        sigterm_timeout="30",  # it still has to write messages from its memory
     )
     remaps = ["--remap", *(f"{topic}:=recorded/{topic}" for topic in OUTPUTS)]
     player = ExecuteProcess(
@@ -97,7 +98,7 @@ def generate_launch_description() -> LaunchDescription:
     )
 
     def on_exit(event: ProcessExited, context: LaunchContext) -> list[LaunchDescriptionEntity]:
-        """Ends the launch: in order when the player is through, with UserError when anything else ends."""
+        """Ends the launch: in order after the player has finished, with UserError if another process ends."""
         ended = (event.process_name, event.returncode, context.is_shutdown)
         if event.action is player and event.returncode == 0:
             return [Shutdown(reason="the recording is over")]
@@ -135,15 +136,17 @@ def generate_launch_description() -> LaunchDescription:
 
 
 def _check(context: LaunchContext) -> None:
-    """UserError, which ends the launch, where there is nothing to play or no place for the new recording."""
+    """Raises UserError, which ends the launch, if the recording or the place for the new one is wrong."""
     bag, out = (LaunchConfiguration(name).perform(context) for name in ("bag", "out"))
     launch_checks.check(bag=bag, out=out)
 
 
 async def _is_active(context: LaunchContext, wait_s: float) -> bool:
-    """True as soon as the node is active, False when the launch ends before; UserError after so many seconds.
+    """True as soon as the node is active, False if the launch ends before. Raises UserError after wait_s
+    seconds.
 
-    It asks for the state: the message about a transition is lost when DDS has not connected the two by then.
+    It requests the state, because the message about a transition is lost if DDS has not connected the two
+    nodes yet.
     """
     client = get_ros_node(context).create_client(GetState, "/deer_vla/get_state")
     loop = asyncio.get_running_loop()
@@ -154,7 +157,8 @@ async def _is_active(context: LaunchContext, wait_s: float) -> bool:
             await asyncio.sleep(ASK_S)
             if answer and answer.done() and answer.result().current_state.id == State.PRIMARY_STATE_ACTIVE:
                 return True
-    except asyncio.CancelledError:  # the launch ends; passed on, launch would not wait for its processes
+    # The launch ends. If this error went on, launch would not wait for its processes.
+    except asyncio.CancelledError:
         return False
     what = f"deer_vla is not active after {wait_s:g} s"
     raise UserError(f"{what}: see its output above, or give more with wait:=")

@@ -189,8 +189,7 @@ def along_steps(
 
     A step is counted and left out if the recording lacks one of its inputs, or the step itself. The steps
     after it are left out, too, until an episode begins, because the temporal state is not known. A live node
-    applies a parameter event some time after it was sent: here it applies at the step whose budget id shows
-    it.
+    applies a parameter event some time after it was sent: here, at the step whose budget id shows it.
     """
     budget = _FollowedBudget(controller, on_parameters)
     recent: dict[str, OrderedDict[int, tuple[RecordedMessage, Any]]] = {
@@ -243,8 +242,7 @@ def along_steps(
 
 
 class _FollowedBudget:
-    """Finds the step at which a recorded change of the budget takes effect: the live node's budget id shows
-    it."""
+    """Finds the step at which a recorded change of the budget takes effect, from the budget ids."""
 
     def __init__(self, controller: Controller, apply: ParameterChange):
         self._controller, self._apply = controller, apply

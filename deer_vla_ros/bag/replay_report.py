@@ -20,8 +20,7 @@ COLOURS = ("#0d9488", "#d97706", "#7c3aed", "#dc2626", "#2563eb", "#65a30d")
 
 
 def summary(result: Result, reference: Result | None) -> dict[str, Any]:
-    """A run's figures. reference: the run at full depth, or None. Figures that cannot be computed are
-    None."""
+    """A run's figures. reference: the run at full depth, or None. A figure without data is None."""
     steps = result.steps
     exits = np.array([step.exit_layer for step in steps])
     wall = np.array([step.wall_ms for step in steps])

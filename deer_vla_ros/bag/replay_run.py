@@ -79,8 +79,7 @@ class Request:
 class Step:
     """What a report needs of one decision. stamp [ns]. seconds: receipt, from the start of the replayed part.
 
-    exit_layer: counted from 0. action: (6,), the six pose values. target: position [m] and quaternion x y z
-    w.
+    exit_layer: counted from 0. action: (6,), the six pose values. target: position [m], quaternion.
     """
 
     stamp: int
@@ -131,8 +130,7 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
     on_progress: Callable[[float, float], None] = lambda seconds, of: None,
 ) -> Result:
-    """Replays a recording. folder: where to write steps.csv, timings.csv, holds.csv and bag/; it must not
-    exist yet.
+    """Replays a recording. folder: where to write steps.csv, timings.csv, holds.csv and bag/; a new one.
 
     on_row: called with every decision. on_progress: called with the seconds that are done, and their total.
     Raises UserError for a recording that cannot be replayed, or that leads to no step.
@@ -155,8 +153,7 @@ def run(
                 "or say what to do with --instruction"
             )
         window = _window(request, recording)
-        # Along recorded steps, the measured pose is the live arm's. Only the holds between the steps are not
-        # known.
+        # Along recorded steps, the measured pose is the live arm's. Only holds between steps are unknown.
         feedback = {"guard.follow_timeout_s": 0.0} if request.follow else parameters.NO_FEEDBACK
         controller = warm_controller(request.given | feedback, logging.getLogger(__name__), request.latencies)
         stack.callback(controller.policy.close)

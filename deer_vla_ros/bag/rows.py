@@ -1,5 +1,4 @@
-"""Decisions as lines of a table, with every field of `PolicyStep`, so that they can be compared to the
-bit."""
+"""Decisions as lines of a table, with every field of `PolicyStep`, comparable to the bit."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The commands that a person runs, one file each, and the table of them.
+"""The commands that a person runs, one module each, and their table.
 
-A command is a module with a docstring (its help, with an example), `add_arguments(parser)` and
-`run(args) -> int`. It imports what it needs when it runs, so `--help` answers at once. No command is imported by
-another module.
+A command is a module with a docstring (its help, with an example), `add_arguments(parser)` and `run(args)`,
+which returns the exit status. It imports what it needs when it runs, so `--help` answers at once. No other
+module imports a command.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ PROGRAM = "python -m deer_vla_ros"
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command lives, what `--help` says about it, and whether `--ros-args` mean something to it."""
+    """A command: its module, its line in `--help`, and whether it takes `--ros-args`."""
 
     module: str
     summary: str

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: numbers above 0, and how a recording is read."""
+"""Arguments that several commands share: positive numbers, phrasings, and how a recording is read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deer_vla_ros.errors import UserError
 TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "lab" / "sim" / "assets" / "guard.yaml"
 """Parameter file: the policy node's limits on the simulated table. It is found without importing MuJoCo."""
 PHRASINGS = ("training", "held-out", "both")
-"""Wordings of the instructions; both: half and half."""
+"""The wordings of the instructions; both: half of each."""
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """The text as a finite number above 0. Raises ArgumentTypeError."""
     try:
         value = float(text)
     except ValueError:
@@ -27,7 +27,7 @@ def positive(text: str) -> float:
 
 
 def add_recording_arguments(parser: argparse.ArgumentParser, of: str = "") -> None:
-    """of: what stands before each help, where a command has other sources than recordings."""
+    """Adds the arguments that say how a recording is read. of: prefix of each help text."""
     parser.add_argument(
         "--params", type=Path, metavar="FILE", help=f"{of}the node's parameter file (default: its defaults)"
     )
@@ -43,12 +43,13 @@ def add_recording_arguments(parser: argparse.ArgumentParser, of: str = "") -> No
         "--clock",
         choices=("receive", "header"),
         default="receive",
-        help=f"{of}bag time: when messages were received, or the newest stamp among them (default: %(default)s)",
+        help=f"{of}bag time: when messages were received, or the newest stamp among them "
+        "(default: %(default)s)",
     )
 
 
 def topics_of(args: argparse.Namespace) -> dict[str, str]:
-    """Recorded topic by the node's, of --topic arguments; UserError."""
+    """Recorded topics by the node's names, from the --topic arguments. Raises UserError."""
     found = {}
     for text in args.topic:
         name, mark, topic = text.partition(":=")

@@ -1,36 +1,44 @@
 """Times the node, checks that budgets are kept, and shows what depth buys in closed loop.
 
-Example: as the documentation's figures were measured, and a quick look:
+Example: the commands behind the figures of the documentation, and two quick ones:
 
     python -m deer_vla_ros benchmark node --json out/node-latency.json
     python -m deer_vla_ros benchmark node --seconds 5
     python -m deer_vla_ros benchmark budgets --json out/budgets.json
     python -m deer_vla_ros benchmark budgets --episodes 20
     python -m deer_vla_ros benchmark latency --json out/latency.json
-    python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint --plot docs/images/curve.png
+    python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint \\
+        --plot docs/images/curve.png
     python -m deer_vla_ros benchmark ablations --chains 200 --data out/train/data --json out/ablations.json
 
-node: how long is it from a camera's stamp to the command? The policy node beside a bare rclpy relay, in one run.
-Two 640x480 rgb8 cameras at 30 Hz, real processes over real DDS. Overhead is the node's stamp-to-command less the policy's own
-compute; the ratio is overhead to the relay's stamp-to-pose. Measured idle and with every core loaded, with model.cpu_threads 1
-and 0 (torch's choice); p50_ratio and p99_ratio of the JSON are those of idle with 1. Logs of all processes are in `--out`.
+node: measures the time from a camera's stamp to the command. The policy node and a bare rclpy relay run side
+by side, with two 640x480 rgb8 cameras at 30 Hz, as processes over DDS. The overhead is the node's
+stamp-to-command time without the policy's own compute time; the ratio is the overhead divided by the relay's
+stamp-to-pose time. It is measured on an idle machine and with every core loaded, with model.cpu_threads 1 and
+0 (torch's choice). p50_ratio and p99_ratio in the JSON are from the idle machine with 1. Logs of all
+processes are in `--out`.
 
-budgets: `--budgets` averages across the feasible range, governor off, requested against achieved mean over `--episodes` of 50 steps of
-the simulated table that the calibration never saw; the same in a world that differs from it, the worst window of 200 steps with and
-without the governor; and whether a peak is ever passed.
+budgets: compares requested and achieved means for `--budgets` averages across the feasible range, with the
+governor off, over `--episodes` of 50 steps of the simulated table that the calibration did not use. It does
+the same in a changed world, and reports the worst window of 200 steps with and without the governor. It also
+checks that no step passes a peak.
 
-latency: milliseconds of every stage of a step on this machine, as --json writes them the table that `replay --latency-table` goes by.
+latency: measures the milliseconds of every stage of a step on this machine. --json writes them as the table
+that `replay --latency-table` reads.
 
-curve: average length of `--chains` chains against the language part's MACs: the dynamic network under its own thresholds, under
-several budgets and at each fixed exit, and every `--static` network at its full depth, in the wordings of training or in others. Each point is a
-run of `evaluate`, kept in `--out` and not repeated.
+curve: average length of `--chains` chains over the MACs of the language part: the dynamic network with its
+own thresholds, with several budgets and at each fixed exit, and every `--static` network at its full depth,
+in the wordings of training or in others. Each point is a run of `evaluate`; it is kept in `--out` and not
+repeated.
 
-ablations: trains the `--recipe` with all parts of the method and without each, calibrates, and scores `--chains` chains at one average
-budget; criteria and thresholds are compared on the network with all parts, or on that of `--checkpoint` alone, and then nothing is trained. It can
-be interrupted and goes on from there.
+ablations: trains the `--recipe` with all parts of the method and without each part, calibrates, and scores
+`--chains` chains at one average budget. Criteria and thresholds are compared on the network with all parts.
+With --checkpoint they are compared on that network, and nothing is trained. After an interruption the same
+command goes on.
 
-`camera`, `relay`, `listener` and `load` are the processes that `node` starts. Without ROS_DOMAIN_ID it takes a random one, and
-without FASTRTPS_DEFAULT_PROFILES_FILE a shared memory segment that holds such images: Fast DDS's own loses most of them.
+`camera`, `relay`, `listener` and `load` are the processes that `node` starts. Without ROS_DOMAIN_ID it takes
+a random domain. Without FASTRTPS_DEFAULT_PROFILES_FILE it sets up a shared memory segment that is large
+enough for such images; the default segment of Fast DDS loses most of them.
 """
 
 from __future__ import annotations
@@ -49,14 +57,14 @@ from deer_vla_ros.files import write_json
 from deer_vla_ros.processes import keep_off_other_robots
 
 STEPS = 50
-"""Of an episode of the table."""
+"""Steps of an episode of the table."""
 SHIFTED_EPISODES = 12
-"""For the settling time and two windows."""
+"""The fewest episodes for the settling time and two windows."""
 FIRST_SEED = 500_000
-"""Far from the calibration's."""
+"""The first seed of the episodes. It is far from the calibration's seeds."""
 PARTS = ("camera", "relay", "listener", "load")
 ENOUGH_SAMPLES = 300
-"""With fewer, the 99th percentile rests on two or three of them."""
+"""With fewer samples, the 99th percentile depends on two or three of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,11 +154,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where all conditions were measured, whatever the figures; UserError otherwise. No process is left behind either way."""
+    """Returns 0 after all measurements, whatever the figures. UserError otherwise. It ends all its
+    processes."""
     if args.what in PARTS:
-        from deer_vla_ros.lab.benchmarks import (
-            node_parts as benchmark_parts,  # only here: what starts the processes has no thread of rclpy to fork
-        )
+        # A late import: the process that starts the others must not have a thread of rclpy when it forks.
+        from deer_vla_ros.lab.benchmarks import node_parts as benchmark_parts
 
         getattr(benchmark_parts, args.what)()
         return 0
@@ -169,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _node(args: argparse.Namespace) -> dict[str, object]:
-    """Latency of the policy node."""
+    """Measures the latency of the policy node."""
     from deer_vla_ros.lab.benchmarks.node_run import measure
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the processes in order
@@ -183,8 +191,9 @@ def _node(args: argparse.Namespace) -> dict[str, object]:
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     print(
-        f"idle: the node's overhead is {quiet.p50_ratio:.2f} x the relay beside it at p50, {quiet.p99_ratio:.2f} x at p99; "
-        f"{quiet.p50_ratio_alone:.2f} x and {quiet.p99_ratio_alone:.2f} x the relay alone"
+        f"idle: the node's overhead is {quiet.p50_ratio:.2f} x the relay beside it at p50, "
+        f"{quiet.p99_ratio:.2f} x at p99; {quiet.p50_ratio_alone:.2f} x and {quiet.p99_ratio_alone:.2f} x "
+        "the relay alone"
     )
     if min(row.samples for row in rows) < ENOUGH_SAMPLES:
         print(f"fewer than {ENOUGH_SAMPLES} samples in a condition: take p99 as a hint, or measure longer")
@@ -192,7 +201,7 @@ def _node(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _budgets(args: argparse.Namespace) -> dict[str, object]:
-    """Requested against achieved means."""
+    """Compares requested and achieved means."""
     from deer_vla_ros.lab.benchmarks import budget_benchmark
     from deer_vla_ros.model.checkpoint import folder_of
 
@@ -200,7 +209,8 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
         raise UserError(f"benchmark: --budgets is {args.budgets}: give 2 or more, for both ends of the range")
     if args.episodes < SHIFTED_EPISODES:
         raise UserError(
-            f"benchmark: --episodes is {args.episodes}: give {SHIFTED_EPISODES} or more, for a window of 200 steps"
+            f"benchmark: --episodes is {args.episodes}: give {SHIFTED_EPISODES} or more, for a window of 200 "
+            "steps"
         )
     seeds = range(FIRST_SEED, FIRST_SEED + args.episodes)
     others = range(seeds.stop, seeds.stop + max(SHIFTED_EPISODES, args.episodes // 8))
@@ -221,15 +231,16 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
     }
     report = budget_benchmark.report(rows, violations, named)
     print(
-        f"worst error of a mean over {args.episodes * STEPS} steps: {report['worst_relative_error']:.1%}; worst window in another "
-        f"world ({report['shift']}): {report['worst_relative_error_shifted_governed']:.1%} with governor, "
+        f"worst error of a mean over {args.episodes * STEPS} steps: {report['worst_relative_error']:.1%}; "
+        f"worst window in another world ({report['shift']}): "
+        f"{report['worst_relative_error_shifted_governed']:.1%} with governor, "
         f"{report['worst_relative_error_shifted_ungoverned']:.1%} without; peaks passed: {violations}"
     )
     return report
 
 
 def _latency(args: argparse.Namespace) -> dict[str, object]:
-    """A latency table."""
+    """Measures a latency table."""
     import torch
     from rich.progress import Progress
 
@@ -249,13 +260,14 @@ def _latency(args: argparse.Namespace) -> dict[str, object]:
         )
     before, layer, probe = (sum(parts) / len(table.parts) for parts in zip(*table.parts))
     print(
-        f"{table.about}: {before:.2f} ms before the layers, {layer:.3f} ms per layer, {probe:.3f} ms per probe of the head"
+        f"{table.about}: {before:.2f} ms before the layers, {layer:.3f} ms per layer, "
+        f"{probe:.3f} ms per probe of the head"
     )
     return {"about": table.about, "parts": table.parts}
 
 
 def _curve(args: argparse.Namespace) -> dict[str, object]:
-    """Length against cost."""
+    """Measures the average length of chains over cost."""
     from deer_vla_ros.lab.benchmarks import depth_curve
     from deer_vla_ros.model.checkpoint import folder_of, load_info
 
@@ -279,7 +291,8 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
         low, high = row["average_length_ci"]
         name = f"{row['kind']} {row['label']}"
         print(
-            f"{name:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['llm_gmac_mean'] * 1e3:.2f}"
+            f"{name:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   "
+            f"{row['llm_gmac_mean'] * 1e3:.2f}"
         )
     comparisons = depth_curve.headline(rows)
     for each in comparisons:
@@ -288,15 +301,17 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
             continue
         low, high = each.difference_ci
         print(
-            f"against {each.name}: dynamic, {each.dynamic['label']}, takes {each.saved:.2f} times fewer MACs; its chains are "
-            f"longer by {each.difference:+.3f} (95%, chain by chain: {low:+.3f} to {high:+.3f})"
+            f"against {each.name}: dynamic, {each.dynamic['label']}, takes {each.saved:.2f} times fewer "
+            "MACs; "
+            f"its chains are longer by {each.difference:+.3f} (95%, chain by chain: {low:+.3f} to "
+            f"{high:+.3f})"
         )
     print(f"plot: {args.plot}")
     return {"rows": rows, "headline": [dataclasses.asdict(each) for each in comparisons if each.dynamic]}
 
 
 def _ablations(args: argparse.Namespace) -> dict[str, object]:
-    """What each part of the method contributes."""
+    """Measures what each part of the method contributes."""
     from deer_vla_ros.lab.benchmarks import ablations, depth_curve
 
     def on_progress(line: str) -> None:
@@ -318,6 +333,7 @@ def _ablations(args: argparse.Namespace) -> dict[str, object]:
     for row in rows:
         low, high = row["average_length_ci"]
         print(
-            f"{row['label']:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   {row['fraction']:.3f}"
+            f"{row['label']:32}{row['average_length']:.2f}     {low:.2f} to {high:.2f}   "
+            f"{row['fraction']:.3f}"
         )
     return {"rows": rows, "recipe": str(args.recipe), "fraction": args.fraction}

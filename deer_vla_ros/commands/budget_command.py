@@ -1,12 +1,12 @@
-"""What a budget buys: cost against deviation from the full-depth action, with the exits' shares.
+"""Shows what a budget buys: cost, deviation from the full-depth action, and the shares of the exits.
 
-Example: the embedded checkpoint, and one question:
+Example: the whole range for the embedded checkpoint, and one fraction for your own:
 
     python -m deer_vla_ros budget
     python -m deer_vla_ros budget /data/my_checkpoint --fraction 0.4
 
-`path` is what the node uses; exp, gauss and gamma are the paper's families of thresholds at the same cost. Every method is solved on
-one half of the calibration's episodes and judged on the other.
+`path` is the method of the node; exp, gauss and gamma are the paper's families of thresholds at the same
+cost. Every method is solved on one half of the calibration's episodes and judged on the other half.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when told; UserError where the checkpoint has no calibration for its exits."""
+    """Returns 0 after the output. Raises UserError if the checkpoint has no calibration for its exits."""
     import numpy as np
 
     from deer_vla_ros.budget.calibration import REMEDY, Calibration
@@ -67,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"{folder}: {info.weights}")
     print(f"calibrated on {len(calibration.deltas)} steps: {calibration.provenance.get('source', 'unknown')}")
     print(
-        f"full depth: {full:.4g} GMAC at {args.tokens} tokens; deviation of the chosen from the full-depth action, by method\n"
+        f"full depth: {full:.4g} GMAC at {args.tokens} tokens; "
+        "deviation of the chosen from the full-depth action, by method\n"
     )
     heads = "  ".join(f"{layer + 1:>5}" for layer in exits)
     print(
-        f"fraction   GMAC     {'  '.join(f'{method:>7}' for method in METHODS)}   share of the steps, by layers run\n{'':50}   {heads}"
+        f"fraction   GMAC     {'  '.join(f'{method:>7}' for method in METHODS)}   "
+        f"share of the steps, by layers run\n{'':50}   {heads}"
     )
     for offer in found:
         deviation = "  ".join(f"{offer.deviation[method]:7.4f}" for method in METHODS)

@@ -1,14 +1,17 @@
 """Measures the deltas and actions of all exits on recordings, and writes them into a checkpoint folder.
 
-Example: the embedded checkpoint on the simulated table, as it ships, and your own:
+Example: the embedded checkpoint on the simulated table, as it was released, and your own checkpoint:
 
     python -m deer_vla_ros calibrate table
     python -m deer_vla_ros calibrate table --checkpoint /data/my_checkpoint --episodes 200
-    python -m deer_vla_ros calibrate bags/monday bags/tuesday --checkpoint /data/my_checkpoint --topic ee_pose:=/arm/tcp
+    python -m deer_vla_ros calibrate bags/monday bags/tuesday --checkpoint /data/my_checkpoint \\
+        --topic ee_pose:=/arm/tcp
 
-SOURCE is 'table', or rosbag2 recordings of your robot at work: frames are paired and paced as the policy node would. Average budgets are solved
-from the file that this writes (calibration.safetensors). It is replaced in one piece: interrupted, the old one stays. How the deltas differ
-from the ones that were stored is told: the larger the distance, the further the robot's scenes are from what was calibrated on before.
+SOURCE is 'table', or rosbag2 recordings of your robot at work, whose frames are paired and paced as in the
+policy node. The command writes calibration.safetensors, from which average budgets are solved. The file is
+replaced as a whole: after an interruption the old one is still there. The command also prints how far the new
+deltas are from the stored ones. A large distance means that the robot's scenes differ from those of the old
+calibration.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when the file is written."""
+    """Returns 0 when the file is written. Raises UserError for a wrong source or number."""
     import numpy as np
     from rich.progress import track
 
@@ -76,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     left_out: list[str] = []
     if args.source == ["table"]:
         seeds = range(args.seed, args.seed + args.episodes)
-        source = f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, {args.steps} steps of the scripted expert each"
+        source = (
+            f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, "
+            f"{args.steps} steps of the scripted expert each"
+        )
         sessions = track(seeds, description="calibrating")
         episodes = (
             episode for seed in sessions for episode in table_episodes(range(seed, seed + 1), args.steps)
@@ -104,18 +110,21 @@ def run(args: argparse.Namespace) -> int:
         for index, layer in enumerate(calibration.exits)
     ]
     print(
-        f"{folder / CALIBRATION}: {len(calibration.deltas)} steps, {len(calibration.window_deltas)} window positions; {source}"
+        f"{folder / CALIBRATION}: {len(calibration.deltas)} steps, "
+        f"{len(calibration.window_deltas)} window positions; {source}"
     )
     print("layer  delta p50   p95      in windows p50   deviation from full depth")
     for row in rows:
         window = "-" if row["window_delta_p50"] is None else f"{row['window_delta_p50']:.4f}"
         print(
-            f"{row['layer']:>5}  {row['delta_p50']:.4f}     {row['delta_p95']:.4f}   {window:<14}   {row['deviation']:.4f}"
+            f"{row['layer']:>5}  {row['delta_p50']:.4f}     {row['delta_p95']:.4f}   "
+            f"{window:<14}   {row['deviation']:.4f}"
         )
     if differences:
         told = "  ".join(f"{row['layer']}: {row['distance_from_stored']:.3f}" for row in rows)
         print(
-            f"from the deltas that were stored ({stored.provenance.get('source', 'unknown')}), by layer: {told}; 0 is the same, 1 is apart"
+            f"from the deltas that were stored ({stored.provenance.get('source', 'unknown')}), by layer: "
+            f"{told}; 0 is the same, 1 is apart"
         )
     for line in left_out:
         print(f"left out: {line}")
@@ -125,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str]) -> Iterator[Episode]:
-    """Episodes of recordings, read as they are needed; left_out is filled when they have been."""
+    """Yields the episodes of the recordings, and fills left_out after the last one."""
     from itertools import groupby
 
     from rich.progress import track
@@ -154,7 +163,7 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
 
 
 def _stored(folder: Path) -> Calibration | None:
-    """The folder's calibration, whatever weights it was measured on; None where there is none that can be read."""
+    """The folder's calibration, whatever weights it was measured on; None if there is no readable one."""
     from deer_vla_ros.budget.calibration import Calibration
 
     try:
@@ -164,8 +173,10 @@ def _stored(folder: Path) -> Calibration | None:
 
 
 def distances(new: Calibration, stored: Calibration | None) -> list[float] | None:
-    """By exit, how far the distributions of the deltas are apart: the largest difference of their cumulated shares, 0 to 1
-    (Kolmogorov and Smirnov). None where there is nothing to compare with."""
+    """By exit, the distance 0..1 between the distributions of the deltas: the Kolmogorov-Smirnov statistic.
+
+    None if there is no stored calibration of the same exits and the same kind of delta.
+    """
     from scipy.stats import ks_2samp
 
     if stored is None or stored.exits != new.exits or stored.delta != new.delta:
@@ -174,7 +185,8 @@ def distances(new: Calibration, stored: Calibration | None) -> list[float] | Non
 
 
 def set_default(folder: Path, fraction: float) -> None:
-    """Makes the thresholds of an average budget the checkpoint's own."""
+    """Makes the thresholds of an average budget (share of full depth) the checkpoint's own. Raises
+    UserError."""
     from deer_vla_ros.budget.keeper import BudgetKeeper
     from deer_vla_ros.budget.types import Budget
     from deer_vla_ros.model.checkpoint import load, set_thresholds
@@ -184,5 +196,6 @@ def set_default(folder: Path, fraction: float) -> None:
     keeper.set(budget)
     set_thresholds(folder, keeper.rule.thresholds)
     print(
-        f"{folder}: thresholds {', '.join(f'{value:.4g}' for value in keeper.rule.thresholds)}, {fraction:g} of full depth"
+        f"{folder}: thresholds {', '.join(f'{value:.4g}' for value in keeper.rule.thresholds)}, "
+        f"{fraction:g} of full depth"
     )

@@ -1,12 +1,13 @@
-"""Turns recordings into a training dataset in CALVIN's format, an episode per instruction.
+"""Converts recordings to a training dataset in CALVIN's format, with an episode per instruction.
 
-Example: what was recorded while the arm was led, then the released network on it (once its weights are a checkpoint folder):
+Example: convert a recording, and train the released network on it (its weights are in a checkpoint folder):
 
     python -m deer_vla_ros convert-bag test/data/table --out out/dataset
     python -m deer_vla_ros train --config config/training/deer_3b_d.yaml --data out/dataset
 
-Frames are paired and paced as the policy node would at control.rate_hz; an action is the motion from one measured pose to the next (--actions
-target: to the target that the arm was given), in the checkpoint's action space. What was left out is counted.
+Frames are paired and paced as in the policy node, at control.rate_hz. An action is the motion from one
+measured pose to the next in the checkpoint's action space; with --actions target, it is the motion to the
+recorded target. The command counts what it leaves out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when the dataset is there."""
+    """Returns 0 when the dataset is written. Raises UserError for wrong arguments or recordings."""
     from rich.progress import track
 
     from deer_vla_ros.bag.observed import ObservedCounts, observed
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     print("left out:\n  " + "\n  ".join(left_out))
     if found.clipped:
         print(
-            f"{found.clipped} of {found.steps} steps moved further than an action can say, and were cut to it: record at a higher rate"
+            f"{found.clipped} of {found.steps} steps moved further than an action can say, "
+            "and were cut to it: record at a higher rate"
         )
     if args.json:
         write_json(args.json, {**vars(found), "left_out": left_out})

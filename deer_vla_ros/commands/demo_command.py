@@ -1,13 +1,14 @@
-"""The whole system on one machine: simulated table and policy node as two processes, six instructions, at most 20 s of control.
+"""Runs the whole system on one machine: the simulated table and the policy node, with six instructions.
 
-Example: as `make demo` runs it, and shorter on another arrangement with your own words:
+Example: as `make demo` runs it, and a shorter demo on another arrangement with your own instruction:
 
     python -m deer_vla_ros demo
     python -m deer_vla_ros demo --seconds 6 --seed 3 --instruction "open the drawer" --out out/drawer
 
-Leaves in the folder `--out`: summary.json, steps.jsonl (every ~/step message, one JSON object a line; stamps as sec and nanosec,
-NaN as null), cameras.png (what the cameras saw and the exit taken), table.log and node.log. Exit status 1 unless 90% of the steps
-expected at 10 Hz came. Without ROS_DOMAIN_ID it takes a random one, so that no robot nearby obeys a demo.
+Table and node are two processes. The folder `--out` gets summary.json, steps.jsonl (every ~/step message, one
+JSON object per line, with stamps as sec and nanosec, and NaN as null), cameras.png (camera images and the
+exit taken), table.log and node.log. The exit status is 1 if less than 90% of the steps that are expected at
+10 Hz came. Without ROS_DOMAIN_ID the demo takes a random domain, so that no robot nearby follows it.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ INSTRUCTIONS = (
     "move the slider to the right",
 )
 SEED = 33
-"""An arrangement in which these make sense. The embedded network does all of them here, whether its command reaches
-the arm 0 or 80 ms after the image (docs/explanation/embedded-model.md, "Commands that reach the arm late")."""
+"""An arrangement in which these instructions make sense. The embedded network carries out all of them here,
+whether its command reaches the arm 0 or 80 ms after the image (docs/explanation/embedded-model.md, "Commands
+that reach the arm late")."""
 RESULTS = ("summary.json", "steps.jsonl", "cameras.png")
 MOMENTS = 12
-"""How many moments of the run the picture shows."""
+"""Number of moments of the run that the picture shows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,11 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where at least 90% of the expected steps came; UserError otherwise. No process is left behind either way."""
+    """Returns 0 if at least 90% of the expected steps came. Raises UserError otherwise. It ends all
+    processes."""
     started = time.monotonic()
     weights = _weights(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in RESULTS:  # what an earlier demo found must not stand for this one
+    for name in RESULTS:  # so that no result of an earlier demo remains
         (args.out / name).unlink(missing_ok=True)
     keep_off_other_robots()
     leave_out_shared_memory()
@@ -88,12 +91,12 @@ def run(args: argparse.Namespace) -> int:
     parameters = ["--ros-args", "--params-file", str(TABLE_GUARD)]
     if args.model:
         parameters += ["-p", f"model.path:={Path(args.model).expanduser().resolve()}"]
-    node = ChildProcess(
-        "policy node", ["node", *parameters], args.out / "node.log"
-    )  # first: it takes longest to start
+    # The node comes first, because it takes longest to start.
+    node = ChildProcess("policy node", ["node", *parameters], args.out / "node.log")
     table = ChildProcess("table", ["sim", "--seed", str(args.seed)], args.out / "table.log")
     with kept(node, table):
-        # rclpy and rich load while the others start; rclpy only after them, so that no thread of it is there to be forked.
+        # rclpy and rich load while the processes start. A fork must not copy a thread of rclpy, so rclpy
+        # comes later.
         from deer_vla_ros.lab.demo.demo_run import control
 
         recorded = control(
@@ -108,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, recorded: Any, weights: dict[str, Any]) -> int:
-    """Writes the results and tells them; raises UserError where too few steps came."""
+    """Writes and prints the results. Raises UserError if too few steps came."""
     from deer_vla_ros.lab.demo import demo_picture, demo_report
 
     reason = demo_report.verdict_on(recorded.rows, recorded.seconds)
@@ -127,9 +130,8 @@ def _report(args: argparse.Namespace, recorded: Any, weights: dict[str, Any]) ->
     )
     demo_report.write_steps(recorded.rows, args.out / "steps.jsonl")
     demo_picture.draw(recorded.rows, recorded.moments, weights, args.out / "cameras.png")
-    demo_report.write_summary(
-        summary, args.out / "summary.json"
-    )  # last: where it stands, the rest stands too
+    # The summary comes last: if it exists, the other results exist, too.
+    demo_report.write_summary(summary, args.out / "summary.json")
     recorded.view.summary(summary, str(args.out))
     if reason:
         raise UserError(reason)
@@ -137,7 +139,8 @@ def _report(args: argparse.Namespace, recorded: Any, weights: dict[str, Any]) ->
 
 
 def _weights(model: str) -> dict[str, Any]:
-    """`config.json` of the checkpoint; read here, because the module that loads checkpoints brings torch."""
+    """`config.json` of the checkpoint. It is read here because the module that loads checkpoints needs
+    torch."""
     embedded = Path(deer_vla_ros.__file__).parent / "embedded"
     path = (Path(model).expanduser() if model else embedded) / "config.json"
     try:

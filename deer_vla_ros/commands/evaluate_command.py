@@ -1,14 +1,16 @@
-"""Scores instruction chains on the simulated table: how far, how surely, at what cost.
+"""Scores chains of instructions on the simulated table: their length, success rates and cost.
 
-Example: the embedded checkpoint at 30% of full depth, and single instructions in words that training never used:
+Example: the embedded checkpoint at 30% of full depth, and single instructions in wordings not used in
+training:
 
     python -m deer_vla_ros evaluate --chains 200 --budget average_fraction=0.3 --json out/chains.json
     python -m deer_vla_ros evaluate --chains 0 --trials 20 --phrasings held-out
 
-Chains of five instructions without a reset in between, at most --steps steps each; the first failure ends a chain (CALVIN's LH-MTLC
-protocol). The scripted expert has carried out every chain beforehand, so each can be done. Chain i has seed 1,000,000 + 100,000 S + i
-(single instructions from i = 50,000 on): never one of training, calibration or search. With --json FILE the run can be interrupted:
-what is done stands in FILE.partial.jsonl, and the same command goes on from there.
+A chain has five instructions without a reset in between, of at most --steps steps each. The first failure
+ends it (CALVIN's LH-MTLC protocol). The scripted expert has carried out every chain before, so each of them
+is possible. Chain i has the seed 1,000,000 + 100,000 S + i (single instructions have i = 50,000 and above).
+Training, calibration and search never use these seeds. With --json FILE the run can be interrupted: the
+finished part is kept in FILE.partial.jsonl, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         action="append",
         metavar="NAME=VALUE",
-        help="average_fraction, average_gmac, peak_gmac or memory_gib, as the node's budget.* (several: repeat); "
-        "default: the checkpoint's own thresholds",
+        help="average_fraction, average_gmac, peak_gmac or memory_gib, "
+        "as the node's budget.* (several: repeat); default: the checkpoint's own thresholds",
     )
     depth.add_argument("--exit", type=int, metavar="LAYER", help="always exit at this layer, counted from 0")
     depth.add_argument("--full-depth", action="store_true", help="always exit at the last layer")
@@ -65,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument(
         "--exit-by-time",
         metavar="LAYER:STEP,...",
-        help="exit at this layer until that step of the instruction, then at the next; after the last one at the last layer",
+        help="exit at this layer until that step of the instruction, then at the next; "
+        "after the last one at the last layer",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
@@ -74,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when measured; UserError for arguments that this checkpoint or table cannot meet."""
+    """Returns 0 after the evaluation. Raises UserError for arguments that do not fit this checkpoint or
+    table."""
     from deer_vla_ros.lab.scoring.chain_report import tell
     from deer_vla_ros.lab.scoring.evaluation_run import report_of
     from deer_vla_ros.model.checkpoint import load_info
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def asked_for(args: argparse.Namespace) -> Evaluation:
-    """The evaluation that the arguments name; UserError for numbers that make no sense."""
+    """The evaluation that the arguments describe. Raises UserError for numbers that make no sense."""
     from deer_vla_ros.lab.scoring.evaluation_run import Evaluation
     from deer_vla_ros.model.checkpoint import folder_of
 
@@ -105,7 +109,7 @@ def asked_for(args: argparse.Namespace) -> Evaluation:
 
 
 def exit_choice(args: argparse.Namespace) -> ExitChoice:
-    """The ExitChoice that the arguments name."""
+    """The ExitChoice that the arguments describe. Raises UserError for a wrong text."""
     from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 
     if args.budget:
@@ -141,7 +145,6 @@ def _thresholds(text: str) -> tuple[float, ...]:
 def _budget(texts: list[str]):
     from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Budget, amounts_of
 
-    names = [
-        name for name in (*AVERAGES, *PEAKS) if UNITS[name] != "ms"
-    ]  # which would make a score depend on the machine's load
+    # No budgets in ms: with them a score would depend on the load of the machine.
+    names = [name for name in (*AVERAGES, *PEAKS) if UNITS[name] != "ms"]
     return Budget(**amounts_of(texts, names, "evaluate: --budget"))

@@ -1,7 +1,7 @@
 """The checks that launch files make before they start anything: parameter file, recording, output folder.
 
-A launch file calls `check`. This runs the module in another process, with the Python that the nodes run with:
-the Python of `ros2 launch` does not always have scipy and rosbags, which the checks need.
+A launch file calls `check`, which runs this module in another process with the Python of the nodes. The
+Python of `ros2 launch` does not always have scipy and rosbags, which the checks need.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ INTERRUPTED = (0, 2, -2, 130)
 
 
 def check(**given: str) -> None:
-    """UserError with one line where one of these is wrong; what is not given is not checked.
+    """Raises UserError with one line if one of the given values is wrong.
 
-    params and node: parameter file, full name of its node. bag: recording to play. out: folder to be made.
+    params, node: a parameter file and the full name of its node. bag: recording to play. out: folder to be
+    made.
     """
     options = [f"--{name}={value}" for name, value in given.items()]
     python = shutil.which("python3") or sys.executable
@@ -39,7 +40,7 @@ def check(**given: str) -> None:
 
 
 def check_parameters(path: Path, node: str) -> None:
-    """UserError where the file is not one with which the node of this full name takes its parameters."""
+    """Raises UserError if the file is wrong, or has no parameters for the node of this full name."""
     from deer_vla_ros.files import read_yaml
 
     example = "config/deer_vla.yaml"
@@ -57,7 +58,7 @@ def check_parameters(path: Path, node: str) -> None:
 
 
 def check_recording(path: Path) -> None:
-    """UserError where it cannot be opened, or is empty."""
+    """Raises UserError if the recording cannot be opened or is empty."""
     try:
         from deer_vla_ros.bag.recording import Recording
     except ModuleNotFoundError as error:
@@ -67,7 +68,7 @@ def check_recording(path: Path) -> None:
 
 
 def check_out(path: Path) -> None:
-    """UserError where the recorder could not make this folder."""
+    """Raises UserError if the recorder cannot make this folder."""
     parent = path.absolute().parent
     if os.path.lexists(path):
         raise UserError(f"out {path}: it exists already: give a new folder")
@@ -78,12 +79,13 @@ def check_out(path: Path) -> None:
 
 
 def early_end(process: str, status: int, is_shutdown: bool) -> str:
-    """What to say when a process ended; empty during an orderly shutdown."""
+    """The text of the error when a process has ended; empty during an orderly shutdown."""
     return "" if is_shutdown else f"{process} ended by itself (exit status {status}): see its output above"
 
 
 def recorder_end(process: str, status: int, is_shutdown: bool, out: str) -> str:
-    """The same for a recorder, which at its end has to leave a complete recording."""
+    """As `early_end`, for a recorder: at an orderly shutdown it has to leave a complete recording in
+    `out`."""
     if not is_shutdown:
         return early_end(process, status, is_shutdown)
     complete = status in INTERRUPTED and Path(out, "metadata.yaml").is_file()
@@ -103,19 +105,19 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _matches(key: str, node: str) -> bool:
-    """As rcl reads wildcards: `*` is one part of a name, `**` any number of them."""
+    """Whether the key names the node. As in rcl, `*` is one part of a name, and `**` any number of parts."""
     pattern = re.escape(key).replace(r"/\*\*", r"(/\w+)*").replace(r"/\*", r"/\w+")
     return re.fullmatch(pattern, node) is not None
 
 
 def main() -> int:
-    """1 after a line that says what is wrong."""
+    """Checks the values on the command line. Returns 1 after a line on stdout that says what is wrong."""
     parser = argparse.ArgumentParser()
     for name in ("params", "node", "bag", "out"):
         parser.add_argument(f"--{name}")
     given = parser.parse_args()
     try:
-        # The cheap ones first.
+        # The fast checks come first.
         if given.out is not None:
             check_out(Path(given.out))
         if given.bag is not None:

@@ -1,11 +1,13 @@
 """The policy node: two cameras, an instruction and a measured pose in; pose, twist and gripper commands out.
 
-Example: with the embedded checkpoint, and with your own and your robot's limits:
+Example: with the embedded checkpoint, and with your own checkpoint and your robot's limits:
 
     python -m deer_vla_ros node
-    python -m deer_vla_ros node --ros-args -p model.path:=/data/my_checkpoint --params-file config/deer_vla.yaml
+    python -m deer_vla_ros node --ros-args \\
+        -p model.path:=/data/my_checkpoint --params-file config/deer_vla.yaml
 
-A managed (lifecycle) node that configures and activates itself unless `autostart` is false. Ctrl-C: it holds, then ends.
+This is a managed (lifecycle) node. It configures and activates itself unless `autostart` is false. After
+Ctrl-C it publishes a hold and ends.
 """
 
 from __future__ import annotations
@@ -19,24 +21,23 @@ if TYPE_CHECKING:
     from deer_vla_ros.ros.policy_node import PolicyNode
 
 END_SOON_S, END_WITHIN_S = 1.3, 1.8
-"""How long after a signal the process ends without waiting for what hangs, and is ended by force."""
+"""Seconds after a signal until the process ends in spite of a main thread that hangs; until force."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything is a ROS parameter."""
+    """Adds nothing: every setting is a ROS parameter."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 after a signal, 1 where the control thread has ended by itself; both after a last hold."""
-    # Only here: help needs neither rclpy nor torch. A signal that comes while torch is imported is obeyed,
-    # too.
+    """Publishes a last hold at its end. Returns 0 after a signal, and 1 if the control thread has failed."""
+    # Late imports: help needs neither rclpy nor torch. Signals are handled before the import of torch.
     from rclpy.executors import SingleThreadedExecutor
 
     from deer_vla_ros.ros.process import end_now, ros_process, spin
 
     nodes: list[PolicyNode] = []
     with ros_process(args.ros_args, END_WITHIN_S) as stop:
-        # An inference or a load that hangs must not keep a process alive that was told to end.
+        # An inference or a load that hangs must not keep the process alive after a signal.
         threading.Thread(target=_end_soon, args=(stop, nodes), name="end", daemon=True).start()
 
         from deer_vla_ros.ros.policy_node import PolicyNode
@@ -51,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
         finally:
             node.close()
             executor.shutdown()
-            node.destroy_node()  # tells others that its publishers are gone: DDS keeps a killed one's for 20 s
+            node.destroy_node()  # announces that the publishers are gone: DDS lists a killed node's for 20 s
     end_now(1 if node.failed else 0)
 
 
 def _end_soon(stop: threading.Event, nodes: list[PolicyNode]) -> None:
-    """Ends the process some time after the signal even where its main thread hangs; the arm is told to hold
+    """Ends the process END_SOON_S after the signal even if its main thread hangs. It publishes a hold
     first."""
     from deer_vla_ros.control.types import HoldReason
     from deer_vla_ros.ros.process import end_now

@@ -2,10 +2,11 @@
 
 Example: python -m deer_vla_ros parity ../shared/golden
 
-Prints one line per recording and kind of tensor: the largest absolute difference over all arrays of that kind, the tolerance
-of the folder's tolerances.json (0 where it names none: must be equal), and the worst array. Exit status 1 if any fails.
-Training is compared over two steps in float32; --train64 takes every recorded step of both stages in double precision, and
-compares losses, gradients and parameters relative to what was recorded.
+The command prints one line per recording and kind of tensor: the largest absolute difference over all arrays
+of that kind, the tolerance in the folder's tolerances.json (0 if it names none), and the worst array. The
+exit status is 1 if a difference is above its tolerance. Training is compared over two steps in float32.
+--train64 takes every recorded step of both stages in double precision, and compares losses, gradients and
+parameters relative to the recorded values.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: every kind within tolerance; 1: one is not."""
+    """Returns 0 if every kind is within its tolerance, else 1. Raises UserError if there is no such
+    folder."""
     from deer_vla_ros.lab.parity.parity import check_folder
 
     if not args.folder.is_dir():
@@ -39,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         verdicts.append(verdict)
         mark = "ok  " if verdict.passed else "FAIL"
         print(
-            f"{mark} {verdict.recording:<8} {verdict.kind:<24} max {verdict.worst.value:8.2e}  tolerance {verdict.tolerance:8.2e}"
-            f"  {verdict.arrays:3d} arrays, worst {verdict.worst.where}",
+            f"{mark} {verdict.recording:<8} {verdict.kind:<24} max {verdict.worst.value:8.2e}"
+            f"  tolerance {verdict.tolerance:8.2e}  {verdict.arrays:3d} arrays, worst {verdict.worst.where}",
             flush=True,
         )
     failed = sum(not verdict.passed for verdict in verdicts)

@@ -1,13 +1,16 @@
-"""Records demonstrations on the simulated table for training: the scripted expert alone, or after a policy's own attempts.
+"""Records demonstrations on the simulated table: the scripted expert alone, or after a policy's own attempts.
 
-Example: what the embedded checkpoint is trained on, and a second helping in which a policy acts first (DAgger):
+Example: data of the embedded checkpoint, more data in which a policy acts first (DAgger), and CALVIN's
+format:
 
     python -m deer_vla_ros record-demos --demos 6400 --out out/data/demos --seed 1
-    python -m deer_vla_ros record-demos --demos 1600 --out out/data/dagger --seed 2 --policy out/train/tabletop/checkpoint
+    python -m deer_vla_ros record-demos --demos 1600 --out out/data/dagger --seed 2 \\
+        --policy out/train/tabletop/checkpoint
     python -m deer_vla_ros record-demos --demos 1000 --out out/data/calvin/training --format calvin
 
-The same arguments give the same bytes, whatever --jobs is. Interrupted, the same command goes on with what is missing. Seeds
-below 1,000,000 are used, shard k from 1,000 S + k: the others are for evaluation.
+The same arguments give the same bytes, whatever --jobs is. After an interruption, the same command records
+what is missing. Shard k uses the seed 1,000 S + k. All seeds are below 1,000,000, because evaluation uses the
+others.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when all demonstrations are in the folder."""
+    """Returns 0 when all demonstrations are in the folder. Raises UserError for wrong arguments."""
     for name, low, high in (("demos", 1, None), ("jobs", 1, None), ("image_size", 8, 512)):
         value = getattr(args, name)
         if value is not None and (value < low or (high and value > high)):
@@ -67,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.format == "calvin" and args.image_size:
         raise UserError(
-            "record-demos: --image-size is for --format frames: CALVIN's images are as the cameras give them; leave it out"
+            "record-demos: --image-size is for --format frames: "
+            "CALVIN's images are as the cameras give them; leave it out"
         )
     from deer_vla_ros.lab.demonstrations.record_run import Recording, record
 
@@ -80,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.out}: {args.demos} demonstrations" + (f", {kept} of them from before" if kept else ""))
     if new:
         print(
-            f"{new} new ones with {frames} frames in {seconds:.0f} s: {60 * new / seconds:.0f} demonstrations per minute"
+            f"{new} new ones with {frames} frames in {seconds:.0f} s: "
+            f"{60 * new / seconds:.0f} demonstrations per minute"
         )
     return 0

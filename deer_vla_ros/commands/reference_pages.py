@@ -1,4 +1,4 @@
-"""What does `docs/reference` say? Written from the declarations: `python -m deer_vla_ros.commands.reference_pages` writes it anew."""
+"""Writes docs/reference and other generated files: `python -m deer_vla_ros.commands.reference_pages`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELP_WIDTH = 100
 
 
 def render() -> dict[Path, str]:
-    """Every generated file below the repository's root, and its text."""
+    """The text of every generated file, by path below the repository's root."""
     folder = Path("docs/reference")
     return {
         Path("config/deer_vla.yaml"): render_yaml(),
@@ -89,7 +89,7 @@ def _parameters() -> Iterable[str]:
 
 
 def _messages() -> Iterable[str]:
-    """Every message: its comments, and its fields with theirs."""
+    """Every message with its comments, and its fields with their comments."""
     for path in sorted((ROOT / "msg").glob("*.msg")):
         yield from (f"## {path.stem}", "")
         rows: list[tuple[str, ...]] = []
@@ -125,6 +125,7 @@ def _commands() -> Iterable[str]:
 
 
 def main() -> None:
+    """Writes the generated files, and prints their names."""
     for path, text in render().items():
         (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / path).write_text(text)

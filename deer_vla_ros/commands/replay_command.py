@@ -1,17 +1,20 @@
-"""Runs the policy over a recording: what would it have done, at which cost, under this budget or that?
+"""Runs the policy over a recording, and reports its decisions and their cost under one or several budgets.
 
-Example: three budgets on one recording, and a regression test of its decisions:
+Example: two budgets on one recording, and a regression test of its decisions:
 
-    python -m deer_vla_ros replay test/data/table --out out/replay --budget average_fraction=0.3 --budget average_fraction=0.6
+    python -m deer_vla_ros replay test/data/table --out out/replay \\
+        --budget average_fraction=0.3 --budget average_fraction=0.6
     python -m deer_vla_ros replay test/data/table --golden out/golden.csv
     python -m deer_vla_ros replay test/data/table --check out/golden.csv --tolerance 1e-4
 
-BAG is a rosbag2 folder or one of its files, MCAP or sqlite3, compressed or not. The node's own controller hears it in lock step on bag time:
-no DDS, no wall clock, as fast as the machine allows. --follow: along the inputs that recorded ~/step messages name, to see whether a live run
-decides the same once more.
+BAG is a rosbag2 folder or one of its files, MCAP or sqlite3, compressed or not. The node's own controller
+gets the messages in lock step on bag time: without DDS and without a wall clock, as fast as the machine
+allows. With --follow, every step uses the inputs that a recorded ~/step message names, which shows whether a
+live run decides the same again.
 
---out DIR gets report.html, report.json, and for each budget a folder with steps.csv (every decision, the same to the byte in every run on one
-machine), timings.csv, holds.csv and bag/ (MCAP: the input's topics and target_pose, gripper_command, deer_vla/step). It appears whole or not at all.
+--out DIR gets report.html, report.json, and a folder for each budget with steps.csv (every decision, the same
+to the byte in every run on one machine), timings.csv, holds.csv and bag/ (MCAP: the input's topics and
+target_pose, gripper_command, deer_vla/step). DIR appears as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from deer_vla_ros.files import whole_folder
 
 OWN = "own thresholds"
 MARK = "report.json"
-"""By which a folder is known to be a replay's, and may be replaced."""
+"""A folder with this file is a replay's, and may be replaced."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE[,NAME=VALUE]",
-        help="a run under this budget, without `budget.` before its name (several: repeat); recorded changes of budgets are not obeyed then",
+        help="a run under this budget, without `budget.` before its name (several: repeat); "
+        "recorded changes of budgets are not obeyed then",
     )
     arguments.add_recording_arguments(parser)
     parser.add_argument(
@@ -61,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latency-table",
         type=Path,
         metavar="FILE",
-        help="how long an inference takes, needed for budgets in ms (default: latency.json of the checkpoint folder, if there is one)",
+        help="how long an inference takes, needed for budgets in ms "
+        "(default: latency.json of the checkpoint folder, if there is one)",
     )
     parser.add_argument(
         "--no-inputs", action="store_true", help="leave the input's topics out of the recordings in --out"
@@ -84,14 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when replayed, and nothing differs that was to be compared; 1 where it does. UserError for what cannot be replayed."""
+    """Returns 0, or 1 if a compared decision differs. Raises UserError for what cannot be replayed."""
     from deer_vla_ros.bag import golden
     from deer_vla_ros.bag import replay_report as report
     from deer_vla_ros.files import write_json
 
     _check(args)
     if args.check:
-        next(golden.read_rows(args.check), None)  # now, not after a long replay
+        next(golden.read_rows(args.check), None)  # fails now, not after a long replay
     requests = requests_of(args)
     if args.out and args.out.exists() and not (args.out / MARK).is_file():
         raise UserError(f"--out is {args.out}, which is there and not a replay's: give another folder")
@@ -132,7 +137,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("replay: nothing is asked for: give --out DIR, --golden FILE or --check FILE")
     if (args.golden or args.check) and len(args.budget) > 1:
         raise UserError(
-            f"replay: {len(args.budget)} --budget, but decisions are kept or compared of one: give one, or none"
+            f"replay: {len(args.budget)} --budget, but decisions are kept or compared of one: "
+            "give one, or none"
         )
     if args.golden and args.check:
         raise UserError("replay: --golden writes what --check reads: give one of them")
@@ -150,12 +156,13 @@ def _check(args: argparse.Namespace) -> None:
             or (name == "duration" and value == 0)
         ):
             raise UserError(
-                f"replay: --{name} is {value:g}: give {'a number above 0' if name == 'duration' else '0 or more'}"
+                f"replay: --{name} is {value:g}: give "
+                f"{'a number above 0' if name == 'duration' else '0 or more'}"
             )
 
 
 def requests_of(args: argparse.Namespace):
-    """What to replay, by label: one run for each --budget, or one as the parameters say."""
+    """The requests by label: one for each --budget, or one with the parameters' budget."""
     from deer_vla_ros.bag.request import request
 
     common = {
@@ -173,7 +180,8 @@ def requests_of(args: argparse.Namespace):
 
 
 def _full_depth(requests):
-    """The same recording with every step to the last layer; None where the checkpoint cannot tell how (it has no calibration)."""
+    """The request for a run at full depth on the same recording; None if the checkpoint has no
+    calibration."""
     import dataclasses
 
     from deer_vla_ros.bag.request import no_budget
@@ -218,14 +226,15 @@ def _run(request, label: str, folder: Path | None, on_row: Callable[[dict], None
 
 
 def _tell(result, figures: dict[str, Any]) -> None:
-    """The figures for people."""
+    """Prints the figures."""
     shares = "  ".join(
         f"{int(layer) + 1}: {share:.0%}" for layer, share in figures["exit_shares"].items() if share
     )
     away = figures["deviation_from_full_depth"]
     print(
         f"{result.label}: {figures['steps']} steps, {figures['language_gmac_mean']:.4g} GMAC each "
-        f"({figures['language_gmac_mean'] / figures['language_gmac_full']:.0%} of full depth), after layers {shares}"
+        f"({figures['language_gmac_mean'] / figures['language_gmac_full']:.0%} of full depth), after layers "
+        f"{shares}"
         + (f", {away['mean']:.3g} from full depth on average" if away else "")
         + f"; {figures['seconds'] / max(figures['wall_s'], 1e-9):.1f} x real time"
     )
@@ -234,13 +243,12 @@ def _tell(result, figures: dict[str, Any]) -> None:
     for line in (*figures["left_out"], *figures["notes"]):
         print(f"  {line}")
     if figures["followed_differently"]:
-        print(
-            f"  decided differently in {len(figures['followed_differently'])} steps, first: {figures['followed_differently'][0]}"
-        )
+        differences = figures["followed_differently"]
+        print(f"  decided differently in {len(differences)} steps, first: {differences[0]}")
 
 
 def _forget(row: dict[str, Any]) -> None:
-    """A row that nobody asked for."""
+    """Ignores a row that no option needs."""
 
 
 def _slug(label: str) -> str:

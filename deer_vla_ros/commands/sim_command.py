@@ -1,16 +1,18 @@
 """The simulated table as a ROS 2 node: two cameras, an arm and a gripper behind a robot's topics.
 
-Example: at real time, and then in lock step with a policy on the table's own clock:
+Example: in real time, in lock step with a policy on the table's own clock, and a recording of the expert:
 
     python -m deer_vla_ros sim --seed 3
     python -m deer_vla_ros sim --ros-args -p clock.publish:=true -p clock.mode:=lockstep
-    python -m deer_vla_ros sim --record out/table --seed 5 --show "open the drawer" --show "lift the pink block"
+    python -m deer_vla_ros sim --record out/table --seed 5 \\
+        --show "open the drawer" --show "lift the pink block"
 
-Publishes camera/static/image_raw, camera/gripper/image_raw, ee_pose and joint_states; obeys target_pose (frame `base`)
-and gripper_command (opening in metres, 0 closed to 0.08 open); `~/reset` sets the table anew. Ctrl-C ends it.
+It publishes camera/static/image_raw, camera/gripper/image_raw, ee_pose and joint_states. It follows
+target_pose (frame `base`) and gripper_command (opening in metres, from 0, closed, to 0.08, open). The service
+`~/reset` sets up the table anew. Ctrl-C ends the node.
 
---record BAG: all of that, and `instruction`, as a rosbag2 folder (MCAP). With --show the scripted expert does what it is told instead of a
-policy, no node runs, and the recording is made as fast as the machine allows.
+--record BAG records these topics and `instruction` as a rosbag2 folder (MCAP). With --show, the scripted
+expert follows the instructions, no node runs, and the recording is made as fast as the machine allows.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Only here: help needs neither rclpy nor MuJoCo.
+    # Late imports: help needs neither rclpy nor MuJoCo.
     if args.show:
         return _show(args)
     from deer_vla_ros.lab.sim import table_node
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    """0 where the expert did all it was told."""
+    """Records the scripted expert. Returns 0 if it carried out all instructions."""
     from deer_vla_ros.lab.sim.table_recording import record_expert
 
     if args.record is None:

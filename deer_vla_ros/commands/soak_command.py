@@ -1,22 +1,22 @@
 """Attacks the running policy node with random faults over real DDS, and judges it from outside.
 
-Example: two minutes of everything, one fault for long, and the simulated table in place of the fake robot:
+Example: two minutes of all faults, two faults for longer, and the simulated table instead of the fake robot:
 
     python -m deer_vla_ros soak --minutes 2 --json out/soak.json
     python -m deer_vla_ros soak --minutes 10 --faults pose_frozen,node_killed --seed 3
     python -m deer_vla_ros soak --minutes 60 --robot table
 
-Starts the policy node, a fake robot (two cameras, a measured pose, an arm that follows), an operator that
-calls the services, and an observer that hears every command and judges it by limits of its own. Faults come
-one at a time with healthy motion between them, and now and then two at once; the order is the same for the
-same seed. After each the arm has to move again: by itself, or where the hold is a serious one when ~/hold is
-called with false.
+The command starts the policy node, a fake robot (two cameras, a measured pose, an arm that follows), an
+operator that calls the services, and an observer that receives every command and judges it by limits of its
+own. Faults come one at a time, sometimes two at once, with healthy motion between them. Their order depends
+on the seed only. After each fault the arm has to move again: by itself, or, after a serious hold, when ~/hold
+is called with false.
 
-Exit status 1 where a goal is missed: a command outside its limits, a stale one, a silence of more than 0.5 s,
-an exception that nobody handled, a promise that was broken, a recovery that did not come, half of them after
-more than 1 s or one in 20 after more than 3 s, or memory that grows by more than 1% per hour (in five minutes
-or more). Logs and events of all processes are in `--out`. Without ROS_DOMAIN_ID it takes a random one, so
-that no robot nearby obeys.
+The exit status is 1 if a goal is missed: a command outside its limits, a stale command, a silence of more
+than 0.5 s, an unhandled exception, a broken promise, a missing recovery, half of the recoveries later
+than 1 s or one in 20 later than 3 s, or memory that grows by more than 1% per hour (in runs of five minutes
+or more). Logs and events of all processes are in `--out`. Without ROS_DOMAIN_ID it takes a random domain, so
+that no robot nearby follows.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where all goals are met, 1 where one is missed or the run was interrupted; UserError where nothing
-    can run."""
+    """Returns 0 if all goals are met, and 1 after a missed goal or an interruption. UserError if nothing can
+    run."""
     from deer_vla_ros.lab.soak import schedule
     from deer_vla_ros.lab.soak.soak_report import SoakFindings, missed, report, summary_lines
     from deer_vla_ros.lab.soak.soak_run import limits_for, soak
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(out: Path) -> None:
-    """A folder without the logs of an earlier soak, and an environment in which no robot nearby obeys."""
+    """Removes the logs of an earlier soak, and chooses a ROS domain that no robot nearby uses."""
     out.mkdir(parents=True, exist_ok=True)
     for log in out.glob("*.log"):
         log.unlink()
@@ -104,7 +104,8 @@ def _prepare(out: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(total_s: float) -> Iterator[Any]:
-    """A bar where stdout is a terminal; a line for every attack everywhere else."""
+    """Yields a callback for the outcome of an attack: it moves a bar on a terminal, and prints lines
+    elsewhere."""
     if not sys.stdout.isatty():
         yield lambda gone_s, outcome: print(_line(gone_s, outcome), flush=True)
         return

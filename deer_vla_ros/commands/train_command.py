@@ -1,9 +1,13 @@
-"""Makes a network by a recipe: demonstrations, stages of training, a checkpoint folder. A killed run goes on where it was.
+"""Trains a network by a recipe: demonstrations, stages of training, a checkpoint folder.
+
+Example: the recipe of the embedded network, and the released network on eight GPUs:
 
     python -m deer_vla_ros train --config config/training/tabletop.yaml --out out/train
-    torchrun --nproc-per-node 8 -m deer_vla_ros train --config config/training/deer_3b_d.yaml --data /data/calvin/task_D_D
+    torchrun --nproc-per-node 8 -m deer_vla_ros train --config config/training/deer_3b_d.yaml \\
+        --data /data/calvin/task_D_D
 
-Writes OUT/NAME: log.jsonl and tensorboard/ (the loss curve), one folder per stage with its state, and checkpoint/.
+The folder OUT/NAME gets log.jsonl and tensorboard/ (the loss curve), a folder with the state of each stage,
+and checkpoint/. After a run was killed, the same command goes on from the last saved state.
 """
 
 from __future__ import annotations
@@ -65,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Returns 0 when the checkpoint is written. Raises UserError for a wrong recipe or wrong data."""
     recipe = Recipe.read(args.config)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Run:
-    """One recipe in one folder."""
+    """A run of a recipe in a folder."""
 
     def __init__(self, recipe: Recipe, folder: Path, data: Path, device: torch.device, share: Share):
         self._recipe, self._folder, self._data, self._device, self._share = (
@@ -92,7 +97,7 @@ class _Run:
         self._trained = False
 
     def finish(self) -> None:
-        """Does every step that is not done yet, and writes the checkpoint."""
+        """Carries out every step that is not done yet, and writes the checkpoint."""
         number, identity = 0, {"seed": self._recipe.seed, **_flat("network", self._recipe.network)}
         for index, step in enumerate(self._recipe.steps, start=1):
             identity |= _flat(f"step {index}", step)
@@ -105,17 +110,18 @@ class _Run:
             self._finish_checkpoint(self._folder / CHECKPOINT)
 
     def _finish_checkpoint(self, checkpoint: Path) -> None:
-        """Written unless this recipe's is there: it may be calibrated by now."""
+        """Writes the checkpoint, unless it exists and nothing was trained: it may be calibrated already."""
         if (checkpoint / README).is_file() and not self._trained:
             print(f"{checkpoint}: is there, and nothing was left to train")
             return
         self._save(checkpoint)
         print(
-            f"{checkpoint}: calibrate it next: python -m deer_vla_ros calibrate table --checkpoint {checkpoint}"
+            f"{checkpoint}: calibrate it next: python -m deer_vla_ros calibrate table --checkpoint "
+            f"{checkpoint}"
         )
 
     def _record(self, step: Record) -> None:
-        """As a process of its own: training itself needs no simulator."""
+        """Records demonstrations in another process, because training needs no simulator."""
         command = [
             "record-demos",
             "--demos",
@@ -142,7 +148,8 @@ class _Run:
         tensors, steps_done = state.read()
         if steps_done and self._trained:
             raise UserError(
-                f"{folder} came of an older training of the stage before it: remove it and what follows it in {self._folder} to train anew"
+                f"{folder} came of an older training of the stage before it: "
+                f"remove it and what follows it in {self._folder} to train anew"
             )
         if tensors:
             self._model.load_state_dict(network_of(tensors))
@@ -151,9 +158,15 @@ class _Run:
         self._trained = True
         source = self._source(step)
         trainer = Trainer(
-            self._model, step, source, self._tokenizer.image_token, self._recipe.seed + number, state, self._share,
+            self._model,
+            step,
+            source,
+            self._tokenizer.image_token,
+            self._recipe.seed + number,
+            state,
+            self._share,
             self._recipe.compile and not step.cache,
-        )  # fmt: skip
+        )
         log = Log(self._folder, folder.name, trainer.steps_done) if self._share.rank == 0 else None
         with _progress_bar(self._share.rank == 0) as bar:
             task = bar.add_task(folder.name, total=step.steps, completed=trainer.steps_done, detail="")
@@ -178,7 +191,7 @@ class _Run:
             log.close()
 
     def _prepare_network(self, step: Train) -> None:
-        """The network and its tokenizer, where they are not there yet."""
+        """Makes or loads the network and its tokenizer, if that is not done yet."""
         if self._model is not None:
             return
         network = self._recipe.network
@@ -192,7 +205,8 @@ class _Run:
         self._model = MultiExitVLA(config).to(self._device)
 
     def _declared_action_space(self) -> ActionSpace:
-        """What the data say that their actions mean; else what the weights to start from say, else what the preset's are trained on."""
+        """The action space of the data, if they declare one; else that of the first weights, else the
+        preset's."""
         network = self._recipe.network
         folders = {
             self._data / name for step in self._recipe.steps if isinstance(step, Train) for name in step.data
@@ -200,7 +214,8 @@ class _Run:
         declared = {folder: space for folder in sorted(folders) if (space := read_action_space(folder))}
         if len(set(declared.values())) > 1:
             raise UserError(
-                f"{' and '.join(map(str, declared))} say different things of what an action means: convert them with one --params"
+                f"{' and '.join(map(str, declared))} say different things of what an action means: "
+                "convert them with one --params"
             )
         if declared:
             return next(iter(declared.values()))
@@ -233,7 +248,7 @@ class _Run:
         return Frames(self._data / name for name in step.data)
 
     def _evaluate(self, folder: Path, step: int) -> None:
-        """How far the network has come, as a process of its own: a few trials of every task."""
+        """Evaluates the present network in another process: two trials of every task at full depth."""
         policy = folder / f"checkpoint-{step}"
         self._save(policy)
         result = folder / f"evaluation-{step}.json"
@@ -264,11 +279,14 @@ class _Run:
             delta="l2",
             thresholds=(-1.0,) * len(exits),
         )
-        readme = f"# {recipe.name}\n\nTrained by `python -m deer_vla_ros train`, recipe `{recipe.name}`. Not calibrated: it runs to the end.\n"
+        readme = (
+            f"# {recipe.name}\n\nTrained by `python -m deer_vla_ros train`, recipe `{recipe.name}`. "
+            "Not calibrated: it runs to the end.\n"
+        )
         save(folder, Checkpoint(info, self._model, self._tokenizer), readme, getattr(torch, recipe.dtype))
 
     def _other_command(self, arguments: list) -> None:
-        """Another command of this program; UserError where it fails."""
+        """Runs another command of this program. Raises UserError if it fails."""
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -278,7 +296,7 @@ class _Run:
 
 
 def _flat(name: str, settings: Any) -> dict[str, Any]:
-    """Of a dataclass: `NAME FIELD` -> value."""
+    """The values of a dataclass, by `NAME FIELD`."""
     return {f"{name} {field}": value for field, value in dataclasses.asdict(settings).items()}
 
 
