@@ -1,10 +1,11 @@
-"""How fast are demonstrations read, from disk to a batch's arrays? By hand: they have to be recorded first.
+"""Measures how fast demonstrations are read from disk into the arrays of a batch. Record demonstrations
+first:
 
     python -m deer_vla_ros record-demos --demos 300 --seed 9 --format calvin --out out/calvin/training
     python test/lab/training/measure_reading.py out/calvin/training --size 224
 
-Nothing is remembered between batches, so what CALVIN's format needs is the decoding of every step. Whether a training has to wait for that is in
-its own log (`waited`).
+Nothing is cached between batches, so every step of CALVIN's format is decoded. The log of a training says how
+long it waited for batches (`waited`).
 """
 
 import argparse

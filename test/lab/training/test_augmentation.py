@@ -1,4 +1,4 @@
-"""Does a random shift move an image by exactly the pixels that were drawn?"""
+"""Tests of random shifts: an image moves by exactly the drawn number of pixels."""
 
 import pytest
 import torch

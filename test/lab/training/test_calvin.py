@@ -1,4 +1,4 @@
-"""CALVIN's format: what is written is read again, windows keep to their intervals, and damaged or hostile files are refused."""
+"""Tests of CALVIN's format: writing and reading, windows, and damaged or malicious files."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ SIZE = 16
 FIRST = 358_482
 OPEN = Annotation(FIRST, FIRST + 6, "open_drawer", "pull the drawer")
 LIFT = Annotation(FIRST + 4, FIRST + 10, "lift_red_block", "grasp the red block")
-"""Overlaps with the one before, as CALVIN's do."""
+"""An interval that overlaps with the one before, as in CALVIN."""
 
 
 def some_step(number: int) -> CalvinStep:
@@ -106,7 +106,7 @@ def test_past_the_end_of_its_interval_a_window_repeats_the_last_step_and_says_so
 
 
 def test_angles_become_the_rotation_that_calvin_means(tmp_path):
-    """Bullet's roll, pitch, yaw: about fixed axes, x first."""
+    """Roll, pitch and yaw as in Bullet: about fixed axes, x first."""
     robot_obs = np.zeros(15)
     robot_obs[3:6] = [np.pi, 0.0, np.pi / 2]
     write_step(tmp_path, 0, replace(some_step(0), robot_obs=robot_obs))

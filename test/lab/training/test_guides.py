@@ -1,4 +1,4 @@
-"""Do the grounding's guides pull towards where things are and how they are turned, seen from the gripper?"""
+"""Tests of the grounding's losses: they lead to the positions and rotations of things, from the gripper."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Is the loss what the paper sums up, and do the exits that it reads come out of fair draws?"""
+"""Tests of the loss: it is that of the paper, and the draws of exits are uniform."""
 
 import dataclasses
 

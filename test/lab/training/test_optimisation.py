@@ -1,4 +1,4 @@
-"""Does a stage move what it says, as far as it says, and nothing else?"""
+"""Tests that a stage changes exactly its own parameters, with the right rates."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ BATCH, WINDOW = 2, 3
 
 
 def loss_of(model, seed: int = 0) -> torch.Tensor:
-    """The whole way from images to the loss, once."""
+    """Computes the loss from images once."""
     random, tokenizer = torch.Generator().manual_seed(seed), small_tokenizer()
     images = torch.randn(BATCH, WINDOW, 2, 3, 16, 16, generator=random)
     features = exit_features(model, images, *tokenizer.encode([INSTRUCTION] * BATCH), tokenizer.image_token)
@@ -41,14 +41,14 @@ def loss_of(model, seed: int = 0) -> torch.Tensor:
 
 
 def part_of(name: str) -> str:
-    """What a parameter belongs to, as a reader of the paper would say."""
+    """Returns the part of the network that a parameter belongs to, in the words of the paper."""
     if name.startswith("layers."):
         return "cross-attention" if ".cross_attention." in name else "block"
     return name.split(".")[0]
 
 
 def moved_parts(stage: Stage, settings: OptimiserSettings, model=None) -> dict[str, set[bool]]:
-    """Of each part of the network, whether its parameters changed in one step (one answer where all do alike)."""
+    """Returns for each part of the network whether its parameters changed in one step."""
     model = model or small_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimiser = Optimiser(model, stage, settings, CONSTANT)

@@ -1,4 +1,4 @@
-"""What does a training start from: whose weights, whose units, which earlier stages?"""
+"""Tests of the start of a training: its weights, its units and its earlier stages."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Does a run of training go on as if it had not been killed, and do two processes compute what one does?"""
+"""Tests of training: a killed run continues exactly, and two processes compute the same as one."""
 
 import argparse
 import dataclasses
@@ -146,8 +146,10 @@ def test_micro_batches_add_up_to_the_whole_batch(data, tmp_path):
         torch.manual_seed(0)
         model = MultiExitVLA(config)
         # Every micro-batch draws exits of its own: here all read the last.
-        train = Train(Stage.JOINT, ("demos",), 3, 8, instructions=2, window=1, warmup_steps=0, random_exits=False,
-                      accumulate=micro_batches, heatmap=0.2, pool_padding=False)  # fmt: skip
+        train = Train(
+            Stage.JOINT, ("demos",), 3, 8, instructions=2, window=1, warmup_steps=0, random_exits=False,
+            accumulate=micro_batches, heatmap=0.2, pool_padding=False,
+        )  # fmt: skip
         trainer = Trainer(
             model, train, batches, tokenizer.image_token, 0, StageState(tmp_path / f"{micro_batches}", {})
         )
@@ -267,7 +269,7 @@ def test_the_recipes_that_ship_can_be_read():
 
 
 def test_an_early_evaluation_asks_for_the_network_as_it_is(data, tmp_path, monkeypatch):
-    """By the command that a person would give, whose arguments are checked here; what it measures is evaluate's own test."""
+    """This test checks the arguments of the command `evaluate`; another one tests what it measures."""
     from deer_vla_ros.commands import evaluate_command
     from deer_vla_ros.commands.train_command import _Run
 

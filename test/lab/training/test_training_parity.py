@@ -1,4 +1,4 @@
-"""Does our training take the reference's steps, and does the comparison notice when it does not?"""
+"""Tests that training does the steps of the reference, and that the comparison finds differences."""
 
 import json
 import shutil
