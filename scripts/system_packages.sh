@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes sure that the system libraries pip cannot bring are there: a software renderer for MuJoCo, a C++ compiler,
-# Python's headers and venv. Installs what is missing when run as root on Debian or Ubuntu, else names the command.
+# Checks the system packages that pip cannot install: a software renderer for MuJoCo, a C++ compiler, Python's
+# headers and venv. As root on Debian or Ubuntu it installs missing ones; otherwise it prints the command.
 # Usage: system_packages.sh PYTHON
 set -euo pipefail
 python=$1

@@ -1,6 +1,6 @@
-"""Do worker processes share the work, tell what goes wrong, and end with the one that started them?
+"""Tests of worker processes: they share the work, report errors, and end with the process that started them.
 
-Nothing heavy is imported here: every worker imports this module.
+This module has few imports, because every worker imports it.
 """
 
 import os
@@ -16,10 +16,10 @@ from deer_vla_ros.lab.workers import spread
 
 
 def _squarer(power: int):
-    """A setup for `spread`; 13 is bad luck, 14 is worse."""
+    """A setup for `spread`. Job 13 raises a UserError, job 14 ends its process, and job 15 takes an hour."""
 
-    def work(job: int, told):
-        told()
+    def work(job: int, on_progress):
+        on_progress()
         if job == 13:
             raise UserError("13 is no job: give another")
         if job == 14:
@@ -64,7 +64,7 @@ def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
         "from deer_vla_ros.lab.workers import spread\n"
         "def setup():\n"
         "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
-        "    return lambda job, tell: time.sleep(0.1)\n"
+        "    return lambda job, on_progress: time.sleep(0.1)\n"
         "if __name__ == '__main__':\n"
         "    list(spread(setup, (), list(range(10**6)), 2))\n"
     )

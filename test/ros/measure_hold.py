@@ -1,7 +1,8 @@
-"""Measures how soon the arm hears a hold when the node is stopped, killed or hung, and how soon a signal ends
-the node.
+"""Measures the time until a hold reaches the arm after the node is stopped, killed or hangs.
 
-. scripts/env.sh; PYTHONPATH=$PYTHONPATH:test:test/ros python test/ros/measure_hold.py --trials 5
+It also measures the time until a signal ends the node. It is not a test; run it by hand:
+
+    . scripts/env.sh; PYTHONPATH=$PYTHONPATH:test:test/ros python test/ros/measure_hold.py --trials 5
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ START = "import sys\nfrom deer_vla_ros.__main__ import main\nsys.exit(main(['nod
 
 
 class Heard:
-    """When each twist arrived, and whether it moved the arm."""
+    """The arrival time of each twist, and whether it moves the arm."""
 
     def __init__(self, client: Client, namespace: str):
         self.twists: list[tuple[float, bool]] = []
@@ -37,7 +38,7 @@ class Heard:
         self.twists.append((time.monotonic(), moves(message)))
 
     def first_hold_after(self, moment: float) -> float:
-        """Seconds from `moment` to the first hold that no motion follows within a second."""
+        """The seconds from `moment` to the first hold that is not followed by a motion within a second."""
         held = wait_until(
             lambda: [at for at, moving in self.twists if at > moment and not moving], 20.0, "a hold"
         )
@@ -45,7 +46,7 @@ class Heard:
 
 
 def trial(client: Client, index: int, fault: str) -> float:
-    """Seconds from the fault to the hold."""
+    """Causes a fault. Returns the seconds from it to the hold."""
     namespace = f"{fault}{index}/"
     rig, heard = Rig(client, namespace), Heard(client, namespace)
     arguments = ("--ros-args", "-r", f"__ns:=/{namespace.rstrip('/')}")
@@ -56,7 +57,7 @@ def trial(client: Client, index: int, fault: str) -> float:
         client.await_active(process, f"{namespace}deer_vla")
         rig.instruct("open the drawer")
         wait_until(lambda: sum(moving for _, moving in heard.twists) >= 8, START_TIMEOUT, "motions")
-        if fault == "lock":  # the tenth inference hangs: the last motion before the hold is the ninth's
+        if fault == "lock":  # The tenth inference hangs: the last motion comes from the ninth.
             wait_until(lambda: len(rig.steps) >= 9, START_TIMEOUT, "nine steps")
             moment = heard.twists[-1][0]
         else:
@@ -68,7 +69,8 @@ def trial(client: Client, index: int, fault: str) -> float:
 
 
 def end(client: Client, index: int, busy: int) -> float:
-    """Seconds from SIGINT to the end of the process beside so many busy loops; its exit status has to be 0."""
+    """The seconds from SIGINT to the end of the process, whose exit status must be 0. busy: the number of
+    busy loops."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     namespace = f"end{busy}_{index}/"
     try:

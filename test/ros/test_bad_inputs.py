@@ -1,4 +1,5 @@
-"""Every input that can go wrong, over real DDS: the arm holds, the reason is told, and the next good input ends it."""
+"""Tests of bad inputs over real DDS: the arm holds, the node names the reason, and the next good input ends
+the hold."""
 
 import array
 import math
@@ -39,7 +40,7 @@ def healthy(client, node):
 
 @pytest.fixture
 def rig(healthy):
-    """A robot under control, which is healthy again afterwards."""
+    """A robot that the node controls. After the test it works correctly again."""
     healthy.instruct("lift the red block")
     healthy.await_steps(2)
     yield healthy
@@ -50,7 +51,7 @@ def rig(healthy):
 
 
 def holds_because(rig: Rig, node, reason: str) -> None:
-    """A hold that began after now, for `reason`."""
+    """Waits for a hold that begins after now, and checks that the node names `reason`."""
     rig.await_hold()
     wait_until(lambda: reason in node.output().rpartition("holding: ")[2], what=f"'{reason}'")
 
@@ -130,7 +131,7 @@ def encoded(encoding: str):
 )
 def test_an_image_that_cannot_be_read_is_named_with_its_cause_and_holds(rig, node, edit, cause):
     begin = len(node.output())
-    time.sleep(5.0)  # the same line of log is told once in five seconds
+    time.sleep(5.0)  # The node logs the same line once in five seconds.
     rig.edit_image = edit
     wait_until(
         lambda: "camera/static/image_raw: " in node.output()[begin:],
@@ -197,7 +198,7 @@ def test_with_a_measured_pose_that_cannot_be_built_upon_no_target_is_published_b
 
 
 def test_a_hold_is_repeated_at_the_control_rate(rig):
-    rig.instruct("   \n ")  # only spaces: hold
+    rig.instruct("   \n ")  # An instruction without words means hold.
     rig.await_hold()
     begin = len(rig.twists)
     time.sleep(2.0)

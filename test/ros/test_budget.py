@@ -1,4 +1,5 @@
-"""Budgets set live through the parameter service while the node controls: obeyed by the next step, told, or refused with the range."""
+"""Tests of budgets that are set while the node controls: the next step keeps them, or the node refuses them
+and names the range."""
 
 import math
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ RANGES = {
     "memory_gib": "gib",
     "deadline_ms": "deadline_ms",
 }
-"""Budgets, and which feasible range of ~/budget is theirs."""
+"""The budget parameters, and the field of ~/budget with their feasible range."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def nothing_asked_for(client, rig):
 
 
 def ask(client: Client, **budgets: float):
-    """All of them at once, as `ros2 param set` does with one."""
+    """Sets all given budgets in one request, as `ros2 param set` does with one."""
     parameters = [
         Parameter(
             name=f"budget.{name}",
@@ -87,7 +88,7 @@ def test_a_budget_set_live_is_obeyed_told_and_loses_no_step(client, rig, name):
         what="the status",
     )
     steps = rig.await_steps(10)
-    steps = rig.steps[accepted + 1 :]  # one may have been under way when the service answered
+    steps = rig.steps[accepted + 1 :]  # One step may have been in progress when the service answered.
     assert {step.episode for step in steps} == {before.episode}, "the temporal state is kept"
     numbers = [step.step for step in rig.steps]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "no step is lost"
@@ -169,7 +170,7 @@ def test_a_longer_instruction_clamps_a_budget_that_it_makes_infeasible_and_that_
 def test_every_step_ran_under_a_budget_that_was_told_before(client, rig):
     low, high = feasible(rig, "deadline_ms")
     assert ask(client, deadline_ms=(low + high) / 2, average_ms=(low + high) / 2).successful
-    rig.await_steps(60)  # latencies are looked at again every 25 steps
+    rig.await_steps(60)  # The node checks latencies again every 25 steps.
     told = {status.budget_id for status in rig.budgets}
     assert {step.budget_id for step in rig.steps} <= told
 

@@ -1,4 +1,4 @@
-"""Generated files are current, and say what the running node has."""
+"""Tests that the generated files are up to date."""
 
 import pytest
 

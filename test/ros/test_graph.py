@@ -1,4 +1,5 @@
-"""When may a node begin to command the arm, by what it knows of other commanders? With a graph and a clock of the test."""
+"""Tests of when a node may begin to command the arm beside other publishers, with a fake ROS graph and
+clock."""
 
 import subprocess
 import sys
@@ -14,7 +15,7 @@ LISTED, HEARD, NOBODY = HoldReason.OTHER_PUBLISHER, HoldReason.OTHER_COMMANDER, 
 
 
 class Graph:
-    """A node's view of its topic's publishers; `names` are those of their nodes."""
+    """A fake node that lists the publishers of a topic. `names`: the names of their nodes."""
 
     def __init__(self):
         self.names = ["deer_vla"]
@@ -39,7 +40,8 @@ class Graph:
 
 @pytest.fixture
 def look(monkeypatch) -> SimpleNamespace:
-    """`others`, made at time 0, with its `node`; `at(seconds)` is what is found then."""
+    """The object under test as `others`, made at time 0, and its `node`. `at(seconds)` gives its result at
+    that time."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(graph, "time", SimpleNamespace(monotonic=lambda: clock.now))
     node = Graph()
@@ -109,6 +111,7 @@ def test_the_own_watchdog_is_nobody_else(look):
 
 
 def test_the_node_is_made_before_torch_is_loaded():
-    """Loading torch takes seconds in which DDS finds the others; they count from the node's beginning."""
+    """While torch is loaded, which takes seconds, DDS already discovers other nodes: the time counts from the
+    node's start."""
     code = "import sys; import deer_vla_ros.ros.policy_node; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

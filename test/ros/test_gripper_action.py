@@ -1,6 +1,7 @@
-"""The gripper told through ros2_control's actions, against an action server in another process.
+"""Tests of gripper commands through ros2_control's actions, with an action server in another process.
 
-control_msgs is not on PyPI: where it is not installed, its two gripper actions are generated here from their definitions.
+control_msgs is not on PyPI. If it is not installed, its two gripper actions are generated here from their
+definitions.
 """
 
 import contextlib
@@ -41,7 +42,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
         return dict(os.environ)
     build, prefix = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("prefix")
     for command in (
-        f"cmake -S {HERE / 'gripper_actions'} -B {build} -DCMAKE_INSTALL_PREFIX={prefix} -DCMAKE_PREFIX_PATH={sys.prefix} "
+        f"cmake -S {HERE / 'gripper_actions'} -B {build} "
+        f"-DCMAKE_INSTALL_PREFIX={prefix} -DCMAKE_PREFIX_PATH={sys.prefix} "
         f"-DPython3_EXECUTABLE={sys.executable} -DBUILD_TESTING=OFF",
         f"cmake --build {build} -j2",
         f"cmake --install {build}",
@@ -61,13 +63,13 @@ def darken(name: str, image) -> None:
 
 
 def server_of(action: str, namespace: str, manner: str, environment: dict[str, str]):
-    """A gripper controller in a process of its own; killed at the end."""
+    """A gripper controller in a process of its own, which is killed at the end."""
     return spawn_python(str(HERE / "gripper_server.py"), action, f"{namespace}/hand", manner, env=environment)
 
 
 @contextlib.contextmanager
 def steady_policy(client, environment: dict[str, str], namespace: str) -> Iterator[tuple[Process, Rig]]:
-    """A policy node that wants one gripper value, of action `hand`, again and again."""
+    """A policy node that commands the same gripper value again and again through the action `hand`."""
     rig = Rig(client, f"{namespace}/")
     rig.edit_image = darken
     given = {"gripper_interface": "gripper_command", "gripper_action": "hand"}
@@ -96,7 +98,8 @@ def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_o
 ):
     rig = Rig(client, f"{interface}/")
     noise = rig.edit_image
-    # Of images that do not change the policy wants one thing: while it is given up, no other goal takes the place of one without answer.
+    # With constant images the policy always commands the same value. While a goal without an answer is given
+    # up, no other goal then takes its place.
     rig.edit_image = darken
     given = {
         "gripper_interface": interface,
@@ -143,10 +146,10 @@ def test_a_gripper_action_gets_a_goal_per_change_and_again_when_it_was_refused_o
 def test_a_gripper_server_that_was_killed_and_starts_again_is_told_again(client, environment):
     with steady_policy(client, environment, "killed") as (_, rig):
         told = []
-        for _ in range(2):  # the second starts before DDS has noticed that the first is gone
+        for _ in range(2):  # The second server starts before DDS has noticed the end of the first.
             with server_of("GripperCommand", "killed", "obeys", environment) as server:
                 told.append(wait_until(server.output, START_TIMEOUT, "a goal").splitlines()[0])
-                rig.await_steps(30)  # in this time the node has the answer, or has sent the goal again
+                rig.await_steps(30)  # Until then the node has the answer, or has sent the goal again.
         assert told[0] == told[1]
 
 
@@ -159,7 +162,7 @@ def test_a_goal_that_is_aborted_is_sent_three_times_and_then_only_when_a_person_
             wait_until(lambda: "try 3 of 3: see the gripper" in node.output(), START_TIMEOUT, "an error")
             rig.await_steps(20)
             assert len(server.output().splitlines()) == 3
-            rig.cameras_on = False  # a hold that ends by itself changes nothing
+            rig.cameras_on = False  # A hold that ends by itself changes nothing.
             rig.await_hold()
             rig.cameras_on = True
             rig.await_steps(20)
@@ -182,11 +185,11 @@ def test_a_gripper_action_without_control_msgs_is_a_failing_configure_that_names
         assert process.stop() == 0
 
 
-# --- single goals, with a server that the test plays
+# --- Single goals, with a fake server.
 
 
 class Clock:
-    """In place of time: it stands until the test moves it."""
+    """A fake of the module `time`. The test sets its time."""
 
     now = 0.0
 
@@ -195,7 +198,7 @@ class Clock:
 
 
 class Handle:
-    """An accepted or refused goal whose result the test gives."""
+    """A fake goal handle, accepted or refused. The test gives its result."""
 
     def __init__(self, accepted: bool):
         self.accepted, self.result = accepted, Future()
@@ -208,7 +211,7 @@ class Handle:
 
 
 class Server:
-    """In place of the action client: it keeps values and futures of the goals that were sent."""
+    """A fake action client. It keeps the values and futures of all goals that were sent."""
 
     def __init__(self, node, kind, name):
         self.values, self.answers, self.is_there, self.identities = [], [], True, [b"first"]
@@ -245,7 +248,7 @@ class Log:
 
 @pytest.fixture
 def hand(monkeypatch) -> SimpleNamespace:
-    """An ActionGripper with the `clock`, `server` and `log` of the test."""
+    """An ActionGripper with a fake `clock`, `server` and `log`."""
     goal = lambda: SimpleNamespace(command=SimpleNamespace(position=0.0, max_effort=0.0))  # noqa: E731
     clock, log = Clock(), Log()
     monkeypatch.setattr(gripper, "time", clock)
@@ -341,8 +344,8 @@ def test_a_server_that_was_away_is_told_again(hand):
 
 def test_a_server_that_restarts_between_two_sends_is_told_again_once(hand):
     hand.send(0.08)
-    hand.server.accepts()  # and never a result: that server is gone
-    hand.server.identities = [b"first", b"second"]  # DDS still believes in the first
+    hand.server.accepts()  # No result follows, because that server has ended.
+    hand.server.identities = [b"first", b"second"]  # DDS still lists the first one.
     for _ in range(3):
         hand.clock.now += gripper.LOOK_S
         hand.send(0.08)
@@ -361,7 +364,7 @@ def test_what_arrives_after_the_gripper_was_closed_changes_nothing(hand):
 
 
 def test_results_that_arrive_in_another_thread_while_values_are_sent_lose_no_value(hand):
-    """Every change becomes a goal, in order, whatever the server does with the goals before."""
+    """Every change becomes a goal, in order, for any answers to the earlier goals."""
     rng, stop = random.Random(0), threading.Event()
 
     def answer() -> None:

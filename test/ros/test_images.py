@@ -1,4 +1,5 @@
-"""Images as frames: every layout to the same RGB, every defect to one line, and nothing else whatever comes."""
+"""Tests of image messages: every layout gives the same RGB, and every defect an error in one line, for any
+data."""
 
 import io
 import re
@@ -34,9 +35,9 @@ COLOURS = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
 SMOOTH = np.stack(np.broadcast_arrays(np.arange(64) * 3, np.arange(48)[:, None] * 4, 40), axis=2).astype(
     np.uint8
 )
-"""Colours that JPEG keeps."""
+"""Colours that JPEG does not change."""
 END_CHUNK, END_CHUNK_CHECKSUM = 12, 4
-"""Bytes at the end of a PNG that say nothing of the picture."""
+"""Bytes at the end of a PNG that do not describe the image."""
 
 
 def raw(
@@ -71,7 +72,7 @@ def encoded(picture: Picture.Image | np.ndarray, format: str, **options) -> byte
 
 
 def plainly(message: Image) -> list:
-    """The definition of an encoding, one pixel at a time."""
+    """The RGB pixels of a message by the definition of its encoding, one pixel at a time."""
     names, order = CHANNELS[message.encoding], "big" if message.is_bigendian else "little"
     depth = 2 if message.encoding.endswith("16") else 1
 
@@ -90,7 +91,7 @@ def plainly(message: Image) -> list:
 
 
 def refusal(convert, message) -> str:
-    """What the message is refused with: one line of bearable length."""
+    """The text of the error with which a message is refused: one line that is not too long."""
     with pytest.raises(UserError) as caught:
         convert(message)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -113,7 +114,7 @@ def layouts(draw) -> Image:
     )
 
 
-# --- raw
+# --- Raw images.
 
 
 @given(layouts())
@@ -196,7 +197,7 @@ def test_more_data_than_needed_is_accepted():
     assert np.array_equal(images.frame(raw("rgb8", 17, 13, COLOURS.tobytes() + b"more")).image, COLOURS)
 
 
-# --- compressed
+# --- Compressed images.
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_a_header_that_promises_too_many_pixels_is_refused_before_they_are_unpac
     assert time.perf_counter() - begin < 1.0
 
 
-# --- files that cost much
+# --- Files that take much time or memory.
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
@@ -294,7 +295,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, chunks: bytes, depth: int = 8, colours: int = 2) -> bytes:
-    """A PNG with these chunks between its header and its end."""
+    """A PNG file with these chunks between its header and its end."""
     header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunks + chunk(b"IEND", b"")
 
@@ -309,7 +310,7 @@ def grey_jpeg(width: int, height: int, **options) -> bytes:
 
 
 def with_scans(width: int, height: int, count: int) -> bytes:
-    """A progressive JPEG with that many scans: the last one of an ordinary file is repeated."""
+    """A progressive JPEG file with `count` scans: the last scan of an ordinary file is repeated."""
     data = grey_jpeg(width, height, progressive=True)
     body, scan = data[:-2], data[data.rfind(b"\xff\xda") : -2]
     return body + scan * (count - data.count(b"\xff\xda")) + data[-2:]
@@ -320,7 +321,7 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def with_header(segments: bytes) -> bytes:
-    """An ordinary JPEG with more in its header."""
+    """An ordinary JPEG file with additional segments in its header."""
     data = encoded(SMOOTH, "JPEG")
     return data[:2] + segments + data[2:]
 
@@ -417,7 +418,7 @@ def test_a_png_of_16_bits_for_a_colour_is_accepted_from_a_4k_camera():
     assert image.shape == (2160, 3840, 3)
 
 
-# --- depth
+# --- Depth images.
 
 
 @pytest.mark.parametrize("format", ["16UC1; compressedDepth png", "compressedDepth"])
@@ -427,7 +428,7 @@ def test_a_depth_image_is_refused_with_the_remedy(format):
     )
 
 
-# --- whatever comes
+# --- Arbitrary data.
 
 
 def is_frame_or_refused(convert, message) -> None:
@@ -481,7 +482,7 @@ def test_any_compressed_message_is_a_frame_or_refused(data, format):
 
 
 def repeated(data: bytearray, places: list[int]) -> st.SearchStrategy[bytes]:
-    """A part of the file."""
+    """A part of the file, repeated."""
     place = st.sampled_from(places)
     return st.builds(lambda begin, end: bytes(data[begin:end]), place, place)
 
@@ -494,7 +495,8 @@ CHUNKS = st.builds(chunk, st.sampled_from(NAMES), st.binary(max_size=30))
 
 @st.composite
 def damaged_headers(draw) -> bytes:
-    """Files whose structure is changed: other markers, names and sizes, parts that are added or repeated."""
+    """Files with a changed structure: other markers, names and sizes, and parts that are added or
+    repeated."""
     data = bytearray(draw(st.sampled_from(FILES)))
     signs = [found.start() for found in re.finditer(rb"\xff[^\x00\xff]", data)]
     places = [*signs, *range(8, 40)] if data[0] == 0xFF else [*range(8, 40), len(data) - 12]
@@ -511,7 +513,7 @@ def test_any_file_with_a_damaged_header_is_a_frame_or_refused(data):
     is_frame_or_refused(images.compressed_frame, compressed(data))
 
 
-# --- cv_bridge
+# --- Conversion by cv_bridge.
 
 
 @pytest.mark.skipif(images.BRIDGE is None, reason=images.NO_BRIDGE)
@@ -524,7 +526,7 @@ def test_cv_bridge_and_numpy_give_the_same_bits(message):
 
 
 class Recorder:
-    """In place of a working cv_bridge: a white image for whatever it is given."""
+    """A fake of cv_bridge that returns a white image for any message."""
 
     def imgmsg_to_cv2(self, message, encoding):
         assert encoding == "rgb8"

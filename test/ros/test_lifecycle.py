@@ -1,4 +1,5 @@
-"""The policy node's life, over real DDS: how it starts, is managed, ends, is killed, and what it leaves behind."""
+"""Tests of the policy node's lifecycle over real DDS: its start, transitions, end and kill, and that nothing
+is left behind."""
 
 import re
 import signal
@@ -56,7 +57,7 @@ def test_the_first_step_takes_no_more_than_twice_the_median(client):
         assert client.change_state("warm/deer_vla", Transition.TRANSITION_CONFIGURE)
         rig.instruct("lift the red block")
         ratios = []
-        for _ in range(3):  # the best of three: somebody else's load may hit one first step, hardly three
+        for _ in range(3):  # The best of three counts, because other processes may delay a first step.
             begin = len(rig.steps)
             assert client.change_state("warm/deer_vla", Transition.TRANSITION_ACTIVATE)
             wait_until(lambda begin=begin: len(rig.steps) >= begin + 20, 20.0, "20 steps")
@@ -70,7 +71,7 @@ def test_configuring_a_hundred_times_leaves_no_memory_and_no_thread_behind(clien
     with spawn("node", "--ros-args", "-r", "__ns:=/often", "-p", "autostart:=false") as process:
 
         def live(times: int) -> tuple[int, int]:
-            """That many lives; then resident memory [KiB] and threads."""
+            """Runs LIFE `times` times. Returns the node's resident memory [KiB] and its threads."""
             for _ in range(times):
                 for transition in LIFE:
                     assert client.change_state("often/deer_vla", transition), process.output()
@@ -79,7 +80,8 @@ def test_configuring_a_hundred_times_leaves_no_memory_and_no_thread_behind(clien
 
         (before_kib, threads_before), (after_kib, threads_after) = live(20), live(80)
         assert threads_after == threads_before
-        # safetensors keeps 64 bytes of every tensor that it hands to torch (safetensors 0.8; vllm-omni#7143): 34 KiB per configure.
+        # safetensors 0.8 keeps 64 bytes of every tensor that it passes to torch (vllm-omni#7143): 34 KiB per
+        # configure.
         assert after_kib - before_kib < 80 * 50, f"{after_kib - before_kib} KiB in 80 configures"
         assert process.stop() == 0
 
@@ -187,7 +189,8 @@ def test_a_node_killed_and_started_again_does_not_make_the_arm_jump(client):
     with rig.running():
         rig.instruct("lift the red block")
         for _ in range(2):
-            # Held until the test hears the new node: a message that is lost before would count as a jump.
+            # The arm is held until the test receives the new node's messages: one that was lost before would
+            # count as a jump.
             with spawn(
                 "node", "--ros-args", "-r", "__ns:=/killed", "-p", "control.start_held:=true"
             ) as process:

@@ -1,7 +1,8 @@
-"""A recording played in real time over real DDS into the running node, and then once more in lock step: the same decisions, every one.
+"""Tests that the running node and a replay in lock step make the same decisions on a recording.
 
-The replay goes along the inputs that the live `~/step` messages name, for one dropped frame changes the temporal state. In the middle the budget
-is changed as `ros2 param set` would; the recorded parameter event changes it in the replay.
+The recording is played in real time over real DDS. The replay follows the inputs that the live `~/step`
+messages name, because a single dropped frame changes the temporal state. In the middle the test changes the
+budget, as `ros2 param set` does; in the replay the recorded parameter event changes it.
 """
 
 import time
@@ -44,7 +45,7 @@ SECONDS = 5.0
 
 
 class Player:
-    """Publishes recorded messages when they are due on /clock, and keeps what comes back."""
+    """Publishes recorded messages at their times with /clock, and keeps the node's messages."""
 
     def __init__(self, client: Client, records: list[RecordedMessage]):
         self.records, self.heard = records, []
@@ -64,7 +65,7 @@ class Player:
         self.heard.append(RecordedMessage(topic, type_of(HEARD[topic][0]), self._now_ns, bytes(data)))
 
     def play(self, in_the_middle) -> None:
-        """In real time, with a second of nothing before it and after it."""
+        """Plays the recording in real time, with a second of silence before and after it."""
         began, first_ns = time.monotonic(), self._now_ns
         coming, middle = list(self.records), len(self.records) // 2
         end_ns = self.records[-1].time_ns + SECOND

@@ -1,5 +1,5 @@
-"""What a robotics engineer expects of a node that moves an arm: life, inputs, outputs and neighbours, over
-real DDS."""
+"""Tests of what a robotics engineer expects of a node that moves an arm: inputs, outputs and other nodes,
+over real DDS."""
 
 import dataclasses
 import re
@@ -58,7 +58,7 @@ def rig(client, node):
 
 
 def newest_status(diagnostics: list, key: str) -> DiagnosticStatus | None:
-    """The newest status whose values name `key` (any part of it)."""
+    """The newest status that has a value whose name contains `key`."""
     found = [
         status
         for array in diagnostics
@@ -68,7 +68,7 @@ def newest_status(diagnostics: list, key: str) -> DiagnosticStatus | None:
     return found[-1] if found else None
 
 
-# --- inputs
+# --- Inputs.
 
 
 def test_without_any_frame_the_node_is_active_holds_and_says_how_many_publish(client, diagnostics):
@@ -85,8 +85,11 @@ def test_without_any_frame_the_node_is_active_holds_and_says_how_many_publish(cl
 
 
 def test_a_publisher_of_another_type_is_reported_with_the_remedy(rig, node):
-    report = "/stranger publishes sensor_msgs/msg/CompressedImage, the node listens to sensor_msgs/msg/Image: remap"
-    with Client("stranger") as stranger:  # one process may use a topic with one type only
+    report = (
+        "/stranger publishes sensor_msgs/msg/CompressedImage, "
+        "the node listens to sensor_msgs/msg/Image: remap"
+    )
+    with Client("stranger") as stranger:  # One ROS context may use a topic with one type only.
         stranger.node.create_publisher(CompressedImage, f"{NAMESPACE}/camera/static/image_raw", 10)
         wait_until(lambda: report in node.output(), what="the report")
 
@@ -145,7 +148,7 @@ def test_compressed_images_are_heard_and_a_corrupt_one_is_named_and_holds(client
 
 
 class TimedRig(Rig):
-    """A robot on simulated time."""
+    """A robot with simulated time."""
 
     seconds = 100.0
 
@@ -175,7 +178,7 @@ def test_simulated_time_works_and_its_jump_back_is_a_hold_until_a_person_has_cle
         assert nanoseconds(after.header.stamp) < nanoseconds(before.header.stamp)
 
 
-# --- neighbours
+# --- Other nodes.
 
 
 def test_the_running_node_has_the_topics_and_services_that_the_reference_names(client, node):
@@ -207,12 +210,12 @@ def test_two_nodes_in_two_namespaces_do_not_hear_each_other(rig, client, node):
         assert "commanded by" not in process.output()
 
 
-# --- found by a review
+# --- Faults that a review found.
 
 
 @pytest.fixture(scope="module")
 def slow_checkpoint(tmp_path_factory) -> Path:
-    """A network whose vision tower takes longer per step than a frame may be old."""
+    """A checkpoint whose vision tower takes longer per step than the greatest allowed age of a frame."""
     embedded = load(EMBEDDED)
     config = dataclasses.replace(
         embedded.info.model,

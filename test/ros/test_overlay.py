@@ -1,4 +1,7 @@
-"""The overlay draws whatever comes and says why the arm holds; the Foxglove layout names only what exists."""
+"""Tests of the overlay and the Foxglove layout.
+
+The overlay draws any step and says why the arm holds. The layout names only topics that exist.
+"""
 
 import json
 import math
@@ -30,7 +33,7 @@ TOPICS = {
     "/deer_vla/budget": msg.BudgetStatus,
     "/diagnostics": DiagnosticArray,
 }
-"""As design.md has them, for a node without a namespace."""
+"""The topics in design.md, for a node without a namespace."""
 FRAME = np.full((200, 200, 3), 128, np.uint8)
 
 
@@ -53,7 +56,7 @@ def drawn(static=FRAME, gripper=FRAME, instruction="lift the red block", decisio
 
 
 def share_of(image, colour):
-    """Part of the picture that has exactly this colour, given as #rrggbb."""
+    """The share of the image that has exactly this colour, given as #rrggbb."""
     return (image == np.frombuffer(bytes.fromhex(colour[1:]), np.uint8)).all(axis=-1).mean()
 
 
@@ -123,7 +126,8 @@ def test_a_motion_that_the_guard_shortened_is_told_apart():
 
 
 def test_sixteen_exits_and_two_full_frames_cost_as_little_as_shrinking_the_frames():
-    """As a ratio, for machines differ: measured 1.7 to 1.9 times what it takes to shrink both frames to the network's input."""
+    """The cost is a ratio, because machines differ. It was 1.7 to 1.9 times the cost of shrinking both frames
+    for the network."""
     frame = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
     deep = decision((0.1,) * 16, (0.05,) * 16, 15, StopReason.DEEPEST)
     drawing, shrinking = [], []

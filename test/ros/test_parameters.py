@@ -1,4 +1,5 @@
-"""Parameters are what their declarations say: in the YAML that people edit, given at start, set live, dumped and given back."""
+"""Tests that parameters follow their declarations: in the YAML file, at the start, set live, and dumped and
+loaded again."""
 
 import contextlib
 
@@ -19,7 +20,7 @@ CONFIG = ROOT / "config" / "deer_vla.yaml"
 
 @contextlib.contextmanager
 def node(*arguments: str):
-    """A plain node with the declared parameters, given these ROS arguments."""
+    """A plain node with the declared parameters and these ROS arguments."""
     context = Context()
     rclpy.init(context=context)
     made = Node(NODE_NAME, context=context, cli_args=["--ros-args", *arguments])
@@ -46,7 +47,8 @@ def test_every_number_has_a_range_and_every_parameter_a_sentence():
 def test_whole_numbers_given_at_start_are_the_doubles_that_they_mean(tmp_path):
     file = tmp_path / "cell.yaml"
     file.write_text(
-        "/**:\n  deer_vla:\n    ros__parameters:\n      guard.leash_m: 1\n      guard.workspace_min: [-1, -1, 0]\n"
+        "/**:\n  deer_vla:\n    ros__parameters:\n"
+        "      guard.leash_m: 1\n      guard.workspace_min: [-1, -1, 0]\n"
     )
     with node("-p", "control.rate_hz:=20", "--params-file", str(file)) as made:
         assert made.get_parameter("control.rate_hz").value == 20.0

@@ -1,4 +1,5 @@
-"""The policy node as a real process over real DDS: message in, command out; hold and recovery; parameters; its end."""
+"""Tests of the policy node as a process over real DDS: messages and commands, hold and recovery, parameters,
+and its end."""
 
 import math
 import re
@@ -30,7 +31,7 @@ def node(client):
 
 @pytest.fixture
 def rig(client, node):
-    """A healthy robot with a fresh instruction, already being controlled."""
+    """A robot without faults and with a new instruction, which the node already controls."""
     rig = Rig(client)
     with rig.running():
         rig.instruct("lift the red block")

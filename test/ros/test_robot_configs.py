@@ -1,4 +1,5 @@
-"""The files of config/robots: the node accepts them, the arm starts held and slow, and sources are named."""
+"""Tests of the files in config/robots: the node accepts them, the arm starts held and slow, and they name
+their sources."""
 
 import re
 
@@ -18,10 +19,10 @@ SLOWER = (
     "guard.max_linear_speed_m_s",
     "guard.max_angular_speed_rad_s",
 )
-"""Limits below the node's defaults, and none of them switched off."""
+"""Limits that must be below the node's defaults and not switched off."""
 BOX = ("guard.workspace_min", "guard.workspace_max")
 OWN = ("control.start_held", "action.mode", "action.frame", *BOX, *SLOWER)
-"""What every file sets itself, whatever the defaults are."""
+"""The parameters that every file must set, even if the defaults were the same."""
 DEFAULTS = parameters.with_defaults({}, "defaults")
 
 

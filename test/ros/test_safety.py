@@ -1,5 +1,5 @@
-"""What an arm must never feel: the node stopped, killed, hung, doubled, unheard or asked for the impossible,
-over real DDS."""
+"""Tests of safety over real DDS: the node is stopped, killed, hangs, runs twice, is not received, or gets
+impossible requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def node(namespace: str, *parameters: str):
 
 
 def faulty_node(namespace: str, code: str):
-    """The node, after `code` has changed something in its process."""
+    """A node in whose process `code` runs first."""
     start = "import sys\nfrom deer_vla_ros.__main__ import main\nsys.exit(main(['node', *sys.argv[1:]]))"
     return spawn_python("-c", f"{code}\n{start}", "--ros-args", "-r", f"__ns:=/{namespace}")
 
@@ -65,7 +65,7 @@ def clear(client: Client, namespace: str) -> None:
 
 
 def holding(process) -> str:
-    """The newest hold that was told."""
+    """The newest log line about a hold."""
     return process.output().rpartition("holding: ")[2]
 
 
@@ -76,7 +76,7 @@ def await_moving(client: Client, process, rig: Rig, namespace: str, words: str =
     wait_until(lambda: sum(map(moves, rig.twists[begin:])) >= 5, START_TIMEOUT, "five motions")
 
 
-# --- the process is stopped, killed or hung
+# --- The process is stopped, killed or hangs.
 
 
 def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(client):
@@ -238,12 +238,12 @@ loading.warm_controller = fails
         assert process.stop() == 0
 
 
-# --- requests
+# --- Requests.
 
 
 @pytest.fixture(scope="module")
 def busy(client):
-    """A node that moves its arm, for requests that must not disturb it."""
+    """A node that moves its arm. The requests of the tests must not disturb it."""
     rig = Rig(client, "asked/")
     with node("asked") as process, rig.running():
         await_moving(client, process, rig, "asked")
@@ -296,7 +296,7 @@ def test_looser_limits_are_refused_while_the_arm_moves_and_tighter_ones_are_not(
     rig.await_steps(3)
 
 
-# --- who else is there
+# --- Other nodes.
 
 
 def test_a_second_node_holds_without_disturbing_the_first_and_goes_on_when_it_may(client, diagnostics):
@@ -343,7 +343,7 @@ def test_a_node_that_nobody_listens_to_waits_and_one_that_lost_its_listener_need
         rig.await_steps(3)
 
 
-# --- the arm and the clock
+# --- The arm and the clock.
 
 
 def test_a_frozen_pose_with_fresh_stamps_is_a_hold_that_a_person_clears(client, diagnostics):
@@ -390,7 +390,7 @@ def test_the_arm_moves_only_while_enable_says_true_and_is_refreshed(client):
 
 
 class ClockedRig(Rig):
-    """A robot whose time is its own, and stops when it is told to."""
+    """A robot with a clock of its own, which a test can stop."""
 
     seconds, runs = 100.0, True
 
@@ -433,18 +433,18 @@ def test_an_arm_led_by_hand_during_a_hold_is_never_far_from_its_target(client, b
     rig.await_steps(3)
 
 
-# --- what the README says
+# --- Examples of the README.
 
 
 def test_an_instruction_published_as_the_readme_says_arrives_though_others_listen_too(client):
     text = (ROOT / "README.md").read_text()
     (times,) = set(re.findall(r"ros2 topic pub --times (\d) /instruction", text))
     assert "--once /instruction" not in text
-    client.listen(String, "told/instruction")  # the simulated table, say: it is matched at once
+    client.listen(String, "told/instruction")  # Like the simulated table, this subscriber matches at once.
     rig = Rig(client, "told/")
     with node("told") as process, rig.running():
         client.await_active(process, "told/deer_vla")
-        # What `ros2 topic pub --times N` does: waits for one subscription, and publishes at 1 Hz.
+        # `ros2 topic pub --times N` does the same: it waits for one subscription, and publishes at 1 Hz.
         publisher = client.publisher(String, "told/instruction", 1)
         for _ in range(int(times)):
             publisher.publish(String(data="open the drawer"))

@@ -1,4 +1,4 @@
-"""The SROS2 policy allows what the declarations name and what the running processes use, and nothing else."""
+"""Tests that the SROS2 policy allows exactly what the declarations name and the running processes use."""
 
 import subprocess
 import sys
@@ -17,7 +17,8 @@ POLICY = ROOT / "config" / "sros2" / "deer_vla.policy.xml"
 NODE, WATCHDOG = "deer_vla", "deer_vla_watchdog"
 KINDS = {("topics", "publish"), ("topics", "subscribe"), ("services", "reply"), ("actions", "call")}
 
-# Written out here once more: what rclpy 7.1 of Jazzy gives to a node, whatever the node is for.
+# The topics that rclpy 7.1 of Jazzy gives to every node. They are written here again, independent of the
+# code.
 OF_EVERY_NODE = {"publish": {"/parameter_events"}, "subscribe": {"/clock"}}
 OF_A_MANAGED_NODE = {
     "publish": {"/rosout", "~/transition_event"},
@@ -44,7 +45,7 @@ def names(entries) -> set[str]:
 
 
 def profiles(text: str) -> dict[str, dict[str, set[str]]]:
-    """Of every node of a policy: the names that are allowed, by what is allowed with them."""
+    """For every node of a policy, the names that it may use, by the kind of use."""
     tree = ElementTree.fromstring(text)
     assert (tree.tag, tree.attrib) == ("policy", {"version": "0.2.0"})
     (enclave,) = tree.findall("enclaves/enclave")
@@ -68,7 +69,7 @@ def policy() -> dict[str, dict[str, set[str]]]:
     return profiles(POLICY.read_text())
 
 
-# --- against the declarations
+# --- Comparison with the declarations.
 
 
 def test_the_node_may_use_what_the_interface_names_and_what_every_managed_node_has(policy):
@@ -108,7 +109,7 @@ def test_a_name_that_the_node_does_not_have_is_refused(namespace, remaps):
         security.render_policy(namespace, remaps)
 
 
-# --- against running processes
+# --- Comparison with running processes.
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def client():
 
 
 def used(client: Client, node: str, namespace: str) -> dict[str, set[str]]:
-    """What the ROS graph says that `node` uses, in the policy's words."""
+    """The names that `node` uses according to the ROS graph, by the kind of use, as in the policy."""
     of_node = {
         "publish": client.node.get_publisher_names_and_types_by_node,
         "subscribe": client.node.get_subscriber_names_and_types_by_node,
@@ -133,12 +134,12 @@ def used(client: Client, node: str, namespace: str) -> dict[str, set[str]]:
 
 
 OTHER = ("inputs.image_transport:=compressed", "use_sim_time:=true", "control.enable_timeout_s:=1.0")
-"""Parameters with which a node uses what one with the default parameters does not."""
+"""Parameters with which a node uses topics and services that it does not use by default."""
 
 
 @pytest.mark.parametrize("node", [NODE, WATCHDOG])
 def test_running_processes_use_exactly_what_the_policy_allows(client, policy, node):
-    # Not the gripper's action: it needs control_msgs, which is not installed everywhere.
+    # The gripper's action is left out: it needs control_msgs, which is not installed everywhere.
     allowed = {"reply": set()} | {verb: entries for verb, entries in policy[node].items() if verb != "call"}
     together: dict[str, set[str]] = {verb: set() for verb in allowed}
     for namespace, values in ((f"/{node}_plain", ()), (f"/{node}_other", OTHER)):
@@ -150,12 +151,13 @@ def test_running_processes_use_exactly_what_the_policy_allows(client, policy, no
                 assert entries <= allowed[verb], f"{verb}: used, but not allowed"
                 together[verb] |= entries
     if node == NODE:
-        together["subscribe"] |= COMMANDS  # heard for the first seconds only
+        together["subscribe"] |= COMMANDS  # The node subscribes to them in its first seconds only.
     assert together == allowed, "allowed, but not used"
 
 
 def settled(client: Client, node: str, namespace: str, allowed: dict) -> dict[str, set[str]] | None:
-    """What `node` uses, as soon as the graph names all of its services and publishers."""
+    """The names that `node` uses, as soon as the graph has all of its services and publishers; None
+    before."""
     if (node, namespace) not in client.node.get_node_names_and_namespaces():
         return None
     found = used(client, node, namespace)

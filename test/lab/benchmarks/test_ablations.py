@@ -1,4 +1,4 @@
-"""Do the ablations change what they say, and nothing else?"""
+"""Tests that each ablation changes the named part and nothing else."""
 
 import shutil
 
@@ -34,7 +34,7 @@ def test_a_schedule_gives_every_exit_its_share_as_nearly_as_whole_steps_can(part
 def test_every_network_is_trained_by_the_recipe_but_for_its_switch(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(ablations, "_call", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(ablations, "_calibrate", lambda folder, tell: None)
+    monkeypatch.setattr(ablations, "_calibrate", lambda folder, on_progress: None)
     setting = ablations.Setting(RECIPE, tmp_path / "data", tmp_path / "out", processes=2, fraction=0.3)
     folders = ablations.networks(setting, lambda line: None)
     recipes = {
@@ -68,7 +68,7 @@ def test_a_training_takes_as_many_processes_as_share_its_batches_evenly(
 ):
     calls = []
     monkeypatch.setattr(ablations, "_call", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(ablations, "_calibrate", lambda folder, tell: None)
+    monkeypatch.setattr(ablations, "_calibrate", lambda folder, on_progress: None)
     ablations.networks(ablations.Setting(RECIPE, tmp_path, tmp_path / "out", cores, 0.3), lambda line: None)
     assert {call[call.index("--nproc-per-node") + 1] for call in calls} == {processes}
 

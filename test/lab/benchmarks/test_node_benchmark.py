@@ -1,4 +1,5 @@
-"""The latency benchmark as a person runs it: real processes, every figure there and plausible, nothing left behind."""
+"""Tests of the latency benchmark with real processes: all figures are there and plausible, and no process is
+left."""
 
 import json
 import os
@@ -11,7 +12,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.benchmarks import node_figures as benchmark_figures
 
 MINUTES_S = 240.0
-"""Six windows and two starts of the node on a machine that is busy with other things."""
+"""The most time for six windows and two starts of the node, on a busy machine."""
 FIGURES = (
     "relay_alone_ms",
     "relay_ms",
@@ -58,7 +59,8 @@ def test_a_short_run_measures_every_condition_and_leaves_no_process(tmp_path):
 
 
 def test_figures_are_matched_by_stamp_and_taken_from_their_windows(tmp_path):
-    """Stamps 100 and 133 ms count; 166 never became a command, 900 is outside the window, 0 is of the relay alone."""
+    """Stamps 100 and 133 ms count. 166 has no command, 900 is outside the window, and 0 belongs to the relay
+    alone."""
     log = tmp_path / "listener.log"
     lines = [["relay", 0, 4 * MILLISECOND]]
     for stamp, relay, command, compute in ((100, 5, 20, 12.0), (133, 5, 20, 12.0), (900, 500, 500, 1.0)):
@@ -101,7 +103,7 @@ def test_bad_arguments_end_with_status_2(arguments):
 
 
 def processes_with(text):
-    """Ids of other processes that have a file with `text` in its path open."""
+    """The ids of other processes that have an open file with `text` in its path."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         if folder.name == str(os.getpid()):

@@ -1,10 +1,13 @@
-"""Measures what the embedded network still does when its command reaches the arm some time after the image.
+"""Measures what the embedded network still achieves when its command reaches the arm some time after the
+image.
 
     . scripts/env.sh; python test/lab/demo/measure_command_delay.py
 
-On a robot, and in `make demo`, the network sees an image, thinks, and the arm hears of it tens of milliseconds later.
-Training and `evaluate` wait for the command instead. Two tables are printed, both by delay: the demo's instructions on
-the demo's arrangement, and "open the drawer" on the first arrangements with a closed drawer.
+On a robot, and in `make demo`, the command reaches the arm tens of milliseconds after the image. In training
+and
+in `evaluate` the arm waits for the command instead. The program prints two tables by delay: the demo's
+instructions
+on the demo's arrangement, and "open the drawer" on the first arrangements with a closed drawer.
 """
 
 from pathlib import Path
@@ -23,12 +26,12 @@ from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.model.checkpoint import load
 
 DELAYS_S = (0.0, 0.02, 0.04, 0.06, 0.08)
-STEP_LIMIT = 80  # of an instruction, as `evaluate` has it
+STEP_LIMIT = 80  # The most steps of an instruction, as in `evaluate`.
 ARRANGEMENTS = 20
 
 
 def steps_needed(policy: BudgetedPolicy, table: Table, instruction: str, delay_s: float) -> int | None:
-    """Steps until the instruction is done; None where STEP_LIMIT is too few."""
+    """The number of steps until the instruction is done; None if it takes more than STEP_LIMIT."""
     referee, last_target = Referee(), None
     if problem := referee.begin(instruction, table.state()):
         raise ValueError(problem)
@@ -56,11 +59,11 @@ def main() -> None:
     print(f"the demo's instructions, seed {SEED}, steps for each (None: not within {STEP_LIMIT})")
     for delay_s in DELAYS_S:
         table.reset(SEED)
-        print(
-            f"{1000 * delay_s:3.0f} ms  {[steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]}"
-        )
+        steps = [steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]
+        print(f"{1000 * delay_s:3.0f} ms  {steps}")
     print(
-        f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one, done of them and steps in the mean"
+        f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one, "
+        "done of them and steps in the mean"
     )
     closed = []
     for seed in range(1000):

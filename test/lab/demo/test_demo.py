@@ -1,4 +1,5 @@
-"""The demo as a user runs it: real processes, real DDS, results on disk, and nothing left behind however it ends."""
+"""Tests of the demo as a user runs it: it writes its results, and leaves no process or file behind, however
+it ends."""
 
 import json
 import os
@@ -11,13 +12,13 @@ from PIL import Image
 from processes import children, command_of, gone
 
 START_S = 120.0
-"""Generous: torch on a machine that is busy with other things."""
+"""The most time for the start; it is long, because torch starts slowly on a busy machine."""
 CONTROLLING = "controlling"
-"""What the policy node logs when its first step is out."""
+"""The word that the policy node logs after its first step."""
 
 
 def started_by_demo(out):
-    """The demo's own id and its two processes by command, once the policy controls."""
+    """Waits until the policy controls. Returns the demo's process id, and its two processes by command."""
     log = out / "node.log"
     wait_until(lambda: log.exists() and CONTROLLING in log.read_text(), START_S, "the first step")
     (demo,) = [pid for pid in children(os.getpid()) if "demo" in command_of(pid)]
@@ -26,7 +27,7 @@ def started_by_demo(out):
 
 @pytest.fixture
 def out(tmp_path):
-    """A results folder in which an earlier demo has left a summary."""
+    """A results folder with the summary of an earlier demo."""
     out = tmp_path / "demo"
     out.mkdir()
     (out / "summary.json").write_text("{}")
@@ -34,7 +35,8 @@ def out(tmp_path):
 
 
 INSTRUCTIONS = ("turn off the led", "turn on the lamp", "turn off the led", "stand on your head")
-"""Two that the embedded network does within their time, one that then makes no sense, and one that nobody can judge."""
+"""Two that the embedded network does in time, one that is then done already, and one that is not a task of
+the table."""
 
 
 def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
@@ -97,7 +99,8 @@ def test_an_interrupted_demo_ends_its_processes_in_order_and_leaves_no_half_summ
         assert demo.stop(number, timeout=30) == 1
         assert demo.output().endswith("interrupted\n")
     assert all(gone(pid) for pid in started.values())
-    assert "control is ending" in (out / "node.log").read_text()  # a last hold: it was asked, not killed
+    # The node has published a last hold: it was asked to end, not killed.
+    assert "control is ending" in (out / "node.log").read_text()
     assert {found.name for found in out.iterdir()} == {"table.log", "node.log"}
 
 

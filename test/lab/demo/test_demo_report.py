@@ -1,4 +1,4 @@
-"""What a demo reports is what its steps say."""
+"""Tests that the report of a demo follows from its steps."""
 
 import json
 import math
@@ -18,7 +18,8 @@ PERIOD_NS = 100_000_000
 
 
 def step(number, exit_index=0, **fields):
-    """A `~/step` of a network with three exits and six layers, one every 100 ms; a layer costs 0.5 GMAC."""
+    """A `~/step` message of a network with three exits and six layers of 0.5 GMAC each; a step comes every
+    100 ms."""
     nanoseconds = 1_700_000_000 * 10**9 + number * PERIOD_NS
     layers = EXITS[exit_index] + 1
     message = PolicyStep(

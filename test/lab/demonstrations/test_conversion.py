@@ -1,4 +1,4 @@
-"""Does a recording become the training data that it shows?"""
+"""Tests that the conversion of a recording gives correct training data."""
 
 import json
 
@@ -18,7 +18,7 @@ COMMANDS = ("/target_pose", "/gripper_command")
 
 
 def converted(path, out, *arguments) -> dict:
-    """The figures that the command tells."""
+    """Runs the command and returns the figures that it reports."""
     assert (
         main(
             ["convert-bag", str(path), "--out", str(out), "--json", str(out.with_suffix(".json")), *arguments]
@@ -57,7 +57,7 @@ def test_an_action_leads_from_one_measured_pose_to_the_next(tmp_path):
             )
             action = now["rel_actions"]
             if np.abs(action[:6]).max() == 1:
-                continue  # cut to what an action can say
+                continue  # The action was cut to its range.
             start = Pose(now["robot_obs"][:3], np.array([1.0, 0, 0, 0]))
             there = moved(start, *motion_of(action[:6], TABLETOP))
             assert there.position == pytest.approx(following["robot_obs"][:3], abs=1e-9)

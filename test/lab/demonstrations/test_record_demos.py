@@ -1,4 +1,5 @@
-"""record-demos: the same bytes however it is run, nothing lost when it is killed, nothing mixed that does not belong together."""
+"""Tests of record-demos: any number of processes gives the same bytes, a killed run can go on, and different
+runs are not mixed."""
 
 import hashlib
 import json
@@ -20,7 +21,7 @@ from deer_vla_ros.model.checkpoint import EMBEDDED
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> Recording:
-    """Three demonstrations in two shards, made in this process."""
+    """Three demonstrations in two shards, recorded in this process."""
     recording = Recording(
         tmp_path_factory.mktemp("demos") / "one", demos=3, seed=3, image_size=16, demos_per_shard=2
     )
@@ -34,7 +35,7 @@ def copy(recording, tmp_path) -> Recording:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
+    """The SHA-256 sum of every file."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -74,7 +75,9 @@ import os
 from pathlib import Path
 from deer_vla_ros.lab.demonstrations.record_run import *
 write = FrameStore.write
-FrameStore.write = lambda self, number, *rest: write(self, number, *rest) if number == 0 else os.kill(os.getpid(), 9)
+def write_first(self, number, *rest):
+    return write(self, number, *rest) if number == 0 else os.kill(os.getpid(), 9)
+FrameStore.write = write_first
 record(Recording(Path({str(tmp_path)!r}), 3, 3, 16, demos_per_shard=2), 1)
 """
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == -9

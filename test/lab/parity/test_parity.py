@@ -1,4 +1,5 @@
-"""Is the network the reference's, and does the parity command notice when it, or the recording, is not?"""
+"""Tests that the network computes the reference's values, and that the parity command notices any
+difference."""
 
 import dataclasses
 import io
@@ -34,17 +35,20 @@ LIGHT_STEPS, LIGHT_WINDOW, LIGHT_HIDDEN_STEPS = 4, 3, 2
 
 
 def golden_folder(environment: Mapping[str, str]) -> Path:
-    """The whole recording. In CI its absence is a failure, elsewhere a skip."""
+    """The folder of the whole recording. Without it the test fails in CI and is skipped elsewhere."""
     folder = Path(environment.get("DEER_VLA_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
     if folder.is_dir():
         return folder
-    reason = f"the reference's whole recording is not at {folder}: set DEER_VLA_GOLDEN (test/golden_compact is checked in any case)"
+    reason = (
+        f"the reference's whole recording is not at {folder}: set DEER_VLA_GOLDEN "
+        "(test/golden_compact is checked in any case)"
+    )
     if environment.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
-# The network is the reference's
+# The network computes the reference's values.
 
 
 def test_the_whole_recording_is_within_tolerance():
@@ -99,11 +103,15 @@ def test_elsewhere_a_missing_recording_is_a_skip_with_its_reason(tmp_path):
         golden_folder({"DEER_VLA_GOLDEN": str(tmp_path / "nowhere")})
 
 
-# Lengths come from the arrays. The recording cut here is also what the tests below damage: it is checked in a second.
+# The check takes all lengths from the arrays. The tests below damage this cut recording, whose check takes a
+# second.
 
 
 def state_after(recording, tag: str, steps: int) -> dict[str, np.ndarray]:
-    """The head's state after the first steps of a run, which the reference recorded after the last only: our own."""
+    """The head's state after the first steps of a run, computed by our network.
+
+    The reference recorded the state after the last step only.
+    """
     settings = recording.info["dynamic"].get(tag) or {"thresholds": {tag.removeprefix("fixed_exit_"): 1e8}}
     thresholds = {int(layer): threshold for layer, threshold in settings["thresholds"].items()}
     policy = DeerPolicy(
@@ -130,7 +138,10 @@ def cut_window(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def values_of(recording, window: dict[str, np.ndarray]) -> np.ndarray:
-    """Calibration values of a shorter window, which the reference did not record: our own, in the place of batch 1."""
+    """Calibration values of a shorter window, computed by our network, in the place of batch 1.
+
+    The reference did not record them.
+    """
     model, features = recording.model, torch.from_numpy(window["fwd1/pooled"]).permute(1, 2, 0, 3)
     drawn = torch.from_numpy(window["values/strategy1_idx_batch1"])[:, :LIGHT_WINDOW]
     values = window_deltas(model.shared_head, columns(features, model.config.exits), drawn).T
@@ -138,13 +149,15 @@ def values_of(recording, window: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def training_of(recording) -> dict:
-    """One training step of a shorter window, which the reference did not record: the losses are our own."""
+    """A record of one training step on a shorter window. The losses are computed by our network: the
+    reference has none."""
     record = read_json(COMPACT / "9b_train.json")
     joint = record["stages"][0]
     step = joint["steps"][1]
     step["strategy1_idx"] = [drawn[:LIGHT_WINDOW] for drawn in step["strategy1_idx"]]
     step["losses"] = reference_losses(step_loss(recording, step))
-    step["lr_used_per_group"] = [0.0] * len(record["joint_groups"])  # now the first, where the warm-up begins
+    # This is the first step now, where the warm-up begins with rate 0.
+    step["lr_used_per_group"] = [0.0] * len(record["joint_groups"])
     joint["steps"] = [step]
     return record
 
@@ -178,13 +191,14 @@ def light(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(light, tmp_path) -> Path:
-    """A copy of the light recording to damage."""
+    """A copy of the light recording, which a test may damage."""
     shutil.copytree(light, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 def failed(folder: Path, capsys) -> set[str]:
-    """The kinds whose line says FAIL; exit status 1 exactly if there is one."""
+    """Runs the command. Returns the kinds whose line says FAIL; the exit status must be 1 exactly if there
+    are any."""
     status = main(["parity", str(folder)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     kinds = {line[2] for line in lines if line[0] == "FAIL"}
@@ -193,7 +207,7 @@ def failed(folder: Path, capsys) -> set[str]:
 
 
 def refusal(folder: Path, capsys) -> str:
-    """The one line with which the command gives up, exit status 1."""
+    """Runs the command, which must end with status 1. Returns the single line of its error."""
     assert main(["parity", str(folder)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
@@ -221,7 +235,7 @@ def test_a_single_recorded_step_passes(folder, capsys):
 
 
 def test_a_recording_of_another_image_size_passes(folder, capsys):
-    """40 pixels are no multiple of the 16 that the normalised image is sampled by."""
+    """40 pixels are not a multiple of 16, the step in which the normalised image is sampled."""
     arrays = read_arrays(folder / "preproc.npz")
     raw = arrays["gripper/raw_hwc_uint8"]
     arrays |= {
@@ -234,7 +248,7 @@ def test_a_recording_of_another_image_size_passes(folder, capsys):
     assert failed(folder, capsys) == set()
 
 
-# A difference is noticed, and on its own line
+# The command reports a difference, in the line of its kind.
 
 
 def change(path: Path, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -244,7 +258,7 @@ def change(path: Path, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> N
 
 
 def off_by(amount: float) -> Callable[[np.ndarray], np.ndarray]:
-    """The last value of an array moved by a little more than a tolerance."""
+    """A function that adds `amount` to the last value of an array."""
 
     def edit(array: np.ndarray) -> np.ndarray:
         array.reshape(-1)[-1] += np.array(amount, array.dtype)
@@ -283,7 +297,7 @@ def off_by(amount: float) -> Callable[[np.ndarray], np.ndarray]:
     ],
 )
 def test_one_value_beyond_its_tolerance_fails_its_own_kind_only(folder, capsys, kind, file, name, amount):
-    if name.endswith("/deltas"):  # the last value may be NaN: not probed
+    if name.endswith("/deltas"):  # The last value may be NaN, for an exit that was not read.
         change(folder / file, name, lambda array: array + np.float32(amount))
     else:
         change(folder / file, name, off_by(amount))
@@ -429,7 +443,7 @@ def test_the_verdicts_can_be_written_as_json(folder, capsys, tmp_path_factory):
     assert rows["9b", "exits"]["tolerance"] == 0
 
 
-# A recording that cannot be read is refused in one line
+# The command refuses a recording that it cannot read in one line.
 
 
 @pytest.mark.parametrize(
@@ -469,7 +483,7 @@ def with_objects() -> bytes:
 
 
 def scrambled(content: bytes) -> bytes:
-    """The list of members intact, what they hold not."""
+    """A damaged file whose list of members is intact, but not their content."""
     return content[:80] + bytes(byte ^ 0xFF for byte in content[80:4000]) + content[4000:]
 
 

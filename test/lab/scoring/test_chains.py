@@ -1,4 +1,5 @@
-"""Are chains feasible, repeatable and judged fairly? The expert in the place of the network follows every one to its end."""
+"""Tests of chains: they are feasible, repeatable and scored correctly. The expert takes the network's place
+and completes each one."""
 
 import dataclasses
 
@@ -27,7 +28,7 @@ DOWN = np.array([1.0, 0.0, 0.0, 0.0])
 
 
 class ExpertDriver:
-    """The scripted expert, told the task instead of the text."""
+    """A driver that runs the scripted expert. It uses the task's name and not the text."""
 
     def __init__(self):
         self.tasks, self.begun = {}, []
@@ -43,7 +44,7 @@ class ExpertDriver:
 
 
 class IdleDriver(ExpertDriver):
-    """Stays where it is."""
+    """A driver that does not move the arm."""
 
     def decide(self, arms):
         return {lane: LaneDecision(np.zeros(6), True) for lane in arms}
@@ -59,7 +60,7 @@ def chains(tables) -> list:
     return [draw_chain(table, chain_seed(0, index), "both") for index, table in enumerate(tables)]
 
 
-# Drawing
+# The draw of chains.
 
 
 def test_the_expert_in_the_place_of_the_network_follows_every_chain_to_its_end(chains, tables):
@@ -131,7 +132,7 @@ def test_no_two_chains_share_a_seed_and_none_is_one_of_training(runs, numbers, t
     assert single < chain_seed(runs[0] + 1, 0)
 
 
-# Judging
+# The result of attempts.
 
 
 def test_a_chain_ends_at_its_first_failure_after_the_steps_it_was_given(chains, tables):
@@ -173,11 +174,11 @@ def _is_shut(table: Table, seed: int) -> bool:
     return BY_NAME["open_drawer"].possible(table.state())
 
 
-# Approaching
+# The approached block.
 
 
 def state(tcp, opening: float = 0.08, **blocks) -> TableState:
-    """Blocks in a row 0.2 m apart unless told otherwise; tcp (3,)."""
+    """A state with blocks in a row, 0.2 m apart, except those that are given. tcp: (3,) [m]."""
     centres = {"red": (0.4, 0.0, 0.023), "blue": (0.4, 0.2, 0.023), "pink": (0.4, -0.2, 0.023), **blocks}
     poses = {colour: Pose(np.array(centre), np.array([0, 0, 0, 1.0])) for colour, centre in centres.items()}
     return TableState(

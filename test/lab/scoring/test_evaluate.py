@@ -1,4 +1,4 @@
-"""`evaluate` as a person runs it: on few and short chains of the embedded checkpoint, interrupted and not."""
+"""Tests of the command `evaluate`: few and short chains of the embedded checkpoint, interrupted or not."""
 
 import json
 import signal
@@ -29,19 +29,19 @@ from deer_vla_ros.model.checkpoint import EMBEDDED, load
 from deer_vla_ros.model.config import tabletop
 
 SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "5", "--jobs", "1")
-KEYS = """chains average_length average_length_ci success_by_position tasks llm_gmac_mean llm_gmac_static saved exit_shares budget
-checkpoint_sha256 seed steps_per_instruction phrasings infeasible singles""".split()
+KEYS = """chains average_length average_length_ci success_by_position tasks llm_gmac_mean llm_gmac_static
+saved exit_shares budget checkpoint_sha256 seed steps_per_instruction phrasings infeasible singles""".split()
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """Of an uninterrupted run."""
+    """The report of an uninterrupted run."""
     path = tmp_path_factory.mktemp("evaluate") / "report.json"
     assert main([*SHORT, "--json", str(path)]) == 0
     return path
 
 
-# The command
+# The command.
 
 
 def test_a_report_says_what_was_measured_on_what(report):
@@ -71,7 +71,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_very_same_report(report
     before = partial.read_text()
     partial.write_text(
         before + '["lift_pink_block 0", [[{"task"'
-    )  # as a kill in the middle of a line leaves it
+    )  # A process that is killed while it writes a line leaves the file like this.
     assert main([*SHORT, "--exit", "3", "--json", str(path)]) == 1, "other arguments are refused"
     assert partial.read_text().startswith(before)
     assert main([*SHORT, "--json", str(path)]) == 0
@@ -125,7 +125,7 @@ def test_groups_hold_every_chain_and_trial_once_and_do_not_depend_on_the_process
     assert len({group.key for group in groups}) == len(groups)
 
 
-# Depth
+# The choice of exits.
 
 
 def test_a_budget_gives_thresholds_for_every_length_and_a_fixed_exit_just_that_one():
@@ -154,7 +154,7 @@ def test_an_exit_by_time_holds_until_its_step():
             exit_choice(SimpleNamespace(budget=None, thresholds=None, exit_by_time=text))
 
 
-# Figures
+# The figures.
 
 
 def attempt(succeeded: bool, steps: int = 10, **changes) -> Attempt:

@@ -1,7 +1,12 @@
-"""How surely does the scripted expert do each task? Not a test: run it by hand, `python test/lab/sim/measure_expert.py --trials 100`.
+"""Measures the success rate of the scripted expert in each task. It is not a test; run it by hand:
 
-Asks for every task that often, with and without the bursts of noise of `record-demos`, in sessions without a reset as those of the demonstrations
-(seeds from 800,000 on: no recording's, no calibration's), and prints the rates.
+    python test/lab/sim/measure_expert.py --trials 100
+
+It asks for every task that often, with and without the bursts of noise of `record-demos`, and prints the
+rates.
+As in the demonstrations, the table is not reset within a session. The seeds, from 800,000 on, belong neither
+to
+recordings nor to calibrations.
 """
 
 import argparse
@@ -29,7 +34,7 @@ def does(table: Table, task: Task, disturbance: Disturbance) -> bool:
 
 
 def measure(trials: int, bursts: float) -> tuple[Counter, Counter]:
-    """Done and asked for, by task."""
+    """Returns how often each task was done, and how often it was asked for."""
     done, asked, seed = Counter(), Counter(), FIRST_SEED
     with Table() as table:
         while min(asked[task.name] for task in TASKS) < trials:
@@ -59,7 +64,8 @@ if __name__ == "__main__":
         done, asked = measure(trials, bursts)
         lowest = min(TASKS, key=lambda task: done[task.name] / asked[task.name]).name
         print(
-            f"{name}: {sum(done.values())} of {sum(asked.values())}; lowest {lowest}, {done[lowest]} of {asked[lowest]}"
+            f"{name}: {sum(done.values())} of {sum(asked.values())}; "
+            f"lowest {lowest}, {done[lowest]} of {asked[lowest]}"
         )
         print(
             "  failed:",

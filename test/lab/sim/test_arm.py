@@ -1,4 +1,4 @@
-"""Does the arm go where it is told, and never jump, whatever it is told?"""
+"""Tests of the simulated arm: it follows its targets, and it never jumps, for any target."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from deer_vla_ros.lab.sim.kinematics import JOINT_SPEED_LIMIT
 from deer_vla_ros.lab.sim.table import Table
 
 FREE_SPEED = 1.15 * JOINT_SPEED_LIMIT
-COLLIDING_SPEED = 2.0 * JOINT_SPEED_LIMIT  # hitting the table kicks back at the light joints of the wrist
+COLLIDING_SPEED = 2.0 * JOINT_SPEED_LIMIT  # A contact with the table pushes the light joints of the wrist.
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
 ANY_FLOAT = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -21,7 +21,7 @@ def table():
 
 
 def fastest_joint(table: Table, seconds: float) -> float:
-    """Advances and returns the highest measured joint speed on the way, rad/s."""
+    """Advances the table and returns the highest joint speed measured meanwhile [rad/s]."""
     fastest = 0.0
     for _ in range(round(seconds / 0.01)):
         table.advance(0.01)

@@ -1,4 +1,4 @@
-"""Does a seed decide what the table looks like, and do both cameras show it?"""
+"""Tests of arrangements: the seed decides how the table looks, and both cameras show it."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ def table():
 
 
 def numbers(state: TableState) -> np.ndarray:
-    """All of a state in one row."""
+    """All numbers of a state in one array."""
     return np.concatenate([np.hstack([part]).ravel() for part in _leaves(dataclasses.astuple(state))])
 
 

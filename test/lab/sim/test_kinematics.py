@@ -1,4 +1,5 @@
-"""Does a step of inverse kinematics lead to the pose, inside the limits, from anywhere to anywhere?"""
+"""Tests of the inverse kinematics: its steps lead to the pose within the limits, for any start and any
+target."""
 
 import mujoco
 import numpy as np
@@ -35,8 +36,9 @@ def wxyz(rotation: Rotation) -> np.ndarray:
 
 
 def test_forward_kinematics_is_the_pandas(arm):
-    # The Panda's flange with all joints at zero stands at x 0.088, z 0.333 + 0.316 + 0.384 - 0.107 (its DH table);
-    # the TCP 0.1034 m below.
+    # With all joints at zero the Panda's flange is at x 0.088, z 0.333 + 0.316 + 0.384 - 0.107 (its DH
+    # table).
+    # The TCP is 0.1034 m below it.
     position, quaternion = arm.forward(np.zeros(7))
     np.testing.assert_allclose(position, [0.088, 0.0, 0.926 - 0.1034], atol=1e-9)
     assert (Rotation.from_quat(np.roll(quaternion, -1)) * DOWN.inv()).magnitude() == pytest.approx(

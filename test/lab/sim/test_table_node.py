@@ -1,4 +1,4 @@
-"""Does the running table behave like a robot? A real process, real DDS, a client that commands and listens."""
+"""Tests of the table node as a process: over DDS it behaves like a robot towards a client."""
 
 import signal
 import subprocess
@@ -24,7 +24,7 @@ HOME = np.array([0.40, 0.0, 0.26])
 
 
 class Robot(NamedTuple):
-    """A running table with what a client hears from it; the lists grow."""
+    """A running table, and lists that grow with the messages that a client receives from it."""
 
     process: Process
     client: Client
@@ -43,14 +43,14 @@ class Robot(NamedTuple):
         return sum(self.joints[-1].position[7:])
 
     def fresh(self, messages: list, count: int = 1) -> list:
-        """The next `count` messages from now on."""
+        """Waits for the next `count` messages and returns them."""
         start = len(messages)
         wait_until(lambda: len(messages) >= start + count, 10.0, f"{count} new messages")
         return messages[start : start + count]
 
 
 def namespace(name: str) -> tuple[str, ...]:
-    """ROS arguments: the shared table runs on while other tests start tables of their own."""
+    """ROS arguments for a namespace: a test may start a table of its own while the shared one runs."""
     return "--ros-args", "-r", f"__ns:=/{name}"
 
 
@@ -78,7 +78,7 @@ def shared():
 
 @pytest.fixture
 def robot(shared):
-    """The shared table, reset."""
+    """The shared table after a reset."""
     assert shared.client.call(Trigger, "table/reset").success
     return shared
 
@@ -215,7 +215,7 @@ LOCKSTEP = (*namespace("lockstep"), "-p", "clock.publish:=true", "-p", "clock.mo
 
 
 def stands_still(messages: list, seconds_of_silence: float = 0.4) -> bool:
-    """Whether there are messages, and no further one comes for a while."""
+    """Whether there are messages, and no further one comes for `seconds_of_silence`."""
     count = len(messages)
     end = time.monotonic() + seconds_of_silence
     while len(messages) == count and time.monotonic() < end:
@@ -231,7 +231,10 @@ def answer_to(image: Image) -> PoseStamped:
 
 @pytest.fixture
 def lockstep():
-    """A table in lock step that waits for an answer: its process, a client, the camera pairs so far, a publisher."""
+    """A table in lock step that waits for an answer.
+
+    It consists of the table's process, a client, the camera pairs so far, and a publisher.
+    """
     with (
         spawn("sim", *LOCKSTEP, "-p", "clock.lockstep_timeout_s:=0.1") as process,
         Client(namespace="lockstep") as client,

@@ -1,4 +1,5 @@
-"""Does the table record what goes over its topics, live and shown by the expert, and do recordings calibrate a checkpoint?"""
+"""Tests of the table's recordings, live and of the expert: they have the messages of its topics, and can
+calibrate a checkpoint."""
 
 import json
 import shutil

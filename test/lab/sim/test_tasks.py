@@ -1,4 +1,5 @@
-"""Does the scripted expert do every task, with and without disturbance, and does the oracle tell done from not done?"""
+"""Tests of the tasks: the scripted expert does each one, disturbed or not, and the criteria of success are
+right."""
 
 import dataclasses
 from collections import Counter
@@ -19,7 +20,7 @@ SESSIONS = range(40)
 
 
 def do(table, name, steps=80):
-    """Whether the expert does the task."""
+    """Lets the expert do a task. Returns whether it succeeded."""
     task, arm, before = BY_NAME[name], TableArm(table), table.state()
     for _ in range(steps):
         intent = act(name, table.state())
@@ -31,7 +32,8 @@ def do(table, name, steps=80):
 
 @pytest.fixture(scope="module")
 def shown():
-    """What the expert did in several sessions, disturbed or not, by task: done and asked for."""
+    """How often the expert did each task in several sessions, disturbed or not, and how often it was asked
+    for."""
     done, asked = Counter(), Counter()
     with Table() as table:
         for seed in SESSIONS:
@@ -101,7 +103,7 @@ def test_a_block_is_held_across_as_well(degrees):
 
 
 def standing(**centres) -> TableState:
-    """Three blocks on the table by their x and y, the arm far above them."""
+    """A state of three blocks on the table, given by x and y, with the arm far above them."""
     down = Pose(np.array([0.4, 0.0, 0.3]), np.array([1.0, 0.0, 0.0, 0.0]))
     blocks = {
         name: Pose(np.array([*xy, BLOCK_HALF]), np.array([0.0, 0.0, 0.0, 1.0]))

@@ -1,4 +1,4 @@
-"""Can the gripper do with the things on the table what the tasks ask for?"""
+"""Tests of the things on the table: the gripper can move them as the tasks require."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from deer_vla_ros.lab.training.frames import THINGS
 DOWN = Rotation.from_quat([1.0, 0.0, 0.0, 0.0])
 OPEN, CLOSED = 0.08, 0.0
 
-DRAWER_HANDLE_X = 0.57 - 0.005 - 0.088  # m when the drawer is closed; smaller by how far it is out
+DRAWER_HANDLE_X = 0.57 - 0.005 - 0.088  # [m], for a closed drawer; an open one has a smaller value.
 DRAWER_Y = -0.28
 SLIDER_X, SLIDER_RIGHT_Y = 0.64, -0.10
 BUTTON = np.array([0.38, 0.26, 0.05])
@@ -33,7 +33,7 @@ def grip(table: Table, opening: float) -> None:
 
 
 def table_with(condition) -> Table:
-    """A table whose first matching arrangement of the seeds 0, 1, ... fulfils `condition(state)`."""
+    """A table with the first arrangement, of the seeds 0, 1, ..., that fulfils `condition(state)`."""
     table = Table()
     for seed in range(50):
         table.reset(seed)

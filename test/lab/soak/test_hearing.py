@@ -1,5 +1,5 @@
-"""What the observer hears over two topics becomes commands in the order of time, and silence is counted
-fairly."""
+"""Tests of the observer's input: messages of two topics become commands in the order of time, and silence is
+measured correctly."""
 
 import numpy as np
 

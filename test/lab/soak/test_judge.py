@@ -1,4 +1,4 @@
-"""The judge of the soak finds each kind of violation, and finds nothing where a node behaves."""
+"""Tests of the soak's judge: it finds each kind of violation, and finds none in a correct node."""
 
 import dataclasses
 import math
@@ -19,14 +19,14 @@ BEGIN_NS = 1_000 * SECOND
 
 
 def turned(radians: float) -> np.ndarray:
-    """UPRIGHT, turned about the vertical axis."""
+    """The quaternion UPRIGHT, turned about the vertical axis."""
     half = radians / 2
     return np.array([math.cos(half), math.sin(half), 0.0, 0.0])
 
 
 class Node:
-    """A node that behaves, whose arm is where it was told to be; `step` and `hold` can be told to behave
-    badly."""
+    """A correct node whose arm is always at its target. Arguments of `step` and `hold` make it violate
+    promises."""
 
     def __init__(self, limits: Limits = Limits()):  # noqa: B008
         self.judge = Judge(limits)
@@ -38,7 +38,8 @@ class Node:
         self.judge.pose(HeardPose(self.now_ns, position, self.quaternion))
 
     def step(self, way=(0.02, 0.0, 0.0), turn: float = 0.0, late_s: float = 0.05, **changes):
-        """A motion to the last target and `way`; changes: fields of the command. Its kinds of violation."""
+        """Commands a motion by `way` from the last target. changes: fields of the command. Returns the kinds
+        of violation."""
         self.now_ns += PERIOD_NS
         position = self.target + np.array(way)
         quaternion = turned(2 * math.atan2(self.quaternion[1], self.quaternion[0]) + turn)
@@ -93,7 +94,7 @@ def node():
 def test_a_node_that_keeps_its_limits_is_never_blamed(steps):
     node = Node()
     for holds, way, turn, late_s in steps:
-        late_s = min(late_s, 0.09)  # stamps of one publisher do not go back
+        late_s = min(late_s, 0.09)  # The stamps of one publisher must not go back.
         inside = np.clip(node.target + np.array(way), [-0.8, -0.8, 0.0], [0.8, 0.8, 1.2]) - node.target
         assert (node.hold() if holds else node.step(tuple(inside), turn, late_s)) == []
 

@@ -1,4 +1,4 @@
-"""The report's figures follow from what was seen, and every goal that is missed is named."""
+"""Tests of the soak's report: its figures follow from the findings, and it names every missed goal."""
 
 import json
 
@@ -34,8 +34,8 @@ def outcome(name="pose_nan", recovered_s=0.1, restarted=False):
 
 
 def test_a_good_run_misses_no_goal_and_restarts_are_told_apart():
-    seen = SoakFindings(1, 2.0, [outcome(), outcome(recovered_s=0.3), outcome("node_killed", 8.0, True)], GOOD)
-    figures = report(seen)
+    outcomes = [outcome(), outcome(recovered_s=0.3), outcome("node_killed", 8.0, True)]
+    figures = report(SoakFindings(1, 2.0, outcomes, GOOD))
     assert missed(figures) == []
     assert figures["faults"] == {"node_killed": 1, "pose_nan": 2}
     assert figures["recoveries"] == {"expected": 3, "seen": 3, "missing": []}
@@ -77,7 +77,8 @@ def test_memory_that_grows_is_a_missed_goal():
 
 
 def test_a_recovery_that_did_not_come_and_an_exception_are_missed_goals():
-    figures = report(SoakFindings(1, 2.0, [outcome(recovered_s=None)], GOOD, exceptions=["node.log: KeyError: 1"]))
+    exceptions = ["node.log: KeyError: 1"]
+    figures = report(SoakFindings(1, 2.0, [outcome(recovered_s=None)], GOOD, exceptions=exceptions))
     assert missed(figures) == ["1 unhandled exceptions", "0 of 1 recoveries"]
 
 

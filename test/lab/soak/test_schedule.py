@@ -1,4 +1,4 @@
-"""The order of the faults is the same for the same seed, and every fault has its turn."""
+"""Tests of the order of faults: it is the same for the same seed, and every fault occurs."""
 
 import itertools
 

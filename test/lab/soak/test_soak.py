@@ -1,4 +1,5 @@
-"""The soak command as a process: two minutes of all faults, bad arguments, and an end in the middle."""
+"""Tests of the soak command as a process: two minutes of all faults, bad arguments, and an interrupted
+run."""
 
 import json
 import os
@@ -18,7 +19,7 @@ def soak(*arguments, timeout=60.0):
 
 
 def marked(mark):
-    """Processes whose environment has `mark`."""
+    """The processes whose environment has `mark`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -45,8 +46,8 @@ def test_an_unknown_fault_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.alone
 def test_two_minutes_of_faults(tmp_path):
-    """All goals; but a machine with other work makes silences and recoveries longer: a silence may take twice as long
-    here, and the time of recoveries is not judged."""
+    """Checks all goals, with two exceptions for a machine with other work: a silence may be twice as long,
+    and the time of recoveries is not checked."""
     report = tmp_path / "soak.json"
     arguments = "--minutes 2 --seed 1 --faults all --json".split()
     result = soak(*arguments, str(report), "--out", str(tmp_path), timeout=400.0)
