@@ -146,7 +146,7 @@ def test_an_image_message_with_padded_rows_is_read_without_the_padding():
 def test_the_picture_is_drawn_for_any_number_of_moments(count, tmp_path):
     recorded = rows(*(step(number, number % 3) for number in range(20)))
     red, blue = np.full((200, 200, 3), (255, 0, 0), np.uint8), np.full((84, 84, 3), (0, 0, 255), np.uint8)
-    moments = [report.Moment(row, red, blue) for row in recorded[:count]]
+    moments = [report.PictureMoment(row, red, blue) for row in recorded[:count]]
     draw(recorded, moments, {"weights": "none"}, tmp_path / "cameras.png")
     picture = np.asarray(Image.open(tmp_path / "cameras.png").convert("RGB"))
     for colour in ((255, 0, 0), (0, 0, 255)):
