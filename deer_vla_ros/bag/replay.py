@@ -262,7 +262,7 @@ class _FollowedBudget:
             self._apply(self._waiting.pop(0))
 
     def after(self, moment: ReplayMoment) -> None:
-        """Learns from the first decision how the two nodes' budget ids differ."""
+        """Learns from the first decision how the budget ids of live node and replay differ."""
         if self._ahead is None and moment.command.decision is not None:
             self._ahead = moment.recorded.budget_id - moment.command.decision.budget_id
 

@@ -57,6 +57,7 @@ class RowWriter:
         self._writer.writerow(self._fields)
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one line."""
         self._writer.writerow([text_of(row[name]) for name in self._fields])
 
 

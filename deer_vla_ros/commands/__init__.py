@@ -2,7 +2,7 @@
 
 A command is a module with a docstring (its help, with an example), `add_arguments(parser)` and `run(args)`,
 which returns the exit status. It imports what it needs when it runs, so `--help` answers at once. No other
-module imports a command.
+module imports a command. `arguments`, `launch_checks` and `reference_pages` are not commands.
 """
 
 from dataclasses import dataclass

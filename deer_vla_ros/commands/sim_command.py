@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the table node, or records the scripted expert. Returns the exit status; raises UserError."""
     # Late imports: help needs neither rclpy nor MuJoCo.
     if args.show:
         return _show(args)

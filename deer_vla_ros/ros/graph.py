@@ -112,7 +112,8 @@ class OtherCommanders:
     def found(self) -> HoldReason | None:
         """The reason not to move the arm, None if there is none. Call it from the executor's thread.
 
-        The check ends with the first None after `begin`; its subscriptions end with it.
+        The check ends SILENT_S after `begin` (or after FOUND_WITHIN_S, if that is later), or as long after
+        another commander's last message. The subscriptions end with it.
         """
         if not self._subscriptions:
             return None

@@ -59,8 +59,8 @@ class TopicGripper:
 
 @dataclass(frozen=True)
 class SentGoal:
-    """The goal that was sent last. number: counts goals. sent_at [s]: time.monotonic(). servers:
-    identities."""
+    """The goal that was sent last. number: counts goals. sent_at: time.monotonic() [s]. servers: their
+    ids."""
 
     value: float
     number: int
@@ -101,6 +101,7 @@ class ActionGripper:
         self._looked_at = -LOOK_S
 
     def send(self, value: float) -> None:
+        """Sends a goal if one is due, and warns if there is no server. It does not wait."""
         if not self._client.server_is_ready():
             self.forget()
             remedy = "start the gripper controller, or set action.gripper_action"

@@ -31,7 +31,7 @@ class Decoder:
             self._news.notify()
 
     def close(self, timeout_s: float) -> None:
-        """Drops messages that wait. An image that is being decoded may take longer than the timeout."""
+        """Drops messages that wait. An image that is being decoded may outlast the timeout [s]."""
         with self._news:
             self._running = False
             self._news.notify()

@@ -69,6 +69,7 @@ class Encoding:
 
     @property
     def pixel_bytes(self) -> int:
+        """Bytes of a pixel."""
         return self.channels * self.channel_bytes
 
 
@@ -93,8 +94,10 @@ ENCODINGS = {
 
 
 def frame(message: Image) -> Frame:
-    """A raw image as a frame; raises UserError. The frame may share the message's memory: do not change
-    it."""
+    """A raw image as a frame; raises UserError.
+
+    The frame may share the memory of the message: do not change the message afterwards.
+    """
     _check_layout(message)
     bridged = BRIDGE is not None and bridgeable(message)
     image = BRIDGE.imgmsg_to_cv2(message, "rgb8") if bridged else by_numpy(message)
@@ -142,8 +145,7 @@ def bridgeable(message: Image) -> bool:
 
 
 def find_bridge() -> tuple[CvBridge | None, str]:
-    """cv_bridge and an empty text if it converts as `by_numpy` does; otherwise None and the reason in one
-    line.
+    """cv_bridge and an empty text if it converts as `by_numpy` does; otherwise None and the reason.
 
     Ubuntu's package is compiled for numpy 1. Under numpy 2 its import fails, or the import succeeds and the
     first conversion crashes. In the second case numpy writes a page about it to stderr during the import.
@@ -305,7 +307,7 @@ def _check_raw_bytes(width: int, height: int, depth: int, colours: int) -> None:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """0..65535 to 0..255, rounded to the nearest, which is never ambiguous: OpenCV's convertTo(..., 255. /
+    """0..65535 to 0..255, rounded to the nearest; no value is halfway. As OpenCV's convertTo(..., 255. /
     65535.).
 
     It divides by 257 within 16 bits. The plain division in 32 bits takes ten times as long.

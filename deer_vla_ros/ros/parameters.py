@@ -83,6 +83,7 @@ class Declaration:
         return value
 
     def descriptor(self) -> ParameterDescriptor:
+        """The declaration in the form that rclpy takes."""
         unit = f" [{self.unit}]" if self.unit else ""
         descriptor = ParameterDescriptor(description=self.description + unit, read_only=not self.live)
         if self.choices:

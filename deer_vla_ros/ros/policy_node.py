@@ -67,7 +67,7 @@ def told(returns: TransitionCallbackReturn) -> Callable:
                 name = transition.__name__.removeprefix("on_")
                 self.get_logger().error(f"{name} failed: {one_line(error)}")
                 self._stop_control()
-                if name != "activate":  # which may be tried again
+                if name != "activate":  # activation may be tried again
                     self._release()
                 return returns
 
@@ -127,14 +127,13 @@ class PolicyNode(LifecycleNode):
         # a volatile one. Two subscriptions receive both. The same text twice changes nothing, and a mismatch
         # needs no warning.
         quiet = SubscriptionEventCallbacks(use_default_callbacks=False)
-        # Depth 1: only the newest text matters, and DDS reserves memory for the longest text per place in the
+        # Depth 1: only the newest text matters, and DDS reserves memory for a long text in every place of a
         # queue.
         self.create_subscription(String, "instruction", self._on_instruction, 1)
         self.create_subscription(String, "instruction", self._on_instruction, LATCHED, event_callbacks=quiet)
         if self._value("control.enable_timeout_s"):
-            self.create_subscription(
-                Bool, "enable", self._on_enable, 1
-            )  # no queue: an old message must not arrive late
+            # Depth 1: an old message must not arrive late.
+            self.create_subscription(Bool, "enable", self._on_enable, 1)
         self.create_service(Trigger, "~/reset", self._on_reset, qos_profile=SERVICES)
         self.create_service(SetBool, "~/hold", self._on_hold, qos_profile=SERVICES)
         self._answer_every_transition()
@@ -164,6 +163,7 @@ class PolicyNode(LifecycleNode):
 
     @told(TransitionCallbackReturn.FAILURE)
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Starts the watchdog, loads the checkpoint, and runs every exit once."""
         self._watchdog.start()  # first, so that it starts while the checkpoint loads
         self._others.listen()
         if strangers := parameters.unknown(self):
@@ -174,9 +174,8 @@ class PolicyNode(LifecycleNode):
                 "control.rehearsal is on: for recordings and onlookers, never with an arm"
             )
         self._outputs.open(given)
-        from deer_vla_ros.ros import (
-            loading,
-        )  # late: torch takes seconds, and other nodes find this one meanwhile
+        # A late import: torch takes seconds, and other nodes can find this one meanwhile.
+        from deer_vla_ros.ros import loading
 
         controller = loading.warm_controller(given, self.get_logger())
         controller.gate.put_instruction(self._instruction)
@@ -190,6 +189,7 @@ class PolicyNode(LifecycleNode):
 
     @told(TransitionCallbackReturn.FAILURE)
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Starts the control thread. Fails if an inference of the last activation still runs."""
         if self._thread is not None and self._thread.is_alive():
             raise UserError("an inference of the last activation has not ended yet: restart the node")
         result = super().on_activate(state)
@@ -206,16 +206,19 @@ class PolicyNode(LifecycleNode):
 
     @told(TransitionCallbackReturn.ERROR)
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Publishes a hold and ends the control thread."""
         self._stop_control()
         return super().on_deactivate(state)
 
     @told(TransitionCallbackReturn.ERROR)
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Releases the controller and its memory. The watchdog goes on."""
         self._release()
         return super().on_cleanup(state)
 
     @told(TransitionCallbackReturn.ERROR)
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """As deactivate and cleanup, from any state."""
         self._stop_control()
         self._release()
         return super().on_shutdown(state)
@@ -277,7 +280,7 @@ class PolicyNode(LifecycleNode):
         self._reports.close()
         self._outputs.close()
         gc.collect()
-        if torch := sys.modules.get("torch"):  # not where configure never got so far
+        if torch := sys.modules.get("torch"):  # configure may have failed before the import
             torch.cuda.empty_cache()
 
     # --- control
@@ -504,7 +507,7 @@ class PolicyNode(LifecycleNode):
             if parameter.name.startswith(("guard.", "inputs.")):
                 self.get_logger().warning(f"limit changed: {parameter.name} is {parameter.value} from now on")
         if self._controller is None:
-            return  # configure reads them
+            return  # configure will read them
         changes = parameters.changes((parameter.name for parameter in changed), parameters.values(self))
         with self._changes_lock:
             self._changes |= changes

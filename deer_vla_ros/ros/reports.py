@@ -32,8 +32,7 @@ class Reports:
     """Publishers and timers exist from the start; reports about a controller are from `open` to `close`."""
 
     def __init__(self, node: LifecycleNode, outputs: Outputs, overlay_hz: float, steady: Clock):
-        """outputs: nobody else should publish on their topics. overlay_hz: 0: no overlay. steady: a clock
-        that never stops."""
+        """outputs: nobody else should publish on their topics. overlay_hz: 0: none. steady: never stops."""
         self._node, self._outputs = node, outputs
         self._controller: Controller | None = None
         self._active = False

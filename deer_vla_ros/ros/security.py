@@ -119,6 +119,7 @@ def _profile(name: str, namespace: str, rules: Mapping[tuple[str, str], list[str
 
 
 def main() -> None:
+    """Prints the policy for the namespace and the remaps on the command line."""
     parser = argparse.ArgumentParser(description="Prints the SROS2 policy of a deer_vla node on your robot.")
     parser.add_argument("--namespace", default="/", help="namespace of the node (default: /)")
     parser.add_argument(

@@ -22,7 +22,8 @@ END_S = 0.5
 class WatchdogClient:
     """One watchdog process from `start` to `close`.
 
-    The control thread calls `beat` and `is_alive`. Neither of them waits.
+    The control thread calls `beat` and `is_alive`, and the thread that ends control calls `beat` once more.
+    Neither of them waits.
     """
 
     def __init__(self, settings: WatchdogSettings, ros_args: list[str]):
