@@ -1,1 +1,1 @@
-"""How much may a step cost? Cost tables, and the exit rule that a budget allows."""
+"""The compute budget: what a step costs, and the exit rule that a budget allows."""

@@ -1,4 +1,4 @@
-"""What did the steps since the budget was asked for really cost?"""
+"""The account of what the steps under a budget really cost."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from deer_vla_ros.budget.types import Achieved
 
 RECENT = 200
-"""Steps that the recent means cover, and that the rate of misses is a share of."""
+"""Number of steps that the recent means and the recent rate of misses cover."""
 
 
 class Account:
-    """Means over all steps and over the newest; nothing grows with the number of steps."""
+    """Means over all steps, and over the newest RECENT steps. Its size does not grow with the steps."""
 
     def __init__(self) -> None:
         self._spent, self._steps, self._misses = np.zeros(3), 0, 0
@@ -25,7 +25,11 @@ class Account:
         return self._steps
 
     def enter(self, gmac: float, fraction: float, ms: float, missed: bool) -> None:
-        """One step: its language part in GMAC and as a share of full depth, the whole of it in ms, and whether it was late."""
+        """Enters one step.
+
+        gmac, fraction: its language part, in GMAC and as a share of full depth. ms: time of the whole step.
+        missed: whether it missed the deadline.
+        """
         self._steps += 1
         self._spent += (gmac, fraction, ms)
         self._recent.append((gmac, ms))

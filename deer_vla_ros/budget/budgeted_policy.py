@@ -1,5 +1,4 @@
-"""How deep may the policy think now? The policy, the layers that are on its device, and the budget that
-bounds both."""
+"""The policy under a budget: the network, the layers on its device, and the exit rule from the budget."""
 
 from __future__ import annotations
 
@@ -21,14 +20,15 @@ from deer_vla_ros.inference.types import Observation, PolicyStep
 from deer_vla_ros.model.checkpoint import Checkpoint
 
 WARM_UP_RUNS = 3
-"""Of each exit; the first is not timed."""
+"""Number of runs of each exit. The first is not timed."""
 
 AT_ORIGIN = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+"""Pose (7,) of the warm-up: position and quaternion xyzw."""
 
 
 @dataclass(frozen=True)
 class BudgetedStep:
-    """One decision, what it cost, and the id of the budget that it ran under."""
+    """One step, its cost, and the id of the exit rule that it ran with."""
 
     policy: PolicyStep
     cost: StepCost
@@ -36,10 +36,14 @@ class BudgetedStep:
 
 
 class BudgetedPolicy:
-    """A policy whose exit rule is always the budget's. One thread at a time, but for `check` and `status`."""
+    """A policy whose exit rule always comes from the budget.
+
+    Any thread may call `check` and read `status`, `budget_id` and `problem`. All else belongs to one thread.
+    problem: why the network is less deep than the budget allows; empty if it is not.
+    """
 
     def __init__(self, checkpoint: Checkpoint, latencies: LatencyTable | None = None):
-        """latencies: taken for those of every step, in place of what it really takes."""
+        """latencies: replace the measured latencies of every step."""
         info = checkpoint.info
         self._model, self._bytes_per_weight = info.model, checkpoint.model.dtype.itemsize
         self._keeper = BudgetKeeper.of(checkpoint)
@@ -57,22 +61,23 @@ class BudgetedPolicy:
 
     @property
     def budget_id(self) -> int:
-        """Of the next step."""
+        """The id of the next step's rule."""
         return self._keeper.budget_id
 
     def check(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
-        """Raises UserError where one of `names` in `budget` cannot be kept; changes nothing."""
+        """Raises UserError if one of `names` in `budget` cannot be kept. Changes nothing."""
         self._keeper.check(budget, names)
         if budget.memory_gib and not self._can_reload:
             raise UserError(
-                f"budget.memory_gib is {budget.memory_gib:g}, but this network has no folder to load layers back from: use 0"
+                f"budget.memory_gib is {budget.memory_gib:g}, "
+                "but this network has no folder to load layers back from: use 0"
             )
 
     def set(self, budget: Budget) -> None:
-        """Asks for a budget that `check` accepted: the next step obeys it, the memory stays.
+        """Asks for a budget that `check` accepted. The next step obeys it; the policy's memory stays.
 
-        Layers that its memory has no room for leave the device now; those that it has room for again are
-        loaded meanwhile, and the steps until then go as deep as before.
+        Layers that exceed the memory budget leave the device now. Layers that fit again are loaded in the
+        background; until then, steps go only as deep as before.
         """
         self._layers.keep(layers_within(self._model, self._bytes_per_weight, budget.memory_gib))
         self.problem = ""
@@ -80,13 +85,15 @@ class BudgetedPolicy:
         self._use_layers()
 
     def begin(self) -> None:
-        """Control begins anew: the budget's account and governor forget."""
+        """Control begins: the budget's account and governors start anew."""
         self._keeper.begin()
         self._policy.rule = self._keeper.rule
 
     def absorb(self) -> None:
-        """Takes up layers that have been loaded in the background; where that failed, the depth stays and
-        `problem` says why."""
+        """Starts to use the layers that were loaded in the background.
+
+        If loading failed, the depth stays, and `problem` says why.
+        """
         try:
             if self._layers.absorb():
                 self._use_layers()
@@ -94,23 +101,21 @@ class BudgetedPolicy:
             self.problem = str(error)
 
     def wait_for_layers(self) -> None:
-        """Until layers that a budget has room for again are here; a replay does not depend on how fast a disk
-        is."""
+        """Waits until the layers that fit again are loaded: a replay must not depend on the disk's speed."""
         self._layers.wait()
         self.absorb()
 
     def close(self) -> None:
-        """Ends what goes on in the background; no step comes after it."""
+        """Ends the loading in the background. No step may follow."""
         self._layers.close()
 
     def reset(self, instruction: str) -> None:
-        """Clears the memory and makes the exit rule for the instruction's length."""
+        """Clears the policy's memory, and makes the exit rule for the length of the instruction."""
         self._keeper.set_tokens(self._policy.reset(instruction))
         self._policy.rule = self._keeper.rule
 
     def step(self, observation: Observation) -> BudgetedStep:
-        """One decision, entered into the account; the next one's rule may be another. Raises what the
-        inference raises."""
+        """Runs one step and enters it into the account. Raises what the inference raises."""
         step, budget_id = self._policy.step(observation), self._keeper.budget_id
         if self._keeper.latency.is_frozen:
             step = dataclasses.replace(step, times=self._keeper.latency.times(step))
@@ -119,8 +124,7 @@ class BudgetedPolicy:
         return BudgetedStep(step, cost, budget_id)
 
     def warm_up(self, image_shape: tuple[int, int]) -> None:
-        """Runs every exit on a grey image, so that the first real step is not the slow one and latencies are
-        known; no other trace."""
+        """Runs every exit on a grey image: the first real step is then not slow, and latencies are known."""
         grey = np.full((*image_shape, 3), 128, dtype=np.uint8)
         rule = self._policy.rule
         for depth in range(len(rule.exits)):
@@ -134,6 +138,6 @@ class BudgetedPolicy:
         self._policy.rule = rule
 
     def _use_layers(self) -> None:
-        """The rule for the layers that are here."""
+        """Makes the exit rule for the layers that are on the device."""
         self._keeper.set_resident(self._layers.count)
         self._policy.rule = self._keeper.rule

@@ -1,9 +1,10 @@
-"""How much do neighbouring exits disagree, and how far is each from full depth? Measured on recorded observations.
+"""Calibration on recorded observations: how far neighbouring exits differ, and each exit from full depth.
 
-Deltas of every exit, twice: as inference meets them (the head's memory lives through the whole episode, each step's left by an exit
-drawn at random), and on windows of demonstrations, as the paper defines them (deer.md, "From a budget to thresholds"). Thresholds come
-from the first. What they cost is then measured in closed loop: which exit a step takes changes the memory, and with it the deltas of the
-next steps, so that shares counted on single samples were up to 18% off.
+The deltas of every exit are measured twice: on whole episodes as inference meets them (the head's memory
+lasts through the episode, and each step leaves the memory of an exit drawn at random), and on windows of
+demonstrations as the paper defines them. Thresholds come from the first. Their cost is then measured in
+closed loop: the exit that a step takes changes the memory, and with it the deltas of the next steps. Shares
+counted on single samples were up to 18% off.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from deer_vla_ros.model.head import ActionHead, HeadState
 
 CALIBRATION = "calibration.safetensors"
 WINDOW = 12
-"""Steps of a window, as in training."""
+"""Number of steps in a window, as in training."""
 REMEDY = "run `python -m deer_vla_ros calibrate` on the checkpoint folder"
 FEW_SAMPLES = 200
+"""With fewer samples, the status warns about the thresholds."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One instruction, and what the cameras saw while it stood; gone through once, so a stream will do."""
+    """One instruction and the observations under it. They are read once, so they may be a stream."""
 
     instruction: str
     observations: Iterable[Observation]
@@ -47,13 +49,14 @@ class Episode:
 
 @dataclass(frozen=True)
 class Calibration:
-    """N steps of inference and M window positions, along the exits of the network.
+    """The measurements of N inference steps and M window positions at each exit of the network.
 
-    exits: layers, ascending. delta: name of the difference (`exit_rule.DELTAS`).
-    deltas (N, exits): from the exit before it (the first: from the layer before it). poses (N, exits, 6) and gripper (N, exits):
-    action at each exit, gripper as the probability of open. episodes, steps, tokens (N,): where each sample comes from.
-    window_deltas (M, exits): as the paper defines them. paths: by number of exits allowed, the levels (corners, exits - 1) of a path of
-    thresholds and the shares (corners, exits) measured on it in closed loop. provenance: what was measured on which weights, for people.
+    exits: layers, ascending. delta: name of the difference (`exit_rule.DELTAS`). deltas (N, exits): from the
+    exit before (the first: from the layer before). poses (N, exits, 6) and gripper (N, exits): the action at
+    each exit; gripper is the probability of open. episodes, steps, tokens (N,): the origin of each sample.
+    window_deltas (M, exits): the paper's deltas. paths: by number of allowed exits, the levels
+    (corners, exits - 1) of a path of thresholds, and the shares (corners, exits) measured on it in closed
+    loop. provenance: texts for users on what was measured; "weights" is the fingerprint of the weights.
     """
 
     exits: tuple[int, ...]
@@ -74,14 +77,15 @@ class Calibration:
 
     @property
     def deviations(self) -> np.ndarray:
-        """(N, exits): root mean square distance of each exit's pose from that of the deepest."""
+        """(N, exits) Root mean square distance of each exit's pose from that of the deepest exit."""
         return np.sqrt(((self.poses - self.poses[:, -1:]) ** 2).mean(-1))
 
     def check(self, exits: tuple[int, ...], delta: str) -> None:
-        """Raises UserError, with the remedy, unless there are rows for `exits` and deltas of that name."""
+        """Raises UserError, with the remedy, if exits or the name of the delta differ."""
         if exits != self.exits:
             raise UserError(
-                f"{CALIBRATION} has rows for the exits at layers {self.exits}, the network has {exits}: {REMEDY}"
+                f"{CALIBRATION} has rows for the exits at layers {self.exits}, "
+                f"the network has {exits}: {REMEDY}"
             )
         if delta != self.delta:
             raise UserError(
@@ -89,7 +93,7 @@ class Calibration:
             )
 
     def save(self, folder: Path) -> None:
-        """Writes `calibration.safetensors` in one piece: interrupted, an older one stays as it was."""
+        """Writes `calibration.safetensors` atomically: an interruption leaves an older file unchanged."""
         arrays = {
             name: np.ascontiguousarray(getattr(self, name).astype(STORED.get(name, kind)))
             for name, kind in ARRAYS.items()
@@ -103,12 +107,12 @@ class Calibration:
         scratch.replace(folder / CALIBRATION)
 
     def check_weights(self, folder: Path) -> None:
-        """Raises UserError, with the remedy, where it was measured on other weights than the folder's."""
+        """Raises UserError, with the remedy, if it was measured on other weights than those in the folder."""
         if self.provenance.get("weights") != fingerprint(folder):
             raise UserError(f"{CALIBRATION} was measured on other weights than {folder / WEIGHTS}: {REMEDY}")
 
     def _check_arrays(self) -> None:
-        """Raises ValueError where arrays do not belong together or are not finite."""
+        """Raises ValueError if the shapes of the arrays do not match, or values are not finite."""
         samples, exits = len(self.deltas), len(self.exits)
         if samples == 0 or self.poses.shape != (samples, exits, 6) or self.deltas.shape != (samples, exits):
             raise ValueError("arrays of shapes that do not belong together")
@@ -127,7 +131,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
-        """The calibration of a checkpoint folder; None where it has none. A malformed file raises UserError."""
+        """The calibration in a checkpoint folder, None if it has none. A malformed one raises UserError."""
         path = folder / CALIBRATION
         if not path.is_file():
             return None
@@ -162,17 +166,18 @@ ARRAYS = {
     "tokens": np.int32,
     "window_deltas": np.float32,
 }
-"""Arrays of the file and the type they are used in."""
+"""The arrays of the file, with the types that the program uses."""
 STORED = {"poses": np.float16, "gripper": np.float16}
-"""Where the file is coarser than that: actions are only compared."""
+"""The arrays whose type in the file is smaller: actions are only compared."""
 
 
 def measure(
     checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dict[str, str], seed: int = 0
 ) -> Calibration:
-    """Every exit on every observation, one pass up the layers each.
+    """Runs every exit on every observation, with one pass through the layers for each observation.
 
-    Images are read once and let go; what the head reads of them is kept: (1 + exits) * width numbers per step.
+    Images are read once and not kept. The head's inputs are kept: (1 + exits) * width numbers per step.
+    Raises UserError if there are no observations, or if an action is not finite.
     """
     info = checkpoint.info
     rows: dict[str, list] = {name: [] for name in ARRAYS}
@@ -215,7 +220,7 @@ def measure(
 def _measured_paths(
     checkpoint: Checkpoint, calibration: Calibration, episodes: list[Tensor]
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """A path for every number of exits, and what its corners do in closed loop."""
+    """For each number of exits: a path's levels, and the shares of its corners in closed loop."""
     model = checkpoint.info.model
     layers = np.cumsum(cost_table(model, model.max_tokens // 2).layers)
     paths = {}
@@ -232,9 +237,10 @@ def _measured_paths(
 def closed_loop_shares(
     head: ActionHead, episodes: list[Tensor], thresholds: np.ndarray, delta: str
 ) -> np.ndarray:
-    """(P, exits) share of the steps that each exit takes under each of P rules (P, exits), every rule with its own memory.
+    """(P, exits) The share of the steps that each exit takes under each of P rules.
 
-    episodes: features (T, 1 + exits or more, width) of each. All rules walk at once, a batch of them per step.
+    episodes: features (T, 1 + exits or more, width) of each episode. thresholds (P, exits): one rule per row.
+    Each rule has its own memory; all rules run together as one batch per step.
     """
     rules, exits = thresholds.shape
     limits = torch.from_numpy(thresholds).to(episodes[0].device)
@@ -256,7 +262,10 @@ def closed_loop_shares(
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one training's weights from another's without reading all of them: names, shapes, and the values of the shared head."""
+    """A hash of the weights' names and shapes and of the shared head's values.
+
+    It distinguishes training runs without reading all weights.
+    """
     digest = hashlib.sha256()
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for name in sorted(file.keys()):
@@ -267,7 +276,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def episode_features(checkpoint: Checkpoint, episodes: Iterable[Episode]) -> Iterator[tuple[Tensor, int]]:
-    """(T, layers, width) features of each episode in turn, and its instruction's token count."""
+    """For each episode: features (T, layers, width), and the number of tokens of its instruction."""
     exits = checkpoint.info.model.exits
     policy = DeerPolicy(
         checkpoint.model, checkpoint.tokenizer, ExitRule(exits, (0.0,) * len(exits), checkpoint.info.delta)
@@ -278,7 +287,7 @@ def episode_features(checkpoint: Checkpoint, episodes: Iterable[Episode]) -> Ite
 
 
 def columns(features: Tensor, exits: tuple[int, ...]) -> Tensor:
-    """(..., layers, width) -> (..., 1 + exits, width): the layer before the first exit, then the exits."""
+    """(..., layers, width) to (..., 1 + exits, width): the layer before the first exit, then the exits."""
     return features[..., [exits[0] - 1, *exits], :]
 
 
@@ -286,7 +295,10 @@ def columns(features: Tensor, exits: tuple[int, ...]) -> Tensor:
 def _random_walk(
     checkpoint: Checkpoint, features: Tensor, random: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Step by step deltas (exits,), poses (exits, 6) and gripper probabilities (exits,) of one episode's columns of features."""
+    """For each step: deltas (exits,), poses (exits, 6) and gripper probabilities (exits,).
+
+    features: the `columns` of one episode. The memory that a step leaves is that of a random exit.
+    """
     exits, head = checkpoint.info.model.exits, checkpoint.model.shared_head
     state = head.initial_state()
     for step in features:
@@ -305,7 +317,7 @@ def _random_walk(
 
 
 def _windows(checkpoint: Checkpoint, features: Tensor, random: np.random.Generator) -> list[np.ndarray]:
-    """Deltas (M, exits) of the windows of one episode's columns of features, one beginning every half window."""
+    """Deltas (M, exits) of one episode's `columns`, in windows that begin every half window."""
     exits, found = checkpoint.info.model.exits, []
     for begin in range(0, len(features) - WINDOW + 1, WINDOW // 2):
         window = features[None, begin : begin + WINDOW]
@@ -316,11 +328,11 @@ def _windows(checkpoint: Checkpoint, features: Tensor, random: np.random.Generat
 
 @torch.inference_mode()
 def window_deltas(head: ActionHead, features: Tensor, drawn: Tensor, delta: str = "l2") -> np.ndarray:
-    """The paper's calibration values, (B * positions, exits), of windows of columns of features (B, W, 1 + exits, width).
+    """The paper's deltas, (B * positions, exits), in windows of features (B, W, 1 + exits, width).
 
-    For each position q from W/2 - 1 to W - 2 the head reads the features of the exits `drawn` (B, W; indices) at positions before
-    q, and then, from that same memory, the layer before the first exit and every exit at q; the values are the deltas of
-    consecutive ones.
+    features: `columns`. drawn (B, W): indices of exits. For each position q from W/2 - 1 to W - 2, the head
+    reads the features of the drawn exits at the positions before q. Then, with this memory, it reads the
+    layer before the first exit and each exit at q. The deltas are those of consecutive outputs at q.
     """
     batch, window, count = features.shape[:3]
     past = features.gather(2, (drawn + 1)[..., None, None].expand(-1, -1, 1, features.shape[-1]))[:, :, 0]

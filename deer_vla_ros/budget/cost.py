@@ -1,6 +1,7 @@
-"""What does a step cost? Multiply-accumulates and bytes of every part, in closed form.
+"""The cost of a step in closed form: multiply-accumulates (MACs) and bytes of each part of the network.
 
-1 GMAC = 10^9 multiply-accumulates, what the paper prints as 1 GFLOPs. Norms, activations and element-wise work are not counted.
+1 GMAC = 10^9 multiply-accumulates; the paper prints it as 1 GFLOPs. Norms, activations and element-wise
+operations are not counted.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class CostTable:
-    """GMAC of one step's parts at one instruction length.
+    """GMAC of the parts of one step at one instruction length.
 
-    vision: tower, resampler and grounding of all cameras, proprioception; layers: each layer in turn; head: one probe.
+    tokens: of the instruction. vision: tower, resampler and grounding of all cameras, and proprioception.
+    layers: each decoder layer. head: one probe of the action head.
     """
 
     tokens: int
@@ -36,7 +38,7 @@ class CostTable:
     head: float
 
     def language(self, layers_run: int) -> float:
-        """GMAC of the first `layers_run` layers: the language part, which budgets count."""
+        """GMAC of the first `layers_run` layers. Budgets count this language part."""
         return sum(self.layers[:layers_run])
 
     def total(self, layers_run: int, head_probes: int) -> float:
@@ -45,7 +47,7 @@ class CostTable:
 
 
 def cost_table(config: ModelConfig, tokens: int) -> CostTable:
-    """The costs of a step whose instruction has `tokens` tokens, specials included."""
+    """The costs of a step whose instruction has `tokens` tokens, special tokens included."""
     camera = vision_macs(config.vision) + resampler_macs(config.resampler, config.vision)
     layers = (
         layer_macs(config.decoder, i, tokens, config.visual_tokens, config.vision.width)
@@ -60,12 +62,12 @@ def cost_table(config: ModelConfig, tokens: int) -> CostTable:
 
 
 def attention_macs(queries: int, keys: int, width: int) -> int:
-    """Scores and weighted sum of an attention of `width` channels over all heads."""
+    """MACs of the scores and the weighted sum of an attention; `width`: channels of all heads."""
     return 2 * queries * keys * width
 
 
 def vision_macs(config: VisionConfig) -> int:
-    """One image through the vision tower."""
+    """MACs of one image in the vision tower."""
     tokens = config.tokens + 1
     patches = config.tokens * 3 * config.patch_size**2 * config.width
     mlp = int(config.width * config.mlp_ratio)
@@ -76,7 +78,7 @@ def vision_macs(config: VisionConfig) -> int:
 
 
 def resampler_macs(config: ResamplerConfig, vision: VisionConfig) -> int:
-    """One camera's patch tokens through the resampler."""
+    """MACs of one camera's patch tokens in the resampler."""
     width, inner, latents = vision.width, config.heads * config.head_width, config.latents
     keys = vision.tokens + latents
     projections = 2 * latents * width * inner + keys * width * 2 * inner
@@ -85,7 +87,7 @@ def resampler_macs(config: ResamplerConfig, vision: VisionConfig) -> int:
 
 
 def grounding_macs(config: ModelConfig) -> int:
-    """Both images through the grounding's convolutions and past its queries; 0 where the network has none."""
+    """MACs of both images in the grounding: convolutions and queries. 0 if the network has no grounding."""
     if config.grounding is None:
         return 0
     channels, queries, width = config.grounding.channels, config.grounding.queries, config.vision.width
@@ -103,12 +105,12 @@ def grounding_macs(config: ModelConfig) -> int:
 
 
 def proprioception_macs(config: ModelConfig) -> int:
-    """The measured pose as a token; 0 where the network does not take it."""
+    """MACs of the token of the measured pose. 0 if the network does not use the pose."""
     return 2 * config.vision.width * (POSE_VALUES + config.vision.width) if config.proprioception else 0
 
 
 def layer_macs(config: DecoderConfig, layer: int, tokens: int, visual_tokens: int, visual_width: int) -> int:
-    """One layer: its cross-attention, where it has one, and its decoder block."""
+    """MACs of one layer: its cross-attention, if it has one, and its decoder block."""
     width = config.width
     block = tokens * _block_weights(config) + attention_macs(tokens, tokens, width)
     if not config.has_cross_attention(layer):
@@ -120,13 +122,13 @@ def layer_macs(config: DecoderConfig, layer: int, tokens: int, visual_tokens: in
 
 
 def exit_fractions(config: ModelConfig, tokens: int) -> np.ndarray:
-    """(exits,) language part of a step that goes to each exit, share of full depth."""
+    """(exits,) The language part of a step to each exit, as a share of full depth."""
     layers = np.cumsum(cost_table(config, tokens).layers)
     return layers[list(config.exits)] / layers[-1]
 
 
 def head_macs(config: HeadConfig, width: int) -> int:
-    """One probe of the action head, one step."""
+    """MACs of one probe of the action head."""
     widths = (width, *(config.hidden for _ in range(config.lstm_layers)))
     recurrent = sum(4 * b * (a + b) for a, b in zip(widths, widths[1:]))
     mlp = (widths[-1], *config.mlp_widths)
@@ -135,7 +137,7 @@ def head_macs(config: HeadConfig, width: int) -> int:
 
 
 def layer_gib(config: ModelConfig, layer: int, bytes_per_weight: int) -> float:
-    """GiB of the matrices of one layer on the device."""
+    """GiB of the weight matrices of one layer on the device."""
     decoder = config.decoder
     weights = _block_weights(decoder)
     if decoder.has_cross_attention(layer):
@@ -146,12 +148,15 @@ def layer_gib(config: ModelConfig, layer: int, bytes_per_weight: int) -> float:
 
 
 def cumulated_gib(config: ModelConfig, bytes_per_weight: int) -> np.ndarray:
-    """(layers,) GiB of the matrices of each layer and all before it."""
+    """(layers,) GiB of the weight matrices of each layer and all layers before it."""
     return np.cumsum([layer_gib(config, layer, bytes_per_weight) for layer in range(config.decoder.layers)])
 
 
 def layers_within(config: ModelConfig, bytes_per_weight: int, memory_gib: float) -> int:
-    """Layers that a memory budget keeps on the device: up to the deepest exit that fits, at least the first; 0 GiB: all."""
+    """Number of layers that a memory budget keeps on the device: up to the deepest exit that fits.
+
+    At least the first exit stays. 0 GiB means no limit.
+    """
     if memory_gib == 0:
         return config.decoder.layers
     gib = cumulated_gib(config, bytes_per_weight)
@@ -159,5 +164,5 @@ def layers_within(config: ModelConfig, bytes_per_weight: int, memory_gib: float)
 
 
 def _block_weights(config: DecoderConfig) -> int:
-    """Weights of a decoder block's matrices: q, k, v, out, up, down; each is one MAC per token."""
+    """Number of weights in a decoder block's matrices (q, k, v, out, up, down). Each is one MAC per token."""
     return (4 + 2 * config.mlp_ratio) * config.width**2

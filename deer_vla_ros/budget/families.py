@@ -1,7 +1,8 @@
-"""Which thresholds does the paper's method give? Target shares of the exits from a family of one ratio, then quantiles.
+"""The paper's exit thresholds: target shares of the exits from a family with one ratio, and their quantiles.
 
-Yue et al., NeurIPS 2024, arXiv 2411.02359, section 3.3, as the reference implementation computes it. There the user gives the
-ratio; here it is solved from a budget.
+Yue et al., NeurIPS 2024, arXiv 2411.02359, section 3.3, as the reference implementation computes it. There,
+the user gives the ratio; here, it is solved from a budget. Reports and benchmarks use this module; the node
+uses `path`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from deer_vla_ros.budget.path import ALWAYS, NEVER, exit_shares
 from deer_vla_ros.errors import UserError
 
-ALWAYS, NEVER = 1e8, -1e8
-"""Thresholds that every delta is below, and none."""
 BISECTIONS = 40
 
 
@@ -23,11 +23,13 @@ def _exponential(ratio: float, count: int) -> np.ndarray:
 
 def _gauss(ratio: float, count: int) -> np.ndarray:
     exponents = -((np.arange(count) - ratio) ** 2) / 2
-    return np.exp(exponents - exponents.max())  # far from all exits, every weight alone would be 0
+    return np.exp(
+        exponents - exponents.max()
+    )  # without the maximum, all weights would be 0 far from the exits
 
 
 def _gamma(ratio: float, count: int) -> np.ndarray:
-    """Density of the gamma distribution of shape `ratio` and scale 2 at 1..count, but for a factor."""
+    """The density of the gamma distribution of shape `ratio` and scale 2 at 1..count, up to a factor."""
     k = np.arange(1, count + 1)
     return np.power(k, ratio - 1.0) * np.exp(-k / 2.0)
 
@@ -37,11 +39,14 @@ FAMILIES: dict[str, tuple[Callable[[float, int], np.ndarray], tuple[float, float
     "gauss": (_gauss, (-30.0, 60.0)),
     "gamma": (_gamma, (-60.0, 120.0)),
 }
-"""Weights of the exits by name, and the range of the ratio; a larger ratio goes deeper."""
+"""By name: the weights of the exits, and the range of the ratio. A larger ratio goes deeper."""
 
 
 def target_shares(family: str, ratio: float, count: int, skip_first: bool = False) -> np.ndarray:
-    """Shares of `count` exits, sum 1. skip_first: none for the first exit, as the reference does for its 9B model."""
+    """Shares of `count` exits; their sum is 1. Raises UserError for an unknown family.
+
+    skip_first: the first exit has no share, as in the reference's 9B model.
+    """
     if family not in FAMILIES:
         raise UserError(f"threshold family '{family}' is unknown: use one of {', '.join(FAMILIES)}")
     weights = FAMILIES[family][0](ratio, count)
@@ -51,10 +56,11 @@ def target_shares(family: str, ratio: float, count: int, skip_first: bool = Fals
 
 
 def thresholds_for_shares(deltas: np.ndarray, shares: np.ndarray) -> tuple[float, ...]:
-    """Thresholds under which exit k takes about `shares[k]` of the samples (N, exits).
+    """Thresholds with which exit k takes about `shares[k]` of the samples (N, exits).
 
-    For each exit but the last, the floor(N * share)-th smallest delta among the samples that no exit before took; then every sample
-    not above it is taken. Where the share is less than one sample, or fewer samples are left, NEVER; the last is ALWAYS.
+    For each exit but the last: the floor(N * share)-th smallest delta among the samples that no earlier exit
+    took. The exit takes all samples not above it. If the share is less than one sample, or more than the
+    samples that are left, the threshold is NEVER. The last one is ALWAYS.
     """
     left, thresholds = np.ones(len(deltas), dtype=bool), []
     for index in range(len(shares) - 1):
@@ -71,10 +77,11 @@ def thresholds_for_shares(deltas: np.ndarray, shares: np.ndarray) -> tuple[float
 def thresholds_within(
     family: str, deltas: np.ndarray, costs: np.ndarray, budget: float, skip_first: bool = False
 ) -> tuple[float, ...]:
-    """The family's thresholds with the largest ratio whose mean cost on the samples (N, exits) is within `budget`.
+    """The thresholds with the family's largest ratio whose mean cost on deltas (N, exits) keeps `budget`.
 
-    costs (exits,), rising. The mean cost of the target shares rises with the ratio, so bisection finds it; a budget that the family
-    cannot keep gives its cheapest thresholds. A ratio is judged by what its thresholds cost, not by the shares they aim at.
+    costs (exits,): ascending. The mean cost rises with the ratio, so bisection finds it. A ratio is judged by
+    the cost of its thresholds on the samples, not by the target shares. A budget that the family cannot keep
+    gives its cheapest thresholds.
     """
     low, high = FAMILIES[family][1]
     is_geometric = low > 0
@@ -95,19 +102,3 @@ def thresholds_within(
         else:
             high = middle
     return found
-
-
-def exits_taken(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
-    """(N,) index of the exit that each sample (N, exits) takes; the last where no exit before it stops."""
-    stops = deltas <= np.asarray(thresholds, dtype=deltas.dtype)
-    stops[:, -1] = True
-    return stops.argmax(1)
-
-
-def exit_shares(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
-    """(exits,) share of the samples (N, exits) that each exit takes."""
-    left, counts = np.ones(len(deltas), dtype=bool), [len(deltas)]
-    for index, threshold in enumerate(thresholds[:-1]):
-        left &= ~(deltas[:, index] <= threshold)
-        counts.append(int(np.count_nonzero(left)))
-    return -np.diff([*counts, 0]) / len(deltas)

@@ -1,8 +1,9 @@
-"""How is the achieved mean kept on the requested one, when the world differs from the calibration?
+"""The governor: integral feedback that keeps the mean cost at the budget if steps cost more or less than
+calibrated.
 
-By integral feedback. Every step's overspending, in budgets, is summed up; the sum moves the budget that thresholds are solved for, and
-with it the calibrated quantiles they stand at. What a window of steps spends beyond its budget is the difference of two such sums:
-bounded, they keep every window near the budget.
+It sums up what each step spends beyond the budget, in units of the budget. The sum moves the budget for which
+thresholds are solved. What any window of steps spends beyond the budget is the difference of two such sums;
+the sums are bounded, so each window stays near the budget.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AUTHORITY = 4.0
-"""Budgets overspent at which only the first exit is asked for, and saved at which full depth is.
+"""The sum at which thresholds are solved for the first exit's cost; at its negative, for that of full depth.
 
-A window of 200 steps is then within 2 * AUTHORITY / 200 = 4% of its budget, but for what MEMORY forgets.
+A window of 200 steps is then within 2 * AUTHORITY / 200 = 4% of its budget, unless MEMORY bounds the sum.
 """
 MEMORY = 6.0
-"""The most that is remembered, either way (anti-windup): what a world without remedy costs beyond it is forgotten."""
+"""The bound of the sum's absolute value (anti-windup)."""
 
 
 @dataclass
 class Governor:
-    """One budget's governor: give it every step's cost, ask it what to solve for.
+    """The governor of one average budget.
 
-    target: the budget. low, high: cost of the cheapest and of the dearest step, in the target's unit; what is solved for stays
-    between them. overspent: the sum. It begins with a new request and a new activation; it lasts over instructions, episodes and holds.
+    target: the budget. low, high: cost of the cheapest and of the most expensive step, in the target's unit.
+    overspent: the sum. A new request or activation resets it; instructions, episodes and holds do not.
     """
 
     target: float
@@ -32,13 +33,14 @@ class Governor:
     overspent: float = 0.0
 
     def note(self, cost: float) -> None:
-        """One step's cost."""
+        """Adds the cost of one step."""
         self.overspent = min(max(self.overspent + cost / self.target - 1.0, -MEMORY), MEMORY)
 
     def effective(self, overspent: float) -> float:
-        """The budget to solve thresholds for, at a sum of overspending: the target while all is as calibrated.
+        """The budget to solve thresholds for at this sum, between low and high; the target at a sum of 0.
 
-        Of several budgets the largest sum is everybody's: one that is far from its limit must not hold back the one that decides.
+        With several budgets, all use the largest sum: a budget far from its limit must not hold back the one
+        that decides.
         """
         share = min(max(overspent / AUTHORITY, -1.0), 1.0)
         return self.target - share * (self.target - self.low if share > 0 else self.high - self.target)

@@ -1,4 +1,4 @@
-"""Is the budget kept? The exit rule that a budget allows, under an id, and what steps under it really cost."""
+"""The budget keeper: it turns a budget into an exit rule with an id, and keeps the account of real costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import numpy as np
 from deer_vla_ros.budget.account import Account
 from deer_vla_ros.budget.calibration import FEW_SAMPLES, REMEDY, Calibration
 from deer_vla_ros.budget.cost import cost_table, cumulated_gib
-from deer_vla_ros.budget.families import NEVER, exit_shares
 from deer_vla_ros.budget.governor import Governor
 from deer_vla_ros.budget.latency import LatencyModel
-from deer_vla_ros.budget.path import ThresholdPath
+from deer_vla_ros.budget.path import NEVER, ThresholdPath, exit_shares
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, UNITS, Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
@@ -29,29 +28,32 @@ from deer_vla_ros.model.config import ModelConfig
 Result = TypeVar("Result")
 
 SHORTEST = 4
-"""Tokens of the shortest instruction: until there is one, a budget is feasible that could be."""
+"""Tokens of the shortest instruction. Budgets are checked against it before the first instruction."""
 REFRESH = 25
-"""Steps after which budgets in ms are solved anew from the latencies measured meanwhile."""
-WORTH_TELLING = 0.02
-"""Share of the path that thresholds must have moved by to be a new rule, when only latencies changed."""
+"""Number of steps after which budgets in ms are solved again, with the latencies measured meanwhile."""
+NOTABLE_MOVE = 0.02
+"""Share of the path by which new latencies must move the position before the rule gets a new id."""
 TIES = 0.02
-"""Share of equal deltas at a threshold above which cost comes in steps."""
+"""Share of equal deltas at a threshold above which the cost changes in visible jumps."""
 
 
 @dataclass(frozen=True)
 class _Solution:
-    """What the budget means at one instruction length.
+    """The meaning of the budget for one instruction length, with the present layers and latencies.
 
-    count: exits allowed. position: on the path of so many exits; None: the checkpoint's own thresholds.
+    count: number of exits that are allowed. costs: by average budget, the cost of each allowed exit (count,)
+    in the unit of the budget. position: on the path of `count` exits; None: the checkpoint's own thresholds
+    apply. clamped: budgets below the cost of the first exit.
     """
 
     count: int
+    costs: dict[str, np.ndarray]
     position: float | None
     clamped: tuple[str, ...]
 
 
 def _locked(method: Callable[..., Result]) -> Callable[..., Result]:
-    """Of a keeper: one thread at a time. Steps are booked in one thread while another asks for the status."""
+    """The method runs under the keeper's lock: one thread books steps while another asks for the status."""
 
     @functools.wraps(method)
     def locked(self: BudgetKeeper, *arguments, **named) -> Result:
@@ -62,10 +64,10 @@ def _locked(method: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class BudgetKeeper:
-    """Turns the budget into an exit rule for the current instruction, and keeps the account of it.
+    """Turns the budget into an exit rule for the current instruction, and accounts for what steps cost.
 
-    Cost depends on the instruction's token count, so the rule is made anew for each instruction. A new rule gets a new id; the
-    governor's corrections between two steps do not. May be asked from any thread.
+    The cost depends on the number of tokens of the instruction, so each instruction gets its own rule. A new
+    rule gets a new id; the governor's corrections between two steps do not. Any thread may call any method.
     """
 
     def __init__(
@@ -77,14 +79,15 @@ class BudgetKeeper:
         calibration: Calibration | None = None,
         no_calibration: str = f"the checkpoint has no calibration: {REMEDY}",
     ):
-        """thresholds: those that hold while no average is asked for. calibration: needed for averages; no_calibration: why it lacks."""
+        """thresholds: apply if no average is asked for. calibration: needed for averages. no_calibration: the
+        text for users if there is none."""
         self._lock = threading.RLock()
         self._model, self._delta, self._thresholds = model, delta, thresholds
         self._calibration, self._no_calibration = calibration, no_calibration
         try:
             if calibration is not None:
                 calibration.check(model.exits, delta)
-        except UserError as error:  # only who asks for an average needs to hear it
+        except UserError as error:  # only a request for an average needs the calibration
             self._calibration, self._no_calibration = None, str(error)
         self._paths: dict[int, ThresholdPath] = {}
         self._gib = cumulated_gib(model, bytes_per_weight)
@@ -93,12 +96,14 @@ class BudgetKeeper:
         self._budget = Budget()
         self._table = cost_table(model, min(SHORTEST, model.max_tokens))
         self._id = 0
-        self._begin_account()
-        self._solve()
+        self.begin()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> BudgetKeeper:
-        """Of a checkpoint with the calibration of its folder; why there is none is told only to who asks for an average."""
+        """The keeper of a checkpoint, with the calibration of its folder.
+
+        If the calibration is missing or unusable, only a request for an average raises the error.
+        """
         info, folder, bytes_per_weight = checkpoint.info, checkpoint.folder, checkpoint.model.dtype.itemsize
         arguments = info.model, info.delta, info.thresholds, bytes_per_weight
         try:
@@ -110,13 +115,14 @@ class BudgetKeeper:
             return cls(*arguments, no_calibration=str(error))
         return cls(*arguments, found)
 
-    # --- asking
+    # --- requests
 
     @_locked
     def check(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
-        """Raises UserError where one of `names` in `budget` cannot be kept at the current instruction length; changes nothing.
+        """Raises UserError if one of `names` in `budget` cannot be kept at the current instruction length.
 
-        names: what is asked for now. What was asked for before may have become infeasible; it is clamped, and refuses nothing else.
+        names: the budgets that are asked for now. One that was asked for earlier may have become infeasible;
+        it is clamped, and does not make this check fail.
         """
         prices, averages = self._prices(), budget.active(AVERAGES)
         for name in names:
@@ -131,56 +137,58 @@ class BudgetKeeper:
                 )
             low, high = prices[name][0], prices[name][-1]
             if not (math.isfinite(value) and value >= low):
-                named, at = (
-                    _rounded_up(low),
-                    "" if name == "memory_gib" else f" at {self._table.tokens} tokens",
-                )
+                least = _rounded_up(low)
+                at = "" if name == "memory_gib" else f" at {self._table.tokens} tokens"
                 raise UserError(
-                    f"budget.{name} is {value:g}, which is not at least the {named} {UNITS[name]} of the first exit{at}: "
-                    f"ask for {named} to {high:.4g}, or 0 for no limit"
+                    f"budget.{name} is {value:g}, which is not at least the {least} {UNITS[name]} "
+                    f"of the first exit{at}: ask for {least} to {high:.4g}, or 0 for no limit"
                 )
 
     @_locked
     def set(self, budget: Budget) -> None:
-        """Asks for another budget. One that the first exit exceeds allows just that exit; `check` refuses it beforehand."""
+        """Asks for another budget. If the first exit exceeds it, only that exit is allowed (see `check`)."""
         self._budget = budget
-        self._begin_account()
-        self._solve()
+        self.begin()
 
     @_locked
     def set_tokens(self, tokens: int) -> None:
-        """A new instruction of `tokens` tokens; a budget that its first exit exceeds is clamped to it, and the status shows it."""
+        """Takes the number of tokens of a new instruction.
+
+        A budget that the first exit exceeds is clamped to that exit; the status names it.
+        """
         if tokens != self._table.tokens:
             self._table = cost_table(self._model, tokens)
-            self._solve()
+            self._make_new_rule()
 
     @_locked
     def set_resident(self, layers: int) -> None:
-        """How many layers are on the device now: no exit beyond them is taken."""
+        """Takes the number of layers that are on the device now. No exit beyond them is allowed."""
         if layers != self._resident:
             self._resident = layers
-            self._solve()
+            self._make_new_rule()
 
     @_locked
     def begin(self) -> None:
-        """Control begins anew: the account and the governor forget."""
-        self._begin_account()
-        self._solve()
+        """Control begins: the account and the governors start anew."""
+        self._account = Account()
+        self._governors: dict[str, Governor] = {}
+        self._make_new_rule()
 
-    # --- what holds
+    # --- the rule and the account
 
     @property
     def rule(self) -> ExitRule:
         """The exit rule of the next step."""
-        return self._current
+        return self._rule
 
     @property
     def budget_id(self) -> int:
+        """The id of the next step's rule."""
         return self._id
 
     @_locked
     def book(self, step: PolicyStep) -> StepCost:
-        """Enters one step into the account; the next step's rule may be another."""
+        """Enters one step into the account. The rule of the next step may be another one."""
         cost = StepCost(
             language_gmac=self._table.language(step.layers_run),
             language_gmac_full=self._table.language(self._model.decoder.layers),
@@ -198,7 +206,7 @@ class BudgetKeeper:
             governor.note(measured[name])
         if self._account.steps % REFRESH == 0 and (self._budget.average_ms or self._budget.deadline_ms):
             self._refresh()
-        self._current = self._rule()
+        self._rule, self._binding = self._corrected_rule()
         return cost
 
     @_locked
@@ -208,7 +216,7 @@ class BudgetKeeper:
         return BudgetStatus(
             budget_id=self._id,
             tokens=self._table.tokens,
-            rule=self._current,
+            rule=self._rule,
             requested=self._budget,
             feasible={name: (float(price[0]), float(price[-1])) for name, price in prices.items()},
             expected_gmac=_mean(shares, prices["average_gmac"]),
@@ -217,7 +225,7 @@ class BudgetKeeper:
             binding=self._binding,
             clamped=self._solution.clamped,
             correction=governor.effective(self._overspent()) / governor.target if governor else 1.0,
-            notes=self._notes(),
+            notes=_notes(self._rule, self._calibration.deltas) if self._binding else (),
             resident_layers=self._resident,
             resident_gib=float(self._gib[self._resident - 1]),
         )
@@ -225,7 +233,7 @@ class BudgetKeeper:
     # --- solving
 
     def _prices(self) -> dict[str, np.ndarray]:
-        """By budget, what each exit costs in that budget's unit (exits,)."""
+        """By budget, the cost of each exit (exits,) in its unit. Budgets in ms need a measured latency."""
         exits, layers = self._model.exits, np.cumsum(self._table.layers)
         gmac = layers[list(exits)]
         prices = {
@@ -240,80 +248,79 @@ class BudgetKeeper:
             prices["deadline_ms"] = np.array([self.latency.high(*depth) for depth in depths])
         return prices
 
-    def _solve(self, silently: bool = False) -> None:
-        """The rule for what is asked for, at this instruction length and with the layers that are here; under a new id."""
-        prices, averages, peaks = self._prices(), self._budget.active(AVERAGES), self._budget.active(PEAKS)
-        averages = {name: limit for name, limit in averages.items() if name in prices}
-        clamped = tuple(
-            name
-            for name, limit in {**averages, **peaks}.items()
-            if name in prices and limit < prices[name][0]
+    def _make_new_rule(self) -> None:
+        """Solves the budget, and gives the resulting rule a new id."""
+        self._solution = self._solve()
+        self._begin_id()
+        self._rule, self._binding = self._corrected_rule()
+
+    def _refresh(self) -> None:
+        """Solves the budget with the present latencies. A rule that is nearly the same keeps its id."""
+        self._solution = now = self._solve()
+        before = self._solution_of_id
+        length = self._path(now.count).end if now.position is not None else 1.0
+        moved = abs((now.position or 0.0) - (before.position or 0.0))
+        if now.count != before.count or moved > NOTABLE_MOVE * length:
+            self._begin_id()
+
+    def _begin_id(self) -> None:
+        self._id, self._solution_of_id = self._id + 1, self._solution
+
+    def _solve(self) -> _Solution:
+        """Solves the budget for this instruction length and these layers. Updates the governors' limits."""
+        prices = self._prices()
+        averages, peaks = (
+            {name: limit for name, limit in self._budget.active(names).items() if name in prices}
+            for names in (AVERAGES, PEAKS)
         )
+        clamped = tuple(name for name, limit in {**averages, **peaks}.items() if limit < prices[name][0])
         allowed = [index for index, layer in enumerate(self._model.exits) if layer < self._resident]
         for name, limit in peaks.items():
-            if name in prices:
-                allowed = [index for index in allowed if prices[name][index] <= limit]
+            allowed = [index for index in allowed if prices[name][index] <= limit]
         count = max(len(allowed), 1)
-        self._priced = {name: prices[name][:count] for name in averages}
         self._governors = {
             name: self._governor(name, limit, prices[name]) for name, limit in averages.items()
         }
-        positions = {
-            name: self._path(count).position_within(self._priced[name], governor.target)
+        costs = {name: prices[name][:count] for name in averages}
+        positions = [
+            self._path(count).position_within(costs[name], governor.target)
             for name, governor in self._governors.items()
-        }
-        position = max(positions.values(), default=None)
-        self._solution = _Solution(count, position, clamped)
-        if not silently:
-            self._begin_id()
-        self._current = self._rule()
-
-    def _begin_id(self) -> None:
-        self._id, self._told = self._id + 1, self._solution
+        ]
+        return _Solution(count, costs, max(positions, default=None), clamped)
 
     def _governor(self, name: str, limit: float, prices: np.ndarray) -> Governor:
-        """The budget's governor, with what it remembers: a sum relative to the budget, so it outlasts another instruction's prices."""
+        """The governor of a budget, with these limits. Its sum is relative to the budget, so it stays valid
+        for another instruction's prices."""
         low, high = float(prices[0]), float(prices[-1])
         governor = self._governors.get(name) or Governor(limit, low, high)
         governor.target, governor.low, governor.high = max(limit, low), low, high
-        if limit < low:  # clamped: what was saved at other prices must not be spent beyond the budget
+        if limit < low:  # clamped: savings at other prices must not be spent beyond the budget
             governor.overspent = max(governor.overspent, 0.0)
         return governor
 
-    def _refresh(self) -> None:
-        """Solves again with the latencies of now; a rule that is much the same keeps its id."""
-        self._solve(silently=True)
-        told, now = self._told, self._solution
-        span = self._path(now.count).end if now.position is not None else 1.0
-        if (
-            now.count != told.count
-            or abs((now.position or 0.0) - (told.position or 0.0)) > WORTH_TELLING * span
-        ):
-            self._begin_id()
+    def _corrected_rule(self) -> tuple[ExitRule, str]:
+        """The exit rule of the solution, corrected by the governors, and the average budget that decides it.
 
-    def _rule(self) -> ExitRule:
-        """The solution as thresholds, moved by what the governors have summed up."""
+        The second is empty if no average limits the rule.
+        """
         solution = self._solution
         exits = self._model.exits[: solution.count]
         if solution.position is None:
-            self._binding = ""
-            return ExitRule(exits, self._thresholds[: solution.count], self._delta)
+            return ExitRule(exits, self._thresholds[: solution.count], self._delta), ""
         path, overspent = self._path(solution.count), self._overspent()
         positions = {
-            name: path.position_within(self._priced[name], governor.effective(overspent))
+            name: path.position_within(solution.costs[name], governor.effective(overspent))
             for name, governor in self._governors.items()
         }
-        self._binding = max(positions, key=lambda name: positions[name])
-        position = positions[self._binding]
-        if position == 0:
-            self._binding = ""
-        return ExitRule(exits, path.thresholds(position), self._delta)
+        binding = max(positions, key=lambda name: positions[name])
+        position = positions[binding]
+        return ExitRule(exits, path.thresholds(position), self._delta), "" if position == 0 else binding
 
     def _overspent(self) -> float:
-        """What the governors act on: the sum of the budget that is overspent most."""
-        return (
-            max(governor.overspent for governor in self._governors.values()) if self._budget.governor else 0.0
-        )
+        """The sum that the governors correct: that of the budget which is overspent most."""
+        if not self._budget.governor:
+            return 0.0
+        return max(governor.overspent for governor in self._governors.values())
 
     def _path(self, count: int) -> ThresholdPath:
         """The path of the first `count` exits, made when it is first needed."""
@@ -321,14 +328,8 @@ class BudgetKeeper:
             self._paths[count] = self._calibration.path(count)
         return self._paths[count]
 
-    # --- the account
-
-    def _begin_account(self) -> None:
-        self._account = Account()
-        self._governors: dict[str, Governor] = {}
-
     def _expected_shares(self) -> np.ndarray | None:
-        """(exits,) shares on the calibration's deltas, without the governor's correction."""
+        """(exits,) The share of the calibration's steps that each exit takes, without the correction."""
         if self._calibration is None:
             return None
         solution = self._solution
@@ -336,29 +337,31 @@ class BudgetKeeper:
             return self._path(solution.count).shares(solution.position)
         return exit_shares(self._calibration.deltas[:, : solution.count], self._thresholds[: solution.count])
 
-    def _notes(self) -> tuple[str, ...]:
-        """What a person should know about the thresholds: too few samples, ties, exits that never stop a step."""
-        if not self._binding:
-            return ()
-        notes, samples = [], len(self._calibration.deltas)
-        if samples < FEW_SAMPLES:
-            notes.append(f"thresholds rest on {samples} samples only: {REMEDY} with more")
-        for index, layer in enumerate(self._current.exits[:-1]):
-            threshold = self._current.thresholds[index]
-            ties = np.mean(self._calibration.deltas[:, index] == np.float32(threshold))
-            if threshold == NEVER:
-                notes.append(f"the exit at layer {layer} never stops a step under this budget")
-            elif ties > TIES:
-                notes.append(
-                    f"{ties:.0%} of the calibrated deltas at layer {layer} equal its threshold: cost comes in steps"
-                )
-        return tuple(notes)
+
+def _notes(rule: ExitRule, deltas: np.ndarray) -> tuple[str, ...]:
+    """Texts for users about thresholds that were solved on these calibrated deltas (N, exits): few samples,
+    ties, and exits that never stop a step."""
+    notes, samples = [], len(deltas)
+    if samples < FEW_SAMPLES:
+        notes.append(f"thresholds rest on {samples} samples only: {REMEDY} with more")
+    for index, layer in enumerate(rule.exits[:-1]):
+        threshold = rule.thresholds[index]
+        ties = np.mean(deltas[:, index] == np.float32(threshold))
+        if threshold == NEVER:
+            notes.append(f"the exit at layer {layer} never stops a step under this budget")
+        elif ties > TIES:
+            notes.append(
+                f"{ties:.0%} of the calibrated deltas at layer {layer} equal its threshold: "
+                "cost comes in steps"
+            )
+    return tuple(notes)
 
 
 def _mean(shares: np.ndarray | None, prices: np.ndarray | None) -> float:
+    """Mean cost of a step; NaN if shares or prices are unknown."""
     return float("nan") if shares is None or prices is None else float(shares @ prices[: len(shares)])
 
 
 def _rounded_up(value: float) -> str:
-    """Four digits that are enough: a budget of just what a message names must not be refused again."""
+    """Four digits, rounded up, so that a budget copied from an error message is not refused again."""
     return f"{decimal.Context(prec=4, rounding=decimal.ROUND_CEILING).create_decimal(value):g}"

@@ -1,4 +1,4 @@
-"""How many milliseconds will a step take that goes to a certain exit? Measured here, kept up to date by live steps."""
+"""A model of the milliseconds that a step to each exit takes, measured here and updated by each step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import PolicyStep, StageTimes
 
 TABLE = "latency.json"
-"""Of a checkpoint folder: latencies measured once, which replay goes by."""
+"""File in a checkpoint folder: latencies that were measured once, for replays."""
 TABLE_REMEDY = "measure one with `python -m deer_vla_ros benchmark latency`"
 WINDOW = 200
-"""Steps that the figures cover."""
+"""Number of newest steps that the figures cover."""
 HIGH = 0.99
-"""Quantile of the steps that a deadline is to be kept for."""
+"""Share of the steps that must meet a deadline."""
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Latencies that were measured once and are kept, so that a replay decides alike wherever it runs.
+    """Latencies that were measured once, so that a replay decides the same on every machine.
 
-    parts: of each observed step, milliseconds before the layers, per layer of mean cost, per probe of the head. about: where they were measured.
+    parts: for each observed step, milliseconds before the layers, per layer of mean cost, and per probe of
+    the head. about: where they were measured.
     """
 
     parts: tuple[tuple[float, float, float], ...]
@@ -33,7 +34,7 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
-        """UserError for a file that is none."""
+        """The table of a file. Raises UserError if the file holds no table."""
         try:
             values = json.loads(path.read_text())
             parts = np.array(values["parts"], float)
@@ -52,14 +53,14 @@ class LatencyTable:
 
 
 class LatencyModel:
-    """Milliseconds of a whole step: what it costs before the first layer, per layer run, and per probe of the head.
+    """Predicts the milliseconds of a step from three parts: before the layers, per layer, per head probe.
 
-    A step observes its own parts, so that every step teaches something about every exit, also those that are rarely taken. Layers that
-    compute more are taken to need longer in proportion.
+    Each observed step gives all three parts, so it improves the prediction for every exit, even a rare one.
+    The time of a layer is assumed to be proportional to its cost.
     """
 
     def __init__(self, layers: Sequence[float]):
-        """layers: cost of each layer, in any unit."""
+        """layers: the cost of each layer, in any unit."""
         self._depth = np.concatenate(([0.0], np.cumsum(layers) / np.mean(layers)))
         self._parts = np.zeros(
             (WINDOW, 3)
@@ -72,7 +73,7 @@ class LatencyModel:
         return self._count > 0
 
     def observe(self, step: PolicyStep) -> None:
-        """One step's stage times; nothing where a table is in use."""
+        """Takes the stage times of one step; ignores them if a table is in use."""
         if self.is_frozen:
             return
         times = step.times
@@ -84,27 +85,27 @@ class LatencyModel:
         self._count += 1
 
     def table(self, about: str) -> LatencyTable:
-        """What was observed, to be kept."""
+        """The observed latencies as a table."""
         return LatencyTable(tuple(map(tuple, self._parts[: self._count].tolist())), about)
 
     def use(self, table: LatencyTable) -> None:
-        """The table's figures from now on."""
+        """Uses the table from now on, and observes no more steps."""
         self._parts = np.array(table.parts)
         self._count, self.is_frozen = len(self._parts), True
 
     def times(self, step: PolicyStep) -> StageTimes:
-        """What a step of this depth takes on average, by stage."""
+        """The mean time of a step of this depth, by stage."""
         before, layer, probe = self._parts[: self._count].mean(0).tolist()
         return StageTimes(0.0, before, layer * float(self._depth[step.layers_run]), probe * step.head_probes)
 
     def expected(self, layers_run: int, head_probes: int) -> float:
-        """Mean milliseconds of a step."""
+        """The mean milliseconds of a step."""
         return float(np.mean(self._steps(layers_run, head_probes)))
 
     def high(self, layers_run: int, head_probes: int) -> float:
-        """Milliseconds that all but one of a hundred such steps stay within."""
+        """The milliseconds within which a share HIGH of such steps stays."""
         return float(np.quantile(self._steps(layers_run, head_probes), HIGH))
 
     def _steps(self, layers_run: int, head_probes: int) -> np.ndarray:
-        """What each observed step would have taken, had it gone that deep [ms]."""
+        """The time of each observed step if it had gone to this depth [ms]."""
         return self._parts[: self._count] @ (1.0, self._depth[layers_run], head_probes)

@@ -1,4 +1,4 @@
-"""What may a step cost, what did it cost, and what came of it? Plain frozen data."""
+"""Frozen data types of budgets: what is asked for, what a step costs, and what was achieved."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from deer_vla_ros.errors import UserError
 
-if TYPE_CHECKING:  # whoever only asks for budgets has no use for torch
+if TYPE_CHECKING:  # a user of `Budget` alone must not load torch
     from deer_vla_ros.inference.exit_rule import ExitRule
 
 AVERAGES = ("average_gmac", "average_fraction", "average_ms")
-"""Budgets of the mean step: they set the thresholds."""
+"""Budgets of the mean step. They decide the thresholds."""
 PEAKS = ("peak_gmac", "memory_gib", "deadline_ms")
-"""Budgets of every step: they set the deepest exit."""
+"""Budgets of every step. They decide the deepest exit."""
 UNITS = {
     "average_gmac": "GMAC",
     "average_fraction": "of full depth",
@@ -27,7 +27,10 @@ UNITS = {
 
 
 def amounts_of(texts: Iterable[str], names: Sequence[str], where: str) -> dict[str, float]:
-    """Amounts by name of NAME=VALUE arguments; UserError, `where` first, for a name not among `names` or no positive number."""
+    """Amounts by name from NAME=VALUE arguments.
+
+    Raises UserError, beginning with `where`, for a name not in `names` or a value that is no positive number.
+    """
     amounts: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -37,18 +40,20 @@ def amounts_of(texts: Iterable[str], names: Sequence[str], where: str) -> dict[s
             amounts[name] = math.nan
         if name not in names or not (math.isfinite(amounts[name]) and amounts[name] > 0):
             raise UserError(
-                f"{where} is {text!r}: give NAME=VALUE with a positive number, and as NAME one of {', '.join(names)}"
+                f"{where} is {text!r}: give NAME=VALUE with a positive number, "
+                f"and as NAME one of {', '.join(names)}"
             )
     return amounts
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user asks for; 0 is no limit. Several hold together: the tightest wins.
+    """What the user asks for. 0 means no limit. All given limits hold together.
 
-    average_gmac, average_fraction, average_ms: mean of the language part [GMAC], of its share of full depth, of the whole step [ms].
-    peak_gmac, deadline_ms: no step goes to an exit that costs more [GMAC], or that is predicted to take longer [ms].
-    memory_gib: layers that fit into it stay on the device [GiB]. governor: steer achieved means onto the requested ones.
+    average_gmac, average_fraction, average_ms: mean cost of the language part [GMAC], of the language part as
+    a share of full depth, and of the whole step [ms]. peak_gmac, deadline_ms: no step goes to an exit that
+    costs more [GMAC], or that is predicted to take longer [ms]. memory_gib: only the layers that fit stay on
+    the device [GiB]. governor: whether feedback keeps the achieved means at the requested ones.
     """
 
     average_gmac: float = 0.0
@@ -60,7 +65,7 @@ class Budget:
     governor: bool = True
 
     def check(self) -> None:
-        """Raises UserError where a value is no amount; what is feasible only a keeper knows."""
+        """Raises UserError if a value is no amount. `BudgetKeeper.check` checks whether it is feasible."""
         for name, value in self.active((*AVERAGES, *PEAKS)).items():
             if not (math.isfinite(value) and value > 0):
                 raise UserError(
@@ -68,13 +73,13 @@ class Budget:
                 )
 
     def active(self, names: tuple[str, ...]) -> dict[str, float]:
-        """Those of `names` that limit anything."""
+        """Those of `names` that set a limit, with their values."""
         return {name: value for name in names if (value := getattr(self, name)) != 0}
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """GMAC of one step: its language part, the language part at full depth, and everything."""
+    """The cost of one step in GMAC: the language part, the same at full depth, and the whole step."""
 
     language_gmac: float
     language_gmac_full: float
@@ -82,12 +87,17 @@ class StepCost:
 
     @property
     def fraction(self) -> float:
+        """The language part as a share of full depth."""
         return self.language_gmac / self.language_gmac_full
 
 
 @dataclass(frozen=True)
 class Achieved:
-    """Means over the steps since the budget was asked for, and over the newest of them; NaN before the first step."""
+    """Means over the steps since the budget was asked for, and over the newest of them.
+
+    gmac, fraction: of the language part. ms: of the whole step. All are NaN before the first step.
+    recent_miss_rate: share of the newest steps that missed the deadline.
+    """
 
     steps: int
     gmac: float
@@ -101,12 +111,14 @@ class Achieved:
 
 @dataclass(frozen=True)
 class BudgetStatus:
-    """Requested against achieved, at one instruction length.
+    """The requested budget and what was achieved, at one instruction length.
 
-    rule: in force, with the governor's correction. feasible: by budget, the price of the first exit and of full depth; a budget
-    whose prices are not known here is missing. expected_gmac, expected_ms: mean on the calibration's deltas, NaN where unknown.
-    binding: the average that decided the thresholds, empty for none. clamped: budgets below the first exit's price at this length.
-    correction: what the governor multiplies the binding budget by. notes: what is odd about the thresholds, for people.
+    tokens: of the instruction. rule: of the next step, with the governor's correction. feasible: by budget,
+    the cost of the first exit and of full depth; budgets in ms are missing until a latency is measured.
+    expected_gmac, expected_ms: mean cost on the calibration's deltas; NaN if unknown. binding: the average
+    budget that decides the thresholds; empty for none. clamped: budgets below the cost of the first exit.
+    correction: the factor by which the governor changes the binding budget. notes: texts for users about
+    unusual thresholds.
     """
 
     budget_id: int

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from samples import calibration, samples
 
 from deer_vla_ros.budget.cost import cost_table, layers_within
-from deer_vla_ros.budget.families import ALWAYS, NEVER, exits_taken
 from deer_vla_ros.budget.keeper import REFRESH, BudgetKeeper
+from deer_vla_ros.budget.path import ALWAYS, NEVER, exits_taken
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason

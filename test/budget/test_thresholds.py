@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import samples
 
-from deer_vla_ros.budget.families import (
-    ALWAYS,
-    FAMILIES,
-    NEVER,
-    exit_shares,
-    exits_taken,
-    target_shares,
-    thresholds_for_shares,
-    thresholds_within,
-)
-from deer_vla_ros.budget.path import ThresholdPath
+from deer_vla_ros.budget.families import FAMILIES, target_shares, thresholds_for_shares, thresholds_within
+from deer_vla_ros.budget.path import ALWAYS, NEVER, ThresholdPath, exit_shares, exits_taken
 from deer_vla_ros.errors import UserError
 
 COSTS = np.arange(2.0, 14.0, 2.0)

@@ -14,7 +14,7 @@ import torch
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.budget.calibration import CALIBRATION, Calibration, closed_loop_shares, columns
-from deer_vla_ros.budget.families import exits_taken
+from deer_vla_ros.budget.path import exits_taken
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule

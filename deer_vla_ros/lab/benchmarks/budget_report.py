@@ -1,4 +1,4 @@
-"""Cost against deviation from full depth, for thresholds of the nested path and of the paper's families."""
+"""The cost of budgets against the deviation from full depth, for thresholds of the nested path and of the paper's families."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from deer_vla_ros.budget.calibration import Calibration
 from deer_vla_ros.budget.cost import cost_table, exit_fractions
-from deer_vla_ros.budget.families import FAMILIES, exits_taken, thresholds_within
-from deer_vla_ros.budget.path import ThresholdPath
+from deer_vla_ros.budget.families import FAMILIES, thresholds_within
+from deer_vla_ros.budget.path import ThresholdPath, exits_taken
 from deer_vla_ros.model.config import ModelConfig
 
 OURS = "path"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deer_vla_ros.budget.families import ALWAYS, NEVER
+from deer_vla_ros.budget.path import ALWAYS, NEVER
 from deer_vla_ros.errors import UserError
 
 FIRST_SPREAD = 0.1

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from deer_vla_ros.budget.families import ALWAYS, NEVER
+from deer_vla_ros.budget.path import ALWAYS, NEVER
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.search.search import Found, _Study, search
 from deer_vla_ros.lab.search.search_task import Outcome, quantile_of, threshold_at
