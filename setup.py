@@ -41,6 +41,7 @@ class BuildWithCMake(build_ext):
     """Builds and installs with CMake, and then packs the installed files into the wheel."""
 
     def run(self):
+        """Builds the package into `build_lib`. Raises SystemExit for an editable install."""
         if self.editable_mode or self.inplace:
             raise SystemExit(
                 "error: an editable install has no place for generated messages; use `make build` and "

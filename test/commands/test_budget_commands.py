@@ -1,4 +1,4 @@
-"""calibrate, budget and benchmark budgets as a person runs them, on few episodes of the simulated table."""
+"""Tests of the commands calibrate, budget and benchmark budgets, on few episodes of the simulated table."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from deer_vla_ros.model.checkpoint import EMBEDDED, load, save
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The embedded checkpoint, calibrated anew on six episodes."""
+    """A copy of the embedded checkpoint, calibrated again on six episodes."""
     folder = shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("calibrated") / "checkpoint")
     (folder / CALIBRATION).unlink()
     command = ("calibrate", "table", "--checkpoint", str(folder), "--episodes", "6", "--steps", "25")
@@ -54,7 +54,8 @@ def test_a_calibration_holds_every_exit_of_every_step_with_its_provenance(folder
 
 
 def test_what_calibration_measures_is_what_the_policy_does():
-    """Closed-loop shares of two rules at once, against `DeerPolicy` under each; and the deltas that decide."""
+    """Compares the closed-loop shares of two rules, and the deltas that decide, with `DeerPolicy` under each
+    rule."""
     checkpoint = load(EMBEDDED)
     random = np.random.default_rng(0)
     rules = [(0.008, 0.01, 0.01, 0.01, 0.01, 1e8), (0.012, -1e8, 0.02, 0.005, 0.0, 1e8)]

@@ -1,4 +1,4 @@
-"""The cost of budgets against the deviation from full depth, for thresholds of the nested path and of the paper's families."""
+"""Cost against deviation from full depth, for thresholds of the nested path and of the paper's families."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Offer:
     """The result of one budget.
 
     fraction: the mean cost of the language part, as a share of full depth, 0..1. gmac: the same cost [GMAC
-    per step]. shares: each exit's share of the steps on the calibration. deviation: for each of METHODS, the
-    mean distance of the chosen action from the full-depth one. The distance is the root mean square over the
-    six pose values; 1 is half of an action value's range. It is measured on calibration steps from which the
-    method's thresholds were not solved.
+    per step]. shares: each exit's share of the steps, measured in closed loop by the calibration. deviation:
+    for each of METHODS, the mean distance of the chosen action from the full-depth one. The distance is the
+    root mean square over the six pose values; 1 is half of an action value's range. It is measured on
+    calibration steps from which the method's thresholds were not solved.
     """
 
     fraction: float

@@ -46,6 +46,7 @@ class Point:
 
     @property
     def name(self) -> str:
+        """The name of the point's file, without its ending."""
         return f"{self.kind}-{self.label}".translate(str.maketrans(" .:", "-__"))
 
 

@@ -181,6 +181,7 @@ def write_steps(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def write_summary(summary: dict[str, Any], path: Path) -> None:
+    """Writes the summary as a JSON file."""
     write_whole(path, lambda part: part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n"))
 
 

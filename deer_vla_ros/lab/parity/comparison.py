@@ -36,6 +36,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Whether the largest difference is within the tolerance."""
         return self.worst.value <= self.tolerance
 
 

@@ -18,14 +18,12 @@ MOVED_M = 0.01
 
 
 class Approach:
-    """Gets every state of an attempt. `block` is the colour of the approached block; None as long as there is
-    none.
+    """Finds the approached block from all states of an attempt.
 
-    The arm arrives at the first moment when the TCP is down and near a block.
-    If it is near several blocks then, the block that moves most afterwards counts: fingers that push a block
-    come down behind it, perhaps nearer to another one. If none moves, the nearest block counts.
-    The block where the arm is at the start (the last task ended there, or the fingers hold it) counts only if
-    the arm never arrives at another block.
+    The arm arrives at the first moment when the TCP is down and near a block. If it is near several blocks
+    then, the block that moves most afterwards counts: fingers that push a block come down behind it, perhaps
+    nearer to another one. If none moves, the nearest block counts. The block where the arm is at the start
+    (the last task ended there, or the fingers hold it) counts only if the arm never arrives at another block.
     """
 
     def __init__(self, start: TableState):
@@ -35,6 +33,7 @@ class Approach:
 
     @property
     def block(self) -> str | None:
+        """The colour of the approached block so far; None if there is none."""
         if self._arrival is None:
             return self._origin
         came_to = _near(self._arrival, DOWN_M)

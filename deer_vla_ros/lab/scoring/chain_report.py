@@ -28,8 +28,7 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, A
     """The figures of an evaluation by name; None for a figure that was not measured.
 
     lengths: the number of successes of every chain. steps_by_time: how many attempts took more than 0, 1, ...
-    steps.
-    Costs are means over the steps of the chains, or of the single instructions if there are no chains.
+    steps. Costs are means over the steps of the chains, or of the single instructions if there are no chains.
     They count the language part (the layers that ran) in GMAC, for each instruction's own number of tokens.
     """
     lengths = [sum(attempt.succeeded for attempt in chain) for chain in chains]
@@ -65,8 +64,8 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, A
 
 
 def mean_interval(values: Sequence[int], level: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of `values`: chain lengths, or differences of chain
-    lengths.
+    """The percentile bootstrap interval of the mean of `values` (Efron 1979), which are lengths or their
+    differences.
 
     It is the same for the same values: the seed is fixed. level: the interval's confidence, 0..1.
     """
@@ -100,10 +99,9 @@ def by_task(attempts: Iterable[Attempt]) -> dict[str, dict[str, Any]]:
 def costs(config: ModelConfig, attempts: Iterable[Attempt]) -> dict[str, Any]:
     """The mean cost of a step's language part [GMAC], and each exit's share of the steps.
 
-    llm_gmac_mean: the layers that ran. llm_gmac_full: all layers of this network.
-    llm_gmac_static: a static model of STATIC_LAYERS layers and the same width. All three are for the same
-    instructions.
-    saved: llm_gmac_static / llm_gmac_mean.
+    llm_gmac_mean: of the layers that ran. llm_gmac_full: of all layers of this network. llm_gmac_static: of a
+    static model of STATIC_LAYERS layers and the same width. All three are for the same instructions. saved:
+    llm_gmac_static / llm_gmac_mean.
     """
     static_config = dataclasses.replace(
         config, decoder=dataclasses.replace(config.decoder, layers=STATIC_LAYERS)

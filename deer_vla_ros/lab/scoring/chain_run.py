@@ -1,10 +1,9 @@
 """The run of chains of instructions: several simulated tables in lock step, all moved by one driver.
 
-The rules are those of CALVIN's long-horizon protocol (LH-MTLC, Mees et al. 2022, arXiv 2112.03227):
-an instruction has a limited number of steps; success is decided from the table's state before the instruction
-and its state now;
-the driver's memory is cleared at every instruction, while the arm and the table stay as they are;
-the first failure ends the chain.
+The rules are those of CALVIN's long-horizon protocol (LH-MTLC, Mees et al. 2022, arXiv 2112.03227). Every
+instruction has a limited number of steps. Success is decided from the table's state before the instruction
+and its state now. At every instruction the driver's memory is cleared, while the arm and the table stay as
+they are. The first failure ends the chain.
 """
 
 from __future__ import annotations
@@ -52,11 +51,10 @@ class Attempt:
     """One instruction that was given, and its result.
 
     held_out: whether the training never used this phrasing. position: the instruction's place in its chain,
-    from 0.
-    feasible: whether the task was possible when it was asked for; if not, the attempt failed without a step.
-    approached: whether the arm first came to the block that the instruction names; None if it names no block
-    or was not feasible.
-    exits: the number of steps by exit layer. tokens: the instruction's number of tokens.
+    from 0. feasible: whether the task was possible when it was asked for; if not, the attempt failed without
+    a step. approached: whether the arm first came to the block that the instruction names; None if it names
+    no block or was not feasible. exits: the number of steps by exit layer. tokens: the instruction's number
+    of tokens.
     """
 
     task: str
@@ -83,8 +81,7 @@ def run_chains(
     step_limit: int,
     on_chain_end: Callable[[], None] = lambda: None,
 ) -> list[tuple[Attempt, ...]]:
-    """Runs every chain in a lane and on a table of its own. Returns the attempts of each chain, in the order
-    of `chains`.
+    """Runs every chain in a lane and on a table of its own. Returns the attempts of each chain, in order.
 
     step_limit: the most steps per instruction. on_chain_end: called whenever a chain has ended.
 
@@ -126,7 +123,7 @@ class _ChainRun:
         return True
 
     def step(self, decision: LaneDecision, step_limit: int) -> bool:
-        """Runs one control step. Returns whether the instruction goes on."""
+        """Runs one control step. Returns False if it was the instruction's last one."""
         self.arm.step(decision.pose, decision.open)
         self.steps += 1
         self.exits[decision.exit_layer] += 1

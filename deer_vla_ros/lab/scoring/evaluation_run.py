@@ -159,6 +159,7 @@ class Group:
 
     @property
     def key(self) -> str:
+        """The group's key in the file of finished parts."""
         return f"{self.task or 'chains'} {self.indices[0]}"
 
 

@@ -98,6 +98,7 @@ class NetworkDriver:
         self._tokens, self._steps = [0] * lanes, [0] * lanes
 
     def begin(self, lane: int, task: str, instruction: str) -> int:
+        """See chain_run.Driver. The network gets the instruction alone, not the task's name."""
         self._tokens[lane], self._steps[lane] = self._policy.reset(instruction, lane), 0
         return self._tokens[lane]
 

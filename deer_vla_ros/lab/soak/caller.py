@@ -65,10 +65,12 @@ class Caller:
         self._parameters = [self.node.create_client(SetParametersAtomically, name) for _ in range(CLIENTS)]
 
     def close(self) -> None:
+        """Destroys the node."""
         self._executor.shutdown()
         self.node.destroy_node()
 
     def spin(self, seconds: float) -> None:
+        """Handles one event, waiting for it at most `seconds`."""
         self._executor.spin_once(timeout_sec=seconds)
 
     # --- Actions. Their arguments come from the request.
@@ -110,6 +112,7 @@ class Caller:
         return {"sent": 2 * count, "answered": answered}
 
     def reset_flood(self, count: int) -> dict[str, Any]:
+        """Calls ~/reset `count` times without a pause."""
         answers = self._call_all([(self._reset, Trigger.Request())] * count)
         return {"sent": count, "answered": len(answers)}
 
@@ -147,6 +150,7 @@ class Caller:
         return {"made": made}
 
     def is_active(self) -> dict[str, Any]:
+        """Asks for the node's lifecycle state. ok: whether it is active."""
         answers = self._call_all([(self._state, GetState.Request())], 2.0)
         return {"ok": bool(answers) and answers[0].current_state.id == State.PRIMARY_STATE_ACTIVE}
 

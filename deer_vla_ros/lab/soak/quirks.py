@@ -201,7 +201,7 @@ POSE_QUIRKS: dict[str, Callable[[], PoseQuirk]] = {
     "pose_wrong_frame": _wrong_frame,
 }
 CLOCK_QUIRKS = ("clock_jumps_back", "clock_jumps_forward", "clock_stops")
-"""After the fault the clock goes on from the time to which it jumped, or at which it stopped."""
+"""After the fault the clock continues from the time to which it jumped, or at which it stopped."""
 ARM_QUIRKS = ("arm_stuck", "commands_unheard")
 """An arm that does not follow its commands, and an arm that does not subscribe to them."""
 CLOCK_JUMP_S = 20.0
