@@ -1,4 +1,4 @@
-"""When does a step stop?"""
+"""Tests of the exit rule: deltas, thresholds, and where a step stops."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Does anything grow with the episode?"""
+"""Tests that memory does not grow during an episode."""
 
 import dataclasses
 import gc
@@ -20,7 +20,7 @@ def resident_bytes() -> int:
 
 
 def footprint() -> tuple[int, int, int]:
-    """Objects that Python tracks, blocks that it has allocated (numbers count too), and bytes of the process (tensors count too)."""
+    """Objects that Python tracks, allocated blocks (with numbers), bytes of the process (with tensors)."""
     gc.collect()
     return len(gc.get_objects()), sys.getallocatedblocks(), resident_bytes()
 

@@ -1,4 +1,4 @@
-"""Does one control step do what it says, and remember exactly what it has to, in one lane and in several?"""
+"""Tests of the policy: its exits, its memory, its times, and its decisions for several lanes."""
 
 import dataclasses
 import time

@@ -1,4 +1,4 @@
-"""Is a camera image prepared exactly as the reference prepares it?"""
+"""Tests that images are preprocessed exactly as in the reference."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def through_pillow(image: np.ndarray, size: int) -> np.ndarray:
-    """The same in Pillow's own words: shortest side to `size`, the other in proportion and rounded down, the middle cut out."""
+    """The same with Pillow alone: scales the shortest side to `size`, the other in proportion (rounded down),
+    and cuts out the centre."""
     picture = Image.fromarray(image)
     width, height = picture.size
     if width <= height:

@@ -1,4 +1,4 @@
-"""Do layers that are not wanted free their memory at once, and come back the same while control goes on?"""
+"""Tests of ResidentLayers: dropped layers free their memory at once and are loaded back during control."""
 
 import dataclasses
 import gc
@@ -26,7 +26,7 @@ from deer_vla_ros.model.network import MultiExitVLA
 BIG = with_decoder(tabletop(), width=960, heads=8)
 """12 layers of 43 MiB in float32."""
 SLACK = 8 * 2**20
-"""What the process may differ by for reasons of its own: a fifth of one layer. Measured: within 1 MiB of itself."""
+"""The tolerance for the memory of the process: a fifth of one layer. It was measured to vary by 1 MiB."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def is_in_place(model: MultiExitVLA, count: int) -> bool:
 
 
 def is_as_stored(checkpoint: Checkpoint, count: int) -> bool:
-    """Whether exactly the first `count` layers have memory, and hold what their folder holds, ready to run."""
+    """Whether exactly the first `count` layers have memory, have the weights of the folder, and can run."""
     layers, dtype = checkpoint.model.layers[:count], checkpoint.model.dtype
     stored = load_file(checkpoint.folder / WEIGHTS)
     return (
@@ -360,7 +360,7 @@ def test_a_load_that_fails_is_told_once_while_control_goes_on_and_may_be_tried_a
 
 
 def as_if_loaded_from(path: Path, resident: ResidentLayers) -> None:
-    """A file that was written after the network was loaded is refused before anything else about it is looked at."""
+    """A file that was written after the network was loaded is refused before anything else is checked."""
     if path.exists():
         resident._identity = residency._identity(path)
 

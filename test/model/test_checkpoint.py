@@ -1,4 +1,4 @@
-"""Does a checkpoint folder give back the network that was saved, and is a damaged one refused by name?"""
+"""Tests of checkpoint folders: saving, loading, and messages for damaged folders."""
 
 import json
 import pickle
@@ -62,7 +62,7 @@ def test_what_was_saved_is_what_is_loaded(folder):
     before, after = saved.model.state_dict(), loaded.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # Not to the bit: tensors in the file lie at other alignments, for which the same kernels add up in another order.
+    # Not to the bit: the tensors of the file have another alignment, and kernels then add in another order.
     np.testing.assert_allclose(poses(loaded), poses(saved), rtol=0, atol=1e-6)
     assert (folder / README).read_text() == "made by a test\n"
 

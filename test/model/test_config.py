@@ -1,4 +1,4 @@
-"""Does one ModelConfig describe every size of the network, and is a wrong one refused by name?"""
+"""Tests of ModelConfig: its sizes, and messages for wrong values."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Is each thing found by its own queries, and does the arm's pose enter as it should?"""
+"""Tests of the grounding and of the input of the arm's pose."""
 
 import dataclasses
 

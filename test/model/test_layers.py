@@ -1,4 +1,4 @@
-"""Does a layer treat text, images, padding and positions as the reference does?"""
+"""Tests that the layers treat text, images, padding and positions as the reference does."""
 
 import pytest
 import torch

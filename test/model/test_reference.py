@@ -1,14 +1,16 @@
-"""Do weights under the reference's names find their places, and is one that is missing named?"""
+"""Tests of the reference's weight names: every tensor has a place, and a missing tensor is named."""
 
 import pytest
 import torch
 from paths import GOLDEN_COMPACT
+from small_model import SMALL
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.parity.reference_tensors import model_config, read_arrays, read_json, read_model
 from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo, load, save
-from deer_vla_ros.model.reference import from_reference
+from deer_vla_ros.model.network import state_shapes
+from deer_vla_ros.model.reference import from_reference, reference_names
 
 RECORDING = GOLDEN_COMPACT
 
@@ -62,7 +64,7 @@ def test_a_reference_tensor_of_the_wrong_shape_is_refused_in_one_line(keys, tens
 
 
 def test_every_tensor_of_the_reference_has_its_place_or_is_known_to_have_none(keys, tensors):
-    """Each counts in the outputs: what is not taken is CLIP's output side, and names that repeat a tensor already taken."""
+    """What is not taken does not change the outputs: CLIP's output side, and second names of a tensor."""
     taken = set()
 
     class Watched(dict):
@@ -78,6 +80,26 @@ def test_every_tensor_of_the_reference_has_its_place_or_is_known_to_have_none(ke
         "vision_encoder.visual.ln_post.weight",
         "vision_encoder.visual.ln_post.bias",
     }
+
+
+def test_the_names_of_a_network_with_mosaic_gpt():
+    """The compact recording has MPT, whose decoder blocks have other names."""
+    names = reference_names(SMALL, is_mpt=False)
+    expected = {
+        "vision.clip.encoder.layers.0.self_attn.k_proj.bias": (
+            "vision_encoder.visual.transformer.resblocks.0.attn.in_proj_bias#k"
+        ),
+        "layers.4.block.norm_attention.weight": "lang_encoder.transformer.blocks.4.decoder_layer.ln_1.weight",
+        "layers.4.block.norm_query.weight": "lang_encoder.transformer.blocks.4.decoder_layer.attn.q_ln.weight",
+        "layers.4.block.norm_key.weight": "lang_encoder.transformer.blocks.4.decoder_layer.attn.k_ln.weight",
+        "layers.4.block.norm_mlp.weight": "lang_encoder.transformer.blocks.4.decoder_layer.ln_2.weight",
+        "layers.4.block.up.weight": "lang_encoder.transformer.blocks.4.decoder_layer.mlp.mlp_up.weight",
+        "layers.4.block.down.weight": "lang_encoder.transformer.blocks.4.decoder_layer.mlp.mlp_down.weight",
+        "auxiliary_heads.3.norms.1.bias": "lm_exit_modules.1.rnn.layers.4.bias",
+        "auxiliary_heads.3.pose.out.bias": "lm_exit_modules.1.actions.mlp.5.bias",
+    }
+    assert {name: names[name] for name in expected} == expected
+    assert names.keys() == state_shapes(SMALL).keys()
 
 
 def test_a_converted_reference_gives_the_same_outputs_after_it_was_saved_and_loaded(tmp_path):

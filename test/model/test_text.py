@@ -1,4 +1,4 @@
-"""Does an instruction become the token ids that the network was trained on?"""
+"""Tests that an instruction gives the token ids that the network was trained on."""
 
 import pytest
 import torch
