@@ -7,7 +7,6 @@ The arm holds until an instruction comes. If one of the two processes ends by it
 one, says which one has ended, and has exit status 1.
 """
 
-from pathlib import Path
 
 from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, RegisterEventHandler
 from launch.event_handlers import OnProcessExit
@@ -17,13 +16,10 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution, This
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-import deer_vla_ros
 from deer_vla_ros.commands import launch_checks
+from deer_vla_ros.commands.arguments import TABLE_GUARD
 from deer_vla_ros.errors import UserError
 from launch import LaunchContext, LaunchDescription
-
-TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "sim" / "assets" / "guard.yaml"
-"""The parameter file with the policy node's limits on this table."""
 
 
 def generate_launch_description() -> LaunchDescription:
