@@ -1,4 +1,4 @@
-"""Are the closed forms of the costs what the network really computes, and what the paper says?"""
+"""Compares the closed forms of the costs with what the network really computes, and with the paper."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ SIZES = [
 
 
 def on_meta(config: ModelConfig) -> MultiExitVLA:
-    """The network at its real size: shapes flow through it and are counted, numbers do not."""
+    """The network at its real size on the meta device: operations are counted, but not computed."""
     with torch.device("meta"):
         model = MultiExitVLA(config).eval().requires_grad_(False)
     restore_buffers(model)

@@ -1,4 +1,4 @@
-"""Is the mean kept, whatever the world does? On made-up worlds, hostile ones too."""
+"""Tests of the governor in artificial worlds, including hostile ones: does it keep the mean?"""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ LOW, HIGH = 2.0, 12.0
 
 
 def run(target: float, world, steps: int = 1000, governed: bool = True) -> np.ndarray:
-    """Costs of the steps; world(step, asked) is what a step costs when the thresholds are solved for `asked`."""
+    """The costs of the steps. world(step, asked): the cost of a step if thresholds are solved for `asked`."""
     governor, costs = Governor(target, LOW, HIGH), []
     for step in range(steps):
         cost = min(
@@ -26,7 +26,7 @@ def window_means(costs: np.ndarray, settling: int = 200, width: int = 200) -> np
     return np.convolve(costs[settling:], np.ones(width) / width, mode="valid")
 
 
-# Worlds in which full depth costs enough for the budget to be reached.
+# Worlds in which full depth costs enough to reach the budget.
 WORLDS = [
     (t, s)
     for t in (3.0, 5.0, 8.0, 10.5)
@@ -70,7 +70,7 @@ def test_a_hostile_world_is_forgotten_within_a_bounded_number_of_steps(target, p
 @settings(max_examples=100, deadline=None)
 @given(target=st.floats(2.5, 11.0), deltas=st.lists(st.floats(0.0, 1.0), min_size=400, max_size=400))
 def test_whatever_the_deltas_do_no_window_overspends_by_more_than_the_governor_remembers(target, deltas):
-    """A step goes to full depth where the world's delta is above a threshold that follows what is asked for, else to the first exit."""
+    """A step goes to full depth if its delta exceeds the threshold for `asked`, else to the first exit."""
     costs = run(
         target,
         lambda step, asked: HIGH if deltas[step] > 1 - (asked - LOW) / (HIGH - LOW) else LOW,

@@ -1,4 +1,4 @@
-"""Does a budget become a rule that keeps it, and is one that cannot be kept refused?"""
+"""Tests of the budget keeper: its rules keep the budget, and it refuses a budget that cannot be kept."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def feasible(keeper: BudgetKeeper, name: str = "peak_gmac") -> tuple[float, floa
 
 
 def step_under(keeper: BudgetKeeper, exit_index: int, slowness: float = 1.0) -> PolicyStep:
-    """A step that took the given exit of the rule in force: 5 ms, 2 per layer and 1 per probe, times `slowness`."""
+    """A step to this exit of the present rule: (5 ms + 2 per layer + 1 per probe) times `slowness`."""
     rule = keeper.rule
     return PolicyStep(
         action=Action(np.zeros(6, np.float32), 0.5),
@@ -167,7 +167,7 @@ def test_a_booked_step_says_what_it_cost():
 
 
 def test_memory_is_that_of_all_layers_of_the_language_model():
-    # The paper: 12 layers of the 3B in float32 take 6 GB with their visual side and embedding; the layers alone 3.9 GiB.
+    # The paper: 12 layers of the 3B in float32 take 6 GB with visual side and embedding, 3.9 GiB without.
     assert new_keeper(openflamingo_3b()).status().resident_gib == pytest.approx(
         12 * (50.3 + 36.7) * 1e6 * 4 / 2**30, rel=0.01
     )
@@ -178,7 +178,7 @@ def test_memory_is_that_of_all_layers_of_the_language_model():
 
 
 def run(keeper: BudgetKeeper, deltas: np.ndarray, slowness: float = 1.0) -> list:
-    """Steps over these deltas (N, exits), each under the rule of its moment; their costs."""
+    """Runs steps over these deltas (N, exits), each with the rule at that time. Returns their costs."""
     costs = []
     for row in deltas:
         rule = keeper.rule
@@ -188,7 +188,7 @@ def run(keeper: BudgetKeeper, deltas: np.ndarray, slowness: float = 1.0) -> list
 
 
 def timed_keeper(**others) -> BudgetKeeper:
-    """A keeper that knows how long a step takes, as after the warm-up."""
+    """A keeper with measured latencies, as after the warm-up."""
     keeper = new_keeper(**others)
     for index in range(len(keeper.rule.exits)):
         keeper.latency.observe(step_under(keeper, index))
@@ -211,7 +211,7 @@ def test_an_average_is_kept_on_samples_like_the_calibrated_ones(name, share):
     run(keeper, samples(4000, seed=1)[0])
     done = keeper.status().achieved
     achieved = {"average_gmac": done.gmac, "average_fraction": done.fraction, "average_ms": done.ms}[name]
-    # Both sides are 4000 samples: where one step in ten goes deeper than the first exit, that is 2% of chance.
+    # Both sides are 4000 samples. If one step in ten goes deeper than the first exit, chance is 2%.
     assert achieved == pytest.approx(getattr(budget, name), rel=0.05 if share < 0.1 else 0.03)
 
 
@@ -256,7 +256,7 @@ def test_two_averages_do_not_hold_each_other_back(second, looser, scale):
 def test_what_is_clamped_spends_no_savings():
     keeper = new_keeper(tokens=4, calibrated=CALIBRATION)
     keeper.set(Budget(average_gmac=2 * feasible(keeper)[0]))
-    run(keeper, np.zeros((100, 6), np.float32))  # all of them stop at the first exit: much is saved
+    run(keeper, np.zeros((100, 6), np.float32))  # all of them stop at the first exit, far below the budget
     assert keeper.status().correction > 1.5
     keeper.set_tokens(32)
     assert keeper.status().clamped == ("average_gmac",)
@@ -363,7 +363,8 @@ def test_a_calibration_that_lacks_rows_for_the_depth_is_told_when_an_average_is_
     keeper.check(Budget(peak_gmac=1.0))
     with pytest.raises(
         UserError,
-        match=r"rows for the exits at layers \(1, 3, 5\), the network has .*run `python -m deer_vla_ros calibrate`",
+        match=r"rows for the exits at layers \(1, 3, 5\), the network has .*"
+        r"run `python -m deer_vla_ros calibrate`",
     ):
         keeper.check(Budget(average_fraction=0.5))
 

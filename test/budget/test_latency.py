@@ -1,4 +1,4 @@
-"""Are steps predicted that were never taken, and does a change of speed settle at once?"""
+"""Tests of the latency model: predictions for exits that were never taken, and after a change of speed."""
 
 import math
 
@@ -15,7 +15,7 @@ EXITS = openflamingo_9b().exits
 
 
 def truth(layers_run: int, probes: int, slowness: float = 1.0) -> StageTimes:
-    """Time in proportion to what the layers compute."""
+    """Stage times in proportion to the cost of the layers."""
     return StageTimes(
         1.0 * slowness, 9.0 * slowness, 8.0 * sum(LAYERS[:layers_run]) * slowness, 0.5 * probes * slowness
     )

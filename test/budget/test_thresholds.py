@@ -1,4 +1,4 @@
-"""Thresholds from a budget: the paper's families, and the nested path. Arithmetic that must never be wrong."""
+"""Tests of the thresholds from a budget: the paper's families and the nested path."""
 
 import time
 
@@ -62,7 +62,7 @@ def test_a_solved_ratio_keeps_the_budget_and_nearly_uses_it(family, budget):
     assert cost <= budget + 1e-9
     assert cost == pytest.approx(
         budget, abs=0.3
-    )  # a share of less than one sample is never taken: cost comes in small steps
+    )  # an exit never takes a share of less than one sample, so the cost changes in small steps
 
 
 def test_an_unknown_family_is_refused():

@@ -1,4 +1,4 @@
-"""From newest inputs to guarded command, on the embedded checkpoint; time is an argument."""
+"""Tests of the controller on the embedded checkpoint. Time is an argument."""
 
 import dataclasses
 import shutil
@@ -39,7 +39,7 @@ def controller(checkpoint):
 
 
 class Robot:
-    """Feeds a controller: cameras and a measured pose at each tick of a made-up clock."""
+    """Gives a controller camera frames and a measured pose at each tick of an artificial clock."""
 
     def __init__(self, controller: Controller, instruction: str = "lift the red block"):
         self.controller = controller
@@ -53,7 +53,7 @@ class Robot:
         return self._random.integers(0, 255, (60, 80, 3), dtype=np.uint8)
 
     def tick(self, cameras=tuple(Camera), with_pose=True, follow=True):
-        """One period: new inputs, then a tick; the arm goes where it is told."""
+        """One period: new inputs, then a tick. With `follow`, the arm then moves to the target."""
         self.now += PERIOD
         self.perceive(self.now, cameras, with_pose)
         command = self.controller.tick(self.now + MS)
@@ -69,7 +69,7 @@ class Robot:
             self.controller.gate.put_pose(MeasuredPose(self.pose, "base", now))
 
     def tick_until(self, condition, timeout: float = 10.0) -> list[int]:
-        """Ticks until the background has done `condition`; how many layers each of the steps ran."""
+        """Ticks until `condition` holds. Returns the number of layers that each step ran."""
         depths, deadline = [], time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, "the background was not done in time"
@@ -78,8 +78,7 @@ class Robot:
         return depths
 
     def tick_during_which(self, happens, lasts: int):
-        """One period whose inference takes `lasts`; before it is over, `happens` is called with the time at
-        its end."""
+        """One period whose inference takes `lasts` [ns]; `happens` is called during it, with its end time."""
         self.now += PERIOD
         self.perceive(self.now)
         policy, end = self.controller.policy, self.now + lasts
@@ -267,7 +266,7 @@ def test_an_empty_instruction_holds_and_the_old_one_given_again_starts_anew(cont
 def test_a_reset_clears_the_memory(checkpoint):
     fresh, used = Robot(Controller(checkpoint, SETTINGS)), Robot(Controller(checkpoint, SETTINGS))
     for _ in range(3):
-        used.tick(follow=False)  # the arm stays where the fresh one's is: the network looks at its pose, too
+        used.tick(follow=False)  # the network reads the pose, so the arm stays at that of the fresh one
     used.controller.gate.request_reset()
     used._random = np.random.default_rng(0)
     np.testing.assert_array_equal(
@@ -296,7 +295,7 @@ def middle(controller: Controller, name: str) -> float:
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(name):
-    checkpoint = load(EMBEDDED)  # its own: a memory budget takes layers away
+    checkpoint = load(EMBEDDED)  # its own copy: a memory budget removes layers
     controller = Controller(checkpoint, SETTINGS)
     controller.warm_up()
     robot, seen = Robot(controller), []
@@ -310,7 +309,7 @@ def test_a_live_budget_is_obeyed_from_the_next_step_on_and_the_memory_stays(name
     rule = controller.policy.status.rule
     decisions += [robot.tick().decision for _ in range(4)]
 
-    # The same observations by a policy alone, whose rule changes after four steps and nothing else.
+    # A policy alone on the same observations; only its rule changes, after four steps.
     plain = load(EMBEDDED)
     policy = DeerPolicy(plain.model, plain.tokenizer, before.rule)
     policy.reset("lift the red block")
@@ -408,7 +407,7 @@ def test_an_arm_far_outside_the_workspace_holds_until_it_is_moved_back(controlle
 
 def test_an_arm_that_drifts_away_from_its_targets_never_takes_them_out_of_the_workspace(controller):
     robot = Robot(controller)
-    for i in range(20):  # an arm that does not follow, on its way out
+    for i in range(20):  # the arm does not follow on the way out
         robot.pose = Pose(np.array([0.4 + 0.05 * i, 0.0, 0.3]), DOWN)
         command = robot.tick(follow=False)
         if not command.holds:
@@ -432,7 +431,7 @@ def test_an_inference_that_fails_holds_until_a_person_has_cleared_it(controller,
 
 def test_rust_code_that_panics_is_an_inference_that_fails(controller, monkeypatch):
     class PanicException(BaseException):
-        """What pyo3 raises."""
+        """Stands for the exception that pyo3 raises."""
 
     def panics(instruction):
         raise PanicException("index out of bounds")
@@ -450,7 +449,7 @@ def test_rust_code_that_panics_is_an_inference_that_fails(controller, monkeypatc
 
 
 def test_an_action_that_is_not_finite_holds_and_leaves_no_trace():
-    checkpoint = load(EMBEDDED)  # its own, to be damaged
+    checkpoint = load(EMBEDDED)  # its own copy, which the test damages
     controller = Controller(checkpoint, SETTINGS)
     robot = Robot(controller)
     robot.tick()
@@ -551,7 +550,7 @@ def test_a_failing_inference_is_held_at_the_control_rate(controller, monkeypatch
     assert controller.tick(robot.now + 110 * MS) is None
 
 
-# --- what a person has to clear, what ends by itself, and what leaves in the last moment
+# --- reasons that a person must clear, reasons that end by themselves, and the last check of a command
 
 
 def test_a_hold_that_is_requested_and_lifted_between_two_ticks_is_a_hold(controller):
@@ -624,7 +623,7 @@ def test_loosened_limits_start_again_from_the_measured_pose(controller):
 
 @pytest.fixture
 def decided(controller):
-    """A robot, and a motion that has been decided and has not left yet, `later` ms after its tick began."""
+    """A robot, and a motion that is decided but not yet confirmed."""
     robot = Robot(controller)
     robot.tick()
     return robot, robot.tick()

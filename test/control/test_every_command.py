@@ -1,5 +1,4 @@
-"""Whatever the network says and whatever happens around it: no command, hold included, is ever outside a
-limit."""
+"""Property tests: whatever the network outputs and whatever happens, every command is within all limits."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ EPSILON = 1e-6
 
 
 def mostly(plain: st.SearchStrategy, odd: st.SearchStrategy, share: int = 8) -> st.SearchStrategy:
-    """Of `share` draws about one is odd: an arm that is always held would prove nothing."""
+    """About one of `share` draws is odd. With more, the arm would always hold and nothing would be tested."""
     return st.integers(1, share).flatmap(lambda draw: odd if draw == share else plain)
 
 
@@ -65,7 +64,7 @@ actions = mostly(
     share=20,
 )
 errors = st.tuples(*[st.floats(-0.03, 0.03)] * 6)
-"""How the arm misses where it was told to go: metres and radians."""
+"""How far the arm is from its target: [m] and [rad]."""
 poses = mostly(
     errors.map(lambda error: ("follows", error)),
     st.one_of(
@@ -87,8 +86,8 @@ poses = mostly(
 requests = mostly(
     st.sampled_from(["", "", "go"]),
     st.sampled_from(
-        "hold, hold and go, clear, stop words, new words, same words, reset, demand, lift, looser, tighter, no cameras, "
-        "hold now".split(", ")
+        "hold, hold and go, clear, stop words, new words, same words, reset, demand, lift, looser, tighter, "
+        "no cameras, hold now".split(", ")
     ),
     share=4,
 )
@@ -103,13 +102,13 @@ def checkpoint():
 
 
 def outside_by(limits: GuardLimits, position: np.ndarray) -> np.ndarray:
-    """(3,) metres beyond the workspace box on each axis."""
+    """(3,) The distance outside the workspace box on each axis [m]."""
     beyond = np.maximum(np.array(limits.workspace_min) - position, position - np.array(limits.workspace_max))
     return np.maximum(beyond, 0)
 
 
 class World:
-    """One arm and its controller; `step` makes something happen, and judges every command that leaves."""
+    """One arm and its controller. `step` makes one event happen, and checks every command that is sent."""
 
     def __init__(self) -> None:
         self.controller = Controller(checkpoint(), SETTINGS)
@@ -134,13 +133,13 @@ class World:
                 self.controller.gate.put_frame(camera, Frame(IMAGE, self.now))
         self._say(action)
         command = self.controller.tick(self.now + MS, lambda times: self.now + takes, self.steady)
-        self._ask(request)  # while the command is on its way
+        self._ask(request)  # between the tick and the sending
         if command is not None:
             command = self.controller.confirm(command, self.now + takes + MS, self.steady + takes)
             self._leave(command)
 
     def _say(self, action: Action) -> None:
-        """The network's next word, whatever it sees."""
+        """Sets the network's next action, whatever the observation."""
 
         def step(observation):
             return dataclasses.replace(
@@ -160,7 +159,7 @@ class World:
             self.arm = Pose(self.before.target.position + 0.3 * np.array(detail[:3]), turn.as_quat())
         elif how == "stays":
             self.arm = Pose(self.arm.position + np.array(detail[:3]), self.arm.quaternion)
-        elif how == "teleports":  # an unseen while, or a fault
+        elif how == "teleports":  # a gap in the poses, or a fault
             self.arm = Pose(np.array(detail), self.arm.quaternion)
         elif how == "flipped":
             self.arm = Pose(self.arm.position, -self.arm.quaternion)
@@ -201,12 +200,12 @@ class World:
                 else LIMITS
             )
             controller.settings = dataclasses.replace(SETTINGS, guard=self.limits)
-        if request == "hold now":  # as the node's service does it
+        if request == "hold now":  # as in the node's service ~/hold
             controller.gate.request_hold(True)
             self._leave(controller.hold_now(self.now + MS, HoldReason.REQUESTED))
 
     def _leave(self, command: Command) -> None:
-        """A command leaves: everything that it must never be."""
+        """Checks one command that is sent."""
         command, before = self.continuity.passed(command), self.before
         limits, target, twist = self.limits, command.target, command.twist
         assert np.isfinite(twist.linear).all() and np.isfinite(twist.angular).all()

@@ -1,4 +1,4 @@
-"""The fingers do not flutter, and without hysteresis they do what the reference does."""
+"""Tests of the gripper switch: no flutter, and without hysteresis the rule of the reference."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The guard's promises, for any motion from anywhere."""
+"""Property tests of the guard: its limits hold for any motion from any pose."""
 
 import dataclasses
 
@@ -36,12 +36,12 @@ EPSILON = 1e-6
 
 
 def outside_by(position: np.ndarray) -> np.ndarray:
-    """(3,) metres beyond the workspace box on each axis."""
+    """(3,) The distance outside the workspace box on each axis [m]."""
     return np.maximum(np.maximum(LIMITS.workspace_min - position, position - LIMITS.workspace_max), 0)
 
 
 situations = st.tuples(poses, poses).filter(lambda pair: not is_beyond_workspace(LIMITS, pair[1]))
-"""A last target anywhere, and an arm that is not beyond the workspace."""
+"""Any last target, and a measured pose that is not beyond the workspace."""
 
 
 @given(situations, vectors, rotations)

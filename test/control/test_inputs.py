@@ -1,4 +1,4 @@
-"""Only fresh inputs that belong together may be acted upon."""
+"""Tests of the input gate: a step may use only fresh inputs that belong together."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def pose(
 def gate(
     static: int | None = NOW, gripper: int | None = NOW, measured: MeasuredPose | None = None
 ) -> InputGate:
-    """A gate that was given an instruction, a pose and frames with these stamps."""
+    """A gate with an instruction, a pose and frames with these stamps."""
     result = InputGate(LIMITS, "base")
     result.put_instruction("lift the red block")
     result.put_pose(measured or pose())

@@ -1,4 +1,4 @@
-"""A relative action becomes a pose: composition in the fixed axes of the action frame."""
+"""Tests of motions: a relative action is applied along the fixed axes of the action frame."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from deer_vla_ros.model.action_space import CALVIN, TABLETOP
 
 
 def matrix(pose: Pose) -> np.ndarray:
-    """(3, 3) rotation matrix."""
+    """The rotation matrix (3, 3)."""
     return Rotation.from_quat(pose.quaternion).as_matrix()
 
 

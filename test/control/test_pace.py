@@ -1,4 +1,4 @@
-"""In the long run never more steps than the rate, and no frame of a jittering camera at the rate is lost."""
+"""Tests of the pace: the mean never exceeds the rate, and jitter at the rate loses no frame."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ MS = 1_000_000
 
 
 def taken(pace: Pace, stamps: list[int]) -> list[int]:
-    """The stamps that were stepped on."""
+    """The stamps that the pace admits."""
     result = []
     for stamp in stamps:
         if pace.admits(stamp):
