@@ -90,7 +90,9 @@ def test_the_names_of_a_network_with_mosaic_gpt():
             "vision_encoder.visual.transformer.resblocks.0.attn.in_proj_bias#k"
         ),
         "layers.4.block.norm_attention.weight": "lang_encoder.transformer.blocks.4.decoder_layer.ln_1.weight",
-    """What is not taken does not change the outputs: the output side of CLIP, and second names of tensors."""
+        "layers.4.block.norm_query.weight": (
+            "lang_encoder.transformer.blocks.4.decoder_layer.attn.q_ln.weight"
+        ),
         "layers.4.block.norm_key.weight": "lang_encoder.transformer.blocks.4.decoder_layer.attn.k_ln.weight",
         "layers.4.block.norm_mlp.weight": "lang_encoder.transformer.blocks.4.decoder_layer.ln_2.weight",
         "layers.4.block.up.weight": "lang_encoder.transformer.blocks.4.decoder_layer.mlp.mlp_up.weight",
