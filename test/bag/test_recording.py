@@ -1,5 +1,4 @@
-"""Tests of reading: every kind of rosbag2 is read, from any start time, and damaged ones are refused in one
-line."""
+"""Tests of reading: every kind of rosbag2, from any start time; damaged ones are refused in one line."""
 
 import random
 import shutil

@@ -1,5 +1,4 @@
-"""Tests of replays: they use the messages that the node would use, always decide the same, and write complete
-results."""
+"""Tests of replays: the messages that they use, equal decisions in every run, and complete results."""
 
 import csv
 import dataclasses
@@ -45,8 +44,10 @@ def replayed(path: Path, **how):
 
 
 def decided(path: Path, **how) -> list[list[str]]:
-    """Every decision as the cells of its line. The cells are equal if the decisions are equal, also with
-    NaN."""
+    """Every decision as the cells of its line.
+
+    The cells are equal if the decisions are equal, also with NaN.
+    """
     return [[text_of(row[name]) for name in DECIDED] for row in decisions(path, **how)]
 
 
@@ -409,8 +410,7 @@ def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
 
 
 def restamped(found: list[RecordedMessage], shift) -> list[RecordedMessage]:
-    """The messages with other header stamps. shift: gives the new stamp [ns] from the message's index and
-    stamp [ns]."""
+    """The messages with other header stamps. shift: new stamp [ns] from the index and the stamp [ns]."""
     from deer_vla_ros.bag.cdr import types
 
     result = []

@@ -6,8 +6,10 @@ from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run
 
 @pytest.fixture(scope="module", params=[[], ["--symlink-install"]], ids=["copied", "symlinked"])
 def workspace(request, tmp_path_factory):
-    """The workspace's folder, its sources, and whether it was installed as links. It is built once for all
-    tests."""
+    """The workspace's folder, its sources, and whether it was installed as links.
+
+    It is built once for all tests.
+    """
     folder = tmp_path_factory.mktemp("workspace")
     sources = copy_sources(folder)
     run("colcon", "build", *request.param, cwd=folder, env=clean_environment())

@@ -1,5 +1,4 @@
-"""Tests of the imports between packages: the contracts of `.importlinter`, and the modules of a running
-node."""
+"""Tests of imports between packages: the contracts of `.importlinter`, and a running node's modules."""
 
 import subprocess
 import sys

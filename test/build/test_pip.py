@@ -1,5 +1,4 @@
-"""Tests of `pip install .`: it installs the same package as colcon; without ROS its error names the
-remedy."""
+"""Tests of `pip install .`: the same package as colcon's; without ROS, an error that names the remedy."""
 
 import subprocess
 import sys

@@ -54,8 +54,7 @@ def test_a_calibration_holds_every_exit_of_every_step_with_its_provenance(folder
 
 
 def test_what_calibration_measures_is_what_the_policy_does():
-    """Compares the closed-loop shares of two rules, and the deltas that decide, with `DeerPolicy` under each
-    rule."""
+    """Compares closed-loop shares of two rules, and the deltas that decide, with `DeerPolicy` under each."""
     checkpoint = load(EMBEDDED)
     random = np.random.default_rng(0)
     rules = [(0.008, 0.01, 0.01, 0.01, 0.01, 1e8), (0.012, -1e8, 0.02, 0.005, 0.0, 1e8)]

@@ -1,5 +1,4 @@
-"""Tests of `python -m deer_vla_ros`: it finds the command, passes ROS arguments on, and prints a user's error
-in one line."""
+"""Tests of `python -m deer_vla_ros`: the choice of the command, ROS arguments, and errors in one line."""
 
 import subprocess
 import sys

@@ -34,8 +34,7 @@ def write(
     compression: CompressionMode = CompressionMode.NONE,
     topics: dict[str, str] | None = None,
 ) -> Path:
-    """Writes a recording of these messages. topics: types by topic, if they differ from those of the
-    messages."""
+    """Writes a recording of these messages. topics: types by topic, if they differ from the messages'."""
     writer = Writer(path, version=9, storage_plugin=storage)
     writer.set_compression(compression, CompressionFormat.ZSTD)
     kinds = topics if topics is not None else {record.topic: record.type for record in found}
@@ -49,8 +48,10 @@ def write(
 
 
 def record(topic: str, message, time_ns: int) -> RecordedMessage:
+    """A recorded message with the bytes of a ROS message."""
     return RecordedMessage(topic, type_of(type(message)), time_ns, to_cdr(message))
 
 
 def said(text: str, time_ns: int) -> RecordedMessage:
+    """A recorded instruction."""
     return record(INSTRUCTION, String(data=text), time_ns)

@@ -1,5 +1,4 @@
-"""Helpers of the build tests: a copy of the sources, a clean environment, and a program that uses the
-messages."""
+"""Helpers of the build tests: a copy of the sources, a clean environment, a program that uses messages."""
 
 import os
 import shutil

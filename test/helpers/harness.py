@@ -52,6 +52,7 @@ class Process:
         return self._popen.pid
 
     def output(self) -> str:
+        """Everything that the process has printed so far."""
         # The file is opened again, because the child shares the position of its own handle.
         with open(self._log.name, errors="replace") as log:
             return log.read()
@@ -83,8 +84,10 @@ class Process:
 
 
 def spawn(*command: str, env: dict[str, str] | None = None) -> contextlib.AbstractContextManager[Process]:
-    """Runs `python -m deer_vla_ros COMMAND...`. If the test fails, its output is printed. At the end it is
-    killed."""
+    """Runs `python -m deer_vla_ros COMMAND...`.
+
+    If the test fails, its output is printed. At the end it is killed.
+    """
     return spawn_python("-m", "deer_vla_ros", *command, env=env)
 
 
@@ -176,8 +179,10 @@ class Client:
         return self.call(GetState, f"{node}/get_state").current_state.id
 
     def change_state(self, node: str, transition: int) -> bool:
-        """Requests a transition of `node` once. Returns whether it succeeded. If the response is lost, the
-        state decides."""
+        """Requests a transition of `node` once.
+
+        Returns whether it succeeded. If the response is lost, the state decides.
+        """
         request = ChangeState.Request(transition=Transition(id=transition))
         future, sent = (
             self._ask(ChangeState, f"{node}/change_state", request, START_TIMEOUT),

@@ -11,8 +11,10 @@ Value = TypeVar("Value")
 
 
 def wait_until(condition: Callable[[], Value], timeout: float = 10.0, what: str = "the condition") -> Value:
-    """Polls until `condition()` is true and returns its value. After `timeout` seconds the test fails and
-    names `what`."""
+    """Polls until `condition()` is true and returns its value.
+
+    After `timeout` seconds the test fails and names `what`.
+    """
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -37,8 +39,10 @@ def children(parent):
 
 
 def command_of(pid):
+    """The words of a process's command line."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
 
 
 def gone(pid):
+    """Whether a process has ended."""
     return state_and_parent(pid) is None

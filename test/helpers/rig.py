@@ -1,5 +1,4 @@
-"""A robot as the policy node sees it: cameras and a measured pose over real DDS. Each of them can
-misbehave."""
+"""A robot as the policy node sees it: cameras and a measured pose over real DDS, which can misbehave."""
 
 from __future__ import annotations
 
@@ -104,6 +103,7 @@ class Rig:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Rig]:
+        """A context in which a thread publishes."""
         thread = threading.Thread(target=self._run, name="rig")
         thread.start()
         try:
@@ -130,8 +130,10 @@ class Rig:
         return self.steps[begin : begin + count]
 
     def await_hold(self, timeout: float = 10.0) -> PoseStamped | None:
-        """Waits until the node holds: three zero twists in a row. Returns the newest target, None if there
-        was none."""
+        """Waits until the node holds: three zero twists in a row.
+
+        Returns the newest target, None if there was none.
+        """
         begin = len(self.twists)
         wait_until(
             lambda: len(self.twists) >= begin + 3 and not any(map(moves, self.twists[-3:])), timeout, "a hold"
@@ -176,5 +178,6 @@ class Rig:
 
 
 def moves(twist: TwistStamped) -> bool:
+    """Whether a twist is not zero."""
     linear, angular = twist.twist.linear, twist.twist.angular
     return any((linear.x, linear.y, linear.z, angular.x, angular.y, angular.z))

@@ -76,6 +76,7 @@ def _frame(random, brightness):
 
 
 def recipe_file(folder, *steps, **changes):
+    """Writes a recipe with these training steps. changes: other values of the recipe. Returns its path."""
     path = folder / "recipe.yaml"
     network = {"preset": "tabletop", "layers": 4, "dropout": 0.0}
     values = {
@@ -90,6 +91,7 @@ def recipe_file(folder, *steps, **changes):
 
 
 def command(config, out, data, processes=1):
+    """The words of the command that runs a training."""
     start = [sys.executable, "-m"]
     if processes > 1:
         port = str(20000 + os.getpid() % 20000)
@@ -110,6 +112,7 @@ def command(config, out, data, processes=1):
 
 
 def parsed(config, out, data):
+    """The parsed arguments of that command."""
     parser = argparse.ArgumentParser()
     train_command.add_arguments(parser)
     return parser.parse_args(command(config, out, data)[4:])
@@ -126,4 +129,5 @@ def train(config, out, data, processes=1):
 
 
 def curve(log):
+    """The (stage, step, loss) of every line of a training log."""
     return [(line["stage"], line["step"], line["loss"]) for line in log]

@@ -1,5 +1,4 @@
-"""Made-up deltas and deviations of a policy with exits: some steps are hard at every exit, and deep exits are
-near full depth."""
+"""Made-up deltas and deviations: some steps are hard at every exit, deep exits are near full depth."""
 
 import numpy as np
 

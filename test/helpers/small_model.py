@@ -45,12 +45,12 @@ SMALL = ModelConfig(
 
 
 def with_decoder(config: ModelConfig, **changes) -> ModelConfig:
+    """The configuration with these changes of its decoder."""
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **changes))
 
 
 def small_model(config: ModelConfig = SMALL, seed: int = 0) -> MultiExitVLA:
-    """A network with random weights, larger than at initialisation, so that exits disagree differently in
-    each step."""
+    """A network with large random weights, so that its exits disagree differently in each step."""
     torch.manual_seed(seed)
     model = MultiExitVLA(config).eval().requires_grad_(False)
     for parameter in model.layers.parameters():
@@ -73,8 +73,7 @@ def small_tokenizer(max_tokens: int = SMALL.max_tokens) -> InstructionTokenizer:
 
 
 def observations(count: int, seed: int = 0) -> list[Observation]:
-    """Observations of noise images in two sizes, which differ from the network's, and a gripper that points
-    down."""
+    """Observations of noise images in two sizes unlike the network's, and a gripper that points down."""
     random, tcp = np.random.default_rng(seed), np.array([0.4, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0])
     sizes = (20, 24, 3), (12, 10, 3)
     return [

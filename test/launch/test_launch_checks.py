@@ -1,5 +1,4 @@
-"""Tests of the checks that launch files make before they start anything, and of their handling of a process's
-end."""
+"""Tests of the checks of launch files before they start anything, and of their handling of exits."""
 
 import os
 import subprocess

@@ -109,8 +109,7 @@ def is_parameters(node):
 
 @pytest.mark.parametrize("namespace", ["/", "/left"])
 def test_what_launch_gives_wins_over_the_parameter_file(namespace, tmp_path):
-    """The command line is that of launch_ros: first the file, then a file of its own with the node's full
-    name."""
+    """The command line is launch_ros's: first the file, then a file of its own with the node's full name."""
     given = tmp_path / "launch_params.yaml"
     full_name = f"{namespace.rstrip('/')}/{NODE_NAME}"
     given.write_text(
@@ -137,8 +136,7 @@ def test_what_launch_gives_wins_over_the_parameter_file(namespace, tmp_path):
 
 
 def test_a_replay_plays_on_the_recordings_clock_and_keeps_recorded_outputs_apart():
-    """This concerns every topic on which the node publishes: with two publishers, recorded decisions would
-    mix with new ones."""
+    """This holds for every topic of the node: with two publishers, old decisions would mix with new ones."""
     (outputs,) = (
         node.value.elts
         for node in ast.walk(ast.parse(REPLAY.read_text()))

@@ -1,7 +1,7 @@
 """The process of a gripper controller for the policy node: `python gripper_server.py TYPE ACTION MANNER`.
 
 It prints every goal. MANNER is "hesitates": it refuses goals for three seconds, and accepts the next one only
-four seconds after it came; "obeys": it reaches every goal; or "aborts": it accepts every goal and reaches none.
+after four seconds; "obeys": it reaches every goal; or "aborts": it accepts every goal and reaches none.
 """
 
 import sys

@@ -69,8 +69,7 @@ def trial(client: Client, index: int, fault: str) -> float:
 
 
 def end(client: Client, index: int, busy: int) -> float:
-    """The seconds from SIGINT to the end of the process, whose exit status must be 0. busy: the number of
-    busy loops."""
+    """The seconds from SIGINT to the process's end with status 0. busy: the number of busy loops."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     namespace = f"end{busy}_{index}/"
     try:

@@ -1,5 +1,4 @@
-"""Tests of bad inputs over real DDS: the arm holds, the node names the reason, and the next good input ends
-the hold."""
+"""Tests of bad inputs over real DDS: the arm holds, the reason is named, and a good input ends the hold."""
 
 import array
 import math

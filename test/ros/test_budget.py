@@ -1,5 +1,4 @@
-"""Tests of budgets that are set while the node controls: the next step keeps them, or the node refuses them
-and names the range."""
+"""Tests of budgets that are set during control: the next step keeps them, or the error names the range."""
 
 import math
 from types import SimpleNamespace

@@ -1,5 +1,4 @@
-"""Tests of when a node may begin to command the arm beside other publishers, with a fake ROS graph and
-clock."""
+"""Tests of when a node may begin to command the arm beside others, with a fake ROS graph and clock."""
 
 import subprocess
 import sys
@@ -40,8 +39,10 @@ class Graph:
 
 @pytest.fixture
 def look(monkeypatch) -> SimpleNamespace:
-    """The object under test as `others`, made at time 0, and its `node`. `at(seconds)` gives its result at
-    that time."""
+    """The object under test as `others`, made at time 0, and its `node`.
+
+    `at(seconds)` gives its result at that time.
+    """
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(graph, "time", SimpleNamespace(monotonic=lambda: clock.now))
     node = Graph()
@@ -111,7 +112,6 @@ def test_the_own_watchdog_is_nobody_else(look):
 
 
 def test_the_node_is_made_before_torch_is_loaded():
-    """While torch is loaded, which takes seconds, DDS already discovers other nodes: the time counts from the
-    node's start."""
+    """DDS already discovers other nodes while torch is loaded: the time counts from the node's start."""
     code = "import sys; import deer_vla_ros.ros.policy_node; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,5 +1,4 @@
-"""Tests of image messages: every layout gives the same RGB, and every defect an error in one line, for any
-data."""
+"""Tests of image messages: every layout gives the same RGB, every defect an error in one line."""
 
 import io
 import re
@@ -495,8 +494,7 @@ CHUNKS = st.builds(chunk, st.sampled_from(NAMES), st.binary(max_size=30))
 
 @st.composite
 def damaged_headers(draw) -> bytes:
-    """Files with a changed structure: other markers, names and sizes, and parts that are added or
-    repeated."""
+    """Files with a changed structure: other markers, names and sizes, and added or repeated parts."""
     data = bytearray(draw(st.sampled_from(FILES)))
     signs = [found.start() for found in re.finditer(rb"\xff[^\x00\xff]", data)]
     places = [*signs, *range(8, 40)] if data[0] == 0xFF else [*range(8, 40), len(data) - 12]

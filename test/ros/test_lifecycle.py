@@ -1,5 +1,4 @@
-"""Tests of the policy node's lifecycle over real DDS: its start, transitions, end and kill, and that nothing
-is left behind."""
+"""Tests of the policy node's lifecycle over real DDS: start, transitions, end, kill, and clean-up."""
 
 import re
 import signal

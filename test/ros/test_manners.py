@@ -1,5 +1,4 @@
-"""Tests of what a robotics engineer expects of a node that moves an arm: inputs, outputs and other nodes,
-over real DDS."""
+"""Tests of a node's inputs, outputs and neighbours over real DDS, as a robotics engineer expects them."""
 
 import dataclasses
 import re

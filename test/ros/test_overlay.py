@@ -126,8 +126,10 @@ def test_a_motion_that_the_guard_shortened_is_told_apart():
 
 
 def test_sixteen_exits_and_two_full_frames_cost_as_little_as_shrinking_the_frames():
-    """The cost is a ratio, because machines differ. It was 1.7 to 1.9 times the cost of shrinking both frames
-    for the network."""
+    """The cost is a ratio, because machines differ.
+
+    It was 1.7 to 1.9 times the cost of shrinking both frames for the network.
+    """
     frame = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
     deep = decision((0.1,) * 16, (0.05,) * 16, 15, StopReason.DEEPEST)
     drawing, shrinking = [], []

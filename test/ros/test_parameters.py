@@ -1,5 +1,4 @@
-"""Tests that parameters follow their declarations: in the YAML file, at the start, set live, and dumped and
-loaded again."""
+"""Tests that parameters follow their declarations: in YAML, at the start, set live, dumped and loaded."""
 
 import contextlib
 

@@ -1,5 +1,4 @@
-"""Tests of the policy node as a process over real DDS: messages and commands, hold and recovery, parameters,
-and its end."""
+"""Tests of the policy node as a process over real DDS: commands, hold, recovery, parameters, its end."""
 
 import math
 import re

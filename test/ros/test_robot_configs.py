@@ -1,5 +1,4 @@
-"""Tests of the files in config/robots: the node accepts them, the arm starts held and slow, and they name
-their sources."""
+"""Tests of config/robots: the node accepts the files, the arm starts held and slow, sources are named."""
 
 import re
 

@@ -1,5 +1,4 @@
-"""Tests of safety over real DDS: the node is stopped, killed, hangs, runs twice, is not received, or gets
-impossible requests."""
+"""Tests of safety over real DDS: a node that is stopped, killed, hung, doubled or not received."""
 
 from __future__ import annotations
 

@@ -156,8 +156,7 @@ def test_running_processes_use_exactly_what_the_policy_allows(client, policy, no
 
 
 def settled(client: Client, node: str, namespace: str, allowed: dict) -> dict[str, set[str]] | None:
-    """The names that `node` uses, as soon as the graph has all of its services and publishers; None
-    before."""
+    """The names that `node` uses, once the graph has all of its services and publishers; None before."""
     if (node, namespace) not in client.node.get_node_names_and_namespaces():
         return None
     found = used(client, node, namespace)

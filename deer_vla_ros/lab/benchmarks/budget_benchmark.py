@@ -58,8 +58,7 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class _Job:
-    """The input of a worker: a checkpoint folder, and a folder with features (N, layers, width) and a list of
-    episodes."""
+    """The input of a worker: folders of the checkpoint, and of features (N, layers, width) and episodes."""
 
     folder: Path
     features: Path
@@ -219,8 +218,7 @@ def _row(job: tuple[_Job, _Job, float]) -> BudgetRow:
 
 
 def _worst_window(steps: Iterator[tuple[float, float, int]], fraction: float) -> float:
-    """The largest relative error of the mean over RECENT consecutive steps, after the first SETTLING
-    steps."""
+    """The largest relative error of the mean over RECENT steps, after the first SETTLING steps."""
     shares = np.array([share for _, share, _ in steps])[SETTLING:]
     means = np.convolve(shares, np.ones(RECENT) / RECENT, mode="valid")
     return float(np.abs(means / fraction - 1).max())

@@ -178,8 +178,7 @@ def _compare(rows: list[dict[str, Any]], other: dict[str, Any]) -> Comparison:
 
 
 def _cheapest(kind: str, rows: list[dict[str, Any]], other: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of this kind with the fewest MACs among those that are as long as `other`; None if there is
-    none."""
+    """The row of this kind with the fewest MACs among those that are as long as `other`, or None."""
     equal = (row for row in rows if row["kind"] == kind and _is_as_long(row, other))
     return min(equal, key=lambda row: row["llm_gmac_mean"], default=None)
 

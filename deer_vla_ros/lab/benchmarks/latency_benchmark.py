@@ -1,5 +1,7 @@
-"""The latency of a step on this machine, by depth. It is measured once and stored, so that replays always
-decide with the same values."""
+"""The latency of a step on this machine, by depth.
+
+It is measured once and stored, so that replays always decide with the same values.
+"""
 
 from __future__ import annotations
 

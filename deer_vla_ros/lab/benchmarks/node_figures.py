@@ -1,5 +1,4 @@
-"""The figures of the latency benchmark: the listener's samples, matched by camera stamp, and their
-percentiles."""
+"""The figures of the latency benchmark: percentiles of the listener's samples, matched by camera stamp."""
 
 from __future__ import annotations
 
@@ -67,8 +66,10 @@ class LatencyRow:
 
 
 def read(log: Path) -> Heard:
-    """Reads the listener's log so far. It skips an incomplete last line, and lines that other code prints to
-    the same log."""
+    """Reads the listener's log so far.
+
+    It skips an incomplete last line, and lines that other code prints to the same log.
+    """
     heard = Heard({}, {}, {}, {})
     for line in log.read_text(errors="replace").splitlines(keepends=True):
         if line.startswith('["') and line.endswith("\n"):

@@ -128,8 +128,7 @@ def load() -> None:
 
 
 def _spin(name: str, wire) -> None:
-    """Runs a node as the policy node is run, with one thread and one executor. wire: adds its publishers and
-    subscribers."""
+    """Runs a node with one thread and one executor, like the policy node. wire: adds its topics."""
     with ros_process([]) as stop:
         node = rclpy.create_node(name, namespace=NAMESPACE)
         wire(node)

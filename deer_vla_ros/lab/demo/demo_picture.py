@@ -71,8 +71,7 @@ def draw(
 
 
 def whole_bands(moments: list[PictureMoment]) -> list[PictureMoment]:
-    """Selects as many moments as fill whole bands, with the first and the last one; all if they do not fill
-    one band."""
+    """Selects moments that fill whole bands, with the first and the last; all if fewer than a band."""
     kept = len(moments) // COLUMNS * COLUMNS or len(moments)
     return [moments[round(place)] for place in np.linspace(0, len(moments) - 1, kept)]
 

@@ -85,8 +85,7 @@ class DemoRecorder(Node):
         )
 
     def policies(self) -> int:
-        """The number of policy nodes that publish steps in this ROS domain; more than one means that a
-        foreign node runs."""
+        """The number of policy nodes that publish steps in this ROS domain. A second one is foreign."""
         return self.count_publishers(f"{POLICY_NODE}/step")
 
     def _on_image(self, camera: str, image: Image) -> None:

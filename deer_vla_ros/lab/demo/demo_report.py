@@ -57,8 +57,7 @@ class InstructionResult:
 
 
 def row_of(message: Any) -> dict[str, Any]:
-    """A ROS message in types of JSON: nested messages are dictionaries (stamps: sec, nanosec), NaN and
-    infinity are None."""
+    """A ROS message as a dictionary for JSON, nested ones included. NaN and infinity become None."""
     return {name: _plain(getattr(message, name)) for name in message.get_fields_and_field_types()}
 
 
@@ -186,8 +185,10 @@ def write_summary(summary: dict[str, Any], path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path, and then moves the whole file to `path`. After an error `path` is
-    unchanged."""
+    """Calls `write` with a temporary path, and then moves the whole file to `path`.
+
+    After an error `path` is unchanged.
+    """
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         write(part)

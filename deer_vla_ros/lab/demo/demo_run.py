@@ -1,5 +1,4 @@
-"""The run of a demo: it waits until all processes are ready, gives the instructions one after another, and
-records."""
+"""The run of a demo: wait for the processes, give the instructions one after another, and record."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The text output of a demo: a live table in a terminal, or else one line per second; and a summary at the
-end."""
+"""The text output of a demo: a live table in a terminal, else a line per second; and a summary."""
 
 from __future__ import annotations
 

@@ -25,8 +25,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result for all arrays of one kind in one recording. arrays: their number. worst: the largest
-    difference."""
+    """The result for the `arrays` arrays of one kind in one recording. worst: the largest difference."""
 
     recording: str
     kind: str
@@ -51,8 +50,7 @@ def compare(kind: str, where: str, recorded: np.ndarray, ours: object) -> Differ
 
 
 def compare_relative(kind: str, where: str, recorded: float, ours: float) -> Difference:
-    """The difference of one number, relative to the recorded one; infinite if only the recorded one is 0, or
-    for NaN."""
+    """The difference of one number, relative to the recorded one; infinite for NaN or a recorded 0."""
     if recorded == ours:
         return Difference(kind, where, EXACT)
     relative = abs(ours - recorded) / abs(recorded) if recorded else float("inf")

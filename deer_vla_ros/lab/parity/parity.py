@@ -1,5 +1,4 @@
-"""The parity check of the network: every recorded tensor of the reference against ours, computed by the
-policy's own code."""
+"""The parity check of the network: the reference's recorded tensors against those of our code."""
 
 from __future__ import annotations
 
@@ -104,8 +103,7 @@ def _check_model(folder: Path, name: str) -> list[Difference]:
 
 
 def check_rollout(recording: ModelRecording) -> Iterator[Difference]:
-    """Compares whole episodes through the reference's step function with `DeerPolicy` on the same raw
-    images."""
+    """Compares whole episodes of the reference's step function with `DeerPolicy` on the same raw images."""
     model, arrays = recording.model, recording.rollout
     observations = [
         Observation(static, gripper) for static, gripper in zip(arrays["raw_static"], arrays["raw_gripper"])
@@ -147,8 +145,7 @@ def check_rollout(recording: ModelRecording) -> Iterator[Difference]:
 def _check_moments(
     arrays: dict, model: MultiExitVLA, images: Tensor, text: TextContext
 ) -> Iterator[Difference]:
-    """Compares tensors that were recorded inside single steps: patch tokens, visual tokens, token
-    embedding."""
+    """Compares tensors of single steps: patch tokens, visual tokens, token embedding."""
     for name in arrays:
         moment = re.fullmatch(r"t(\d+)/(vit_tokens|perceiver|token_embedding)(?:_(static|gripper))?", name)
         if not moment:
@@ -256,8 +253,7 @@ def _as_half(poses: np.ndarray, grippers: np.ndarray) -> np.ndarray:
 
 
 def check_window(recording: ModelRecording) -> Iterator[Difference]:
-    """Compares batches of whole windows, as training uses them: all hidden states and the outputs of every
-    head."""
+    """Compares batches of whole windows, as in training: all hidden states and the outputs of every head."""
     arrays = recording.window
     for name in sorted(name for name in arrays if re.fullmatch(r"fwd\d+/pooled", name)):
         forward = name.removesuffix("/pooled")

@@ -54,8 +54,7 @@ errors far below half of the grid."""
 
 
 def check_training(folder: Path, name: str) -> Iterator[Difference]:
-    """Compares the joint stage's first steps in float32, and the parameter groups and learning rates of both
-    stages."""
+    """Compares the joint stage's first steps in float32, and both stages' parameter groups and rates."""
     recording, training = read_model(folder, name), read_training(folder, name)
     yield from _check_groups(recording, training)
     stage = training.stages[0]
@@ -180,8 +179,10 @@ def _check_values(
 def _compare_each(
     kind: str, where: str, recorded: Mapping[str, float], ours: Mapping[str, float]
 ) -> Iterator[Difference]:
-    """Compares named numbers, relative to the recorded ones. A number that only one side has differs
-    infinitely."""
+    """Compares named numbers, relative to the recorded ones.
+
+    A number that only one side has differs infinitely.
+    """
     for name in {**recorded, **ours}:
         yield compare_relative(kind, f"{where} {name}", recorded.get(name, np.nan), ours.get(name, np.nan))
 
@@ -212,8 +213,7 @@ def step_loss(recording: ModelRecording, step: Mapping[str, Any]) -> MultiExitLo
 
 
 def reference_losses(loss: MultiExitLoss) -> dict[str, float]:
-    """The values of a loss under the names in the reference's log, where `num` means the pose and `bin` the
-    gripper."""
+    """The values of a loss under the names in the reference's log: `num` is the pose, `bin` the gripper."""
     passes = [part for _, part in loss.parts()]
     heads = [*loss.auxiliary.values(), loss.last]
     named = {

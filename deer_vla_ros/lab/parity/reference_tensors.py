@@ -69,8 +69,10 @@ class TrainingRecording:
 
 
 def read_model(folder: Path, name: str) -> ModelRecording:
-    """Reads the recording of a model, by its name ("3b" or "9b"). Raises UserError if a file is missing or
-    damaged."""
+    """Reads the recording of a model, by its name ("3b" or "9b").
+
+    Raises UserError if a file is missing or damaged.
+    """
     keys = read_json(folder / f"{name}_keys.json")
     stored = {
         key: torch.from_numpy(array).float()
@@ -116,8 +118,7 @@ def _same_tensors(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.T
 
 
 def model_config(keys: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ModelConfig:
-    """The configuration of a recorded model, from its recorded config and, where that says nothing, from its
-    tensors."""
+    """The configuration of a recorded model, from its recorded config and otherwise from its tensors."""
     config = keys["config"]
     language, clip, head = config["llm"]["config"], config["clip"], config["head"]
     is_mpt = config["llm"]["kind"] == "mpt"
@@ -187,8 +188,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of a recording file; pickled ones are refused. Raises UserError if it is missing or
-    malformed."""
+    """Reads all arrays of a recording file; pickled ones are refused.
+
+    Raises UserError if it is missing or malformed.
+    """
     try:
         arrays = np.load(path, allow_pickle=False)
         if not isinstance(arrays, np.lib.npyio.NpzFile):

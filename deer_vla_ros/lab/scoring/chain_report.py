@@ -1,5 +1,4 @@
-"""The figures of an evaluation: average chain length with its interval, success rates by task, and the cost
-of the steps."""
+"""The figures of an evaluation: average chain length with its interval, rates by task, cost of the steps."""
 
 from __future__ import annotations
 

@@ -39,8 +39,10 @@ class Driver(Protocol):
     """What moves the arms; each arm has a lane of its own."""
 
     def begin(self, lane: int, task: str, instruction: str) -> int:
-        """Starts a new instruction in a lane. Returns its number of tokens, special tokens included; 0 if the
-        driver reads no text."""
+        """Starts a new instruction in a lane.
+
+        Returns its number of tokens, special tokens included; 0 if the driver reads no text.
+        """
 
     def decide(self, arms: Mapping[int, TableArm]) -> Mapping[int, LaneDecision]:
         """Returns the next decision of every lane in `arms`, from the present state of its arm and table."""

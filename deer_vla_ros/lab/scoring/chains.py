@@ -172,8 +172,10 @@ def _drawn(tasks: list[Task], random: np.random.Generator) -> Task:
 def _worded(
     seed: int, attempt: int, table_seed: int, prefix: tuple[str, ...], tasks: tuple[str, ...], phrasings: str
 ) -> Chain:
-    """The chain with its phrasings. They have a random stream of their own, so that other phrasings leave the
-    tasks as they are."""
+    """The chain with its phrasings.
+
+    They have a random stream of their own, so that other phrasings leave the tasks as they are.
+    """
     random = np.random.default_rng([seed, attempt, 1])
     held_out = tuple(
         phrasings == "held-out" or (phrasings == "both" and bool(random.integers(2))) for _ in tasks

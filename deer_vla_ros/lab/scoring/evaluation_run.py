@@ -1,5 +1,4 @@
-"""One evaluation: groups of chains run in lock step in several processes, and finished groups are kept on
-disk."""
+"""One evaluation: groups of chains in lock step in several processes. Finished groups are kept on disk."""
 
 from __future__ import annotations
 
@@ -137,8 +136,10 @@ def files_of(folder: Path) -> dict[str, Any]:
 
 
 def tasks_sha256() -> str:
-    """The SHA-256 sum of all tasks and their phrasings. It covers neither the simulation nor the criteria of
-    success."""
+    """The SHA-256 sum of all tasks and their phrasings.
+
+    It covers neither the simulation nor the criteria of success.
+    """
     wordings = [[task.name, task.phrasings, task.held_out] for task in TASKS]
     return hashlib.sha256(json.dumps(wordings).encode()).hexdigest()
 

@@ -42,8 +42,10 @@ class ExitChoice:
     by_time: tuple[tuple[int, int], ...] | None = None
 
     def rule_of(self, checkpoint: Checkpoint) -> RuleOf:
-        """The exit rules that this choice means for a checkpoint. Raises UserError if the checkpoint cannot
-        follow the choice."""
+        """The exit rules that this choice means for a checkpoint.
+
+        Raises UserError if the checkpoint cannot follow the choice.
+        """
         info = checkpoint.info
         exits = info.model.exits
         if self.budget is not None:
@@ -103,8 +105,10 @@ class NetworkDriver:
         return self._tokens[lane]
 
     def decide(self, arms: Mapping[int, TableArm]) -> dict[int, LaneDecision]:
-        """See chain_run.Driver. Raises UserError if an action is not finite: such a network cannot be
-        scored."""
+        """See chain_run.Driver.
+
+        Raises UserError if an action is not finite: such a network cannot be scored.
+        """
         for lane in arms:
             self._policy.set_rule(self._rule_of(self._tokens[lane], self._steps[lane]), lane)
             self._steps[lane] += 1
@@ -127,8 +131,10 @@ def _observation(arm: TableArm) -> Observation:
 
 
 def _budget_rules(budget: Budget, checkpoint: Checkpoint) -> RuleOf:
-    """The thresholds that the node solves for each instruction's length. The governor is off: they are the
-    same in every step."""
+    """The thresholds that the node solves for each instruction's length.
+
+    The governor is off: they are the same in every step.
+    """
     budget = dataclasses.replace(budget, governor=False)
     keeper = BudgetKeeper.of(checkpoint)
     keeper.check(budget)

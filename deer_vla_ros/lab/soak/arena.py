@@ -84,8 +84,10 @@ class Arena:
         return next((pid for pid in children_of(self.node.pid) if WATCHDOG in command_of(pid)), None)
 
     def revive_node(self) -> int:
-        """Ends the node if it still runs, and starts a new one, as a supervisor does. Returns the time of the
-        start."""
+        """Ends the node if it still runs, and starts a new one, as a supervisor does.
+
+        Returns the time of the start.
+        """
         if self.node.is_running():
             self.node.kill()
         elif not self.node.killed:
@@ -93,8 +95,10 @@ class Arena:
         return self._replace_node()
 
     def use_simulated_time(self) -> int:
-        """Starts a new robot that publishes /clock, and a new node that uses it. Returns the time of the
-        node's start."""
+        """Starts a new robot that publishes /clock, and a new node that uses it.
+
+        Returns the time of the node's start.
+        """
         self._note_end(self.node, self.node.end())
         self.robot.end()
         self.observer.say(do="robot_gone")

@@ -25,8 +25,7 @@ class Arm:
     _push: tuple[np.ndarray, float] = field(default_factory=lambda: (np.zeros(3), 0.0))
 
     def push(self, way: np.ndarray, seconds: float) -> None:
-        """Moves the arm by `way` (3,) [m] within `seconds`, in addition to its commands, as a person
-        would."""
+        """Moves the arm by `way` (3,) [m] within `seconds`, in addition to its commands: a person's push."""
         self._push = (way / seconds, seconds)
 
     def displace(self, way: np.ndarray) -> None:

@@ -1,5 +1,4 @@
-"""The bench gives the judge all received messages in the order of time, and keeps a record of the
-violations."""
+"""The bench: it gives the judge all messages in the order of time, and keeps a record of violations."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ CLOCK_DELIVERY_NS = SECOND // 10
 
 @dataclass(frozen=True)
 class Summary:
-    """The observer's result. violations: the fields of each Violation, and "faults", those in progress at
-    that time."""
+    """The observer's result. violations: each one's fields, and "faults", those in progress at that time."""
 
     commands: int
     motions: int
@@ -119,15 +117,13 @@ class Bench:
         self._troubles.append(_Trouble(name, at_ns))
 
     def over(self, name: str, at_ns: int) -> None:
-        """Notes that the node has recovered from a fault, or that the soak command no longer waits for
-        that."""
+        """Notes that the node has recovered from a fault, or that the soak command stopped waiting for it."""
         for trouble in self._troubles:
             if trouble.name == name and trouble.end_ns is None:
                 trouble.end_ns = at_ns
 
     def must_have_held(self, name: str, begin_ns: int, end_ns: int, by_decisions: bool) -> None:
-        """Demands that the arm held in this time. by_decisions: check step messages, because no command was
-        received."""
+        """Demands that the arm held in this time. by_decisions: judge by steps, not by commands."""
         self._windows.append(_Window(name, begin_ns, end_ns, by_decisions))
 
     def mute(self, begin_ns: int, end_ns: int) -> None:
@@ -135,8 +131,7 @@ class Bench:
         self._silence.excuse(begin_ns, end_ns)
 
     def stalled(self, begin_ns: int, end_ns: int) -> None:
-        """Notes a time in which the observer itself could not receive messages, and excuses silence around
-        it."""
+        """Notes a time in which the observer could not receive messages, and excuses silence around it."""
         self._stalls.append((end_ns - begin_ns) / SECOND)
         self._silence.excuse(begin_ns - STALL_AROUND_NS, end_ns + STALL_AROUND_NS)
 
@@ -183,8 +178,10 @@ class Bench:
             self._record(violation, self._in_progress(violation.at_ns))
 
     def _by_the_nodes_clock(self, command: HeardCommand) -> HeardCommand:
-        """The command with the time of the node's clock. Just after a jump the clock may have shown two
-        times: the older one counts."""
+        """The command with the time of the node's clock.
+
+        Just after a jump the clock may have shown two times: the older one counts.
+        """
         if not self._offsets:
             return command
         self._offsets.sort()

@@ -49,8 +49,10 @@ others."""
 
 
 class Caller:
-    """The operator's node. It has the same clients all the time: a server keeps memory for every client it
-    has had."""
+    """The operator's node.
+
+    It has the same clients all the time: a server keeps memory for every client it has had.
+    """
 
     def __init__(self) -> None:
         self.node = rclpy.create_node("soak_operator")
@@ -128,8 +130,10 @@ class Caller:
         return {"sent": count, "answered": len(answers), "accepted": accepted}
 
     def set_parameters(self, values: dict[str, float]) -> dict[str, Any]:
-        """Sets all values in one atomic request. The result says whether they were accepted, and if not,
-        why."""
+        """Sets all values in one atomic request.
+
+        The result says whether they were accepted, and if not, why.
+        """
         answers = self._call_all([(self._parameters[0], _request(values))])
         accepted = bool(answers) and answers[0].result.successful
         reason = answers[0].result.reason if answers else "no answer"

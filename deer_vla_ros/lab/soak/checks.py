@@ -88,8 +88,7 @@ def _leash(limits: Limits, command: HeardCommand, near: list[HeardPose]) -> list
 
 
 def fresh(limits: Limits, command: HeardCommand) -> list[Violation]:
-    """Checks that the age of a motion's inputs is within the limit when it leaves the node and when it
-    arrives."""
+    """Checks the age of a motion's inputs, when it leaves the node and when it arrives."""
     limit = limits.max_age_s + limits.late_s
     left = (command.clock_ns - command.stamp_ns) / SECOND
     arrived = left + (command.heard_ns - command.said_ns) / SECOND
@@ -116,8 +115,10 @@ def speed(limits: Limits, command: HeardCommand) -> list[Violation]:
 
 
 def start(limits: Limits, command: HeardCommand, near: list[HeardPose]) -> list[Violation]:
-    """Checks that the first motion after a hold is at most one step away from the arm. Unknown poses give no
-    violation."""
+    """Checks that the first motion after a hold is at most one step away from the arm.
+
+    Unknown poses give no violation.
+    """
     if not near:
         return []
 
@@ -138,8 +139,7 @@ def moved_by(command: HeardCommand, last: HeardCommand) -> tuple[float, float]:
 
 
 def step(limits: Limits, command: HeardCommand, last: HeardCommand) -> list[Violation]:
-    """Checks two motions in a row: they are within the limits of one step, and the twist agrees with the
-    targets."""
+    """Checks two motions in a row: the limits of one step, and that the twist agrees with the targets."""
     metres, radians = moved_by(command, last)
     found = []
     if metres > limits.max_translation_m + ROUNDING:

@@ -1,5 +1,7 @@
-"""The measures of poses that the judge needs. They share no code with the node, to be independent of its
-errors."""
+"""The measures of poses that the judge needs.
+
+They share no code with the node, to be independent of its errors.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,13 @@ def outside_by(position: np.ndarray, low: tuple[float, ...], high: tuple[float, 
 
 
 def is_pose(position: np.ndarray, quaternion: np.ndarray) -> bool:
-    """Whether the numbers are a possible pose: finite, within a kilometre, a quaternion (4,) of about unit
-    length."""
+    """Whether a pose is possible: finite, within a kilometre, a quaternion (4,) of about unit length."""
     finite = bool(np.isfinite(position).all() and np.isfinite(quaternion).all())
     return finite and float(np.abs(position).max()) < 1e3 and abs(float(np.linalg.norm(quaternion)) - 1) < 0.1
 
 
 def twist_between(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """The rotation vector (3,) [rad], along fixed axes, that turns orientation `start` into `end` (4,)
-    xyzw."""
+    """The rotation vector (3,) [rad], along fixed axes, from orientation `start` to `end`, (4,) xyzw."""
     x, y, z, w = _product(end / np.linalg.norm(end), _conjugate(start / np.linalg.norm(start)))
     if w < 0:
         x, y, z, w = -x, -y, -z, -w

@@ -12,8 +12,10 @@ KEPT = 4000
 
 
 class News:
-    """The observer's reports. The thread that reads the observer calls `hear`; other threads may call the
-    rest."""
+    """The observer's reports.
+
+    The thread that reads the observer calls `hear`; other threads may call the rest.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -39,13 +41,17 @@ class News:
             self._changed.notify_all()
 
     def motion_after(self, begin_ns: int, seconds: float) -> int | None:
-        """The time of the first motion after `begin_ns` [ns]. Waits for it at most `seconds`; None if none
-        came."""
+        """The time of the first motion after `begin_ns` [ns].
+
+        Waits for it at most `seconds`; None if none came.
+        """
         return self._first(self._motions, begin_ns, seconds)
 
     def hold_after(self, begin_ns: int, seconds: float) -> int | None:
-        """The time of the first hold after `begin_ns` [ns]. Waits for it at most `seconds`; None if none
-        came."""
+        """The time of the first hold after `begin_ns` [ns].
+
+        Waits for it at most `seconds`; None if none came.
+        """
         return self._first(self._holds, begin_ns, seconds)
 
     def messages(self, begin_ns: int, end_ns: int) -> list[str]:

@@ -27,8 +27,10 @@ MARK = "soak did this on purpose"
 
 
 class PanicException(BaseException):
-    """The error of a library in Rust that panics. It is not an Exception, so that `except Exception` does not
-    catch it."""
+    """The error of a library in Rust that panics.
+
+    It is not an Exception, so that `except Exception` does not catch it.
+    """
 
 
 def _raise() -> None:

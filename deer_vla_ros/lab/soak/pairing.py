@@ -32,8 +32,7 @@ class Half:
 
 
 class Publishers:
-    """Distinguishes the publishers of one topic by their numbers of messages, since rclpy gives nothing
-    else."""
+    """Distinguishes the publishers of one topic by their numbers of messages: rclpy gives nothing else."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}  # The newest count of each publisher.
@@ -66,8 +65,10 @@ class Pairing:
         self._ready: list[HeardCommand] = []
 
     def put(self, half: Half) -> None:
-        """Takes a half. If a half of the same kind and stamp still waits, that one becomes a command
-        alone."""
+        """Takes a half.
+
+        If a half of the same kind and stamp still waits, that one becomes a command alone.
+        """
         other = self._halves.pop((half.stamp_ns, not half.is_twist), None)
         if other is not None:
             self._ready.append(_command(*((half, other) if half.is_twist else (other, half))))

@@ -87,8 +87,10 @@ class Part:
         return self._answers.pop(number)
 
     def await_ready(self, patience_s: float = ANSWER_S) -> None:
-        """Waits until the process has written that it is ready. Raises UserError if it does not within
-        `patience_s`."""
+        """Waits until the process has written that it is ready.
+
+        Raises UserError if it does not within `patience_s`.
+        """
         with self._news:
             if (
                 not self._news.wait_for(lambda: self._ready or not self.is_running(), patience_s)
@@ -126,8 +128,7 @@ class Part:
         self._popen.wait()
 
     def end(self) -> int | None:
-        """Ends the process with SIGTERM, and after END_S with SIGKILL. Returns its exit status, None after
-        SIGKILL."""
+        """Ends the process by SIGTERM, after END_S by SIGKILL. Returns its status, None after SIGKILL."""
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         with contextlib.suppress(OSError):

@@ -67,8 +67,10 @@ def _kill_robot(arena: Arena) -> int:
 
 
 def _start_second(arena: Arena) -> int:
-    """Starts a second node and waits until it holds. It must log that, with the reason, and never that it
-    controls."""
+    """Starts a second node and waits until it holds.
+
+    It must log that, with the reason, and never that it controls.
+    """
     begin_ns = time.time_ns()
     second = arena.start_second_node()
     size = second.log.stat().st_size if second.log.exists() else 0
@@ -93,8 +95,7 @@ def _end_second(arena: Arena) -> int:
 
 
 def _limit_files(size: int) -> Act:
-    """Limits the size of the files that the node and its watchdog write; 0 has the effect of a full disk, -1
-    ends it."""
+    """Limits the size of files that the node and its watchdog write. 0 is like a full disk; -1 ends it."""
 
     def act(arena: Arena) -> int:
         for pid in filter(None, (arena.node.pid, arena.watchdog_pid())):

@@ -80,8 +80,7 @@ def _pair(faults: Sequence[Fault], dice: random.Random) -> tuple[Fault, ...]:
 
 
 def _apart(one: Fault, other: Fault) -> bool:
-    """Whether neither of two faults cancels the other: a call may end a hold that only ~/hold or a new
-    instruction ends."""
+    """Whether neither fault cancels the other, as a call does that ends the other one's hold."""
     return not any(
         first.door is Door.CALLS and (second.clearing is Clearing.ASKED or second.name == "pose_first_zero")
         for first, second in ((one, other), (other, one))

@@ -111,8 +111,7 @@ def _begin_simulated_time(arena: Arena) -> None:
 
 
 def _revive(arena: Arena) -> None:
-    """Starts a new node after a fault from which the node did not recover, so that the next fault can be
-    judged."""
+    """Starts a new node after one did not recover, so that the next fault can be judged."""
     begin_ns = time.time_ns()
     arena.revive_node()
     arena.await_motion("after it was started anew")

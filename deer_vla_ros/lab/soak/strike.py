@@ -86,8 +86,10 @@ def strike(arena: Arena, faults: Sequence[Fault], gap_s: float, started_ns: int)
 
 
 def _recover(arena: Arena, struck: Sequence[_Struck], end_ns: int) -> tuple[int | None, int | None]:
-    """Waits for motion, and clears the hold if the faults need that. Returns the times of both [ns]; None for
-    never."""
+    """Waits for motion, and clears the hold if the faults need that.
+
+    Returns the times of both [ns]; None for never.
+    """
     restarts = any(each.fault.restarts for each in struck)
     ways = {each.fault.clearing for each in struck}
     if ways == {Clearing.ASKED}:
@@ -105,8 +107,7 @@ def _recover(arena: Arena, struck: Sequence[_Struck], end_ns: int) -> tuple[int 
 
 
 def _judge(arena: Arena, struck: _Struck, cleared_ns: int | None) -> None:
-    """Lets the observer check that no motion came when the arm had to hold, and checks that a hold was
-    published."""
+    """Has the observer check that the arm held when it had to, and checks that a hold was published."""
     fault, begin_ns = struck.fault, struck.begin_ns
     if fault.holds_after_s is None:
         return

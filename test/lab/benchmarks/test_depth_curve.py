@@ -52,8 +52,7 @@ def test_without_the_static_network_there_is_no_headline():
     ],
 )
 def test_as_long_is_told_chain_by_chain(lengths, is_as_long):
-    """If six of 500 chains lose one task and none wins one, this is no chance, even if the lengths vary much
-    more."""
+    """Six of 500 chains lose one task and none wins one: this is no chance, for any spread of lengths."""
     (found,) = headline([STATIC, row("dynamic", "own thresholds", lengths, 1.0)])
     assert (found.dynamic is not None) == is_as_long
     assert found.saved == (pytest.approx(9.0) if is_as_long else pytest.approx(math.nan, nan_ok=True))
@@ -68,8 +67,7 @@ def test_too_few_chains_to_tell_do_not_make_two_networks_equal():
 
 
 def test_each_is_compared_with_the_cheapest_dynamic_point_of_its_own_length():
-    """The best fixed exit is longer than the static network here, so that the same point cannot be as long as
-    both."""
+    """The best fixed exit is longer than the static network, so that one point cannot be as long as both."""
     rows = [
         STATIC,
         row("dynamic", "0.2", longer(100, -1), 0.8),
@@ -98,8 +96,10 @@ def test_the_plot_is_written_where_it_was_asked_for(tmp_path):
 
 
 def test_a_point_is_measured_again_when_anything_that_it_depends_on_has_changed(tmp_path, monkeypatch):
-    """A point takes minutes, so that the reports of `evaluate` are made up here. The test checks when they
-    are asked for."""
+    """A point takes minutes, so that the reports of `evaluate` are made up here.
+
+    The test checks when they are asked for.
+    """
     measured = []
 
     def report_of(asked, path):

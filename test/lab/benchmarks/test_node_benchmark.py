@@ -1,5 +1,4 @@
-"""Tests of the latency benchmark with real processes: all figures are there and plausible, and no process is
-left."""
+"""Tests of the latency benchmark with real processes: plausible figures, and no process is left."""
 
 import json
 import os
@@ -59,8 +58,7 @@ def test_a_short_run_measures_every_condition_and_leaves_no_process(tmp_path):
 
 
 def test_figures_are_matched_by_stamp_and_taken_from_their_windows(tmp_path):
-    """Stamps 100 and 133 ms count. 166 has no command, 900 is outside the window, and 0 belongs to the relay
-    alone."""
+    """Stamps 100 and 133 ms count; 166 has no command, 900 is outside the window, 0 is of the relay alone."""
     log = tmp_path / "listener.log"
     lines = [["relay", 0, 4 * MILLISECOND]]
     for stamp, relay, command, compute in ((100, 5, 20, 12.0), (133, 5, 20, 12.0), (900, 500, 500, 1.0)):

@@ -1,5 +1,4 @@
-"""Tests of the demo as a user runs it: it writes its results, and leaves no process or file behind, however
-it ends."""
+"""Tests of the demo as a user runs it: its results, and that nothing is left behind, however it ends."""
 
 import json
 import os

@@ -18,8 +18,7 @@ PERIOD_NS = 100_000_000
 
 
 def step(number, exit_index=0, **fields):
-    """A `~/step` message of a network with three exits and six layers of 0.5 GMAC each; a step comes every
-    100 ms."""
+    """A `~/step` message of a network with three exits and six layers of 0.5 GMAC; one every 100 ms."""
     nanoseconds = 1_700_000_000 * 10**9 + number * PERIOD_NS
     layers = EXITS[exit_index] + 1
     message = PolicyStep(

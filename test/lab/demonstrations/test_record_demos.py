@@ -1,5 +1,4 @@
-"""Tests of record-demos: any number of processes gives the same bytes, a killed run can go on, and different
-runs are not mixed."""
+"""Tests of record-demos: the same bytes for any number of processes, killed runs, runs that do not match."""
 
 import hashlib
 import json

@@ -1,5 +1,4 @@
-"""Tests that the network computes the reference's values, and that the parity command notices any
-difference."""
+"""Tests that the network computes the reference's values, and that the command notices differences."""
 
 import dataclasses
 import io
@@ -149,8 +148,10 @@ def values_of(recording, window: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def training_of(recording) -> dict:
-    """A record of one training step on a shorter window. The losses are computed by our network: the
-    reference has none."""
+    """A record of one training step on a shorter window.
+
+    The losses are computed by our network: the reference has none.
+    """
     record = read_json(COMPACT / "9b_train.json")
     joint = record["stages"][0]
     step = joint["steps"][1]
@@ -197,8 +198,10 @@ def folder(light, tmp_path) -> Path:
 
 
 def failed(folder: Path, capsys) -> set[str]:
-    """Runs the command. Returns the kinds whose line says FAIL; the exit status must be 1 exactly if there
-    are any."""
+    """Runs the command.
+
+    Returns the kinds whose line says FAIL; the exit status must be 1 exactly if there are any.
+    """
     status = main(["parity", str(folder)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     kinds = {line[2] for line in lines if line[0] == "FAIL"}

@@ -1,5 +1,7 @@
-"""Tests of chains: they are feasible, repeatable and scored correctly. The expert takes the network's place
-and completes each one."""
+"""Tests of chains: they are feasible, repeatable and scored correctly.
+
+The expert takes the network's place and completes each one.
+"""
 
 import dataclasses
 

@@ -1,5 +1,4 @@
-"""Tests of the inverse kinematics: its steps lead to the pose within the limits, for any start and any
-target."""
+"""Tests of the inverse kinematics: steps lead to the pose within the limits, for any start and target."""
 
 import mujoco
 import numpy as np

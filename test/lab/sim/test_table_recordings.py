@@ -1,5 +1,4 @@
-"""Tests of the table's recordings, live and of the expert: they have the messages of its topics, and can
-calibrate a checkpoint."""
+"""Tests of the table's recordings, live and of the expert, and of a calibration on them."""
 
 import json
 import shutil

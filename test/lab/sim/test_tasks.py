@@ -1,5 +1,4 @@
-"""Tests of the tasks: the scripted expert does each one, disturbed or not, and the criteria of success are
-right."""
+"""Tests of the tasks: the scripted expert does each one, disturbed or not; the success criteria are right."""
 
 import dataclasses
 from collections import Counter
@@ -32,8 +31,7 @@ def do(table, name, steps=80):
 
 @pytest.fixture(scope="module")
 def shown():
-    """How often the expert did each task in several sessions, disturbed or not, and how often it was asked
-    for."""
+    """How often the expert did each task in several sessions, and how often it was asked for it."""
     done, asked = Counter(), Counter()
     with Table() as table:
         for seed in SESSIONS:

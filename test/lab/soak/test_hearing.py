@@ -1,5 +1,4 @@
-"""Tests of the observer's input: messages of two topics become commands in the order of time, and silence is
-measured correctly."""
+"""Tests of the observer's input: commands in the order of time from two topics, and times of silence."""
 
 import numpy as np
 

@@ -25,8 +25,10 @@ def turned(radians: float) -> np.ndarray:
 
 
 class Node:
-    """A correct node whose arm is always at its target. Arguments of `step` and `hold` make it violate
-    promises."""
+    """A correct node whose arm is always at its target.
+
+    Arguments of `step` and `hold` make it violate promises.
+    """
 
     def __init__(self, limits: Limits = Limits()):  # noqa: B008
         self.judge = Judge(limits)
@@ -38,8 +40,10 @@ class Node:
         self.judge.pose(HeardPose(self.now_ns, position, self.quaternion))
 
     def step(self, way=(0.02, 0.0, 0.0), turn: float = 0.0, late_s: float = 0.05, **changes):
-        """Commands a motion by `way` from the last target. changes: fields of the command. Returns the kinds
-        of violation."""
+        """Commands a motion by `way` from the last target. changes: fields of the command.
+
+        Returns the kinds of violation.
+        """
         self.now_ns += PERIOD_NS
         position = self.target + np.array(way)
         quaternion = turned(2 * math.atan2(self.quaternion[1], self.quaternion[0]) + turn)
