@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# Every test process has a ROS domain of its own, so that two runs on one machine do not receive each other's
-# messages.
-# Each worker of a run draws one of ten domains. Domains above 101 use ports that Linux may give to other
-# programs.
+# Every test process has a ROS domain of its own, so that runs on one machine do not disturb each other.
+# Each worker of a run draws one of ten domains. Linux may give the ports of domains above 101 to others.
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 os.environ["ROS_DOMAIN_ID"] = str(1 + 10 * (_worker % 10) + random.SystemRandom().randrange(10))
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"

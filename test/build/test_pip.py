@@ -8,8 +8,7 @@ from builds import USE_MESSAGES, clean_environment, copy_sources, run
 
 
 def test_installed_package_works_from_elsewhere(tmp_path):
-    # Given: a new environment that sees this one's packages, and pip's default isolated build, which hides
-    # them.
+    # Given: a new environment that sees this one's packages. pip's default isolated build hides them.
     sources, prefix = copy_sources(tmp_path), tmp_path / "venv"
     environment = clean_environment()
     run(sys.executable, "-m", "venv", "--without-pip", prefix, cwd=tmp_path, env=environment)

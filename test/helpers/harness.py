@@ -124,7 +124,7 @@ class Client:
         self._thread = threading.Thread(target=self._spin, name=f"{name}_spin")
 
     def _spin(self) -> None:
-        # executor.spin() is not used: to end it from another thread destroys objects on which it waits.
+        # This is not executor.spin(): if another thread ends that, objects on which it waits are destroyed.
         try:
             while not self._stop.is_set():
                 # A test may destroy an entity while the executor collects the entities to wait for.

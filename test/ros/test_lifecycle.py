@@ -79,8 +79,7 @@ def test_configuring_a_hundred_times_leaves_no_memory_and_no_thread_behind(clien
 
         (before_kib, threads_before), (after_kib, threads_after) = live(20), live(80)
         assert threads_after == threads_before
-        # safetensors 0.8 keeps 64 bytes of every tensor that it passes to torch (vllm-omni#7143): 34 KiB per
-        # configure.
+        # Per tensor that it gives to torch, safetensors 0.8 keeps 64 bytes (vllm-omni#7143): 34 KiB a time.
         assert after_kib - before_kib < 80 * 50, f"{after_kib - before_kib} KiB in 80 configures"
         assert process.stop() == 0
 

@@ -17,8 +17,7 @@ POLICY = ROOT / "config" / "sros2" / "deer_vla.policy.xml"
 NODE, WATCHDOG = "deer_vla", "deer_vla_watchdog"
 KINDS = {("topics", "publish"), ("topics", "subscribe"), ("services", "reply"), ("actions", "call")}
 
-# The topics that rclpy 7.1 of Jazzy gives to every node. They are written here again, independent of the
-# code.
+# The topics that rclpy 7.1 of Jazzy gives to every node. The code has its own list.
 OF_EVERY_NODE = {"publish": {"/parameter_events"}, "subscribe": {"/clock"}}
 OF_A_MANAGED_NODE = {
     "publish": {"/rosout", "~/transition_event"},

@@ -273,8 +273,7 @@ def _check_batch(batch: str, forward: str, recording: ModelRecording) -> Iterato
     )
     text = model.encode_text(ids, mask, recording.tokenizer.image_token)
     hidden = list(model.hidden_states(model.encode_images(images.flatten(0, 1)), text))
-    # In training every layer runs. The final norm then gives one more hidden state, which the last head
-    # reads.
+    # In training every layer runs. The final norm then gives one more hidden state, for the last head.
     if model.final_norm is not None:
         hidden.append(model.final_norm(hidden[-1]))
     states = torch.stack(hidden, dim=1).unflatten(0, (samples, window))  # (B, W, L, S, width)

@@ -1,4 +1,4 @@
-"""This file holds the fake robot's arm: a point that follows its target with a lag."""
+"""The fake robot's arm: a point that follows its target with a lag."""
 
 from __future__ import annotations
 

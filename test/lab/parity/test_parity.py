@@ -102,8 +102,7 @@ def test_elsewhere_a_missing_recording_is_a_skip_with_its_reason(tmp_path):
         golden_folder({"DEER_VLA_GOLDEN": str(tmp_path / "nowhere")})
 
 
-# The check takes all lengths from the arrays. The tests below damage this cut recording, whose check takes a
-# second.
+# The check takes all lengths from the arrays. The tests below damage this cut recording; its check is fast.
 
 
 def state_after(recording, tag: str, steps: int) -> dict[str, np.ndarray]:

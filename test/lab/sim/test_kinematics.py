@@ -35,8 +35,7 @@ def wxyz(rotation: Rotation) -> np.ndarray:
 
 
 def test_forward_kinematics_is_the_pandas(arm):
-    # With all joints at zero the Panda's flange is at x 0.088, z 0.333 + 0.316 + 0.384 - 0.107 (its DH
-    # table).
+    # The Panda's DH table, all joints at zero: the flange is at x 0.088, z 0.333 + 0.316 + 0.384 - 0.107.
     # The TCP is 0.1034 m below it.
     position, quaternion = arm.forward(np.zeros(7))
     np.testing.assert_allclose(position, [0.088, 0.0, 0.926 - 0.1034], atol=1e-9)
