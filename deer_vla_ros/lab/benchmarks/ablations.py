@@ -25,10 +25,10 @@ from deer_vla_ros.budget.cost import exit_fractions
 from deer_vla_ros.budget.families import FAMILIES, thresholds_within
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import read_yaml, write_text
+from deer_vla_ros.files import write_text
 from deer_vla_ros.lab.benchmarks.depth_curve import Point
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
-from deer_vla_ros.lab.training.recipe import Recipe
+from deer_vla_ros.lab.training.recipe import Recipe, read_values
 from deer_vla_ros.model.checkpoint import CONFIG, load_info
 from deer_vla_ros.processes import run_python
 
@@ -139,7 +139,7 @@ def _costs(folder: Path) -> np.ndarray:
 
 
 def _trained(setting: Setting, name: str, network: dict[str, Any], train: dict[str, Any]) -> Path:
-    values = read_yaml(setting.recipe, "config/training/ablation.yaml")
+    values = read_values(setting.recipe)
     slug = name.replace(" ", "_")
     values["name"], values["network"] = slug, {**values["network"], **network}
     exits = len(Recipe.read(setting.recipe).network.config().exits)
