@@ -70,9 +70,9 @@ class Controller:
     """The control of one arm.
 
     Threads: any thread may call the methods of `gate` that put, request, demand, clear or take a snapshot;
-    call `hold_now` and `policy.check`; and read `holding`, `serious`, `has_moved`, `is_silent`, `steps`,
-    `holds`, `policy.status`, `policy.budget_id` and `policy.problem`. Everything else belongs to the control
-    thread; another thread may use it only while no control thread runs.
+    call `hold_now` and `policy.check`; and read `action_space`, `holding`, `serious`, `has_moved`,
+    `is_silent`, `steps`, `holds`, `policy.status`, `policy.budget_id` and `policy.problem`. Everything else
+    belongs to the control thread; another thread may use it only while no control thread runs.
 
     gate: the inputs. policy: the network and its budget. steps: inferences so far. serious: the reasons among
     `holding` that a person has to clear. has_moved: whether a motion has been sent since control started.
@@ -212,7 +212,7 @@ class Controller:
         return self._refuse(inputs, reasons, time, decision)
 
     def hold_now(self, now_ns: int, reason: HoldReason) -> Command:
-        """A hold at the arm's present pose. It changes nothing, so any thread may call it during a tick."""
+        """A hold for `reason`. This changes nothing, so any thread may call it, also during a tick."""
         inputs = self.gate.snapshot()
         pose = self._pose_to_hold(inputs, now_ns)
         return Command(now_ns, pose, Twist.zero(), None, holds=(reason,), is_silent=self.is_silent)
