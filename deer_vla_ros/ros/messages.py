@@ -11,22 +11,12 @@ from typing import Protocol
 import numpy as np
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PoseStamped, TwistStamped
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from deer_vla_ros.control.types import MeasuredPose, Pose, Twist
 
 SECOND = 1_000_000_000
 """Nanoseconds in a second."""
-
-NEWEST = QoSProfile(depth=1, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.BEST_EFFORT)
-"""For sensor data: receives from best-effort and reliable publishers, and keeps only the newest message."""
-LATCHED = QoSProfile(
-    depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
-)
-"""For state that a late subscriber needs: the subscriber gets the newest message when it starts."""
-SERVICES = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
-"""Up to 1000 requests can wait. With the usual queue of 10, some of a flood of requests are lost."""
 
 
 class HasPose(Protocol):

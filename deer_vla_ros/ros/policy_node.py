@@ -27,8 +27,9 @@ from deer_vla_ros.errors import UserError, one_line
 from deer_vla_ros.ros import images, parameters
 from deer_vla_ros.ros.graph import OtherCommanders, watchdog_name
 from deer_vla_ros.ros.image_decoder import Decoder
-from deer_vla_ros.ros.messages import LATCHED, NEWEST, SERVICES, measured_pose
+from deer_vla_ros.ros.messages import measured_pose
 from deer_vla_ros.ros.outputs import Outputs
+from deer_vla_ros.ros.qos import LATCHED, NEWEST, SERVICES
 from deer_vla_ros.ros.reports import Reports
 from deer_vla_ros.ros.watchdog import Beat, WatchdogSettings
 from deer_vla_ros.ros.watchdog_client import WatchdogClient

@@ -16,8 +16,9 @@ from deer_vla_ros.budget.types import UNITS
 from deer_vla_ros.control.types import Command, Decision, HoldReason
 from deer_vla_ros.ros import conversions, overlay
 from deer_vla_ros.ros.graph import neighbours
-from deer_vla_ros.ros.messages import LATCHED, image_message
+from deer_vla_ros.ros.messages import image_message
 from deer_vla_ros.ros.outputs import Outputs
+from deer_vla_ros.ros.qos import LATCHED
 from deer_vla_ros.ros.telemetry import Telemetry, told_hold
 
 if TYPE_CHECKING:

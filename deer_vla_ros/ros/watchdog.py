@@ -29,7 +29,8 @@ from rclpy.signals import SignalHandlerOptions
 from deer_vla_ros.control.continuity import Continuity
 from deer_vla_ros.control.inputs import InputGate, InputLimits
 from deer_vla_ros.control.types import Command, HoldReason, Pose, Twist
-from deer_vla_ros.ros.messages import NEWEST, measured_pose, pose_message, twist_message
+from deer_vla_ros.ros.messages import measured_pose, pose_message, twist_message
+from deer_vla_ros.ros.qos import NEWEST
 
 MARGIN_S = 0.05
 """The arm is held when the newest beat is older than inputs.max_age_s plus this margin [s]. The margin is the

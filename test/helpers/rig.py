@@ -18,7 +18,7 @@ from rclpy.time import Time
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Float64MultiArray, String
 
-from deer_vla_ros.ros.messages import LATCHED
+from deer_vla_ros.ros.qos import LATCHED
 
 PERIOD_S = 0.1
 

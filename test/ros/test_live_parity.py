@@ -27,7 +27,8 @@ from deer_vla_ros.bag.replay_run import FOLLOWED, run
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import row_of
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros.messages import LATCHED, SECOND, stamp
+from deer_vla_ros.ros.messages import SECOND, stamp
+from deer_vla_ros.ros.qos import LATCHED
 
 TABLE = TABLE_RECORDING
 PLAYED = {

@@ -24,8 +24,9 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
 from deer_vla_ros.msg import PolicyStep
-from deer_vla_ros.ros.messages import LATCHED, NEWEST, image_message, nanoseconds, stamp
+from deer_vla_ros.ros.messages import image_message, nanoseconds, stamp
 from deer_vla_ros.ros.process import ros_process
+from deer_vla_ros.ros.qos import LATCHED, NEWEST
 
 NAMESPACE = "deer_vla_benchmark"
 """The namespace of all topics: no robot in the same ROS domain obeys the commands of this benchmark."""

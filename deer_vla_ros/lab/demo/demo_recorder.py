@@ -22,7 +22,8 @@ from deer_vla_ros.lab.demo.demo_report import (
     seconds_of,
 )
 from deer_vla_ros.msg import PolicyStep
-from deer_vla_ros.ros.messages import LATCHED, SECOND, nanoseconds
+from deer_vla_ros.ros.messages import SECOND, nanoseconds
+from deer_vla_ros.ros.qos import LATCHED
 
 POLICY_NODE, TABLE_NODE = "deer_vla", "table"
 CAMERAS = ("static", "gripper")

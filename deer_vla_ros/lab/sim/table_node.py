@@ -34,8 +34,9 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.sim.referee import Referee
 from deer_vla_ros.lab.sim.scene import MAX_OPENING
 from deer_vla_ros.lab.sim.table import Table
-from deer_vla_ros.ros.messages import NEWEST, image_message, nanoseconds, pose_message, stamp
+from deer_vla_ros.ros.messages import image_message, nanoseconds, pose_message, stamp
 from deer_vla_ros.ros.process import END_WITHIN_S, ros_process
+from deer_vla_ros.ros.qos import NEWEST
 
 if TYPE_CHECKING:
     from deer_vla_ros.lab.sim.table_recording import TableRecorder

@@ -23,8 +23,8 @@ from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from deer_vla_ros.lab.soak import jsonlines
-from deer_vla_ros.ros.messages import LATCHED
 from deer_vla_ros.ros.process import ros_process
+from deer_vla_ros.ros.qos import LATCHED
 
 NODE = "deer_vla"
 IN_FLIGHT = 8

@@ -25,8 +25,9 @@ from deer_vla_ros.lab.soak.geometry import is_pose
 from deer_vla_ros.lab.soak.heard import SECOND, HeardPose, Limits
 from deer_vla_ros.lab.soak.pairing import Half, Publishers
 from deer_vla_ros.msg import PolicyStep
-from deer_vla_ros.ros.messages import NEWEST, nanoseconds
+from deer_vla_ros.ros.messages import nanoseconds
 from deer_vla_ros.ros.process import ros_process
+from deer_vla_ros.ros.qos import NEWEST
 
 KEEP_ALL = 1000
 """Depth of the queues: the observer must not miss any message."""
