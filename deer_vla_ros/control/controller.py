@@ -217,7 +217,8 @@ class Controller:
     @property
     def holding(self) -> tuple[HoldReason, ...]:
         """Why the arm holds now; empty when it does not."""
-        return self._held.reasons if self._held else ()
+        held = self._held  # looked at once: the control thread may end it meanwhile
+        return held.reasons if held else ()
 
     @property
     def serious(self) -> tuple[HoldReason, ...]:
@@ -490,5 +491,7 @@ class Controller:
         """
         if self._gate.judge_pose(inputs, now_ns):
             return None
-        held, measured = self._held.pose if self._held else None, inputs.pose.pose
-        return held if held is not None and is_near(self._settings.guard, held, measured) else measured
+        held, measured = self._held, inputs.pose.pose  # looked at once, as in `holding`
+        if held and held.pose is not None and is_near(self._settings.guard, held.pose, measured):
+            return held.pose
+        return measured
