@@ -1,4 +1,4 @@
-"""Conversion of times, poses, twists and images to ROS messages, and the topics' qualities of service.
+"""Conversion of times, poses, twists and images to ROS messages and back.
 
 Node, watchdog, table and recordings share them, so this file loads no torch.
 """

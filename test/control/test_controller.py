@@ -778,3 +778,27 @@ def test_one_who_has_not_moved_the_arm_is_silent_beside_another_and_one_who_has_
     controller.gate.demand_hold(HoldReason.OTHER_COMMANDER, True)
     held = robot.tick()
     assert held.holds == (HoldReason.OTHER_COMMANDER,) and not held.is_silent
+
+
+def test_a_hold_that_ends_while_another_thread_asks_for_one_keeps_nobody_from_holding(checkpoint):
+    """The control thread may end a hold between any two steps of `hold_now` and of diagnostics."""
+
+    class Ending(Controller):
+        """Its hold ends as soon as it was looked at."""
+
+        @property
+        def _held(self):
+            held, self.__dict__["held"] = self.__dict__.get("held"), None
+            return held
+
+        @_held.setter
+        def _held(self, held):
+            self.__dict__["held"] = held
+
+    controller = Ending(checkpoint, SETTINGS)
+    robot = Robot(controller)
+    controller.gate.request_hold(True)
+    robot.tick()
+    assert controller.holding == (HoldReason.REQUESTED,)
+    robot.tick()
+    assert controller.hold_now(robot.now, HoldReason.STOPPING).target is not None
