@@ -16,7 +16,7 @@ AUTHORITY = 4.0
 A window of 200 steps is then within 2 * AUTHORITY / 200 = 4% of its budget, unless MEMORY bounds the sum.
 """
 MEMORY = 6.0
-"""The bound of the sum's absolute value (anti-windup)."""
+"""The bound of the sum (anti-windup): it may be -MEMORY at least, and `Governor.most` at most."""
 
 
 @dataclass
@@ -32,9 +32,15 @@ class Governor:
     high: float
     overspent: float = 0.0
 
+    @property
+    def most(self) -> float:
+        """The upper bound of the sum. One step of full depth that begins below AUTHORITY never passes it, so
+        nothing that thresholds can still repay is forgotten."""
+        return max(MEMORY, AUTHORITY + self.high / self.target - 1.0)
+
     def note(self, cost: float) -> None:
         """Adds the cost of one step."""
-        self.overspent = min(max(self.overspent + cost / self.target - 1.0, -MEMORY), MEMORY)
+        self.overspent = min(max(self.overspent + cost / self.target - 1.0, -MEMORY), self.most)
 
     def effective(self, overspent: float) -> float:
         """The budget to solve thresholds for at this sum, between low and high; the target at a sum of 0.

@@ -53,7 +53,7 @@ def test_what_is_asked_for_stays_between_the_first_exit_and_full_depth_and_the_s
     for cost in costs:
         governor.note(cost)
         assert LOW - 1e-9 <= governor.effective(governor.overspent) <= HIGH + 1e-9
-        assert abs(governor.overspent) <= MEMORY
+        assert -MEMORY <= governor.overspent <= governor.most
 
 
 @settings(max_examples=100, deadline=None)
@@ -65,6 +65,14 @@ def test_a_hostile_world_is_forgotten_within_a_bounded_number_of_steps(target, p
     for _ in range(600):  # from here on the world is as calibrated
         governor.note(governor.effective(governor.overspent))
     assert governor.effective(governor.overspent) == pytest.approx(target, rel=0.02)
+
+
+@pytest.mark.parametrize("target", [2.2, 2.5, 3.0])
+def test_a_tight_budget_is_kept_where_the_world_takes_full_depth_whenever_it_may(target):
+    """One step of full depth costs several budgets here; all of them are remembered until they are repaid."""
+    costs = run(target, lambda step, asked: HIGH if asked > LOW else LOW, steps=5000)
+    assert costs.mean() <= 1.01 * target
+    assert window_means(costs).max() <= 1.04 * target + HIGH / 200
 
 
 @settings(max_examples=100, deadline=None)
