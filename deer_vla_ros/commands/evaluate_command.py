@@ -79,13 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 after the evaluation. Raises UserError for arguments that do not fit this checkpoint or
     table."""
-    from deer_vla_ros.lab.scoring.chain_report import tell
+    from deer_vla_ros.lab.scoring.chain_report import report_text
     from deer_vla_ros.lab.scoring.evaluation_run import report_of
     from deer_vla_ros.model.checkpoint import load_info
 
     asked = asked_for(args)
     report = report_of(asked, args.json)
-    print(f"{asked.folder}: {load_info(asked.folder).weights}\n{tell(report)}")
+    print(f"{asked.folder}: {load_info(asked.folder).weights}\n{report_text(report)}")
     return 0
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from deer_vla_ros.budget.types import Budget
-from deer_vla_ros.lab.scoring.chain_report import STATIC_LAYERS, mean_interval
-from deer_vla_ros.lab.scoring.chain_report import tell as told
+from deer_vla_ros.lab.scoring.chain_report import STATIC_LAYERS, mean_interval, report_text
 from deer_vla_ros.lab.scoring.evaluation_run import Evaluation, report_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.model.checkpoint import load_info
@@ -99,7 +98,7 @@ def measure(
         if not _is_there(path, asked.identity()):
             on_progress(f"{point.kind} {point.label}")
             asked.check()
-            print(f"{point.folder}: {load_info(point.folder).weights}\n{told(report_of(asked, path))}")
+            print(f"{point.folder}: {load_info(point.folder).weights}\n{report_text(report_of(asked, path))}")
         report = json.loads(path.read_text())
         kept = (
             "average_length",

@@ -138,7 +138,7 @@ def _mean(values: Sequence[bool]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def tell(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     """The report as text."""
     lines = []
     if report["chains"]:

@@ -124,7 +124,7 @@ def test_a_point_is_measured_again_when_anything_that_it_depends_on_has_changed(
         point = Point("fixed exit", "deep", folder_of(""), ExitChoice(exit_layer=layer))
         return measure([point], 8, 0, None, tmp_path, lambda line: None)
 
-    monkeypatch.setattr(depth_curve, "told", lambda report: "")
+    monkeypatch.setattr(depth_curve, "report_text", lambda report: "")
     monkeypatch.setattr(depth_curve, "report_of", report_of)
     assert at(3) == at(3) and measured == [3]
     at(5)

@@ -19,7 +19,7 @@ from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.commands.evaluate_command import exit_choice
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.scoring import evaluation_run
-from deer_vla_ros.lab.scoring.chain_report import mean_interval, summary, tell
+from deer_vla_ros.lab.scoring.chain_report import mean_interval, report_text, summary
 from deer_vla_ros.lab.scoring.chain_run import Attempt
 from deer_vla_ros.lab.scoring.evaluation_run import groups_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
@@ -194,7 +194,7 @@ def test_lengths_costs_and_shares_are_added_up_over_steps():
     assert found["llm_gmac_static"] == pytest.approx(static / 100), "24 layers cost twice what 12 do"
     assert found["saved"] == pytest.approx(static / gmac)
     assert found["exit_shares"] == pytest.approx([0.16, 0, 0.04, 0, 0, 0.8])
-    assert "average length 2.00 of 5" in tell(found) and "lift_red_block" in tell(found)
+    assert "average length 2.00 of 5" in report_text(found) and "lift_red_block" in report_text(found)
 
 
 @settings(deadline=None, max_examples=50)

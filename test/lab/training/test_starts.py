@@ -11,6 +11,7 @@ from runs import EXIT, JOINT, parsed, recipe_file, train
 from deer_vla_ros.commands import train_command
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.training.calvin_files import RECORDINGS, write_action_space
+from deer_vla_ros.lab.training.training_run import TrainingRun
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP
 from deer_vla_ros.model.checkpoint import CONFIG, README, load, load_info
 
@@ -93,9 +94,7 @@ def test_a_stage_that_is_older_than_the_one_before_it_is_refused(data, tmp_path)
 
 def test_what_acts_for_dagger_is_the_network_of_this_training(data, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        train_command._Run, "_other_command", lambda run, arguments: asked.append(arguments[0])
-    )
+    monkeypatch.setattr(TrainingRun, "_other_command", lambda run, arguments: asked.append(arguments[0]))
     config, run = recipe_file(tmp_path, SHORT), tmp_path / "out" / "small"
     steps = [{"train": SHORT}, {"record": {"folder": "demos", "demos": 2, "seed": 2, "with_policy": True}}]
     for seed in (0, 1):

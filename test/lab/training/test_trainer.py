@@ -271,11 +271,10 @@ def test_the_recipes_that_ship_can_be_read():
 def test_an_early_evaluation_asks_for_the_network_as_it_is(data, tmp_path, monkeypatch):
     """This test checks the arguments of the command `evaluate`; another one tests what it measures."""
     from deer_vla_ros.commands import evaluate_command
-    from deer_vla_ros.commands.train_command import _Run
 
     asked = []
     monkeypatch.setattr(
-        _Run, "_other_command", lambda self, arguments: asked.append(list(map(str, arguments)))
+        TrainingRun, "_other_command", lambda self, arguments: asked.append(list(map(str, arguments)))
     )
     recipe = recipe_file(tmp_path, {**JOINT, "steps": 4}, evaluate_every=2)
     train(recipe, tmp_path, data)
