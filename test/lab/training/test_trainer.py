@@ -271,6 +271,7 @@ def test_the_recipes_that_ship_can_be_read():
 def test_an_early_evaluation_asks_for_the_network_as_it_is(data, tmp_path, monkeypatch):
     """This test checks the arguments of the command `evaluate`; another one tests what it measures."""
     from deer_vla_ros.commands import evaluate_command
+    from deer_vla_ros.lab.training.training_run import TrainingRun
 
     asked = []
     monkeypatch.setattr(
