@@ -301,6 +301,8 @@ class PolicyNode(LifecycleNode):
                     if command is not None:
                         self._demand_holds(controller)  # they may have changed during the inference
                         command = controller.confirm(command, self._now_ns(), time.monotonic_ns())
+                        if self._running:
+                            self._beat()  # before it leaves: the watchdog must not hold in between
                         say = self._publish if self._running else self._reports.thrown_away
                         say(command)
                     # The demand ends, but the hold stays: it is serious, so the controller keeps it.

@@ -77,6 +77,33 @@ def await_moving(client: Client, process, rig: Rig, namespace: str, words: str =
 
 # --- The process is stopped, killed or hangs.
 
+SLOW = """
+import time
+from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
+from deer_vla_ros.ros.outputs import Outputs
+step, publish = BudgetedPolicy.step, Outputs.publish
+def slow_step(self, observation):
+    time.sleep(0.15)
+    return step(self, observation)
+def slow_publish(self, command, frame_id):
+    time.sleep(0.2)
+    publish(self, command, frame_id)
+BudgetedPolicy.step, Outputs.publish = slow_step, slow_publish
+"""
+
+
+def test_the_watchdog_does_not_hold_while_a_motion_that_is_still_young_leaves_slowly(client):
+    """From one beat to the next would be too long here; the node is alive where it looks at the motion for the last time."""
+    rig = Rig(client, "slowly/")
+    with faulty_node("slowly", SLOW) as process, rig.running():
+        await_moving(client, process, rig, "slowly")
+        told, begin = process.output().count("holding: "), len(rig.twists)
+        wait_until(lambda: len(rig.twists) >= begin + 15, what="commands")
+        heard = rig.twists[begin : begin + 15]
+        if process.output().count("holding: ") == told:  # a node that held itself, on a busy machine, says so
+            assert all(map(moves, heard)), "somebody else held"
+
+
 
 def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(client):
     rig = Rig(client, "stopped/")
