@@ -79,7 +79,7 @@ def await_moving(client: Client, process, rig: Rig, namespace: str, words: str =
 
 SLOW = """
 import time
-from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
+from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.ros.outputs import Outputs
 step, publish = BudgetedPolicy.step, Outputs.publish
 def slow_step(self, observation):
@@ -102,7 +102,6 @@ def test_the_watchdog_does_not_hold_while_a_motion_that_is_still_young_leaves_sl
         heard = rig.twists[begin : begin + 15]
         if process.output().count("holding: ") == told:  # a node that held itself, on a busy machine, says so
             assert all(map(moves, heard)), "somebody else held"
-
 
 
 def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(client):
