@@ -8,9 +8,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from deer_vla_ros.bag.replay_run import run
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, Row, RowWriter, difference, read_rows
+from deer_vla_ros.bag.run import run
 from deer_vla_ros.files import write_text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deer_vla_ros.bag.recording import RecordedMessage, Recording, decode
+from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.control.types import Camera, Frame
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import images
@@ -168,7 +168,7 @@ def stamp_of(message: Any) -> int | None:
     return nanoseconds(message.header.stamp) if hasattr(message, "header") else None
 
 
-def image(record: RecordedMessage, message: Any) -> Frame:
+def image(record: Record, message: Any) -> Frame:
     """A camera's message as the frame that the node would make of it. Raises UserError."""
     return (images.compressed_frame if record.type == COMPRESSED else images.frame)(message)
 
@@ -178,8 +178,8 @@ def messages(
     topics: Mapping[str, str],
     tally: Tally,
     window: tuple[int | None, int | None] = (None, None),
-    copy: Callable[[RecordedMessage], None] | None = None,
-) -> Iterator[tuple[str, RecordedMessage, Any]]:
+    copy: Callable[[Record], None] | None = None,
+) -> Iterator[tuple[str, Record, Any]]:
     """Yields (node's name of the topic, record, decoded message). Counts and skips undecodable records.
 
     window: first time of receipt, and the time before which it ends [ns]. copy: called with every record.

@@ -41,7 +41,7 @@ class ObservedStep:
 
 
 @dataclass
-class ObservedCounts:
+class Account:
     """What was used, and what was not. holds: moments at which the controller would have held, by reason.
 
     seen: moments that were used. dropped: camera pairs that a newer one replaced before they were used.
@@ -63,7 +63,7 @@ class ObservedCounts:
 
 def observed(
     path: Path,
-    account: ObservedCounts,
+    account: Account,
     rate_hz: float,
     limits: InputLimits,
     frame: str,

@@ -27,7 +27,7 @@ METADATA = "metadata.yaml"
 
 
 @dataclass(frozen=True)
-class RecordedMessage:
+class Record:
     """One recorded message, not decoded: its topic and type, when it was received [ns], and its CDR bytes."""
 
     topic: str
@@ -81,7 +81,7 @@ class Recording:
 
     def messages(
         self, topics: set[str], start_ns: int | None = None, stop_ns: int | None = None
-    ) -> Iterator[RecordedMessage]:
+    ) -> Iterator[Record]:
         """Messages of these topics, received from `start_ns` on and before `stop_ns`, in this order.
 
         Earlier messages are not read: the index or the database leads to the first one. Raises UserError for
@@ -105,7 +105,7 @@ class Recording:
                     f"{self.path}: damaged{so_far} ({_one_line(error)}): {_remedy(self.path)}"
                 ) from error
             last_ns = int(time_ns)
-            yield RecordedMessage(connection.topic, connection.msgtype, last_ns, bytes(data))
+            yield Record(connection.topic, connection.msgtype, last_ns, bytes(data))
 
     def _guarded(self, call: Callable[[], Result]) -> Result:
         """Calls `call`. Raises UserError for any error of the parser."""
@@ -129,7 +129,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def decode(record: RecordedMessage) -> Any:
+def decode(record: Record) -> Any:
     """The decoded message, with the fields of the ROS class. UserError if the bytes do not fit the type."""
     try:
         return from_cdr(record.data, record.type)

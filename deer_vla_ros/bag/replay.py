@@ -29,7 +29,7 @@ from deer_vla_ros.bag.input_topics import (
     image,
     stamp_of,
 )
-from deer_vla_ros.bag.recording import RecordedMessage
+from deer_vla_ros.bag.recording import Record
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.inputs import InputGate
 from deer_vla_ros.control.types import Command
@@ -37,7 +37,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import StageTimes
 from deer_vla_ros.ros.messages import measured_pose, nanoseconds
 
-Messages = Iterator[tuple[str, RecordedMessage, Any]]
+Messages = Iterator[tuple[str, Record, Any]]
 """What `input_topics.messages` yields: the node's name of a topic, the record, the decoded message."""
 SILENCE_NS = 15_000_000_000
 """After this time without a message all inputs are stale, and the controller could only repeat a hold."""
@@ -83,7 +83,7 @@ def arrivals(
 
     Messages that come before the time is known arrive as soon as it is known.
     """
-    waiting: list[tuple[RecordedMessage, Callable[[InputGate], bool]]] = []
+    waiting: list[tuple[Record, Callable[[InputGate], bool]]] = []
     for name, record, message in messages:
         put, time_ns = (
             _put(name, record, message, tally, on_parameters),
@@ -99,7 +99,7 @@ def arrivals(
 
 
 def _put(
-    name: str, record: RecordedMessage, message: Any, tally: Tally, on_parameters: ParameterChange
+    name: str, record: Record, message: Any, tally: Tally, on_parameters: ParameterChange
 ) -> Callable[[InputGate], bool] | None:
     if name in CAMERAS:
         try:
@@ -192,7 +192,7 @@ def along_steps(
     applies a parameter event some time after it was sent: here, at the step whose budget id shows it.
     """
     budget = _FollowedBudget(controller, on_parameters)
-    recent: dict[str, OrderedDict[int, tuple[RecordedMessage, Any]]] = {
+    recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {
         name: OrderedDict() for name in (STATIC, GRIPPER, POSE)
     }
     is_known = False
@@ -279,9 +279,9 @@ class _Missing(Exception):
 
 def _again(
     controller: Controller,
-    record: RecordedMessage,
+    record: Record,
     step: Any,
-    recent: Mapping[str, OrderedDict[int, tuple[RecordedMessage, Any]]],
+    recent: Mapping[str, OrderedDict[int, tuple[Record, Any]]],
     tally: Tally,
 ) -> ReplayMoment:
     """Repeats one recorded step. Raises _Missing."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.bag.parameter_events import MS_BUDGETS
-from deer_vla_ros.bag.replay_run import Request
+from deer_vla_ros.bag.run import Request
 from deer_vla_ros.budget.latency import TABLE, LatencyTable
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, amounts_of
 from deer_vla_ros.model.checkpoint import folder_of

@@ -13,7 +13,7 @@ from std_msgs.msg import Float64MultiArray
 from deer_vla_ros.bag.bag_file import BagFile
 from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.input_topics import GRIPPER_COMMAND, STEPS, TARGET, TYPES, Tally
-from deer_vla_ros.bag.recording import RecordedMessage, Recording, definition
+from deer_vla_ros.bag.recording import Record, Recording, definition
 from deer_vla_ros.bag.rows import DECIDED, TIMINGS, WALL, Row, RowWriter
 from deer_vla_ros.control.types import Command, HoldReason
 from deer_vla_ros.ros.messages import pose_message
@@ -87,7 +87,7 @@ class ReplayBag:
         for topic, kind in OUTPUTS.items():
             self._file.declare(topic, kind)
 
-    def copy(self, record: RecordedMessage) -> None:
+    def copy(self, record: Record) -> None:
         """Copies one message of the input, unchanged."""
         if topic := self._names.get(record.topic):
             self._file.write(topic, record.data, record.time_ns)

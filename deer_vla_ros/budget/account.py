@@ -12,7 +12,7 @@ RECENT = 200
 """Number of steps that the recent means and the recent rate of misses cover."""
 
 
-class Account:
+class BudgetAccount:
     """Means over all steps, and over the newest RECENT steps. Its size does not grow with the steps."""
 
     def __init__(self) -> None:

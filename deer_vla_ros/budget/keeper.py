@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from deer_vla_ros.budget.account import Account
+from deer_vla_ros.budget.account import BudgetAccount
 from deer_vla_ros.budget.calibration import FEW_SAMPLES, REMEDY, Calibration
 from deer_vla_ros.budget.cost import cost_table, cumulated_gib
 from deer_vla_ros.budget.governor import Governor
@@ -170,7 +170,7 @@ class BudgetKeeper:
     @_locked
     def begin(self) -> None:
         """Control begins: the account and the governors start anew."""
-        self._account = Account()
+        self._account = BudgetAccount()
         self._governors: dict[str, Governor] = {}
         self._make_new_rule()
 

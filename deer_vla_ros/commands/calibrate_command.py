@@ -139,13 +139,13 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
 
     from rich.progress import track
 
-    from deer_vla_ros.bag.observed import ObservedCounts, observed
+    from deer_vla_ros.bag.observed import Account, observed
     from deer_vla_ros.budget.calibration import Episode
     from deer_vla_ros.ros import parameters
 
     given = parameters.from_file(args.params)
     settings, frame = parameters.controller_settings(given), parameters.action_space(given, space).frame
-    account, topics = ObservedCounts(), arguments.topics_of(args)
+    account, topics = Account(), arguments.topics_of(args)
     for path in track(args.source, description="calibrating"):
         seen = observed(
             Path(path),

@@ -37,15 +37,15 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 when the dataset is written. Raises UserError for wrong arguments or recordings."""
     from rich.progress import track
 
-    from deer_vla_ros.bag.observed import ObservedCounts, observed
+    from deer_vla_ros.bag.conversion import convert
+    from deer_vla_ros.bag.observed import Account, observed
     from deer_vla_ros.files import write_json
-    from deer_vla_ros.lab.demonstrations.bag_conversion import convert
     from deer_vla_ros.model.checkpoint import folder_of, load_info
     from deer_vla_ros.ros import parameters
 
     given = parameters.from_file(args.params)
     space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
-    settings, account = parameters.controller_settings(given), ObservedCounts()
+    settings, account = parameters.controller_settings(given), Account()
     topics = arguments.topics_of(args)
     recordings = (
         (

@@ -90,8 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 if a compared decision differs. Raises UserError for what cannot be replayed."""
-    from deer_vla_ros.bag import golden
-    from deer_vla_ros.bag import replay_report as report
+    from deer_vla_ros.bag import golden, report
     from deer_vla_ros.files import write_json
 
     _check(args)
@@ -199,7 +198,7 @@ def _run(request, label: str, folder: Path | None, on_row: Callable[[dict], None
     """One run, with a progress bar."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from deer_vla_ros.bag.replay_run import run as replay
+    from deer_vla_ros.bag.run import run as replay
 
     columns = (
         TextColumn("{task.description}"),

@@ -23,10 +23,10 @@ from deer_vla_ros.__main__ import main
 from deer_vla_ros.bag import assert_replays, decisions
 from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.input_topics import Stamps, Tally, find_topics
-from deer_vla_ros.bag.recording import RecordedMessage, Recording, decode
-from deer_vla_ros.bag.replay_run import run
+from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
+from deer_vla_ros.bag.run import run
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.ros.messages import nanoseconds
@@ -87,7 +87,7 @@ def test_every_static_frame_is_stepped_on_and_told_with_every_field_of_policy_st
     )
 
 
-def decoded_stamp(each: RecordedMessage) -> int:
+def decoded_stamp(each: Record) -> int:
     return nanoseconds(decode(each).header.stamp)
 
 
@@ -241,7 +241,7 @@ def test_renamed_topics_and_a_given_instruction(short, tmp_path):
 
 
 def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path):
-    def as_png(each: RecordedMessage) -> RecordedMessage:
+    def as_png(each: Record) -> Record:
         raw = decode(each)
         message = CompressedImage(format="png")
         message.header.stamp.sec, message.header.stamp.nanosec = (
@@ -271,7 +271,7 @@ def test_a_part_of_it(short):
         decisions(short, start_s=99.0)
 
 
-def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> RecordedMessage:
+def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> Record:
     event = ParameterEvent(node=node)
     for name, value in values.items():
         event.changed_parameters.append(
@@ -280,7 +280,7 @@ def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> R
                 value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value),
             )
         )
-    return RecordedMessage("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
+    return Record("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
 
 
 def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(short, tmp_path):
@@ -409,7 +409,7 @@ def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
     assert len(decisions(path, instruction="lift the red block")) == len(decisions(short))
 
 
-def restamped(found: list[RecordedMessage], shift) -> list[RecordedMessage]:
+def restamped(found: list[Record], shift) -> list[Record]:
     """The messages with other header stamps. shift: new stamp [ns] from the index and the stamp [ns]."""
     from deer_vla_ros.bag.cdr import types
 

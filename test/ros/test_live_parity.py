@@ -22,10 +22,10 @@ from std_msgs.msg import String
 from deer_vla_ros.bag.bag_file import BagFile
 from deer_vla_ros.bag.cdr import type_of
 from deer_vla_ros.bag.golden import decisions
-from deer_vla_ros.bag.recording import RecordedMessage, Recording, decode
-from deer_vla_ros.bag.replay_run import FOLLOWED, run
+from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import row_of
+from deer_vla_ros.bag.run import FOLLOWED, run
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros.messages import SECOND, stamp
 from deer_vla_ros.ros.qos import LATCHED
@@ -48,7 +48,7 @@ SECONDS = 5.0
 class Player:
     """Publishes recorded messages at their times with /clock, and keeps the node's messages."""
 
-    def __init__(self, client: Client, records: list[RecordedMessage]):
+    def __init__(self, client: Client, records: list[Record]):
         self.records, self.heard = records, []
         self._now_ns = records[0].time_ns - SECOND
         self._client = client
@@ -63,7 +63,7 @@ class Player:
         self._clock = client.publisher(Clock, "/clock")
 
     def _hear(self, topic: str, data: bytes) -> None:
-        self.heard.append(RecordedMessage(topic, type_of(HEARD[topic][0]), self._now_ns, bytes(data)))
+        self.heard.append(Record(topic, type_of(HEARD[topic][0]), self._now_ns, bytes(data)))
 
     def play(self, in_the_middle) -> None:
         """Plays the recording in real time, with a second of silence before and after it."""

@@ -11,14 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from deer_vla_ros.control.motion import euler_of, motion_of, moved
-from deer_vla_ros.control.types import Pose
-from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.preprocess import resize_and_crop
-from deer_vla_ros.lab.demonstrations.demonstrations import Episode, Moment
-from deer_vla_ros.lab.sim.state import COLOURS, TableState
-from deer_vla_ros.lab.sim.tasks import TASKS
-from deer_vla_ros.lab.training.calvin_files import (
+from deer_vla_ros.bag.calvin_files import (
     LARGEST_NUMBER,
     Annotation,
     CalvinStep,
@@ -26,6 +19,13 @@ from deer_vla_ros.lab.training.calvin_files import (
     write_annotations,
     write_step,
 )
+from deer_vla_ros.control.motion import euler_of, motion_of, moved
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.preprocess import resize_and_crop
+from deer_vla_ros.lab.demonstrations.demonstrations import Episode, Moment
+from deer_vla_ros.lab.sim.state import COLOURS, TableState
+from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.lab.training.frames import ShardWriter
 from deer_vla_ros.model.action_space import TABLETOP
 

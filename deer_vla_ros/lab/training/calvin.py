@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from deer_vla_ros.bag.calvin_files import IMAGES, read_annotations, read_step
 from deer_vla_ros.inference.preprocess import resize_and_crop
-from deer_vla_ros.lab.training.calvin_files import IMAGES, read_annotations, read_step
 from deer_vla_ros.lab.training.dataset import WindowBatch, window_rows
 
 THREADS = min(8, os.cpu_count() or 1)

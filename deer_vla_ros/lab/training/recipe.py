@@ -73,7 +73,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Record:
+class RecordStep:
     """Demonstrations to make unless they exist: `record-demos --demos N --out FOLDER --seed S`.
 
     with_policy: the network as trained by the earlier steps acts first (DAgger).
@@ -155,7 +155,7 @@ class Train:
 class Recipe:
     """The steps that make one network.
 
-    steps: Record and Train, in their order. seed: of all random draws. compile: whether torch.compile makes
+    steps: RecordStep and Train, in their order. seed: of all random draws. compile: whether torch.compile makes
     the layers faster (needs a C++ compiler). dtype: of the weights in the checkpoint folder, float32 or
     float16.
     log_every, save_every, evaluate_every: optimiser steps between two log lines, two saved states, and two
@@ -164,7 +164,7 @@ class Recipe:
 
     name: str
     network: Network
-    steps: tuple[Record | Train, ...]
+    steps: tuple[RecordStep | Train, ...]
     seed: int = 0
     compile: bool = False
     dtype: str = "float32"
@@ -178,7 +178,7 @@ class Recipe:
         for name, least in (("log_every", 1), ("save_every", 1), ("evaluate_every", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}: give {least} or more")
-        untrained = itertools.takewhile(lambda step: isinstance(step, Record), self.steps)
+        untrained = itertools.takewhile(lambda step: isinstance(step, RecordStep), self.steps)
         if any(step.with_policy for step in untrained):
             raise UserError(
                 "recipe: with_policy before anything is trained: there is no policy yet; "
@@ -258,8 +258,8 @@ def _leaves(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any
             yield before + name, value
 
 
-def _step(values: Any, where: str) -> Record | Train:
-    kinds = {"record": Record, "train": Train}
+def _step(values: Any, where: str) -> RecordStep | Train:
+    kinds = {"record": RecordStep, "train": Train}
     if not isinstance(values, dict) or len(values) != 1 or next(iter(values)) not in kinds:
         raise UserError(f"{where}: {values!r}: give one of `record:` and `train:`")
     kind, fields = next(iter(values.items()))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deer_vla_ros.bag.calvin_files import read_action_space
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.training.batches import (
     BatchSource,
@@ -20,11 +21,10 @@ from deer_vla_ros.lab.training.batches import (
     cached_features,
 )
 from deer_vla_ros.lab.training.calvin import CalvinWindows
-from deer_vla_ros.lab.training.calvin_files import read_action_space
 from deer_vla_ros.lab.training.dataset import FrameWindows, Windows
 from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.lab.training.prefetch import Prefetched
-from deer_vla_ros.lab.training.recipe import Recipe, Record, Train
+from deer_vla_ros.lab.training.recipe import Recipe, RecordStep, Train
 from deer_vla_ros.lab.training.tokenizer import train_tokenizer
 from deer_vla_ros.lab.training.trainer import Log, StageState, Trainer, network_of
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP, ActionSpace
@@ -59,7 +59,7 @@ class TrainingRun:
         number, identity = 0, {"seed": self._recipe.seed, **_flat("network", self._recipe.network)}
         for index, step in enumerate(self._recipe.steps, start=1):
             identity |= _flat(f"step {index}", step)
-            if isinstance(step, Record):
+            if isinstance(step, RecordStep):
                 self._record(step)
             else:
                 number += 1
@@ -78,7 +78,7 @@ class TrainingRun:
             f"{checkpoint}"
         )
 
-    def _record(self, step: Record) -> None:
+    def _record(self, step: RecordStep) -> None:
         """Records demonstrations in another process, because training needs no simulator."""
         command = [
             "record-demos",

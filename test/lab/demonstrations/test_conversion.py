@@ -7,11 +7,11 @@ import pytest
 from bags import GRIPPER, INPUTS, INSTRUCTION, SECOND, STATIC, TABLE, records, write
 
 from deer_vla_ros.__main__ import main
+from deer_vla_ros.bag.calvin_files import read_action_space, read_annotations, read_step
 from deer_vla_ros.bag.recording import decode
 from deer_vla_ros.control.motion import motion_of, moved
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.lab.training.calvin import CalvinWindows
-from deer_vla_ros.lab.training.calvin_files import read_action_space, read_annotations, read_step
 from deer_vla_ros.model.action_space import TABLETOP
 
 COMMANDS = ("/target_pose", "/gripper_command")

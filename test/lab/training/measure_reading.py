@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from deer_vla_ros.bag.calvin_files import ANNOTATIONS
 from deer_vla_ros.lab.training.calvin import CalvinWindows
-from deer_vla_ros.lab.training.calvin_files import ANNOTATIONS
 from deer_vla_ros.lab.training.dataset import FrameWindows, Windows
 from deer_vla_ros.lab.training.frames import Frames
 

@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.preprocess import resize_and_crop
-from deer_vla_ros.lab.training.calvin import CalvinWindows
-from deer_vla_ros.lab.training.calvin_files import (
+from deer_vla_ros.bag.calvin_files import (
     ANNOTATIONS,
     EPISODES,
     Annotation,
@@ -21,6 +18,9 @@ from deer_vla_ros.lab.training.calvin_files import (
     write_annotations,
     write_step,
 )
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.preprocess import resize_and_crop
+from deer_vla_ros.lab.training.calvin import CalvinWindows
 
 SIZE = 16
 FIRST = 358_482

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
+from deer_vla_ros.bag.calvin_files import read_action_space
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.demonstrations import demonstrations
 from deer_vla_ros.lab.demonstrations.record_run import Recording
@@ -16,7 +17,6 @@ from deer_vla_ros.lab.demonstrations.record_store import CalvinStore, FrameStore
 from deer_vla_ros.lab.sim.tasks import BY_NAME
 from deer_vla_ros.lab.training.batches import Share
 from deer_vla_ros.lab.training.calvin import CalvinWindows
-from deer_vla_ros.lab.training.calvin_files import read_action_space
 from deer_vla_ros.lab.training.dataset import FrameWindows
 from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.lab.training.prefetch import Prefetched

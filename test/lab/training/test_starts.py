@@ -8,9 +8,9 @@ import pytest
 import torch
 from runs import EXIT, JOINT, parsed, recipe_file, train
 
+from deer_vla_ros.bag.calvin_files import RECORDINGS, write_action_space
 from deer_vla_ros.commands import train_command
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.training.calvin_files import RECORDINGS, write_action_space
 from deer_vla_ros.lab.training.training_run import TrainingRun
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP
 from deer_vla_ros.model.checkpoint import CONFIG, README, load, load_info

@@ -29,7 +29,7 @@ from deer_vla_ros.bag.input_topics import (
     messages,
 )
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
-from deer_vla_ros.bag.recording import RecordedMessage, Recording
+from deer_vla_ros.bag.recording import Record, Recording
 from deer_vla_ros.bag.replay import Messages, ReplayMoment, along_steps, arrivals, lockstep
 from deer_vla_ros.bag.rows import AGES, DECIDED, STEP_TYPE, Row, RowDifference, difference, row_of
 from deer_vla_ros.bag.writing import RunFolder
@@ -268,7 +268,7 @@ class _Replaying:
                 self._result.recorded_targets[pose.stamp_ns] = pose.pose.position, pose.pose.quaternion
             yield name, record, message
 
-    def _thumbnail(self, record: RecordedMessage, message: Any) -> None:
+    def _thumbnail(self, record: Record, message: Any) -> None:
         self._next_thumbnail += 1
         with contextlib.suppress(UserError):  # `arrivals` counts an image that cannot be decoded
             self._result.thumbnails.append(

@@ -16,12 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.bag.observed import ObservedStep
-from deer_vla_ros.control.motion import euler_of, motion_between
-from deer_vla_ros.control.types import Pose
-from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import whole_folder
-from deer_vla_ros.lab.training.calvin_files import (
+from deer_vla_ros.bag.calvin_files import (
     SHAPES,
     Annotation,
     CalvinStep,
@@ -29,6 +24,11 @@ from deer_vla_ros.lab.training.calvin_files import (
     write_annotations,
     write_step,
 )
+from deer_vla_ros.bag.observed import ObservedStep
+from deer_vla_ros.control.motion import euler_of, motion_between
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_folder
 from deer_vla_ros.model.action_space import ActionSpace
 
 LONGEST_GAP = 2.5

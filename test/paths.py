@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TABLE_RECORDING = ROOT / "test" / "data" / "table"
 GOLDEN_COMPACT = ROOT / "test" / "golden_compact"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deer_vla_ros.bag.replay_run import Result, Step
+from deer_vla_ros.bag.run import Result, Step
 from deer_vla_ros.control.types import HoldReason
 
 FULL_DEPTH = "full depth"

@@ -7,7 +7,7 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 from std_msgs.msg import String
 
 from deer_vla_ros.bag.cdr import to_cdr, type_of, types
-from deer_vla_ros.bag.recording import RecordedMessage, Recording
+from deer_vla_ros.bag.recording import Record, Recording
 
 TABLE = TABLE_RECORDING
 STATIC, GRIPPER, POSE, INSTRUCTION = (
@@ -20,7 +20,7 @@ INPUTS = (STATIC, GRIPPER, POSE, INSTRUCTION)
 SECOND = 1_000_000_000
 
 
-def records(topics=None, path: Path = TABLE, seconds: float | None = None) -> list[RecordedMessage]:
+def records(topics=None, path: Path = TABLE, seconds: float | None = None) -> list[Record]:
     """The messages of a recording, of `topics` or all, from its first `seconds` or all of it."""
     with Recording(path) as recording:
         stop = None if seconds is None else recording.start_ns + round(seconds * SECOND)
@@ -29,7 +29,7 @@ def records(topics=None, path: Path = TABLE, seconds: float | None = None) -> li
 
 def write(
     path: Path,
-    found: list[RecordedMessage],
+    found: list[Record],
     storage: StoragePlugin = StoragePlugin.MCAP,
     compression: CompressionMode = CompressionMode.NONE,
     topics: dict[str, str] | None = None,
@@ -47,11 +47,11 @@ def write(
     return path
 
 
-def record(topic: str, message, time_ns: int) -> RecordedMessage:
+def record(topic: str, message, time_ns: int) -> Record:
     """A recorded message with the bytes of a ROS message."""
-    return RecordedMessage(topic, type_of(type(message)), time_ns, to_cdr(message))
+    return Record(topic, type_of(type(message)), time_ns, to_cdr(message))
 
 
-def said(text: str, time_ns: int) -> RecordedMessage:
+def said(text: str, time_ns: int) -> Record:
     """A recorded instruction."""
     return record(INSTRUCTION, String(data=text), time_ns)
