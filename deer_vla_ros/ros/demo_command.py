@@ -33,8 +33,8 @@ INSTRUCTIONS = (
     "move the slider to the right",
 )
 SEED = 33
-"""An arrangement in which these make sense. The embedded network does all of them here, whether its command reaches
-the arm 0 or 80 ms after the image (docs/explanation/embedded-model.md, "Commands that reach the arm late")."""
+"""An arrangement in which these make sense. The embedded network does all of them here, whether its command
+reaches the arm 0 or 80 ms after the image (docs/explanation/embedded-model.md)."""
 RESULTS = ("summary.json", "steps.jsonl", "cameras.png")
 MOMENTS = 12
 """How many moments of the run the picture shows."""

@@ -2,14 +2,12 @@
 
     . scripts/env.sh; python test/evaluation/measure_command_delay.py
 
-On a robot, and in `make demo`, the network sees an image, thinks, and the arm hears of it tens of milliseconds later.
-Training and `evaluate` wait for the command instead. Two tables are printed, both by delay: the demo's instructions on
-the demo's arrangement, and "open the drawer" on the first arrangements with a closed drawer.
+On a robot, and in `make demo`, the network sees an image, thinks, and the arm hears of it tens of milliseconds
+later. Training and `evaluate` stop the table's time instead. The program prints two tables, both by delay: the
+demo's instructions on the demo's arrangement, and "open the drawer" on the first arrangements with a closed
+drawer.
 """
 
-from pathlib import Path
-
-import deer_vla_ros
 from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.control.guard import guard
 from deer_vla_ros.control.motion import motion_of
@@ -17,7 +15,7 @@ from deer_vla_ros.control.types import Pose
 from deer_vla_ros.evaluation.table_arm import LIMITS, STEP_S
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.action_space import TABLETOP
-from deer_vla_ros.model.checkpoint import load
+from deer_vla_ros.model.checkpoint import EMBEDDED, load
 from deer_vla_ros.ros.demo_command import INSTRUCTIONS, SEED
 from deer_vla_ros.sim.referee import Referee
 from deer_vla_ros.sim.table import Table
@@ -48,14 +46,15 @@ def steps_needed(policy: BudgetedPolicy, table: Table, instruction: str, delay_s
 
 
 def main() -> None:
-    policy = BudgetedPolicy(load(Path(deer_vla_ros.__file__).parent / "embedded"))
+    policy = BudgetedPolicy(load(EMBEDDED))
     policy.begin()
     table = Table(SEED)
     print(f"the demo's instructions, seed {SEED}, steps for each (None: not within {STEP_LIMIT})")
     for delay_s in DELAYS_S:
         table.reset(SEED)
-        print(f"{1000 * delay_s:3.0f} ms  {[steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]}")
-    print(f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one, done of them and steps in the mean")
+        counts = [steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]
+        print(f"{1000 * delay_s:3.0f} ms  {counts}")
+    print(f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one: done, and mean steps of those")
     closed = []
     for seed in range(1000):
         table.reset(seed)

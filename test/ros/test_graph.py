@@ -1,4 +1,4 @@
-"""When may a node begin to command the arm, by what it knows of other commanders? With a graph and a clock of the test."""
+"""When a node may begin to command the arm, by what it knows of other commanders. The test gives graph and clock."""
 
 import subprocess
 import sys
