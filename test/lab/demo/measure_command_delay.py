@@ -1,18 +1,12 @@
-"""Measures what the embedded network still achieves when its command reaches the arm some time after the
-image.
+"""Measures what the embedded network still does when its command reaches the arm some time after the image.
 
     . scripts/env.sh; python test/lab/demo/measure_command_delay.py
 
 On a robot, and in `make demo`, the command reaches the arm tens of milliseconds after the image. In training
-and
-in `evaluate` the arm waits for the command instead. The program prints two tables by delay: the demo's
-instructions
-on the demo's arrangement, and "open the drawer" on the first arrangements with a closed drawer.
+and in `evaluate` the arm waits for the command instead. The program prints two tables by delay: the demo's
+instructions on the demo's arrangement, and "open the drawer" on the first arrangements with a closed drawer.
 """
 
-from pathlib import Path
-
-import deer_vla_ros
 from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.commands.demo_command import INSTRUCTIONS, SEED
 from deer_vla_ros.control.guard import guard
@@ -23,7 +17,7 @@ from deer_vla_ros.lab.sim.referee import Referee
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.table_arm import LIMITS, STEP_S
 from deer_vla_ros.model.action_space import TABLETOP
-from deer_vla_ros.model.checkpoint import load
+from deer_vla_ros.model.checkpoint import EMBEDDED, load
 
 DELAYS_S = (0.0, 0.02, 0.04, 0.06, 0.08)
 STEP_LIMIT = 80  # The most steps of an instruction, as in `evaluate`.
@@ -53,18 +47,15 @@ def steps_needed(policy: BudgetedPolicy, table: Table, instruction: str, delay_s
 
 
 def main() -> None:
-    policy = BudgetedPolicy(load(Path(deer_vla_ros.__file__).parent / "embedded"))
+    policy = BudgetedPolicy(load(EMBEDDED))
     policy.begin()
     table = Table(SEED)
     print(f"the demo's instructions, seed {SEED}, steps for each (None: not within {STEP_LIMIT})")
     for delay_s in DELAYS_S:
         table.reset(SEED)
-        steps = [steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]
-        print(f"{1000 * delay_s:3.0f} ms  {steps}")
-    print(
-        f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one, "
-        "done of them and steps in the mean"
-    )
+        counts = [steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]
+        print(f"{1000 * delay_s:3.0f} ms  {counts}")
+    print(f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one: done, and mean steps of those")
     closed = []
     for seed in range(1000):
         table.reset(seed)
