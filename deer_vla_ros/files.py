@@ -37,8 +37,8 @@ def write_json(path: Path, report: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes `text` in one piece, and makes the folders that lead to it.
 
-    An older file stays as it was when this is interrupted. Devices and pipes (/dev/stdout) are written to, they
-    are not replaced. Raises UserError where it cannot be written.
+    An older file stays as it was when this is interrupted. Devices and pipes (/dev/stdout) are written to,
+    they are not replaced. Raises UserError where it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +54,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a path of the same name that does not exist yet. The folder that is made there takes the place of
-    `path` at the end; after an exception nothing is left.
+    """Yields a path of the same name that does not exist yet. The folder that is made there takes the place
+    of `path` at the end; after an exception nothing is left.
 
     What a killed process left of an earlier attempt is removed. Raises UserError where the folder cannot be
     made.

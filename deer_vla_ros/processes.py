@@ -31,8 +31,8 @@ def keep_off_other_robots() -> None:
 
 
 def leave_out_shared_memory() -> None:
-    """Lets DDS use UDP only: with shared memory a process that is killed can leave the others waiting for ever
-    (eProsima/Fast-DDS#5469)."""
+    """Lets DDS use UDP only: with shared memory a process that is killed can leave the others waiting for
+    ever (eProsima/Fast-DDS#5469)."""
     os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
 
@@ -45,8 +45,8 @@ def run_python(arguments: Iterable[object], environment: Mapping[str, str], whos
 
 
 def end_with_parent() -> Callable[[], None]:
-    """A function to run in the new process: afterwards the kernel sends that process SIGTERM when this one has
-    ended."""
+    """A function to run in the new process: afterwards the kernel sends that process SIGTERM when this one
+    has ended."""
     parent = os.getpid()
 
     def set_death_signal() -> None:
@@ -86,8 +86,8 @@ class ChildProcess:
             self._fail(f"ended before it was to, with {_told(status)}")
 
     def end(self) -> None:
-        """Ends the process with SIGTERM. Raises UserError like `check` where it does not end in time with exit
-        status 0."""
+        """Ends the process with SIGTERM. Raises UserError like `check` where it does not end in time with
+        exit status 0."""
         if self._ended_unasked:
             return
         self._popen.send_signal(
@@ -115,8 +115,8 @@ class ChildProcess:
 
 @contextmanager
 def kept(*processes: ChildProcess) -> Iterator[None]:
-    """No process outlives this block, whatever happens inside. They are ended in the order given: first the one
-    that commands, then the one that obeys."""
+    """No process outlives this block, whatever happens inside. They are ended in the order given: first the
+    one that commands, then the one that obeys."""
     with ExitStack() as ends:
         for process in reversed(processes):
             ends.callback(process.kill)

@@ -1,10 +1,15 @@
-"""Runs the node's controller on recorded messages and bag time: what the policy would have done on a
-recording.
+"""Runs the node's controller on recorded messages, to find what the policy would have done on a recording.
 
-There are two ways. In lock step: the controller gets every message at its time of receipt, and ticks as in
-the node, at every new pair of frames and at the control rate. An inference takes no time, or the time from a
-latency table. Along recorded steps: the controller gets exactly the inputs that a live node's `~/step`
-messages name, because one dropped frame changes the temporal state.
+A tick of the controller may give a command. A command with a decision comes from one inference, which is a
+step of the policy. There are two ways to replay.
+
+`lockstep`: the controller gets every message at its time of receipt. It ticks as in the node: at every new
+pair of frames, new instruction and changed parameter, and at the control rate. An inference takes no time, or
+the time from a latency table.
+
+`along_steps`: for each `~/step` message of a live node, the controller gets exactly the inputs that the
+message names. `lockstep` cannot guarantee that, and one different frame would change the policy's temporal
+state.
 """
 
 from __future__ import annotations
@@ -40,17 +45,21 @@ from deer_vla_ros.ros.messages import measured_pose, nanoseconds
 Messages = Iterator[tuple[str, Record, Any]]
 """What `input_topics.messages` yields: the node's name of a topic, the record, the decoded message."""
 SILENCE_NS = 15_000_000_000
-"""After this time without a message all inputs are stale, and the controller could only repeat a hold."""
+"""After this time without a message all inputs are stale. `lockstep` then makes no ticks, which could only
+repeat a hold, until one period before the next message."""
 REMEMBERED_NS = 3_000_000_000
-"""How long before a recorded step its inputs may have been received. An inference takes less."""
+"""`along_steps` forgets a message when one of the same topic is received this much later. An inference takes
+less time, so the inputs of a step are still known when the step is read."""
 
 
 @dataclass(frozen=True)
 class ReplayMoment:
-    """A command of the controller.
+    """A command of the controller, and when it was given.
 
-    now_ns: the controller's time. received_ns: when the newest message so far was received. wall_ms: what the
-    tick really took. recorded: the live node's step that was followed, None in lock step.
+    now_ns: time by the controller's clock; after the inference in `lockstep`, at its begin in `along_steps`.
+    received_ns: time by the recorder's clock at which the last message so far was received; in `along_steps`
+    that is the step message. wall_ms: the time that the tick took on this machine. recorded: the message of
+    `~/step` that was repeated; None in `lockstep`.
     """
 
     now_ns: int
@@ -62,7 +71,8 @@ class ReplayMoment:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A message for the controller. time_ns: by the controller's clock. received_ns: by the recorder's clock.
+    """A message for the controller. time_ns: its time by the controller's clock. received_ns: by the
+    recorder's.
 
     put: hands the message over, and returns whether a tick may have something to do.
     """
@@ -79,21 +89,21 @@ ParameterChange = Callable[[Any], bool]
 def arrivals(
     messages: Messages, stamps: Stamps, tally: Tally, on_parameters: ParameterChange
 ) -> Iterator[Arrival]:
-    """Recorded messages as the node's callbacks take them. Undecodable images are counted and left out.
+    """Yields one arrival for each recorded message that the node's callbacks would take.
 
-    Messages that come before the time is known arrive as soon as it is known.
+    stamps: gives the controller's time of a message. tally: counts images that cannot be decoded, which are
+    left out. Messages before the first known time get that time. If no time becomes known, each gets its time
+    of receipt.
     """
     waiting: list[tuple[Record, Callable[[InputGate], bool]]] = []
     for name, record, message in messages:
-        put, time_ns = (
-            _put(name, record, message, tally, on_parameters),
-            stamps.time(record.time_ns, stamp_of(message)),
-        )
+        put = _put(name, record, message, tally, on_parameters)
+        time_ns = stamps.time(record.time_ns, stamp_of(message))
         if put is None:
             continue
         waiting.append((record, put))
         if time_ns:
-            yield from (Arrival(time_ns, each.time_ns, its) for each, its in waiting)
+            yield from (Arrival(time_ns, early.time_ns, put_early) for early, put_early in waiting)
             waiting.clear()
     yield from (Arrival(record.time_ns, record.time_ns, put) for record, put in waiting)
 
@@ -101,6 +111,9 @@ def arrivals(
 def _put(
     name: str, record: Record, message: Any, tally: Tally, on_parameters: ParameterChange
 ) -> Callable[[InputGate], bool] | None:
+    """Returns a function that hands the message to the gate, and returns whether a tick may have something to
+    do. None for a topic that the controller does not read, and for an image that cannot be decoded, which is
+    counted."""
     if name in CAMERAS:
         try:
             frame = image(record, message)
@@ -110,9 +123,9 @@ def _put(
         return lambda gate: gate.put_frame(CAMERAS[name], frame)
     if name == POSE:
         pose = measured_pose(message)
-        return lambda gate: gate.put_pose(pose) or False
+        return lambda gate: gate.put_pose(pose) or False  # put_pose returns None; a pose alone needs no tick
     if name == INSTRUCTION:
-        return lambda gate: gate.put_instruction(message.data) or True
+        return lambda gate: gate.put_instruction(message.data) or True  # an instruction always needs one
     if name == PARAMETERS:
         return lambda gate: on_parameters(message)
     return None
@@ -121,10 +134,11 @@ def _put(
 def lockstep(
     controller: Controller, coming: Iterator[Arrival], inference_takes_time: bool
 ) -> Iterator[ReplayMoment]:
-    """Every command of the controller while the recording plays.
+    """Yields each command that the controller gives while the recording plays.
 
-    inference_takes_time: an inference takes the time that its step reports. Messages that arrive meanwhile
-    wait, and the newest ones are used next, as in the node.
+    coming: the recording's messages, from `arrivals`. inference_takes_time: whether the clock moves by the
+    times that a step reports during its inference. Messages that arrive meanwhile wait, and the newest ones
+    are used next, as in the node. Without it an inference takes no time.
     """
     clock = _Clock(coming)
 
@@ -137,19 +151,21 @@ def lockstep(
     period_ns = round(1e9 / controller.settings.rate_hz)
     due_ns = None
     while clock.next is not None:
-        if due_ns is None or clock.next.time_ns < due_ns - 10 * period_ns:  # the beginning, or time went back
+        # At the beginning, and when the time went back by more than 10 periods, ticks begin at the next
+        # message.
+        if due_ns is None or clock.next.time_ns < due_ns - 10 * period_ns:
             due_ns = clock.next.time_ns
         if due_ns - clock.heard_ns > SILENCE_NS:
             due_ns = max(due_ns, clock.next.time_ns - period_ns)
         if clock.next.time_ns > due_ns:
-            if due_ns >= clock.now_ns:  # otherwise an inference was running at that time
+            if due_ns >= clock.now_ns:  # A tick that was due during an inference is left out.
                 clock.now_ns, clock.woken = due_ns, True
             due_ns += period_ns
         else:
             clock.take(controller)
         while clock.woken:
             clock.woken = False
-            controller.gate.clear()  # no person clears a serious hold here: it would never end
+            controller.gate.clear()  # No person can clear a serious hold here, so none of them lasts.
             began = time.perf_counter()
             command = controller.tick(clock.now_ns, finished)
             if command is not None:
@@ -159,7 +175,11 @@ def lockstep(
 
 
 class _Clock:
-    """Bag time, and the messages that have arrived until then."""
+    """The controller's clock, and the next message that the controller has not got yet.
+
+    heard_ns: the controller's time of the last message. received_ns: the recorder's time of the last message.
+    woken: whether a tick may have something to do.
+    """
 
     def __init__(self, coming: Iterator[Arrival]):
         self._coming = coming
@@ -175,7 +195,8 @@ class _Clock:
         self.next = next(self._coming, None)
 
     def advance(self, duration_ns: int, controller: Controller) -> None:
-        """Moves the time forwards, and hands over the messages that arrive meanwhile."""
+        """Moves the time forwards, and hands over the messages that arrive meanwhile. It stops at a message
+        whose time goes back."""
         until = self.now_ns + duration_ns
         while self.next is not None and self.now_ns <= self.next.time_ns <= until:
             self.take(controller)
@@ -185,11 +206,14 @@ class _Clock:
 def along_steps(
     controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange
 ) -> Iterator[ReplayMoment]:
-    """Repeats the recorded steps, each on the inputs that it names.
+    """Repeats the recorded steps, each on the inputs that it names, and yields their commands.
 
-    A step is counted and left out if the recording lacks one of its inputs, or the step itself. The steps
-    after it are left out, too, until an episode begins, because the temporal state is not known. A live node
-    applies a parameter event some time after it was sent: here, at the step whose budget id shows it.
+    A step is left out, and counted in `tally`, if one of its inputs is not in the recording. After it, after
+    a gap in the steps' numbers, and at the beginning of a recording, all steps are left out until an episode
+    begins, because the policy's temporal state is not known.
+
+    A live node applies a parameter event some time after it was sent. A change of the budget is applied just
+    before the first step whose budget id shows that the live node had applied it.
     """
     budget = _FollowedBudget(controller, on_parameters)
     recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {
@@ -219,9 +243,8 @@ def along_steps(
                 tally.skip(
                     record.topic,
                     f"steps {newest_step + 1} to {message.step - 1} are missing in the recording: the memory "
-                    "after them is "
-                    "unknown until an episode begins, and an average budget's governor does not know their "
-                    "cost",
+                    "after them is unknown until an episode begins, and an average budget's governor does "
+                    "not know their cost",
                 )
                 is_known = False
             newest_step = message.step
@@ -247,17 +270,19 @@ class _FollowedBudget:
     def __init__(self, controller: Controller, apply: ParameterChange):
         self._controller, self._apply = controller, apply
         self._waiting: list[Any] = []
-        self._ahead: int | None = None  # by how much the live node's id is ahead of the replay's
+        # The live node's budget id minus the replay's; None until the first decision.
+        self._ahead: int | None = None
 
     def hear(self, event: Any) -> None:
         """Keeps an event that changes the budget, and applies any other one at once."""
         if any(each.name.startswith("budget.") for each in event.changed_parameters):
             self._waiting.append(event)
-        else:  # the budget id does not change
+        else:  # It does not change the budget id, so its step cannot be found.
             self._apply(event)
 
     def before(self, step: Any) -> None:
-        """Applies the events that the live node had applied before this step."""
+        """Applies the events that the live node had applied before this step. Before the first decision the
+        ids cannot be compared, so all events that wait are applied."""
         while self._waiting and (self._ahead is None or step.budget_id - self._ahead > self._coming_id(step)):
             self._apply(self._waiting.pop(0))
 
@@ -267,8 +292,8 @@ class _FollowedBudget:
             self._ahead = moment.recorded.budget_id - moment.command.decision.budget_id
 
     def _coming_id(self, step: Any) -> int:
-        """The replay's budget id in this step without any event: another number of tokens makes a new
-        rule."""
+        """Returns the budget id that the replay would have in this step if no event were applied. Another
+        number of tokens makes a new rule, so it raises the id by 1."""
         policy = self._controller.policy
         return policy.budget_id + int(step.tokens != policy.status.tokens)
 
@@ -284,11 +309,12 @@ def _again(
     recent: Mapping[str, OrderedDict[int, tuple[Record, Any]]],
     tally: Tally,
 ) -> ReplayMoment:
-    """Repeats one recorded step. Raises _Missing."""
+    """Repeats one recorded step. Raises _Missing if an input is not among `recent` or cannot be decoded, and
+    if the controller gives no command."""
     named = {GRIPPER: step.gripper_stamp, STATIC: step.static_stamp, POSE: step.pose_stamp}
     found = {name: recent[name].get(nanoseconds(stamp)) for name, stamp in named.items()}
-    for name, one in found.items():
-        put = _put(name, *one, tally, _no_parameters) if one else None
+    for name, pair in found.items():
+        put = _put(name, *pair, tally, _no_parameters) if pair else None
         if put is None:
             raise _Missing(f"{name} of step {step.step}")
         put(controller.gate)
@@ -298,13 +324,14 @@ def _again(
     published_ns = nanoseconds(step.header.stamp) + round(step.stamp_to_publish_ms * 1e6)
 
     def finished(times: StageTimes) -> int:
-        newest = [message for its, message in recent[POSE].values() if its.time_ns <= record.time_ns]
-        if newest:
-            controller.gate.put_pose(measured_pose(newest[-1]))
+        # The live node used the last pose that it had received when it published.
+        poses = [pose for received, pose in recent[POSE].values() if received.time_ns <= record.time_ns]
+        if poses:
+            controller.gate.put_pose(measured_pose(poses[-1]))
         return published_ns
 
     now_ns = nanoseconds(step.static_stamp) + round(step.static_age_ms * 1e6)
-    controller.gate.clear()  # the live node moved, so a person had cleared its holds
+    controller.gate.clear()  # The live node made this step, so no serious hold lasted.
     began = time.perf_counter()
     command = controller.tick(now_ns, finished)
     wall_ms = (time.perf_counter() - began) * 1e3

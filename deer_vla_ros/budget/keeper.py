@@ -1,4 +1,10 @@
-"""The budget keeper: it turns a budget into an exit rule with an id, and keeps the account of real costs."""
+"""The budget keeper: it turns a budget into an exit rule with an id, and keeps the account of what steps
+cost.
+
+A budget is a set of limits, some for the mean over steps (AVERAGES) and some for every single step (PEAKS).
+An exit rule says at which layers a step may stop, and by which thresholds. The cost of an exit is what a step
+that stops there is expected to cost. Layers and exits are counted from 0.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +34,25 @@ from deer_vla_ros.model.config import ModelConfig
 Result = TypeVar("Result")
 
 SHORTEST = 4
-"""Tokens of the shortest instruction. Budgets are checked against it before the first instruction."""
+"""Number of tokens of the shortest instruction. Before the first instruction, costs are computed for it."""
 REFRESH = 25
 """Number of steps after which budgets in ms are solved again, with the latencies measured meanwhile."""
 NOTABLE_MOVE = 0.02
-"""Share of the path by which new latencies must move the position before the rule gets a new id."""
+"""The rule gets a new id if new latencies move its position by more than this share of the path's length."""
 TIES = 0.02
-"""Share of equal deltas at a threshold above which the cost changes in visible jumps."""
+"""If more than this share of the deltas equal a threshold, a small change of the budget makes a large jump of
+the cost."""
 
 
 @dataclass(frozen=True)
 class _Solution:
-    """The meaning of the budget for one instruction length, with the present layers and latencies.
+    """The exits and thresholds that the budget gives for one instruction length, layers on the device and
+    latencies.
 
-    count: number of exits that are allowed. costs: by average budget, the cost of each allowed exit (count,)
-    in the unit of the budget. position: on the path of `count` exits; None: the checkpoint's own thresholds
-    apply. clamped: budgets below the cost of the first exit.
+    count: number of exits that are allowed, the first ones. costs: for each average budget, the cost of each
+    allowed exit (count,) in the unit of the budget. position: the place on the threshold path of `count`
+    exits, from 0 to the path's end; None means that the checkpoint's own thresholds apply. clamped: names of
+    the budgets that are smaller than the cost of the first exit.
     """
 
     count: int
@@ -53,7 +62,7 @@ class _Solution:
 
 
 def _locked(method: Callable[..., Result]) -> Callable[..., Result]:
-    """The method runs under the keeper's lock: one thread books steps while another asks for the status."""
+    """Runs the method under the keeper's lock: one thread calls `book` while another calls `status`."""
 
     @functools.wraps(method)
     def locked(self: BudgetKeeper, *arguments, **named) -> Result:
@@ -66,8 +75,9 @@ def _locked(method: Callable[..., Result]) -> Callable[..., Result]:
 class BudgetKeeper:
     """Turns the budget into an exit rule for the current instruction, and accounts for what steps cost.
 
-    The cost depends on the number of tokens of the instruction, so each instruction gets its own rule. A new
-    rule gets a new id; the governor's corrections between two steps do not. Any thread may call any method.
+    The cost depends on the number of tokens of the instruction, so each instruction gets its own rule. Each
+    new rule gets a new id, counted from 1. A correction by the governors between two steps keeps the id. Any
+    thread may call any method. The thread that runs the steps reads `rule` and `budget_id`.
     """
 
     def __init__(
@@ -79,8 +89,10 @@ class BudgetKeeper:
         calibration: Calibration | None = None,
         no_calibration: str = f"the checkpoint has no calibration: {REMEDY}",
     ):
-        """thresholds: apply if no average is asked for. calibration: needed for averages. no_calibration: the
-        text for users if there is none."""
+        """model: the network's sizes. delta: how two exits' actions are compared (`ExitRule.delta`).
+        thresholds: one for each exit; they are used if no average budget is set. bytes_per_weight: of a
+        weight on the device. calibration: average budgets need it; one that does not fit the model is left
+        out. no_calibration: the error text if an average budget is requested without a calibration."""
         self._lock = threading.RLock()
         self._model, self._delta, self._thresholds = model, delta, thresholds
         self._calibration, self._no_calibration = calibration, no_calibration
@@ -91,6 +103,7 @@ class BudgetKeeper:
             self._calibration, self._no_calibration = None, str(error)
         self._paths: dict[int, ThresholdPath] = {}
         self._gib = cumulated_gib(model, bytes_per_weight)
+        # The latency model needs only the ratios of the layers' costs. They hardly depend on the tokens.
         self.latency = LatencyModel(cost_table(model, model.max_tokens // 2).layers)
         self._resident = model.decoder.layers
         self._budget = Budget()
@@ -100,9 +113,10 @@ class BudgetKeeper:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> BudgetKeeper:
-        """The keeper of a checkpoint, with the calibration of its folder.
+        """Makes the keeper of a checkpoint, with the calibration of its folder.
 
-        If the calibration is missing or unusable, only a request for an average raises the error.
+        If the calibration is missing or unusable, no error is raised here. `check` raises it as UserError
+        when an average budget is requested.
         """
         info, folder, bytes_per_weight = checkpoint.info, checkpoint.folder, checkpoint.model.dtype.itemsize
         arguments = info.model, info.delta, info.thresholds, bytes_per_weight
@@ -121,21 +135,22 @@ class BudgetKeeper:
     def check(self, budget: Budget, names: Iterable[str] = (*AVERAGES, *PEAKS)) -> None:
         """Raises UserError if one of `names` in `budget` cannot be kept at the current instruction length.
 
-        names: the budgets that are asked for now. One that was asked for earlier may have become infeasible;
-        it is clamped, and does not make this check fail.
+        names: the budgets that the user changes now. A budget that is not among them is not checked: it may
+        have become infeasible with a longer instruction, and is then clamped.
         """
-        prices, averages = self._prices(), budget.active(AVERAGES)
+        exit_costs, averages = self._exit_costs(), budget.active(AVERAGES)
         for name in names:
             value = getattr(budget, name)
             if name not in UNITS or value == 0:
                 continue
             if name in averages and self._calibration is None:
                 raise UserError(f"budget.{name} is {value:g}, but {self._no_calibration}")
-            if name not in prices:
+            if name not in exit_costs:
                 raise UserError(
-                    f"budget.{name} is {value:g}, but no latency was measured here: use a budget in GMAC"
+                    f"budget.{name} is {value:g}, but no latency was measured on this device yet: "
+                    "use a budget in GMAC"
                 )
-            low, high = prices[name][0], prices[name][-1]
+            low, high = exit_costs[name][0], exit_costs[name][-1]
             if not (math.isfinite(value) and value >= low):
                 least = _rounded_up(low)
                 at = "" if name == "memory_gib" else f" at {self._table.tokens} tokens"
@@ -146,15 +161,16 @@ class BudgetKeeper:
 
     @_locked
     def set(self, budget: Budget) -> None:
-        """Asks for another budget. If the first exit exceeds it, only that exit is allowed (see `check`)."""
+        """Replaces the budget, and begins anew (see `begin`). It checks nothing: call `check` before."""
         self._budget = budget
         self.begin()
 
     @_locked
     def set_tokens(self, tokens: int) -> None:
-        """Takes the number of tokens of a new instruction.
+        """Sets the number of tokens of a new instruction.
 
-        A budget that the first exit exceeds is clamped to that exit; the status names it.
+        If a budget is now smaller than the cost of the first exit, that cost is used in its place, and
+        `status().clamped` contains the budget's name.
         """
         if tokens != self._table.tokens:
             self._table = cost_table(self._model, tokens)
@@ -162,14 +178,16 @@ class BudgetKeeper:
 
     @_locked
     def set_resident(self, layers: int) -> None:
-        """Takes the number of layers that are on the device now. No exit beyond them is allowed."""
+        """Sets the number of layers that are on the device now, at least those of the first exit. No exit
+        beyond them is allowed."""
         if layers != self._resident:
             self._resident = layers
             self._make_new_rule()
 
     @_locked
     def begin(self) -> None:
-        """Control begins: the account and the governors start anew."""
+        """Call it when control begins. It empties the account and the governors, and makes a rule with a new
+        id."""
         self._account = BudgetAccount()
         self._governors: dict[str, Governor] = {}
         self._make_new_rule()
@@ -188,7 +206,9 @@ class BudgetKeeper:
 
     @_locked
     def book(self, step: PolicyStep) -> StepCost:
-        """Enters one step into the account. The rule of the next step may be another one."""
+        """Enters a step into the account, the latency model and the governors, and corrects the rule of the
+        next step. Returns the step's cost [GMAC] at the current number of tokens. The step's times are in ms.
+        """
         cost = StepCost(
             language_gmac=self._table.language(step.layers_run),
             language_gmac_full=self._table.language(self._model.decoder.layers),
@@ -211,16 +231,21 @@ class BudgetKeeper:
 
     @_locked
     def status(self) -> BudgetStatus:
-        prices, shares = self._prices(), self._expected_shares()
+        """Returns what is asked for, what is feasible, and what was achieved since control began.
+
+        feasible: the cost of the first and of the last exit, on the device or not. expected_*: without the
+        governors' correction; NaN if there is no calibration or latency. correction: 1.0 means none.
+        """
+        exit_costs, shares = self._exit_costs(), self._expected_shares()
         governor = self._governors.get(self._binding)
         return BudgetStatus(
             budget_id=self._id,
             tokens=self._table.tokens,
             rule=self._rule,
             requested=self._budget,
-            feasible={name: (float(price[0]), float(price[-1])) for name, price in prices.items()},
-            expected_gmac=_mean(shares, prices["average_gmac"]),
-            expected_ms=_mean(shares, prices.get("average_ms")),
+            feasible={name: (float(costs[0]), float(costs[-1])) for name, costs in exit_costs.items()},
+            expected_gmac=_mean(shares, exit_costs["average_gmac"]),
+            expected_ms=_mean(shares, exit_costs.get("average_ms")),
             achieved=self._account.achieved(),
             binding=self._binding,
             clamped=self._solution.clamped,
@@ -232,21 +257,24 @@ class BudgetKeeper:
 
     # --- solving
 
-    def _prices(self) -> dict[str, np.ndarray]:
-        """By budget, the cost of each exit (exits,) in its unit. Budgets in ms need a measured latency."""
+    def _exit_costs(self) -> dict[str, np.ndarray]:
+        """Returns for each budget the cost of each exit (exits,) in the budget's unit. Without a measured
+        latency there are none in ms, and budgets in ms have no effect."""
         exits, layers = self._model.exits, np.cumsum(self._table.layers)
         gmac = layers[list(exits)]
-        prices = {
+        exit_costs = {
             "average_gmac": gmac,
             "average_fraction": gmac / layers[-1],
             "peak_gmac": gmac,
             "memory_gib": self._gib[list(exits)],
         }
         if self.latency.is_measured:
+            # Number of layers that a step to the exit runs, and of actions that its heads compute. The first
+            # exit needs two: its own, and the one before it.
             depths = [(layer + 1, index + 2) for index, layer in enumerate(exits)]
-            prices["average_ms"] = np.array([self.latency.expected(*depth) for depth in depths])
-            prices["deadline_ms"] = np.array([self.latency.high(*depth) for depth in depths])
-        return prices
+            exit_costs["average_ms"] = np.array([self.latency.expected(*depth) for depth in depths])
+            exit_costs["deadline_ms"] = np.array([self.latency.high(*depth) for depth in depths])
+        return exit_costs
 
     def _make_new_rule(self) -> None:
         """Solves the budget, and gives the resulting rule a new id."""
@@ -255,12 +283,14 @@ class BudgetKeeper:
         self._rule, self._binding = self._corrected_rule()
 
     def _refresh(self) -> None:
-        """Solves the budget with the present latencies. A rule that is nearly the same keeps its id."""
+        """Solves the budget with the present latencies. The rule gets a new id only if the number of exits
+        changes or the position moves by more than NOTABLE_MOVE of the path."""
         self._solution = now = self._solve()
         before = self._solution_of_id
         length = self._path(now.count).end if now.position is not None else 1.0
         moved = abs((now.position or 0.0) - (before.position or 0.0))
-        if now.count != before.count or moved > NOTABLE_MOVE * length:
+        has_path = now.position is not None, before.position is not None
+        if now.count != before.count or has_path[0] != has_path[1] or moved > NOTABLE_MOVE * length:
             self._begin_id()
 
     def _begin_id(self) -> None:
@@ -268,41 +298,40 @@ class BudgetKeeper:
 
     def _solve(self) -> _Solution:
         """Solves the budget for this instruction length and these layers. Updates the governors' limits."""
-        prices = self._prices()
+        exit_costs = self._exit_costs()
         averages, peaks = (
-            {name: limit for name, limit in self._budget.active(names).items() if name in prices}
+            {name: limit for name, limit in self._budget.active(names).items() if name in exit_costs}
             for names in (AVERAGES, PEAKS)
         )
-        clamped = tuple(name for name, limit in {**averages, **peaks}.items() if limit < prices[name][0])
+        clamped = tuple(name for name, limit in {**averages, **peaks}.items() if limit < exit_costs[name][0])
         allowed = [index for index, layer in enumerate(self._model.exits) if layer < self._resident]
         for name, limit in peaks.items():
-            allowed = [index for index in allowed if prices[name][index] <= limit]
+            allowed = [index for index in allowed if exit_costs[name][index] <= limit]
         count = max(len(allowed), 1)
         self._governors = {
-            name: self._governor(name, limit, prices[name]) for name, limit in averages.items()
+            name: self._governor(name, limit, exit_costs[name]) for name, limit in averages.items()
         }
-        costs = {name: prices[name][:count] for name in averages}
+        costs = {name: exit_costs[name][:count] for name in averages}
         positions = [
             self._path(count).position_within(costs[name], governor.target)
             for name, governor in self._governors.items()
         ]
         return _Solution(count, costs, max(positions, default=None), clamped)
 
-    def _governor(self, name: str, limit: float, prices: np.ndarray) -> Governor:
-        """The governor of a budget, with these limits. Its sum is relative to the budget, so it stays valid
-        for another instruction's prices."""
-        low, high = float(prices[0]), float(prices[-1])
+    def _governor(self, name: str, limit: float, costs: np.ndarray) -> Governor:
+        """Returns the governor of an average budget, a new one if there is none yet, for these costs of the
+        exits. `Governor.overspent` is relative to the budget, so it stays valid for another instruction."""
+        low, high = float(costs[0]), float(costs[-1])
         governor = self._governors.get(name) or Governor(limit, low, high)
         governor.target, governor.low, governor.high = max(limit, low), low, high
-        if limit < low:  # clamped: savings at other prices must not be spent beyond the budget
+        if limit < low:
+            # Every step overspends this budget now. Earlier savings would let steps cost even more.
             governor.overspent = max(governor.overspent, 0.0)
         return governor
 
     def _corrected_rule(self) -> tuple[ExitRule, str]:
-        """The exit rule of the solution, corrected by the governors, and the average budget that decides it.
-
-        The second is empty if no average limits the rule.
-        """
+        """Returns the exit rule of the solution, corrected by the governors, and the name of the average
+        budget that needs the largest position. The name is empty if no average budget restricts the rule."""
         solution = self._solution
         exits = self._model.exits[: solution.count]
         if solution.position is None:
@@ -317,19 +346,21 @@ class BudgetKeeper:
         return ExitRule(exits, path.thresholds(position), self._delta), "" if position == 0 else binding
 
     def _overspent(self) -> float:
-        """The sum that the governors correct: that of the budget which is overspent most."""
+        """Returns the largest `Governor.overspent`, by which all governors correct: the strictest correction
+        keeps every budget. It is 0 if the governor is switched off."""
         if not self._budget.governor:
             return 0.0
         return max(governor.overspent for governor in self._governors.values())
 
     def _path(self, count: int) -> ThresholdPath:
-        """The path of the first `count` exits, made when it is first needed."""
+        """Returns the threshold path of the first `count` exits. It is made when it is first needed."""
         if count not in self._paths:
             self._paths[count] = self._calibration.path(count)
         return self._paths[count]
 
     def _expected_shares(self) -> np.ndarray | None:
-        """(exits,) The share of the calibration's steps that each exit takes, without the correction."""
+        """Returns the share (count,) of the calibration's steps that each allowed exit takes, without the
+        governors' correction; None without a calibration."""
         if self._calibration is None:
             return None
         solution = self._solution
@@ -339,11 +370,11 @@ class BudgetKeeper:
 
 
 def _notes(rule: ExitRule, deltas: np.ndarray) -> tuple[str, ...]:
-    """Texts for users about thresholds that were solved on these calibrated deltas (N, exits): few samples,
-    ties, and exits that never stop a step."""
+    """Returns texts for users about thresholds that were solved on these calibrated deltas (N, exits): that
+    there are few samples or many equal deltas, and which exits never stop a step."""
     notes, samples = [], len(deltas)
     if samples < FEW_SAMPLES:
-        notes.append(f"thresholds rest on {samples} samples only: {REMEDY} with more")
+        notes.append(f"the thresholds were computed from only {samples} samples: {REMEDY} with more")
     for index, layer in enumerate(rule.exits[:-1]):
         threshold = rule.thresholds[index]
         ties = np.mean(deltas[:, index] == np.float32(threshold))
@@ -352,16 +383,17 @@ def _notes(rule: ExitRule, deltas: np.ndarray) -> tuple[str, ...]:
         elif ties > TIES:
             notes.append(
                 f"{ties:.0%} of the calibrated deltas at layer {layer} equal its threshold: "
-                "cost comes in steps"
+                "a small change of the budget may change the cost much"
             )
     return tuple(notes)
 
 
-def _mean(shares: np.ndarray | None, prices: np.ndarray | None) -> float:
-    """Mean cost of a step; NaN if shares or prices are unknown."""
-    return float("nan") if shares is None or prices is None else float(shares @ prices[: len(shares)])
+def _mean(shares: np.ndarray | None, costs: np.ndarray | None) -> float:
+    """Returns the mean cost of a step; NaN if shares or costs are unknown."""
+    return float("nan") if shares is None or costs is None else float(shares @ costs[: len(shares)])
 
 
 def _rounded_up(value: float) -> str:
-    """Four digits, rounded up, so that a budget copied from an error message is not refused again."""
+    """Returns `value` with four significant digits, rounded up, so that a budget copied from an error message
+    is not refused again."""
     return f"{decimal.Context(prec=4, rounding=decimal.ROUND_CEILING).create_decimal(value):g}"

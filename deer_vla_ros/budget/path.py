@@ -1,9 +1,14 @@
-"""A path of thresholds from full depth to the first exit: the order in which they rise as the budget falls.
+"""The threshold path: the order in which the exits' thresholds rise as the budget falls.
 
-Along the path each threshold only rises. So, on the same deltas, a cheaper point never goes deeper: the cost
-is monotone, and a looser budget never exits earlier. The order is greedy: the next threshold to rise is the
-one that adds the least deviation from the full-depth action per saved cost, measured on calibration samples.
-Thresholds are quantiles of the calibrated deltas, so that exits with different scales are comparable.
+A delta is the difference between the actions of an exit and of the exit before it. A step stops at the first
+exit whose delta is at most its threshold, and at the last exit otherwise. At the beginning of the path every
+step goes to the last exit; at its end every step stops at the first one.
+
+Along the path each threshold only rises. So on the same deltas no step goes deeper at a later position: the
+cost falls along the path, and a larger budget never makes a step stop earlier. The order is greedy: the next
+threshold to rise is the one that adds the least deviation from the full-depth pose per saved cost, measured
+on calibration samples (a sample is one recorded step). Thresholds are quantiles of the calibration samples'
+deltas, so that exits with different scales are comparable.
 """
 
 from __future__ import annotations
@@ -13,24 +18,27 @@ import math
 import numpy as np
 
 ALWAYS, NEVER = 1e8, -1e8
-"""Thresholds that stop every step, and no step."""
+"""ALWAYS is a threshold that no delta exceeds: every step stops. NEVER is below every delta: no step stops.
+"""
 LEVELS = 12
-"""Number of quantiles that a threshold may take at the corners of the path. More would fit noise."""
+"""At the corners of the path the quantile of each threshold is k / LEVELS. More levels would fit noise."""
 SHAPE_SAMPLES, SHARE_SAMPLES = 3000, 20_000
-"""Number of samples for finding the order, and for counting the shares."""
+"""About how many samples are used to find the order, and to count the shares."""
 
 
 class ThresholdPath:
-    """A path of thresholds. Positions go from 0 (full depth) to `end` (every step takes the first exit).
+    """A path of thresholds. Positions go from 0 (full depth) to `end` (every step stops at the first exit).
 
-    Between two corners, the quantiles and the shares of the exits are interpolated.
+    A corner of the path is a whole number. Between two corners, the thresholds' quantiles and the exits'
+    shares are interpolated.
     """
 
     def __init__(self, columns: np.ndarray, levels: np.ndarray, shares: np.ndarray):
-        """columns (exits - 1, N): calibrated deltas of each exit but the last, sorted. levels
-        (corners, exits - 1): quantiles, rising along the path. shares (corners, exits): measured shares of
-        the steps that each exit takes. The share of deeper steps is made to fall along the path, so that the
-        expected cost falls too.
+        """columns (exits - 1, N): the samples' deltas at each exit but the last, sorted. levels (corners,
+        exits - 1): quantiles from 0 to 1, rising along the path. shares (corners, exits): measured shares of
+        the steps that stop at each exit. The share of the steps that go deeper than an exit is limited to its
+        value at the corner before. So the expected cost never rises along the path, even if the measured
+        shares are noisy.
         """
         self._columns, self.levels = columns, levels
         deeper = 1.0 - np.cumsum(shares, axis=1)  # share of the steps that go deeper than each exit
@@ -39,18 +47,22 @@ class ThresholdPath:
 
     @classmethod
     def ordered(cls, deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> ThresholdPath:
-        """The path for samples (N, exits): deltas from the exit before, deviations from the full-depth pose.
+        """Finds the path for N samples.
 
-        costs (exits,): ascending. The shares are counted on single samples. In closed loop, a step's exit
-        changes the next step's deltas: measure the shares there, and make a path with the same levels.
+        deltas (N, exits): finite. deviations (N, exits): how far each exit's pose is from the full-depth pose
+        [normalised action]. costs (exits,): of a step that stops at each exit, in any unit, strictly
+        ascending.
+
+        The shares are counted on single samples. In closed loop the exit of a step changes the deltas of the
+        next one. Calibration therefore measures the shares in closed loop at the thresholds of each corner,
+        and makes a second path with the same levels and those shares.
         """
         columns = np.sort(deltas[:, :-1].T, axis=1)
         stride = max(1, len(deltas) // SHAPE_SAMPLES)
         levels = _greedy_levels(deltas[::stride, :-1], deviations[::stride], costs)
         path = cls(columns, levels, np.zeros((len(levels), len(costs))))
-        counted = np.asfortranarray(
-            deltas[:: max(1, len(deltas) // SHARE_SAMPLES)]
-        )  # is read one exit at a time
+        # exit_shares reads the deltas of one exit after the other: this order in memory is faster.
+        counted = np.asfortranarray(deltas[:: max(1, len(deltas) // SHARE_SAMPLES)])
         return cls(
             columns,
             levels,
@@ -59,19 +71,21 @@ class ThresholdPath:
 
     @property
     def end(self) -> float:
+        """The last position, which is the number of corners minus 1."""
         return float(len(self.levels) - 1)
 
     def thresholds(self, position: float) -> tuple[float, ...]:
-        """One threshold per exit. Positions beyond the path are its ends."""
+        """Returns one threshold for each exit. A position below 0 counts as 0, one above `end` as `end`."""
         quantiles = self._between(self.levels, position)
         return (*(self._threshold(index, quantile) for index, quantile in enumerate(quantiles)), ALWAYS)
 
     def shares(self, position: float) -> np.ndarray:
-        """(exits,) The expected share of the steps that each exit takes."""
+        """Returns the expected share (exits,) of the steps that stop at each exit."""
         return self._between(self.corner_shares, position)
 
     def position_within(self, costs: np.ndarray, mean: float) -> float:
-        """The deepest position whose expected cost is within `mean`; `end` if none is. costs (exits,)."""
+        """Returns the position at which the expected cost of a step is `mean`: 0 if full depth costs no more,
+        `end` if every position costs more. costs (exits,): of the exits, in the unit of `mean`."""
         return float(np.interp(-mean, -(self.corner_shares @ costs), np.arange(len(self.levels))))
 
     def _between(self, corners: np.ndarray, position: float) -> np.ndarray:
@@ -81,7 +95,8 @@ class ThresholdPath:
         return corners[before] + (position - before) * (corners[after] - corners[before])
 
     def _threshold(self, index: int, quantile: float) -> float:
-        """The delta that a share `quantile` of exit `index`'s samples does not exceed (with ties, more)."""
+        """Returns the smallest threshold at which at least the share `quantile` of the samples stops at this
+        exit. Equal deltas can make the share larger. Quantile 0 gives NEVER, and 1 gives ALWAYS."""
         column = self._columns[index]
         count = math.ceil(quantile * len(column) - 1e-9)
         if count == 0:
@@ -90,41 +105,45 @@ class ThresholdPath:
 
 
 def exits_taken(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
-    """(N,) The index of the exit that each sample (N, exits) takes; the last if no earlier exit stops it."""
+    """Returns the index (N,) of the exit at which each sample (N, exits) stops. The last threshold is not
+    used."""
     stops = deltas <= np.asarray(thresholds, dtype=deltas.dtype)
     stops[:, -1] = True
     return stops.argmax(1)
 
 
 def exit_shares(deltas: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
-    """(exits,) The share of the samples (N, exits) that each exit takes."""
-    left, counts = np.ones(len(deltas), dtype=bool), [len(deltas)]
+    """Returns the share (exits,) of the samples (N, exits) that stop at each exit. The last threshold is not
+    used. N is at least 1."""
+    going_on, counts = np.ones(len(deltas), dtype=bool), [len(deltas)]
     for index, threshold in enumerate(thresholds[:-1]):
-        left &= ~(deltas[:, index] <= threshold)
-        counts.append(int(np.count_nonzero(left)))
+        going_on &= ~(deltas[:, index] <= threshold)
+        counts.append(int(np.count_nonzero(going_on)))
     return -np.diff([*counts, 0]) / len(deltas)
 
 
 def _greedy_levels(deltas: np.ndarray, deviations: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """(corners, exits - 1) Quantiles, from 0 for all exits to 1 for the first exit."""
-    samples, exits = deltas.shape
+    """Returns quantiles (corners, exits - 1). They begin with 0 for every exit and end with 1 for the first
+    exit; the others may still be below 1 there. deltas (N, exits - 1): without those of the last exit."""
+    samples, early_exits = deltas.shape
     bounds = -(-np.arange(1, LEVELS) * samples // LEVELS)
     order = np.argsort(deltas, axis=0, kind="stable")
-    # groups[exit][level]: the samples that stop at the exit when its threshold rises above that level
-    groups = [np.split(order[:, exit], bounds) for exit in range(exits)]
-    levels, taken = np.zeros(exits, dtype=np.int64), np.full(samples, exits)
+    # groups[exit][level]: the samples that begin to stop at the exit when its level rises from `level` by 1.
+    groups = [np.split(order[:, exit], bounds) for exit in range(early_exits)]
+    levels, taken = np.zeros(early_exits, dtype=np.int64), np.full(samples, early_exits)
     path = [levels.copy()]
-    while exits and levels[0] < LEVELS:
-        price = np.full(exits, np.inf)
+    while early_exits and levels[0] < LEVELS:
+        price = np.full(early_exits, np.inf)
         rising = np.flatnonzero(levels < LEVELS)
         for exit in rising:
             stopping = groups[exit][levels[exit]]
             stopping = stopping[taken[stopping] > exit]
             if len(stopping):
-                were = taken[stopping]
-                added = deviations[stopping, exit] - deviations[stopping, were]
-                price[exit] = added.sum() / (costs[were] - costs[exit]).sum()
-        if np.isfinite(price).any():  # else no sample would stop earlier at any exit: all thresholds rise
+                before = taken[stopping]
+                added = deviations[stopping, exit] - deviations[stopping, before]
+                price[exit] = added.sum() / (costs[before] - costs[exit]).sum()
+        # If no rise makes a sample stop earlier, all thresholds that can still rise do so.
+        if np.isfinite(price).any():
             rising = [price.argmin()]
         for exit in rising:
             group = groups[exit][levels[exit]]

@@ -1,6 +1,7 @@
 """Runs the policy over a recording, and reports its decisions and their cost under one or several budgets.
 
-Example: two budgets on one recording, and a regression test of its decisions:
+The first example compares two budgets on one recording. The second keeps the decisions, and the third
+compares a later replay with them:
 
     python -m deer_vla_ros replay test/data/table --out out/replay \\
         --budget average_fraction=0.3 --budget average_fraction=0.6
@@ -9,12 +10,14 @@ Example: two budgets on one recording, and a regression test of its decisions:
 
 BAG is a rosbag2 folder or one of its files, MCAP or sqlite3, compressed or not. The node's own controller
 gets the messages in lock step on bag time: without DDS and without a wall clock, as fast as the machine
-allows. With --follow, every step uses the inputs that a recorded ~/step message names, which shows whether a
-live run decides the same again.
+allows. With --follow, the replay repeats the steps of a live run, each with the inputs that its ~/step
+message names. It shows whether the replay decides the same as the live run.
 
---out DIR gets report.html, report.json, and a folder for each budget with steps.csv (every decision, the same
-to the byte in every run on one machine), timings.csv, holds.csv and bag/ (MCAP: the input's topics and
-target_pose, gripper_command, deer_vla/step). DIR appears as a whole or not at all.
+--out DIR gets report.html, report.json, and a folder for each budget with steps.csv (one row for each
+decision; the file is identical in every run on one machine), timings.csv, holds.csv and bag/ (an MCAP
+recording with the topics of BAG that the node reads, and with target_pose, gripper_command and
+deer_vla/step). DIR is written only if the whole replay succeeds. It may replace the folder of an earlier
+replay, and no other folder.
 """
 
 from __future__ import annotations
@@ -25,27 +28,33 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deer_vla_ros.commands import arguments
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 
+if TYPE_CHECKING:  # The command line imports its modules when a command runs.
+    from deer_vla_ros.bag.run import Request, Result
+
 OWN = "own thresholds"
+"""The label of the run without --budget."""
 MARK = "report.json"
-"""A folder with this file is a replay's, and may be replaced."""
+"""A folder that contains this file was written by a replay, and may be replaced."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, metavar="BAG", help="rosbag2 folder, or one of its files")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where tables, recordings and the report go")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for tables, recordings and the report"
+    )
     parser.add_argument(
         "--budget",
         action="append",
         default=[],
         metavar="NAME=VALUE[,NAME=VALUE]",
-        help="a run under this budget, without `budget.` before its name (several: repeat); "
-        "recorded changes of budgets are not obeyed then",
+        help="replay under this budget; NAME is a budget parameter without the prefix `budget.`. Repeat the "
+        "option for several runs. Changes of the budget in the recording are then ignored",
     )
     arguments.add_recording_arguments(parser)
     parser.add_argument(
@@ -53,43 +62,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help="seconds into the recording (default: %(default)s)",
+        help="begin this many seconds after the start of the recording (default: %(default)s)",
     )
-    parser.add_argument("--duration", type=float, metavar="S", help="seconds (default: to the end)")
+    parser.add_argument(
+        "--duration", type=float, metavar="S", help="replay this many seconds (default: to the end)"
+    )
     parser.add_argument(
         "--follow",
         action="store_true",
-        help="along recorded ~/step messages; exit 1 where a decision differs",
+        help="repeat the recorded ~/step messages on their own inputs; exit status 1 if a decision differs",
     )
     parser.add_argument(
         "--latency-table",
         type=Path,
         metavar="FILE",
-        help="how long an inference takes, needed for budgets in ms "
-        "(default: latency.json of the checkpoint folder, if there is one)",
+        help="how long an inference takes, from `benchmark latency`; budgets in ms need it (default: "
+        "latency.json of the checkpoint folder, if there is one)",
     )
     parser.add_argument(
         "--no-inputs", action="store_true", help="leave the input's topics out of the recordings in --out"
     )
-    parser.add_argument("--golden", type=Path, metavar="FILE", help="write the decisions there")
+    parser.add_argument(
+        "--golden", type=Path, metavar="FILE", help="write the decisions to FILE, for --check"
+    )
     parser.add_argument(
         "--check",
         type=Path,
         metavar="FILE",
-        help="compare with decisions that --golden wrote; exit 1 where one differs",
+        help="compare with decisions that --golden wrote; exit status 1 if one differs",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
         metavar="T",
-        help="by how much numbers may differ in --check (default: %(default)s)",
+        help="largest absolute difference of a number in --check (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report's figures as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report's figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0, or 1 if a compared decision differs. Raises UserError for what cannot be replayed."""
+    """Returns 1 if --check or --follow finds a decision that differs, otherwise 0. Raises UserError if
+    options contradict each other, if --out is another folder, or if recording, checkpoint or tables cannot be
+    read."""
     from deer_vla_ros.bag import golden, report
     from deer_vla_ros.files import write_json
 
@@ -98,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
         next(golden.read_rows(args.check), None)  # fails now, not after a long replay
     requests = requests_of(args)
     if args.out and args.out.exists() and not (args.out / MARK).is_file():
-        raise UserError(f"--out is {args.out}, which is there and not a replay's: give another folder")
+        raise UserError(
+            f"replay: --out is {args.out}, which exists and was not written by replay: give another folder"
+        )
     rows: list[dict[str, Any]] = []
     on_row = rows.append if args.golden or args.check else _forget
     with whole_folder(args.out) if args.out else contextlib.nullcontext() as folder:
@@ -110,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         reference = _run(full, report.FULL_DEPTH, None, _forget) if full else None
         figures = {"bag": str(args.bag), "runs": [report.summary(result, reference) for result in results]}
         for result, figure in zip(results, figures["runs"]):
-            _tell(result, figure)
+            _print(result, figure)
         if folder:
             (folder / "report.html").write_text(
                 report.page(f"Replay of {args.bag.name}", results, figures["runs"], reference)
@@ -133,11 +150,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if not (args.out or args.golden or args.check or args.json):
-        raise UserError("replay: nothing is asked for: give --out DIR, --golden FILE or --check FILE")
+        raise UserError(
+            "replay: no output is asked for: give --out DIR, --golden FILE, --check FILE or --json FILE"
+        )
     if (args.golden or args.check) and len(args.budget) > 1:
         raise UserError(
-            f"replay: {len(args.budget)} --budget, but decisions are kept or compared of one: "
-            "give one, or none"
+            f"replay: --budget is given {len(args.budget)} times, but --golden and --check work with one "
+            "run: give --budget once, or not at all"
         )
     if args.golden and args.check:
         raise UserError("replay: --golden writes what --check reads: give one of them")
@@ -145,7 +164,8 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path and args.out and args.out.resolve() in path.resolve().parents:
             raise UserError(
-                f"replay: --{name} is {path}, in --out, which is replaced as a whole: give it another place"
+                f"replay: --{name} is {path}, inside --out, and the whole folder is replaced: "
+                "give it another place"
             )
     for name, low in (("start", 0.0), ("duration", 0.0), ("tolerance", 0.0)):
         value = getattr(args, name)
@@ -160,8 +180,8 @@ def _check(args: argparse.Namespace) -> None:
             )
 
 
-def requests_of(args: argparse.Namespace):
-    """The requests by label: one for each --budget, or one with the parameters' budget."""
+def requests_of(args: argparse.Namespace) -> dict[str, Request]:
+    """Returns the requests by label: one for each --budget; without any, one with the parameters' budget."""
     from deer_vla_ros.bag.request import request
 
     common = {
@@ -178,9 +198,9 @@ def requests_of(args: argparse.Namespace):
     return {text or OWN: request(args.bag, budget=text, **common) for text in args.budget or [""]}
 
 
-def _full_depth(requests):
-    """The request for a run at full depth on the same recording; None if the checkpoint has no
-    calibration."""
+def _full_depth(requests: dict[str, Request]) -> Request | None:
+    """Returns the request for a run at full depth on the same recording, with which the report compares the
+    others; None if the checkpoint has no calibration."""
     import dataclasses
 
     from deer_vla_ros.bag.request import no_budget
@@ -194,8 +214,8 @@ def _full_depth(requests):
     return dataclasses.replace(first, given=given, latencies=None, keep=("budget.",))
 
 
-def _run(request, label: str, folder: Path | None, on_row: Callable[[dict], None]):
-    """One run, with a progress bar."""
+def _run(request: Request, label: str, folder: Path | None, on_row: Callable[[dict], None]) -> Result:
+    """Runs one request, and shows a progress bar."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from deer_vla_ros.bag.run import run as replay
@@ -224,8 +244,8 @@ def _run(request, label: str, folder: Path | None, on_row: Callable[[dict], None
     return result
 
 
-def _tell(result, figures: dict[str, Any]) -> None:
-    """Prints the figures."""
+def _print(result: Result, figures: dict[str, Any]) -> None:
+    """Prints the figures of one run. Layers are counted from 1 here."""
     shares = "  ".join(
         f"{int(layer) + 1}: {share:.0%}" for layer, share in figures["exit_shares"].items() if share
     )

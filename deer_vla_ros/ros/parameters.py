@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rcl_interfaces.srv import ListParameters
 from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -437,9 +438,12 @@ DECLARATIONS = (
 
 
 def declare(node: Node) -> None:
-    """Declares all parameters. rclpy refuses an override outside its range, and UserError names one of a
-    wrong type. A double may be given as a whole number, now and when it is set later."""
+    """Declares all parameters, with their overrides as values. A double may be given as a whole number, now
+    and when it is set later. rclpy refuses an override outside its range, and UserError names one of a wrong
+    type. What rclpy declared from an override by itself is declared anew, with type and range."""
     for declaration in DECLARATIONS:
+        if node.has_parameter(declaration.name):
+            node.undeclare_parameter(declaration.name)
         try:
             node.declare_parameter(declaration.name, declaration.default, declaration.descriptor())
         except InvalidParameterTypeException:
@@ -470,12 +474,11 @@ def _typed(given: list[Parameter]) -> list[Parameter]:
 
 
 def unknown(node: Node) -> list[str]:
-    """Names of overrides that neither this package nor rclpy declares: a typing error, or a wrong file."""
-    return sorted(
-        name
-        for name in node._parameter_overrides
-        if not (node.has_parameter(name) or name.startswith(RCLPYS_OWN))
-    )
+    """Names of parameters that neither this package nor rclpy has: a typing error, or a wrong file. The node
+    must have been made with automatically_declare_parameters_from_overrides."""
+    ours = {declaration.name for declaration in DECLARATIONS}
+    names = node.list_parameters([], ListParameters.Request.DEPTH_RECURSIVE).names
+    return sorted(name for name in names if name not in ours and not name.startswith(RCLPYS_OWN))
 
 
 def values(node: Node, changes: dict[str, Any] | None = None) -> dict[str, Any]:

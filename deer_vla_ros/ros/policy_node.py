@@ -93,8 +93,11 @@ class PolicyNode(LifecycleNode):
 
         on_failure: called in the control thread when control has failed. The process has to end then.
         """
-        super().__init__(parameters.NODE_NAME)
+        super().__init__(parameters.NODE_NAME, automatically_declare_parameters_from_overrides=True)
         parameters.declare(self)
+        for name in parameters.unknown(self):
+            self.get_logger().warning(f"no such parameter: {name}: see config/deer_vla.yaml")
+            self.undeclare_parameter(name)
         self._controller: Controller | None = None
         self._wake = threading.Event()
         # The changes that wait for the next tick, by what they change: a newer one replaces an older one.
@@ -167,8 +170,6 @@ class PolicyNode(LifecycleNode):
         """Starts the watchdog, loads the checkpoint, and runs every exit once."""
         self._watchdog.start()  # first, so that it starts while the checkpoint loads
         self._others.listen()
-        if strangers := parameters.unknown(self):
-            self.get_logger().warning(f"no such parameters: {', '.join(strangers)}: see config/deer_vla.yaml")
         given = parameters.values(self)
         if given["control.rehearsal"]:
             self.get_logger().warning(

@@ -153,7 +153,7 @@ def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short
 def test_a_folder_that_is_not_a_replays_is_not_touched(short, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["replay", str(short), "--out", str(tmp_path)]) == 1
-    assert "not a replay's" in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
+    assert "which exists and was not written by replay" in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_golden_file_in_the_folder_that_is_replaced_is_refused_and_stays(short, tmp_path, capsys):
@@ -164,7 +164,7 @@ def test_a_golden_file_in_the_folder_that_is_replaced_is_refused_and_stays(short
     for asked in ("--check", "--golden"):
         assert main(["replay", str(short), "--out", str(out), asked, str(out / "golden.csv")]) == 1
         assert (
-            "in --out, which is replaced as a whole" in capsys.readouterr().err
+            "inside --out, and the whole folder is replaced" in capsys.readouterr().err
             and (out / "golden.csv").is_file()
         )
     assert main(["replay", str(short), "--check", str(tmp_path / "nothing.csv")]) == 1
@@ -665,9 +665,9 @@ def test_a_golden_file_is_kept_and_the_first_difference_named(short, tmp_path, c
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        ([], "nothing is asked for"),
+        ([], "no output is asked for"),
         (["--golden", "a", "--check", "b"], "give one of them"),
-        (["--golden", "a", "--budget", "average_gmac=1", "--budget", "average_gmac=2"], "give one, or none"),
+        (["--golden", "a", "--budget", "average_gmac=1", "--budget", "average_gmac=2"], "give --budget once, or not at all"),
         (["--golden", "a", "--budget", "average_gmac"], "NAME=VALUE with a positive number"),
         (["--golden", "a", "--budget", "cheap=1"], "as NAME one of average_gmac"),
         (["--golden", "a", "--duration", "0"], "--duration is 0"),

@@ -286,6 +286,15 @@ def test_a_budget_id_names_what_is_asked_for_and_not_the_governors_corrections()
     assert keeper.budget_id != first and keeper.status().correction == 1.0
 
 
+def test_a_budget_in_ms_that_takes_effect_with_the_first_latencies_gets_a_new_id():
+    keeper = new_keeper(calibrated=calibration())
+    keeper.set(Budget(average_ms=1e6))  # far above full depth: position 0 of the path
+    first, own = keeper.budget_id, keeper.rule.thresholds
+    run(keeper, np.ones((REFRESH, 6), np.float32))
+    assert keeper.rule.thresholds != own
+    assert keeper.budget_id == first + 1
+
+
 def test_another_instruction_keeps_account_and_correction_and_solves_anew():
     keeper = new_keeper(tokens=10, calibrated=calibration())
     keeper.set(Budget(average_gmac=0.5 * feasible(keeper)[1]))
@@ -410,11 +419,11 @@ def test_missed_deadlines_are_counted():
 def test_odd_thresholds_are_told():
     few = new_keeper(calibrated=calibration(50))
     few.set(Budget(average_fraction=0.5))
-    assert "rest on 50 samples only" in few.status().notes[0]
+    assert "computed from only 50 samples" in few.status().notes[0]
     tied = dataclasses.replace(CALIBRATION, deltas=np.round(CALIBRATION.deltas * 100) / 100)
     keeper = new_keeper(calibrated=tied)
     keeper.set(Budget(average_fraction=0.5))
-    assert any("cost comes in steps" in note for note in keeper.status().notes)
+    assert any("a small change of the budget" in note for note in keeper.status().notes)
 
 
 def test_before_the_first_instruction_a_budget_is_feasible_that_could_be():

@@ -127,8 +127,8 @@ def test_no_velocity_changes_faster_than_the_limits_of_acceleration_allow_but_to
     if set(result.limits) <= {Limit.ACCELERATION}:
         now = twist_of(last, result.target, timing.seconds)
         most_m, most_rad = limits.max_linear_acceleration_m_s2, limits.max_angular_acceleration_rad_s2
-        assert np.linalg.norm(now.linear - timing.before.linear) <= most_m * timing.seconds + EPSILON
-        assert np.linalg.norm(now.angular - timing.before.angular) <= most_rad * timing.seconds + 1e-4
+        assert np.linalg.norm(now.linear - timing.last_velocity.linear) <= most_m * timing.seconds + EPSILON
+        assert np.linalg.norm(now.angular - timing.last_velocity.angular) <= most_rad * timing.seconds + 1e-4
 
 
 def test_each_limit_of_motion_in_time_is_named():
@@ -143,6 +143,15 @@ def test_each_limit_of_motion_in_time_is_named():
     assert limits_of(StepTiming(0.1, still, False), max_linear_acceleration_m_s2=2.0) == (Limit.ACCELERATION,)
     assert limits_of(StepTiming(0.1, fast, False), max_linear_acceleration_m_s2=2.0) == ()
     assert limits_of(StepTiming(0.1, still, True)) == (Limit.RAMP_IN,)
+
+
+def test_a_motion_that_only_the_leash_shortens_names_no_limit_of_speed():
+    last = Pose(HOME.position + np.array([LIMITS.leash_m + 0.02, 0.0, 0.0]), HOME.quaternion)
+    timing = StepTiming(0.1, Twist.zero(), in_ramp=False)
+    back = np.array([-0.04, 0.0, 0.0])  # below the step limit of 0.05 m; the leash has used 0.02 m of it
+    result = guard(LIMITS, last, HOME, back, STILL, timing)
+    assert result.limits == (Limit.LEASH,)
+    assert distance_between(result.target, last) == pytest.approx(0.05)
 
 
 @given(st.sampled_from([field.name for field in dataclasses.fields(GuardLimits)]), st.floats(0.1, 0.9))

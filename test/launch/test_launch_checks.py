@@ -91,8 +91,13 @@ def overrides(namespace: str, file: Path) -> dict:
     try:
         names = ["-r", "__node:=deer_vla", "-r", f"__ns:={namespace}"]
         arguments = ["--ros-args", *names, "--params-file", str(file)]
-        node = rclpy.create_node("named_by_launch", context=context, cli_args=arguments)
-        found = dict(node._parameter_overrides)
+        node = rclpy.create_node(
+            "named_by_launch",
+            context=context,
+            cli_args=arguments,
+            automatically_declare_parameters_from_overrides=True,
+        )
+        found = {name: node.get_parameter(name).value for name in node.list_parameters([], 0).names}
         node.destroy_node()
         return found
     finally:

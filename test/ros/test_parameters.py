@@ -22,7 +22,12 @@ def node(*arguments: str):
     """A plain node with the declared parameters and these ROS arguments."""
     context = Context()
     rclpy.init(context=context)
-    made = Node(NODE_NAME, context=context, cli_args=["--ros-args", *arguments])
+    made = Node(
+        NODE_NAME,
+        context=context,
+        cli_args=["--ros-args", *arguments],
+        automatically_declare_parameters_from_overrides=True,
+    )
     try:
         parameters.declare(made)
         yield made

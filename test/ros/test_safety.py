@@ -93,8 +93,8 @@ BudgetedPolicy.step, Outputs.publish = slow_step, slow_publish
 
 
 def test_the_watchdog_does_not_hold_while_a_motion_that_is_still_young_leaves_slowly(client):
-    """The time from one command to the next is too long for the watchdog here. The node beats in between, when it
-    looks at the motion for the last time."""
+    """The time from one command to the next is too long for the watchdog here. The node beats in between,
+    when it looks at the motion for the last time."""
     rig = Rig(client, "slowly/")
     with faulty_node("slowly", SLOW) as process, rig.running():
         await_moving(client, process, rig, "slowly")

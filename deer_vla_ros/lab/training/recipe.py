@@ -155,11 +155,10 @@ class Train:
 class Recipe:
     """The steps that make one network.
 
-    steps: RecordStep and Train, in their order. seed: of all random draws. compile: whether torch.compile makes
-    the layers faster (needs a C++ compiler). dtype: of the weights in the checkpoint folder, float32 or
-    float16.
-    log_every, save_every, evaluate_every: optimiser steps between two log lines, two saved states, and two
-    evaluations in the simulator (0: no evaluations).
+    steps: RecordStep and Train, in their order. seed: of all random draws. compile: whether torch.compile
+    makes the layers faster (needs a C++ compiler). dtype: of the weights in the checkpoint folder, float32 or
+    float16. log_every, save_every, evaluate_every: optimiser steps between two log lines, two saved states,
+    and two evaluations in the simulator (0: no evaluations).
     """
 
     name: str

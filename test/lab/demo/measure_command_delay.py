@@ -55,7 +55,9 @@ def main() -> None:
         table.reset(SEED)
         counts = [steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]
         print(f"{1000 * delay_s:3.0f} ms  {counts}")
-    print(f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one: done, and mean steps of those")
+    print(
+        f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one: done, and mean steps of those"
+    )
     closed = []
     for seed in range(1000):
         table.reset(seed)
