@@ -43,17 +43,25 @@ def replayed(path: Path, **how):
     return result, rows
 
 
-def decided(path: Path, **how) -> list[list[str]]:
-    """Every decision as the cells of its line.
+def cells(rows: list[dict]) -> list[list[str]]:
+    """Every decision as the cells of its line. They are equal if the decisions are equal, also with NaN."""
+    return [[text_of(row[name]) for name in DECIDED] for row in rows]
 
-    The cells are equal if the decisions are equal, also with NaN.
-    """
-    return [[text_of(row[name]) for name in DECIDED] for row in decisions(path, **how)]
+
+def decided(path: Path, **how) -> list[list[str]]:
+    """The cells of every decision on a recording."""
+    return cells(decisions(path, **how))
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("short") / "bag", records(INPUTS, seconds=SHORT))
+
+
+@pytest.fixture(scope="module")
+def plain(short) -> list[dict]:
+    """The decisions on the short recording. It is replayed once for all tests that compare with them."""
+    return decisions(short)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +161,10 @@ def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short
 def test_a_folder_that_is_not_a_replays_is_not_touched(short, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["replay", str(short), "--out", str(tmp_path)]) == 1
-    assert "which exists and was not written by replay" in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "mine"
+    assert (
+        "which exists and was not written by replay" in capsys.readouterr().err
+        and (tmp_path / "notes.txt").read_text() == "mine"
+    )
 
 
 def test_a_golden_file_in_the_folder_that_is_replaced_is_refused_and_stays(short, tmp_path, capsys):
@@ -214,15 +225,15 @@ def test_what_a_replay_left_can_be_replayed(whole, tmp_path):
 @pytest.mark.parametrize(
     "compression", [CompressionMode.FILE, CompressionMode.MESSAGE], ids=lambda value: value.name.lower()
 )
-def test_how_it_was_recorded_makes_no_difference(short, tmp_path, compression):
+def test_how_it_was_recorded_makes_no_difference(short, plain, tmp_path, compression):
     other = write(tmp_path / "bag", records(INPUTS, short), StoragePlugin.SQLITE3, compression)
-    assert decided(other) == decided(short)
+    assert decided(other) == cells(plain)
 
 
-def test_renamed_topics_and_a_given_instruction(short, tmp_path):
+def test_renamed_topics_and_a_given_instruction(short, plain, tmp_path):
     renamed = [dataclasses.replace(each, topic=f"/cam0{each.topic}") for each in records(INPUTS, short)]
     other = write(tmp_path / "bag", renamed)
-    assert decided(other) == decided(short), "a namespace is found by itself"
+    assert decided(other) == cells(plain), "a namespace is found by itself"
     only = write(tmp_path / "only", [each for each in renamed if not each.topic.endswith(INSTRUCTION)])
     with pytest.raises(UserError, match="say what to do with --instruction"):
         decisions(only)
@@ -237,10 +248,10 @@ def test_renamed_topics_and_a_given_instruction(short, tmp_path):
         UserError, match="no topic camera/static/image_raw.*--topic camera/static/image_raw:=TOPIC.*/eye"
     ):
         decisions(odd)
-    assert decided(odd, topics={"camera/static/image_raw": "/eye"}) == decided(short)
+    assert decided(odd, topics={"camera/static/image_raw": "/eye"}) == cells(plain)
 
 
-def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path):
+def test_compressed_images_are_decoded_as_the_node_decodes_them(short, plain, tmp_path):
     def as_png(each: Record) -> Record:
         raw = decode(each)
         message = CompressedImage(format="png")
@@ -256,15 +267,14 @@ def test_compressed_images_are_decoded_as_the_node_decodes_them(short, tmp_path)
         return record(f"{each.topic}/compressed", message, each.time_ns)
 
     found = [as_png(each) if each.topic in (STATIC, GRIPPER) else each for each in records(INPUTS, short)]
-    assert decided(write(tmp_path / "bag", found)) == decided(short)
+    assert decided(write(tmp_path / "bag", found)) == cells(plain)
 
 
-def test_a_part_of_it(short):
-    every = decisions(short)
+def test_a_part_of_it(short, plain):
     later = decisions(short, start_s=1.0, duration_s=0.95)
-    assert [row["stamp"] for row in later] == [row["stamp"] for row in every[10:20]]
-    told = [[row["instruction"] for row in rows] for rows in (later, every[10:20])]
-    assert told[0] == told[1] and told[0][0] == every[0]["instruction"], (
+    assert [row["stamp"] for row in later] == [row["stamp"] for row in plain[10:20]]
+    told = [[row["instruction"] for row in rows] for rows in (later, plain[10:20])]
+    assert told[0] == told[1] and told[0][0] == plain[0]["instruction"], (
         "what was said before the part still holds in it"
     )
     with pytest.raises(UserError, match="--start is 99 s, but .* 2.9 s long"):
@@ -283,7 +293,7 @@ def parameter_event(time_ns: int, node: str = "/deer_vla", **values: float) -> R
     return Record("/parameter_events", "rcl_interfaces/msg/ParameterEvent", time_ns, to_cdr(event))
 
 
-def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(short, tmp_path):
+def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(short, plain, tmp_path):
     found = records(INPUTS, short)
     middle = found[0].time_ns + round(1.45 * SECOND)
     with_event = [
@@ -292,7 +302,7 @@ def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(sh
         parameter_event(middle, node="/other", peak_gmac=1e-9),
     ]
     path = write(tmp_path / "bag", sorted(with_event, key=lambda each: each.time_ns))
-    plain, (result, changed) = decisions(short), replayed(path)
+    result, changed = replayed(path)
     before = [index for index, row in enumerate(plain) if row["stamp"] < middle]
     assert [row["action"] for row in plain[: len(before)]] == [
         row["action"] for row in changed[: len(before)]
@@ -328,12 +338,11 @@ def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short,
             decisions(short, budget="average_ms=9", latency_table=table)
 
 
-def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, tmp_path):
+def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, plain, tmp_path):
     table = tmp_path / "latency.json"
     table.write_text(json.dumps({"about": "slow", "parts": [[150.0, 0.0, 0.0]]}))
     result, rows = replayed(short, latency_table=table)
-    every = decisions(short)
-    assert 0.6 * len(every) < len(rows) < 0.8 * len(every), (
+    assert 0.6 * len(plain) < len(rows) < 0.8 * len(plain), (
         "two of three frames, 100 ms apart, where each takes 150 ms"
     )
     table.write_text(json.dumps({"about": "far too slow", "parts": [[450.0, 0.0, 0.0]]}))
@@ -344,7 +353,7 @@ def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, tmp
 # Unusual recordings.
 
 
-def test_a_gap_is_a_hold_and_what_follows_goes_on(short, tmp_path):
+def test_a_gap_is_a_hold_and_what_follows_goes_on(short, plain, tmp_path):
     found = records(INPUTS, short)
     begin = found[0].time_ns
     gap = [
@@ -354,7 +363,7 @@ def test_a_gap_is_a_hold_and_what_follows_goes_on(short, tmp_path):
     ]
     result, rows = replayed(write(tmp_path / "bag", gap))
     assert result.hold_reasons["STATIC_STALE"] == 1
-    assert len(decisions(short)) - len(rows) == 10
+    assert len(plain) - len(rows) == 10
 
 
 @pytest.mark.parametrize("topic,reason", [(GRIPPER, "NO_GRIPPER_FRAME"), (POSE, "NO_POSE")])
@@ -380,12 +389,12 @@ def test_a_topic_of_another_type_is_refused(short, tmp_path):
         find_topics(recording, {"camera": STATIC}, (), Tally())
 
 
-def test_a_topic_that_is_not_read_may_be_of_any_type(short, tmp_path):
+def test_a_topic_that_is_not_read_may_be_of_any_type(short, plain, tmp_path):
     found = records(INPUTS, short)
     grip = [record("/gripper_command", String(data="shut"), found[0].time_ns)]
     path = write(tmp_path / "bag", [*found, *grip])
     result, rows = replayed(path)
-    assert len(rows) == len(decisions(short))
+    assert len(rows) == len(plain)
     assert result.tally.lines() == [
         "/gripper_command: 1 left out: of type std_msgs/msg/String, "
         "gripper_command takes std_msgs/msg/Float64MultiArray"
@@ -394,7 +403,7 @@ def test_a_topic_that_is_not_read_may_be_of_any_type(short, tmp_path):
         decisions(path, topics={"gripper_command": "/gripper_command"})
 
 
-def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
+def test_of_two_robots_instructions_one_has_to_be_chosen(short, plain, tmp_path):
     found = [each for each in records(INPUTS, short) if each.topic != INSTRUCTION]
     both = [
         dataclasses.replace(said("lift the red block", found[0].time_ns), topic=f"/{arm}/instruction")
@@ -405,8 +414,8 @@ def test_of_two_robots_instructions_one_has_to_be_chosen(short, tmp_path):
         UserError, match="/left/instruction, /right/instruction could all be instruction: choose with --topic"
     ):
         decisions(path)
-    assert len(decisions(path, topics={"instruction": "/left/instruction"})) == len(decisions(short))
-    assert len(decisions(path, instruction="lift the red block")) == len(decisions(short))
+    assert len(decisions(path, topics={"instruction": "/left/instruction"})) == len(plain)
+    assert len(decisions(path, instruction="lift the red block")) == len(plain)
 
 
 def restamped(found: list[Record], shift) -> list[Record]:
@@ -430,27 +439,29 @@ def test_stamps_of_zero_are_a_hold_with_its_reason(short, tmp_path):
         decisions(path)
 
 
-def test_stamps_of_another_clock_say_what_to_do_and_then_it_works(short, tmp_path):
+def test_stamps_of_another_clock_say_what_to_do_and_then_it_works(short, plain, tmp_path):
     found = records(INPUTS, short)
     path = write(tmp_path / "bag", restamped(found, lambda index, now: now - 1_700_000_000 * SECOND))
     with pytest.raises(UserError, match="by another clock: replay with --clock header"):
         decisions(path)
     moved = [row["action"] for row in decisions(path, clock="header")]
-    assert moved == [row["action"] for row in decisions(short)]
+    assert moved == [row["action"] for row in plain]
 
 
-def test_a_clock_that_jumps_back_is_a_hold_and_a_new_episode(short, tmp_path):
+def test_a_clock_that_jumps_back_is_a_hold_and_a_new_episode(short, plain, tmp_path):
     found = records(INPUTS, short)
     length = found[-1].time_ns - found[0].time_ns + 100 * MS
     late = [dataclasses.replace(each, time_ns=each.time_ns + length) for each in found]
     path = write(tmp_path / "bag", [*found, *late])  # Stamps begin again; times of receipt go on.
     result, rows = replayed(path, clock="receive")
-    assert result.hold_reasons["STATIC_STALE"] >= 1 and len(rows) == len(decisions(short))
+    assert result.hold_reasons["STATIC_STALE"] >= 1 and len(rows) == len(plain)
     again, _ = replayed(path, clock="header")
     assert len(again.steps) >= 2 * len(rows) - 5, "the controller hears of the jump and goes on"
 
 
-def test_by_header_stamps_one_wild_stamp_is_left_alone_and_a_clock_that_was_set_is_followed(short, tmp_path):
+def test_by_header_stamps_one_wild_stamp_is_left_alone_and_a_clock_that_was_set_is_followed(
+    short, plain, tmp_path
+):
     times = Stamps("header")
     assert [times.time(0, stamp) for stamp in (5, 3, None, 7)] == [5, 5, 5, 7]
     hour = 3600 * SECOND
@@ -460,7 +471,7 @@ def test_by_header_stamps_one_wild_stamp_is_left_alone_and_a_clock_that_was_set_
     found = records(INPUTS, short)
     grippers = [index for index, each in enumerate(found) if each.topic == GRIPPER]
     wild = write(tmp_path / "wild", restamped(found, lambda index, now: now + hour * (index == grippers[5])))
-    assert len(decisions(wild, clock="header")) >= len(decisions(short)) - 1
+    assert len(decisions(wild, clock="header")) >= len(plain) - 1
 
 
 def test_two_instructions_at_once_the_newest_wins(short, tmp_path):
@@ -493,7 +504,7 @@ def test_a_message_that_cannot_be_decoded_is_counted_and_the_others_are_used(sho
     assert "yuv17" in told[0] + told[1] and "are no sensor_msgs/msg/Image" in told[0] + told[1]
 
 
-def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short, tmp_path):
+def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short, plain, tmp_path):
     import sqlite3
 
     strangers = [
@@ -512,9 +523,7 @@ def test_a_topic_whose_type_nobody_knows_is_left_out_of_the_copy_and_said(short,
     assert result.tally.lines() == [
         "/odd: 1 left out: not copied: odd_msgs/msg/Odd is not defined in the recording, nor installed here"
     ]
-    assert records(INPUTS, tmp_path / "out" / "bag") == records(INPUTS, short) and len(rows) == len(
-        decisions(short)
-    )
+    assert records(INPUTS, tmp_path / "out" / "bag") == records(INPUTS, short) and len(rows) == len(plain)
 
 
 def test_a_type_that_only_the_recording_knows_is_copied_from_its_file_alone(short, tmp_path):
@@ -632,11 +641,11 @@ def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path
 # Golden files.
 
 
-def test_a_golden_file_is_kept_and_the_first_difference_named(short, tmp_path, capsys):
+def test_a_golden_file_is_kept_and_the_first_difference_named(short, plain, tmp_path, capsys):
     golden = tmp_path / "golden.csv"
     assert main(["replay", str(short), "--golden", str(golden)]) == 0
     assert main(["replay", str(short), "--check", str(golden)]) == 0
-    assert assert_replays(short, golden) == len(decisions(short))
+    assert assert_replays(short, golden) == len(plain)
     lines = golden.read_text().splitlines()
     fields = lines[7].split(",")
     at = DECIDED.index("gripper_probability")
@@ -667,7 +676,10 @@ def test_a_golden_file_is_kept_and_the_first_difference_named(short, tmp_path, c
     [
         ([], "no output is asked for"),
         (["--golden", "a", "--check", "b"], "give one of them"),
-        (["--golden", "a", "--budget", "average_gmac=1", "--budget", "average_gmac=2"], "give --budget once, or not at all"),
+        (
+            ["--golden", "a", "--budget", "average_gmac=1", "--budget", "average_gmac=2"],
+            "give --budget once, or not at all",
+        ),
         (["--golden", "a", "--budget", "average_gmac"], "NAME=VALUE with a positive number"),
         (["--golden", "a", "--budget", "cheap=1"], "as NAME one of average_gmac"),
         (["--golden", "a", "--duration", "0"], "--duration is 0"),

@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deer_vla_ros.budget.account import RECENT
 from deer_vla_ros.budget.calibration import Calibration, episode_features
 from deer_vla_ros.budget.cost import cost_table
-from deer_vla_ros.budget.keeper import BudgetKeeper
+from deer_vla_ros.budget.keeper import RECENT, BudgetKeeper
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.files import write_json
 from deer_vla_ros.inference.policy import DeerPolicy

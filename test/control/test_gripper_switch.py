@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deer_vla_ros.control.gripper import GripperSwitch
+from deer_vla_ros.control.controller import GripperSwitch
 from deer_vla_ros.inference.types import Action
 
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=30)
