@@ -14,3 +14,9 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
+def cause(error: BaseException) -> str:
+    """The first 200 characters of an error's message on one line, for a UserError's text; its type if it has
+    no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

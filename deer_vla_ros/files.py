@@ -45,11 +45,23 @@ def write_text(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text)
             return
-        scratch = path.with_name(f".{path.name}.new")
-        scratch.write_text(text)
-        scratch.replace(path)
+        with whole_file(path) as scratch:
+            scratch.write_text(text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another place") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields another path in the same folder, to write the file to. At the end that file takes the place of
+    `path` in one step, readable by everybody; after an exception `path` is as it was."""
+    scratch = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        yield scratch
+        scratch.chmod(0o644)  # safetensors makes files that only the owner can read
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from deer_vla_ros.bag.cdr import from_cdr, types
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 
 Result = TypeVar("Result")
 
@@ -102,7 +102,7 @@ class Recording:
                     "" if last_ns is None else f", {(last_ns - self.start_ns) / 1e9:.1f} s from its beginning"
                 )
                 raise UserError(
-                    f"{self.path}: damaged{so_far} ({_one_line(error)}): {_remedy(self.path)}"
+                    f"{self.path}: damaged{so_far} ({cause(error)}): {_remedy(self.path)}"
                 ) from error
             last_ns = int(time_ns)
             yield Record(connection.topic, connection.msgtype, last_ns, bytes(data))
@@ -112,9 +112,7 @@ class Recording:
         try:
             return call()
         except Exception as error:
-            raise UserError(
-                f"{self.path}: cannot be read ({_one_line(error)}): {_remedy(self.path)}"
-            ) from error
+            raise UserError(f"{self.path}: cannot be read ({cause(error)}): {_remedy(self.path)}") from error
 
 
 def _remedy(path: Path) -> str:
@@ -125,17 +123,13 @@ def _remedy(path: Path) -> str:
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def decode(record: Record) -> Any:
     """The decoded message, with the fields of the ROS class. UserError if the bytes do not fit the type."""
     try:
         return from_cdr(record.data, record.type)
     except Exception as error:  # for arbitrary bytes, a parser may raise anything
         raise UserError(
-            f"{record.topic}: {len(record.data)} bytes are no {record.type} ({_one_line(error)})"
+            f"{record.topic}: {len(record.data)} bytes are no {record.type} ({cause(error)})"
         ) from error
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.path import ThresholdPath
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_file
 from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule, compared
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
@@ -101,10 +102,8 @@ class Calibration:
         for count, (levels, shares) in self.paths.items():
             arrays |= {f"path.{count}.levels": levels, f"path.{count}.shares": shares}
         about = {"exits": list(self.exits), "delta": self.delta, "provenance": self.provenance}
-        scratch = folder / f".{CALIBRATION}.new"
-        save_file(arrays, scratch, {"about": json.dumps(about)})
-        scratch.chmod(0o644)
-        scratch.replace(folder / CALIBRATION)
+        with whole_file(folder / CALIBRATION) as scratch:
+            save_file(arrays, scratch, {"about": json.dumps(about)})
 
     def check_weights(self, folder: Path) -> None:
         """Raises UserError, with the remedy, if it was measured on other weights than those in the folder."""

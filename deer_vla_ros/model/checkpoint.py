@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import write_json, write_text
+from deer_vla_ros.files import whole_file, write_json, write_text
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.from_json import from_json
@@ -138,10 +138,8 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in checkpoint.model.state_dict().items()
     }
-    partial = folder / f".{WEIGHTS}.new"
-    save_file(tensors, partial)
-    partial.chmod(0o644)  # safetensors makes it readable by the owner only
-    partial.replace(folder / WEIGHTS)
+    with whole_file(folder / WEIGHTS) as scratch:
+        save_file(tensors, scratch)
     write_json(folder / CONFIG, checkpoint.info.to_dict())
     checkpoint.tokenizer.save(folder / TOKENIZER)
     write_text(folder / README, readme)

@@ -15,7 +15,7 @@ from PIL import Image as Picture
 from sensor_msgs.msg import CompressedImage, Image
 
 from deer_vla_ros.control.types import Frame
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.ros.messages import nanoseconds
 
 if TYPE_CHECKING:
@@ -171,9 +171,7 @@ def find_bridge() -> tuple[CvBridge | None, str]:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "cv_bridge"
         return (
             None,
-            "cv_bridge is not installed"
-            if missing
-            else f"cv_bridge, numpy {np.__version__}: {_one_line(error)}",
+            "cv_bridge is not installed" if missing else f"cv_bridge, numpy {np.__version__}: {cause(error)}",
         )
     return bridge, ""
 
@@ -230,7 +228,7 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
         return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:
         raise UserError(
-            f"the {picture.format} image of {len(data)} bytes is corrupt ({_one_line(error)}): "
+            f"the {picture.format} image of {len(data)} bytes is corrupt ({cause(error)}): "
             "check the camera's link and driver"
         ) from error
 
@@ -319,10 +317,6 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 def _quoted(text: str) -> str:
     """A text of a message, shortened and on one line."""
     return repr(text if len(text) <= 40 else text[:40] + "...")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 BRIDGE, NO_BRIDGE = find_bridge()

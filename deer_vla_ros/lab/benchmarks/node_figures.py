@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.lab.percentiles import percentiles
 
 PERCENTILES = (50, 99)
 
@@ -114,19 +115,15 @@ def row(
         p99_ratio=float(p99),
         p50_ratio_alone=float(p50_alone),
         p99_ratio_alone=float(p99_alone),
-        relay_alone_ms=_percentiles(relay_alone),
-        relay_ms=_percentiles(relay),
-        command_ms=_percentiles(command),
-        compute_ms=_percentiles(compute),
-        overhead_ms=_percentiles(overhead),
-        arriving_ms=_percentiles(static_age),
-        leaving_ms=_percentiles(overhead - static_age),
+        relay_alone_ms=percentiles(relay_alone, PERCENTILES),
+        relay_ms=percentiles(relay, PERCENTILES),
+        command_ms=percentiles(command, PERCENTILES),
+        compute_ms=percentiles(compute, PERCENTILES),
+        overhead_ms=percentiles(overhead, PERCENTILES),
+        arriving_ms=percentiles(static_age, PERCENTILES),
+        leaving_ms=percentiles(overhead - static_age, PERCENTILES),
         step_rate_hz=len(within(heard.step)) / seconds,
         camera_rate_hz=len(frames) / seconds,
         camera_rate_heard_hz=len(within(heard.relay)) / seconds,
         camera_gap_ms=float(np.diff(frames).max(initial=0) / 1e6),
     )
-
-
-def _percentiles(values: np.ndarray) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}

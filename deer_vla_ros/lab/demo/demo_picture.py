@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Patch
 
-from deer_vla_ros.lab.demo.demo_report import PictureMoment, depth_of, seconds_of, write_whole
+from deer_vla_ros.files import whole_file
+from deer_vla_ros.lab.demo.demo_report import PictureMoment, depth_of, seconds_of
 
 COLUMNS = 6
 """Moments per band: at the width of a README, six images in a row can still be recognised."""
@@ -67,7 +68,8 @@ def draw(
             _draw_moment(figure, grid, column, moment, began_s, colours[moment.row["instruction"]])
         top = bottom
     _draw_depth(figure.add_axes((0.055, 0.45 / total, 0.93, 0.95 / total)), rows, moments, began_s, colours)
-    write_whole(path, lambda part: figure.savefig(part, dpi=DPI))
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=DPI)
 
 
 def whole_bands(moments: list[PictureMoment]) -> list[PictureMoment]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from deer_vla_ros.files import write_text
+from deer_vla_ros.lab.percentiles import percentiles
 
 CONTROL_RATE_HZ = 10.0
 ENOUGH = 0.9
@@ -106,14 +107,6 @@ def verdict_on(rows: list[dict[str, Any]], seconds: float) -> str:
     )
 
 
-def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
-    """The percentiles p50 and p95 of the values that are not None; None if there are none."""
-    known = [value for value in values if value is not None]
-    return {
-        f"p{share}": round(float(np.percentile(known, share)), 3) if known else None for share in (50, 95)
-    }
-
-
 def counted_since(before: dict[str, str], after: dict[str, str], prefix: str) -> dict[str, int]:
     """How much the counters of `/diagnostics` rose between two messages.
 
@@ -174,27 +167,12 @@ def summarise(
 
 def write_steps(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes the steps as JSON lines, one line a step."""
-    write_whole(
-        path, lambda part: part.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-    )
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def write_summary(summary: dict[str, Any], path: Path) -> None:
     """Writes the summary as a JSON file."""
-    write_whole(path, lambda part: part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path, and then moves the whole file to `path`.
-
-    After an error `path` is unchanged.
-    """
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

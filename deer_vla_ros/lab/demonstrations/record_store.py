@@ -22,6 +22,7 @@ from deer_vla_ros.bag.calvin_files import (
 from deer_vla_ros.control.motion import euler_of, motion_of, moved
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import write_text
 from deer_vla_ros.inference.preprocess import resize_and_crop
 from deer_vla_ros.lab.demonstrations.demonstrations import Episode, Moment
 from deer_vla_ros.lab.sim.state import COLOURS, TableState
@@ -112,12 +113,8 @@ class CalvinStore:
             end = first + len(episode.moments)
             annotations.append((first, end, episode.task.name, str(random.choice(episode.task.phrasings))))
             first = end
-        path = self.folder / f"shard-{number:04d}.json"
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(
-            json.dumps({**settings, "episodes": len(annotations), "annotations": annotations}) + "\n"
-        )
-        partial.replace(path)
+        about = {**settings, "episodes": len(annotations), "annotations": annotations}
+        write_text(self.folder / f"shard-{number:04d}.json", json.dumps(about) + "\n")
         return first - start
 
     def finish(self) -> None:

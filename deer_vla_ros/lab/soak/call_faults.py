@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from deer_vla_ros.lab.soak.arena import INSTRUCTION, Arena
-from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, Clearing, Door, Fault
+from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, Clearing, Door, Fault, nothing
 
 LONG_TEXT = 2_000_000
 """The number of characters of a far too long instruction."""
@@ -87,11 +86,7 @@ def _transitions(ids: list[int], expected: bool):
     return begin
 
 
-def _now(arena: Arena) -> int:
-    return time.time_ns()
-
-
-def _fault(name: str, about: str, seconds: float, begin, end=_now, **options: Any) -> Fault:
+def _fault(name: str, about: str, seconds: float, begin, end=nothing, **options: Any) -> Fault:
     return Fault(name, about, Door.CALLS, seconds, begin, end, **options)
 
 

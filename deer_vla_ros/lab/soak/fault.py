@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deer_vla_ros.lab.soak.arena import Arena
 
+Act = Callable[["Arena"], int]
+"""Begins or ends a fault. Returns the time of day at which it took effect [ns]."""
 HOLD_WITHIN_S = 0.6
 """The most time from a fault's begin to the last motion: inputs.max_age_s, 0.2 s, and 0.1 s for a busy
 machine."""
@@ -71,3 +74,8 @@ class Fault:
         return self.door not in (Door.PROCESSES, Door.CLOCK) and not (
             self.is_silent or self.by_decisions or self.alone
         )
+
+
+def nothing(arena: Arena) -> int:
+    """The end of a fault that ends by itself: there is nothing to do."""
+    return time.time_ns()

@@ -10,7 +10,7 @@ TRACEBACK = "Traceback (most recent call last)"
 ENDS = ("Fatal Python error", "terminate called", "Segmentation fault", "core dumped")
 """Words in the log of a process that ended by an error in C or C++."""
 MARK = "soak did this on purpose"
-"""Words in the errors that the soak has raised inside the node; `node_with_faults` writes the same words."""
+"""Words in every error that the soak raises inside the node, to distinguish it from the node's own errors."""
 
 
 def unhandled(logs: Iterable[Path]) -> list[str]:

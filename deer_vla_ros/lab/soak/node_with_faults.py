@@ -19,11 +19,10 @@ import numpy as np
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.lab.soak import jsonlines
+from deer_vla_ros.lab.soak.logs import MARK
 
 SLOW_S = 1.0
 LOCKED_S = 3.0
-MARK = "soak did this on purpose"
-"""Words in every error that is raised here, to distinguish them from the node's own errors in a log."""
 
 
 class PanicException(BaseException):

@@ -6,19 +6,16 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 from deer_vla_ros.lab.soak.arena import Arena
-from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, Clearing, Door, Fault
+from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, Act, Clearing, Door, Fault, nothing
 from deer_vla_ros.lab.soak.part import wait_until
 
 SECOND_START_S = 60.0
 """The most time until a second node logs that it holds."""
 LOCKED_S = 2.9
 """The arm must hold for this time while the interpreter's lock is kept, which lasts slightly longer."""
-
-Act = Callable[[Arena], int]
 
 
 def _mood(name: str) -> Act:
@@ -106,10 +103,6 @@ def _limit_files(size: int) -> Act:
     return act
 
 
-def _now(arena: Arena) -> int:
-    return time.time_ns()
-
-
 def _fault(name: str, about: str, seconds: float, begin: Act, end: Act, **options: Any) -> Fault:
     return Fault(name, about, Door.PROCESSES, seconds, begin, end, **options)
 
@@ -159,7 +152,7 @@ FAULTS = (
         "the node's watchdog process is killed",
         1.5,
         _signal_watchdog(signal.SIGKILL),
-        _now,
+        nothing,
         clearing=Clearing.EITHER,
     ),
     _fault(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from deer_vla_ros.lab.soak.arena import Arena
-from deer_vla_ros.lab.soak.fault import HOLD_WITHIN_S, NOT_FOLLOWING_WITHIN_S, Clearing, Door, Fault
+from deer_vla_ros.lab.soak.fault import (
+    HOLD_WITHIN_S,
+    NOT_FOLLOWING_WITHIN_S,
+    Act,
+    Clearing,
+    Door,
+    Fault,
+    nothing,
+)
 
 PUSH_M, PUSH_S = [-0.2, 0.15, 0.1], 0.5
 """The push of a hand on a moving arm, and its duration."""
@@ -15,8 +21,6 @@ CARRY_M, CARRY_S = [0.2, -0.15, 0.1], 1.2
 """The push of a hand on an arm that holds, and its duration."""
 DISPLACED_M = [0.2, 0.3, 0.15]
 """The displacement. Its direction alternates, so that the arm stays inside its workspace."""
-
-Act = Callable[[Arena], int]
 
 
 def _quirk(name: str, on: bool) -> Act:
@@ -53,10 +57,6 @@ def _hold_and_carry(arena: Arena) -> int:
     arena.promise(answer["ok"], "~/hold with true was not answered")
     arena.robot.ask(push=CARRY_M, seconds=CARRY_S)
     return answer["at"]
-
-
-def _now(arena: Arena) -> int:
-    return time.time_ns()
 
 
 def _deafen(arena: Arena) -> int:
@@ -119,7 +119,7 @@ FAULTS = (
         Door.POSE,
         1.0,
         _displace,
-        _now,
+        nothing,
         holds_after_s=HOLD_WITHIN_S,
         clearing=Clearing.ASKED,
         is_robots=True,
@@ -130,7 +130,7 @@ FAULTS = (
         Door.POSE,
         1.0,
         _push,
-        _now,
+        nothing,
         clearing=Clearing.EITHER,
         is_robots=True,
     ),
@@ -140,7 +140,7 @@ FAULTS = (
         Door.POSE,
         1.8,
         _hold_and_carry,
-        _now,
+        nothing,
         holds_after_s=0.1,
         clearing=Clearing.ASKED,
         is_robots=True,

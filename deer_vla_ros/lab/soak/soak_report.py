@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deer_vla_ros.lab.percentiles import percentiles
 from deer_vla_ros.lab.soak.bench import SILENCE_LIMIT_S
 from deer_vla_ros.lab.soak.sampling import Sample
 from deer_vla_ros.lab.soak.strike import StrikeOutcome
@@ -73,9 +74,9 @@ def report(seen: SoakFindings) -> dict[str, Any]:
             "seen": sum(outcome.recovered_s is not None for outcome in seen.outcomes),
             "missing": [list(outcome.faults) for outcome in seen.outcomes if outcome.recovered_s is None],
         },
-        "time_to_recover_p50": percentile(_times(others), 50),
-        "time_to_recover_p95": percentile(_times(others), 95),
-        "restart_p50": percentile(_times(restarts), 50),
+        "time_to_recover_p50": percentiles(_times(others))["p50"],
+        "time_to_recover_p95": percentiles(_times(others))["p95"],
+        "restart_p50": percentiles(_times(restarts))["p50"],
         "broken_promises": len(seen.broken),
         "promises": seen.broken[:TOLD],
         "memory_growth_percent_per_hour": growth,
@@ -154,11 +155,6 @@ def by_minute(life: Sequence[Sample]) -> list[float]:
     for each in life:
         last[int((each.at_s - life[0].at_s) // 60)] = round(each.rss_kib / 1024, 1)
     return list(last.values())
-
-
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """The percentile of values; share: 0..100. None if there are no values."""
-    return round(float(np.percentile(values, share)), 3) if values else None
 
 
 def spread(samples: Sequence[Sample], of) -> dict[str, float]:

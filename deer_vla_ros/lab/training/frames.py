@@ -9,8 +9,6 @@ choose the right action.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_folder
 
 FORMAT = 6
 THINGS = 7
@@ -67,10 +66,13 @@ class ShardWriter:
 
     def close(self) -> None:
         """Writes the shard and gives it its final name in one step."""
-        partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
-        partial.mkdir(parents=True)
+        with whole_folder(self.folder) as scratch:
+            scratch.mkdir()
+            self._write(scratch)
+
+    def _write(self, folder: Path) -> None:
         for name, rows in self._rows.items():
-            np.save(partial / f"{name}.npy", np.stack(rows))
+            np.save(folder / f"{name}.npy", np.stack(rows))
         meta = {
             "format": FORMAT,
             "tasks": self.tasks,
@@ -78,9 +80,7 @@ class ShardWriter:
             "episodes": self._episodes,
             **self.about,
         }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        partial.rename(self.folder)
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
 class Frames:

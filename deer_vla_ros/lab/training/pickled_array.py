@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_file
 
 _ALLOWED = {
     ("numpy", "ndarray"),
@@ -58,7 +59,5 @@ def write_pickled(path: Path, value: Any) -> None:
     """Writes an object that `read_pickled` can read. The file is never incomplete."""
     array = np.empty((), object)
     array[()] = value
-    partial = path.with_name(f".{path.name}")
-    with open(partial, "wb") as file:
+    with whole_file(path) as scratch, open(scratch, "wb") as file:
         np.save(file, array, allow_pickle=True)
-    partial.replace(path)

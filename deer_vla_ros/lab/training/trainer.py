@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import write_text
+from deer_vla_ros.files import whole_file, write_text
 from deer_vla_ros.inference.preprocess import normalised
 from deer_vla_ros.lab.training.batches import Batch, BatchSource, Share, rng_of
 from deer_vla_ros.lab.training.losses import (
@@ -85,11 +85,10 @@ class StageState:
     def write(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Replaces the saved state in one step, and waits until it is on the disk."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(f".{os.getpid()}")
-        save_file(tensors, partial, {"steps": str(steps), "recipe": json.dumps(self._recipe)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, self._path)
+        with whole_file(self._path) as scratch:
+            save_file(tensors, scratch, {"steps": str(steps), "recipe": json.dumps(self._recipe)})
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
 
     def _compare(self, saved: dict[str, Any]) -> None:
         names = [

@@ -10,6 +10,7 @@ from deer_vla_ros.msg import PolicyStep
 from PIL import Image
 from sensor_msgs.msg import Image as ImageMessage
 
+from deer_vla_ros.files import whole_file
 from deer_vla_ros.lab.demo import demo_report as report
 from deer_vla_ros.lab.demo.demo_picture import draw, whole_bands
 
@@ -119,8 +120,9 @@ def test_a_result_that_cannot_be_written_whole_leaves_what_was_there(tmp_path):
     path.write_text("old")
     with pytest.raises(ValueError, match="JSON compliant"):
         report.write_summary({"steps": 3, "rate_hz": math.nan}, path)
-    with pytest.raises(RuntimeError):
-        report.write_whole(path, lambda part: (part.write_text("half"), fail()))
+    with pytest.raises(RuntimeError), whole_file(path) as scratch:
+        scratch.write_text("half")
+        raise RuntimeError
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["summary.json"]
 
@@ -151,10 +153,6 @@ def test_the_picture_is_drawn_for_any_number_of_moments(count, tmp_path):
     for colour in ((255, 0, 0), (0, 0, 255)):
         seen = (picture == colour).all(axis=2).sum()
         assert (seen > 10_000 * count) if count else seen == 0
-
-
-def fail():
-    raise RuntimeError("the disk is full")
 
 
 @pytest.mark.parametrize(
