@@ -17,9 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-# The 9b recording has the smaller weights, cross-attention in some layers only, a final norm, and runs with
-# exits below a max_layer.
-MODEL = "9b"
+MODELS = ("3b", "9b")
 CLIP_TEXT_TOWER = (
     "vision_encoder.positional_embedding",
     "vision_encoder.text_projection",
@@ -57,14 +55,15 @@ def main() -> None:
     shutil.copyfile(source / "tolerances.json", out / "tolerances.json")
     for name in ("text.json", "thresholds.json", "thresholds.npz"):
         shutil.copyfile(source / name, out / name)
-    copy_json(source, out, f"{MODEL}_keys.json", without_text_tower)
-    copy_json(source, out, f"{MODEL}_info.json", without_dropped_runs)
-    copy_json(source, out, f"{MODEL}_train.json", without_gradients)
-    copy_json(source, out, f"{MODEL}_train_fp64.json", lambda record: record)
-    copy_arrays(source, out, f"{MODEL}_train_fp64.npz", lambda name: True)
-    copy_arrays(source, out, f"{MODEL}_weights.npz", lambda name: not name.startswith(CLIP_TEXT_TOWER))
-    copy_arrays(source, out, f"{MODEL}_rollout.npz", lambda name: name.split("/")[0] not in DROPPED_RUNS)
-    copy_arrays(source, out, f"{MODEL}_window.npz", lambda name: not name.startswith(DROPPED_FORWARDS))
+    for model in MODELS:
+        copy_json(source, out, f"{model}_keys.json", without_text_tower)
+        copy_json(source, out, f"{model}_info.json", without_dropped_runs)
+        copy_json(source, out, f"{model}_train.json", without_gradients)
+        copy_json(source, out, f"{model}_train_fp64.json", lambda record: record)
+        copy_arrays(source, out, f"{model}_train_fp64.npz", lambda name: True)
+        copy_arrays(source, out, f"{model}_weights.npz", lambda name: not name.startswith(CLIP_TEXT_TOWER))
+        copy_arrays(source, out, f"{model}_rollout.npz", lambda name: name.split("/")[0] not in DROPPED_RUNS)
+        copy_arrays(source, out, f"{model}_window.npz", lambda name: not name.startswith(DROPPED_FORWARDS))
     copy_arrays(source, out, "preproc.npz", lambda name: name.startswith(KEPT_PREPROCESSING))
     size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".npz", ".json"))
     print(f"{out}: {size / 1e6:.2f} MB")
