@@ -3,6 +3,7 @@
 #
 #   make demo    set up, then six instructions in closed loop over real DDS; results in out/demo/
 #   make test    set up, then the test suite (one file: make test PYTEST_ARGS="test/build -x")
+#   make test-all  the same, and the tests that take long on purpose
 #   make env     only the virtual environment .venv
 #   make build   only the messages; afterwards `. scripts/env.sh` gives a shell with everything
 #   make clean   remove builds and results; `make distclean` also removes .venv
@@ -16,8 +17,7 @@
 #   DEMO_ARGS, PYTEST_ARGS   further arguments of the demo and of pytest
 #
 # Each step writes a stamp file, so that only steps whose inputs changed run again. PYTHON and TORCH_PIP_ARGS
-# are
-# used when .venv is made: run `make distclean` before you change them.
+# are used when .venv is made: run `make distclean` before you change them.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -25,8 +25,7 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ifeq ($(shell command -v nvidia-smi),)
-# pip prefers a CPU build to the plain build of the same version. If that index cannot be reached, pip
-# continues
+# pip prefers a CPU build to the plain build of the same version. If that index cannot be reached, pip goes on
 # without it; without retries it prints no warning.
 TORCH_PIP_ARGS ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 0
 else
@@ -37,8 +36,10 @@ PYTEST_ARGS ?=
 
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check
 ACTIVATE := . scripts/env.sh
+# Many tests wait for a running node, so more of them run at a time than there are cores.
+IN_PARALLEL := -n 4 --dist worksteal --durations=15
 
-.PHONY: help demo test env build msgs clean distclean
+.PHONY: help demo test test-all env build msgs clean distclean
 
 help:
 	@sed -n '/^#   make/s/^#   /  /p' Makefile
@@ -49,8 +50,10 @@ demo: build
 
 test: build
 	@$(ACTIVATE); if [ -n "$(PYTEST_ARGS)" ]; then exec python -m pytest $(PYTEST_ARGS); fi; \
-	failed=0; python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone" || failed=1; \
-	python -m pytest -m alone || failed=1; exit $$failed
+	exec python -m pytest $(IN_PARALLEL) -m "not long"
+
+test-all: build
+	@$(ACTIVATE); exec python -m pytest $(IN_PARALLEL)
 
 env: .venv/.stamp-python
 build msgs: build/messages/.stamp

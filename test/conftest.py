@@ -2,7 +2,6 @@
 
 import os
 import random
-from pathlib import Path
 
 import pytest
 
@@ -27,22 +26,3 @@ except ImportError as error:
         "run `make test`, or `make build` and `. scripts/env.sh`",
         returncode=1,
     )
-
-_LONGEST = (
-    "commands/test_budget_commands.py",
-    "ros/test_lifecycle.py",
-    "lab/training/test_trainer.py",
-    "ros/test_manners.py",
-    "bag/test_replay.py",
-    "ros/test_gripper_action.py",
-    "lab/scoring/test_evaluate.py",
-    "lab/demo/test_demo.py",
-    "lab/parity/test_parity.py",
-    "inference/test_long_episode.py",
-)
-"""The files that take the most time. They run first, so that both workers end at about the same time."""
-
-
-def pytest_collection_modifyitems(items):
-    order = {str(Path(__file__).parent / name): place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: order.get(str(item.path), len(order)))

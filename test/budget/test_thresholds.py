@@ -144,15 +144,16 @@ def test_one_exit_has_a_path_of_one_point():
     assert path.thresholds(path.position_within(COSTS[:1], 1.0)) == (ALWAYS,)
 
 
-@pytest.mark.alone
 def test_a_hundred_thousand_samples_are_solved_within_fifty_milliseconds():
     deltas, deviations = samples(100_000)
     taken = []
-    for _ in range(5):  # the best of five: the machine is shared
-        began = time.perf_counter()
+    for _ in range(
+        5
+    ):  # the best of five, by the time of this process on the processor: the machine is shared
+        began = time.process_time()
         path = ThresholdPath.ordered(deltas, deviations, COSTS)
         path.thresholds(path.position_within(COSTS, 5.0))
-        taken.append(time.perf_counter() - began)
+        taken.append(time.process_time() - began)
     assert min(taken) < 0.05, taken
 
 

