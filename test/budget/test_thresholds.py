@@ -147,9 +147,7 @@ def test_one_exit_has_a_path_of_one_point():
 def test_a_hundred_thousand_samples_are_solved_within_fifty_milliseconds():
     deltas, deviations = samples(100_000)
     taken = []
-    for _ in range(
-        5
-    ):  # the best of five, by the time of this process on the processor: the machine is shared
+    for _ in range(5):  # The best of five, by processor time, because the machine is shared.
         began = time.process_time()
         path = ThresholdPath.ordered(deltas, deviations, COSTS)
         path.thresholds(path.position_within(COSTS, 5.0))
