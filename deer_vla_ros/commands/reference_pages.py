@@ -97,6 +97,9 @@ def _messages() -> Iterable[str]:
             field = re.fullmatch(r"(\S+)\s+([^#]*?)\s*#\s*(.*)", line)
             if field and not line.startswith("#"):
                 rows.append((f"`{field[2]}`", f"`{field[1]}`", field[3]))
+            elif rows and line.startswith(" ") and "#" in line:  # the comment of the field before goes on
+                name, kind, meaning = rows.pop()
+                rows.append((name, kind, f"{meaning} {line.partition('#')[2].strip()}"))
             elif line.startswith("# ---"):
                 yield from (*_section(rows), f"### {line.removeprefix('# ---').strip().capitalize()}", "")
                 rows = []

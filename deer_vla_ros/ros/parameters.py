@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,20 +102,26 @@ class Declaration:
 
 
 DECLARATIONS = (
-    Declaration("autostart", True, "Configure and activate on start; false waits for a lifecycle manager."),
+    Declaration(
+        "autostart",
+        True,
+        "True: the node configures and activates itself. False: a lifecycle manager does it.",
+    ),
     Declaration(
         "overlay.rate_hz",
         2.0,
-        "How often ~/overlay is drawn while somebody subscribes to it; 0: no such topic.",
+        "How often ~/overlay is drawn while it has a subscriber. 0: there is no such topic.",
         "Hz",
         0.0,
         30.0,
     ),
-    Declaration("model.path", "", "Checkpoint folder; empty takes the one embedded in the package."),
+    Declaration(
+        "model.path", "", "Checkpoint folder. Empty: the checkpoint that is embedded in the package."
+    ),
     Declaration(
         "model.device",
         "auto",
-        "Where the network runs; auto takes the GPU if there is one.",
+        "Where the network runs. auto: on the GPU if there is one.",
         choices=("auto", "cpu", "cuda"),
     ),
     Declaration(
@@ -123,14 +130,14 @@ DECLARATIONS = (
     Declaration(
         "model.cpu_threads",
         1,
-        "Threads of the network on a CPU; the embedded one is fastest with 1. 0: torch's choice.",
+        "Threads of the network on a CPU. The embedded network is fastest with 1. 0: torch chooses.",
         low=0,
         high=256,
     ),
     Declaration(
         "control.rate_hz",
         10.0,
-        "At most so many steps, and while holding so many repeats, per second of ROS time.",
+        "Most steps per second of ROS time. A hold is repeated at this rate.",
         "Hz",
         0.1,
         200.0,
@@ -138,13 +145,13 @@ DECLARATIONS = (
     Declaration(
         "control.start_held",
         False,
-        "Hold from the start, until ~/hold is called with false: no motion after a restart.",
+        "True: the arm holds from the start, until ~/hold is called with false.",
     ),
     Declaration(
         "control.enable_timeout_s",
         0.0,
-        "Hold unless the topic `enable` says true and was refreshed within this time (a deadman switch). 0: "
-        "no such topic.",
+        "Deadman switch: the arm holds unless the topic `enable` said true within this time. 0: there is no "
+        "such topic.",
         "s",
         0.0,
         10.0,
@@ -152,27 +159,33 @@ DECLARATIONS = (
     Declaration(
         "control.rehearsal",
         False,
-        "No arm is there, only a recording that is played or an onlooker: nobody has to listen to the "
-        "commands, the arm need not follow them, and no hold waits for a person. Never on a robot.",
+        "True: the node plays along with a recording, without an arm. Then nobody has to listen to the "
+        "commands, no arm has to follow them, and every hold ends by itself. Never set it with an arm.",
     ),
     Declaration(
         "control.allow_other_commanders",
         False,
-        "Move the arm even if another node is found to command it when this one is activated.",
+        "True: the node moves the arm even if another node commands the same arm.",
     ),
     Declaration(
         "inputs.image_transport",
         "raw",
-        "Which camera topics to listen to: .../image_raw, or .../image_raw/compressed.",
+        "The camera topics: raw: .../image_raw. compressed: .../image_raw/compressed.",
         choices=("raw", "compressed"),
     ),
     Declaration(
-        "inputs.max_age_s", 0.3, "A camera frame older than this is stale: hold.", "s", 0.01, 10.0, live=True
+        "inputs.max_age_s",
+        0.3,
+        "The arm holds if the newest camera frame is older than this.",
+        "s",
+        0.01,
+        10.0,
+        live=True,
     ),
     Declaration(
         "inputs.max_pose_age_s",
         0.3,
-        "A measured TCP pose older than this is stale: hold.",
+        "The arm holds if the newest measured TCP pose is older than this.",
         "s",
         0.01,
         10.0,
@@ -181,8 +194,8 @@ DECLARATIONS = (
     Declaration(
         "inputs.max_skew_s",
         0.05,
-        "Camera stamps further apart than this do not belong together: hold. Also how far a stamp may lie in "
-        "the future.",
+        "The arm holds if the stamps of both cameras are further apart than this, or if a stamp lies further "
+        "in the future.",
         "s",
         0.001,
         1.0,
@@ -191,7 +204,7 @@ DECLARATIONS = (
     Declaration(
         "budget.average_gmac",
         0.0,
-        "Mean of the language part of a step, multiply-accumulates. 0: no limit.",
+        "Largest mean cost of the language part of a step. 0: no limit.",
         "GMAC",
         0.0,
         1e6,
@@ -201,7 +214,7 @@ DECLARATIONS = (
     Declaration(
         "budget.average_fraction",
         0.0,
-        "The same as a share of full depth, whatever the model. 0: no limit.",
+        "Largest mean cost of the language part of a step, as a share of full depth. 0: no limit.",
         "",
         0.0,
         1e6,
@@ -211,8 +224,7 @@ DECLARATIONS = (
     Declaration(
         "budget.peak_gmac",
         0.0,
-        "Language part of a step: no step goes to an exit that costs more, but for the first exit. 0: no "
-        "limit.",
+        "Largest cost of the language part of a single step. The first exit is always allowed. 0: no limit.",
         "GMAC",
         0.0,
         1e6,
@@ -222,8 +234,8 @@ DECLARATIONS = (
     Declaration(
         "budget.memory_gib",
         0.0,
-        "Weights of the language model's layers on the device: what does not fit leaves it, and no step goes "
-        "there. 0: no limit.",
+        "Most memory on the device for the weights of the language model's layers. Layers that do not fit "
+        "leave the device, and no step goes there. 0: no limit.",
         "GiB",
         0.0,
         1e6,
@@ -233,7 +245,7 @@ DECLARATIONS = (
     Declaration(
         "budget.average_ms",
         0.0,
-        "Mean of a whole step, by the latency measured here. 0: no limit.",
+        "Largest mean time of a whole step, by the latency that was measured on this device. 0: no limit.",
         "ms",
         0.0,
         1e6,
@@ -243,8 +255,8 @@ DECLARATIONS = (
     Declaration(
         "budget.deadline_ms",
         0.0,
-        "No step goes to an exit that is predicted (99 in 100) to take longer, but for the first exit. 0: no "
-        "limit.",
+        "Longest time of a single step: no step goes to an exit for which 1 of 100 steps is predicted to "
+        "take longer. The first exit is always allowed. 0: no limit.",
         "ms",
         0.0,
         1e6,
@@ -254,17 +266,19 @@ DECLARATIONS = (
     Declaration(
         "budget.governor",
         True,
-        "Steer achieved means onto the requested ones where steps differ from the calibration.",
+        "True: thresholds are corrected while the node runs, so that achieved means are the requested ones.",
         live=True,
     ),
     Declaration(
         "action.mode", "both", "Which motion commands are published.", choices=("pose", "twist", "both")
     ),
-    Declaration("action.frame", "", "Frame of motions, measured poses and targets; empty: the checkpoint's."),
+    Declaration(
+        "action.frame", "", "Frame of motions, measured poses and targets. Empty: the checkpoint's frame."
+    ),
     Declaration(
         "action.translation_m",
         0.0,
-        "What a translation of 1 stands for, per step; 0: the checkpoint's.",
+        "Motion per step for a normalised translation of 1. 0: the checkpoint's value.",
         "m",
         0.0,
         1.0,
@@ -272,7 +286,7 @@ DECLARATIONS = (
     Declaration(
         "action.rotation_rad",
         0.0,
-        "What a rotation of 1 stands for, per step; 0: the checkpoint's.",
+        "Motion per step for a normalised rotation of 1. 0: the checkpoint's value.",
         "rad",
         0.0,
         3.14,
@@ -280,7 +294,7 @@ DECLARATIONS = (
     Declaration(
         "action.gripper_open",
         0.0,
-        "Gripper command for open; where it equals action.gripper_closed: the checkpoint's.",
+        "Gripper command for open. If it equals action.gripper_closed, both are the checkpoint's.",
         "",
         -1e3,
         1e3,
@@ -288,7 +302,7 @@ DECLARATIONS = (
     Declaration(
         "action.gripper_closed",
         0.0,
-        "Gripper command for closed; where it equals action.gripper_open: the checkpoint's.",
+        "Gripper command for closed. If it equals action.gripper_open, both are the checkpoint's.",
         "",
         -1e3,
         1e3,
@@ -296,19 +310,19 @@ DECLARATIONS = (
     Declaration(
         "action.gripper_interface",
         "topic",
-        "How the gripper is told; the actions need control_msgs.",
+        "How gripper commands are sent: on a topic, or to an action server. The actions need control_msgs.",
         choices=INTERFACES,
     ),
     Declaration("action.gripper_action", "gripper_controller/gripper_cmd", "Name of the gripper's action."),
     Declaration(
         "action.gripper_joint",
         "",
-        "Joint that a ParallelGripperCommand names; empty: none, the controller's only one.",
+        "Joint that a ParallelGripperCommand names. Empty: none, for a controller with one joint.",
     ),
     Declaration(
         "action.gripper_max_effort",
         0.0,
-        "Effort that a GripperCommand allows; 0: the controller's own.",
+        "Largest effort that a GripperCommand allows. 0: the controller's own limit.",
         "N",
         0.0,
         1e4,
@@ -316,7 +330,8 @@ DECLARATIONS = (
     Declaration(
         "action.gripper_hysteresis",
         0.05,
-        "How far from one half the gripper's probability must be to change it; 0: the reference's rule.",
+        "The gripper changes only if its probability of being open is at least this far from 0.5. 0: the "
+        "rule of the reference.",
         low=0.0,
         high=0.5,
         live=True,
@@ -333,7 +348,7 @@ DECLARATIONS = (
     Declaration(
         "guard.max_translation_m",
         0.06,
-        "The most that the target moves in one step.",
+        "Largest motion of the target in one step.",
         "m",
         1e-4,
         1.0,
@@ -342,7 +357,7 @@ DECLARATIONS = (
     Declaration(
         "guard.max_rotation_rad",
         0.3,
-        "The most that the target turns in one step.",
+        "Largest rotation of the target in one step.",
         "rad",
         1e-4,
         3.14,
@@ -351,7 +366,7 @@ DECLARATIONS = (
     Declaration(
         "guard.leash_m",
         0.15,
-        "The furthest that the target may be from the measured TCP.",
+        "Largest distance of the target from the measured TCP.",
         "m",
         1e-3,
         1.0,
@@ -360,7 +375,7 @@ DECLARATIONS = (
     Declaration(
         "guard.leash_rad",
         0.6,
-        "The furthest that the target may be turned from the measured TCP.",
+        "Largest rotation between the target and the measured TCP.",
         "rad",
         1e-3,
         3.14,
@@ -383,7 +398,7 @@ DECLARATIONS = (
     Declaration(
         "guard.max_linear_speed_m_s",
         0.6,
-        "The fastest that the target moves. 0: no limit.",
+        "Largest speed of the target. 0: no limit.",
         "m/s",
         0.0,
         10.0,
@@ -392,7 +407,7 @@ DECLARATIONS = (
     Declaration(
         "guard.max_angular_speed_rad_s",
         3.0,
-        "The fastest that the target turns. 0: no limit.",
+        "Largest angular speed of the target. 0: no limit.",
         "rad/s",
         0.0,
         31.4,
@@ -401,7 +416,7 @@ DECLARATIONS = (
     Declaration(
         "guard.max_linear_acceleration_m_s2",
         0.0,
-        "The most that the target's velocity changes; a hold stops it at once. 0: no limit.",
+        "Largest change of the target's velocity. A hold stops at once. 0: no limit.",
         "m/s2",
         0.0,
         100.0,
@@ -410,7 +425,7 @@ DECLARATIONS = (
     Declaration(
         "guard.max_angular_acceleration_rad_s2",
         0.0,
-        "The most that the target's angular velocity changes; a hold stops it at once. 0: no limit.",
+        "Largest change of the target's angular velocity. A hold stops at once. 0: no limit.",
         "rad/s2",
         0.0,
         1000.0,
@@ -419,7 +434,7 @@ DECLARATIONS = (
     Declaration(
         "guard.ramp_in_steps",
         3,
-        "So many steps after a hold move by at most a third of the limits per step and of speed.",
+        "Number of steps after a hold that use at most a third of the step and speed limits.",
         low=0,
         high=100,
         live=True,
@@ -427,8 +442,8 @@ DECLARATIONS = (
     Declaration(
         "guard.follow_timeout_s",
         3.0,
-        "Hold when the arm has stood still for so long, or its measured pose has been frozen, while its "
-        "target was more than half a step's limit ahead of it. 0: never.",
+        "The arm holds if its measured pose has not changed for this time while its target was more than "
+        "half the step limit ahead. 0: never.",
         "s",
         0.0,
         60.0,
@@ -607,13 +622,16 @@ def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 def render_yaml() -> str:
     """The text of `config/deer_vla.yaml`: every parameter with its default, unit, range and meaning."""
-    lines = [
-        "# Parameters of the deer_vla node, all at their defaults: copy, change what your robot needs, pass "
-        "it as params_file.",
-        "# Written by `python -m deer_vla_ros.commands.reference_pages`; a test keeps it equal to what the "
+    about = (
+        "Parameters of the deer_vla node, all with their default values. Copy this file, change what your "
+        "robot needs, and pass it as params_file.",
+        "`python -m deer_vla_ros.commands.reference_pages` writes it; a test compares it with what the "
         "node declares.",
-        "# live: may change while the node runs (`ros2 param set`), between two steps. The others are read "
-        "when it starts.",
+        "live: the value may change while the node runs (`ros2 param set`), between two steps. The others "
+        "are read when the node starts.",
+    )
+    lines = [
+        *(line for text in about for line in _comment(text, "# ")),
         "/**:",
         f"  {NODE_NAME}:",
         "    ros__parameters:",
@@ -631,6 +649,11 @@ def render_yaml() -> str:
         facts += [" | ".join(declaration.choices), "live" if declaration.live else ""]
         suffix = ", ".join(fact for fact in facts if fact)
         value = yaml.safe_dump(declaration.default, default_flow_style=True).removesuffix("\n...\n").strip()
-        lines.append(f"      # {declaration.description}{f' ({suffix})' if suffix else ''}")
+        lines += _comment(f"{declaration.description}{f' ({suffix})' if suffix else ''}", "      # ")
         lines.append(f"      {declaration.name}: {value}")
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    """The lines of a comment in a YAML file."""
+    return textwrap.wrap(text, 110, initial_indent=indent, subsequent_indent=indent)
