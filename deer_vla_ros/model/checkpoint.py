@@ -17,7 +17,13 @@ from deer_vla_ros.files import whole_file, write_json, write_text
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.from_json import from_json
-from deer_vla_ros.model.network import MultiExitVLA, build, check_shapes
+from deer_vla_ros.model.network import (
+    HEADS_OF_TRAINING,
+    MultiExitVLA,
+    build,
+    check_shapes,
+    has_heads_of_training,
+)
 from deer_vla_ros.model.text import InstructionTokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -96,11 +102,13 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     layers: int | None = None,
+    for_training: bool = False,
 ) -> Checkpoint:
     """Reads a checkpoint folder onto `device` and casts the weights to `dtype`.
 
     layers: the number of decoder layers to load; the others are on the meta device, without memory. None
         loads all layers.
+    for_training: also load the heads that only training uses.
 
     Raises a UserError that names a missing file, a missing or unknown tensor, or a tensor of a wrong shape.
     """
@@ -113,7 +121,7 @@ def load(
         )
     return Checkpoint(
         info,
-        build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype, layers)),
+        build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype, layers, for_training)),
         tokenizer,
         folder,
     )
@@ -146,7 +154,12 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
 
 
 def _read_weights(
-    path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype, layers: int | None
+    path: Path,
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    layers: int | None,
+    for_training: bool,
 ) -> dict[str, torch.Tensor]:
     """All tensors of the network. Names and shapes are checked before the first tensor is loaded.
 
@@ -161,11 +174,17 @@ def _read_weights(
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             check_shapes(config, shapes, str(path))
+            if for_training and not has_heads_of_training(shapes):
+                raise UserError(
+                    f"{path}: it has no heads for training: make the checkpoint with `convert --training`"
+                )
+            left_out = () if for_training else HEADS_OF_TRAINING
             return {
                 name: torch.empty(shape, dtype=dtype, device="meta")
                 if name.startswith(absent)
                 else file.get_tensor(name).to(device, dtype, copy=True)
                 for name, shape in shapes.items()
+                if not name.startswith(left_out)
             }
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}): copy the checkpoint again") from error

@@ -1,7 +1,9 @@
-"""Makes a checkpoint folder from the released files: DeeR's `.pth`, CLIP's visual tower, a tokenizer, perhaps MPT.
+"""Makes a checkpoint folder from the released files: DeeR's `.pth`, CLIP's visual tower, a tokenizer, perhaps
+MPT.
 
 DeeR's file holds what was trained, and the frozen decoder blocks under their second name
-(`old_decoder_blocks`). CLIP brings the vision tower. Only the 9B network needs a tensor of MPT, the final norm.
+(`old_decoder_blocks`). CLIP brings the vision tower. Only the 9B network needs a tensor of MPT, the final
+norm.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from deer_vla_ros.model.config import (
     ResamplerConfig,
     VisionConfig,
 )
-from deer_vla_ros.model.network import state_shapes
+from deer_vla_ros.model.network import HEADS_OF_TRAINING, state_shapes
 from deer_vla_ros.model.reference import reference_names
 from deer_vla_ros.model.released_files import DeerFile, is_from_transformers, open_clip, open_deer, open_mpt
 from deer_vla_ros.model.tensor_writer import TensorWriter
@@ -44,13 +46,13 @@ THRESHOLDS = {
     "abcd": (0.03354664587378331, 0.002466938924360549, 0.006321195199122956, 0.005748750398084137)
     + (0.007737060680985451, 1e5),
 }
-"""The thresholds of the exits that the authors found online (README of github.com/yueyang130/DeeR-VLA, section
-"Execute with Online Interaction Thresholds"), by the split of CALVIN on which the 3B network was trained."""
+"""The thresholds of the exits that the authors found online (README of github.com/yueyang130/DeeR-VLA,
+section "Execute with Online Interaction Thresholds"), by the split of CALVIN on which the 3B network was
+trained."""
 REQUIRED = {"head_type": "deterministic", "pooling": "max", "mlp_layernorm": True, "lstm_layernorm": True}
 """Settings of DeeR's file that the network must have, with the only value that is supported."""
 SPECIAL = (END_OF_CHUNK, IMAGE, PAD)
 """The tokens that OpenFlamingo adds to the tokenizer of the language model, in this order."""
-HEADS_OF_TRAINING = ("last_head.", "auxiliary_heads.")
 HEAD_WIDTH_OF_CLIP, HEAD_WIDTH_OF_CROSS_ATTENTION = 64, 64
 _SECOND_NAMES = "lang_encoder.gated_cross_attn_layers."
 """The prefix of second names of the cross-attention, which are the same tensors."""
@@ -85,10 +87,10 @@ def convert(
 ) -> Converted:
     """Writes the checkpoint folder `out`: all of it, or nothing under that name.
 
-    mpt: MPT's file or folder, for what DeeR's file lacks. thresholds: a key of THRESHOLDS, or none: every step
-    goes to the last exit. for_training: also write the heads that never act. like: a network whose numbers of
-    attention heads and other sizes that no tensor tells are used; None: those of the released networks.
-    on_progress: gets the number of bytes written and of all bytes.
+    mpt: MPT's file or folder, for what DeeR's file lacks. thresholds: a key of THRESHOLDS, or none: every
+    step goes to the last exit. for_training: also write the heads that never act. like: a network whose
+    numbers of attention heads and other sizes that no tensor tells are used; None: those of the released
+    networks. on_progress: gets the number of bytes written and of all bytes.
 
     Raises UserError that names the file, the fault and the remedy.
     """
@@ -173,9 +175,12 @@ class _Sources:
                 )
         if missing:
             parts = [
-                f"{len(set(found))} of {source}: {', '.join(sorted(set(found)))}" for source, found in missing.items()
+                f"{len(set(found))} of {source}: {', '.join(sorted(set(found)))}"
+                for source, found in missing.items()
             ]
-            raise UserError(f"convert: {sum(map(len, missing.values()))} tensors are missing. " + "; ".join(parts))
+            raise UserError(
+                f"convert: {sum(map(len, missing.values()))} tensors are missing. " + "; ".join(parts)
+            )
         self._check_unknown(names)
 
     def _brought_by(self, own: str) -> str:
@@ -202,7 +207,8 @@ class _Sources:
 
 
 def _stored_name(reference: str) -> str:
-    """The name in DeeR's file of a tensor of the reference: the decoder blocks have their second name there."""
+    """The name in DeeR's file of a tensor of the reference: the decoder blocks have their second name there.
+    """
     if reference.startswith(_BLOCKS) and ".decoder_layer." in reference:
         return reference.replace(_BLOCKS, _OLD_BLOCKS, 1).replace(".decoder_layer.", ".", 1)
     return reference
@@ -285,9 +291,7 @@ def _head_config(deer: DeerFile, base: HeadConfig) -> HeadConfig:
     )
 
 
-def _vision_config(
-    clip: Mapping[str, Tensor], path: Path, base: VisionConfig, width: int
-) -> VisionConfig:
+def _vision_config(clip: Mapping[str, Tensor], path: Path, base: VisionConfig, width: int) -> VisionConfig:
     """The sizes of CLIP's tower. width: the width that the resampler takes."""
     if is_from_transformers(clip):
         prefix, blocks = "vision_model.", "encoder.layers.#.layer_norm1.weight"
@@ -321,7 +325,9 @@ def _vision_config(
 def _numbers(names: Iterable[str], pattern: str) -> set[int]:
     """The numbers that stand for `#` in the names of a pattern."""
     before, after = pattern.split("#")
-    found = (name[len(before) : -len(after)] for name in names if name.startswith(before) and name.endswith(after))
+    found = (
+        name[len(before) : -len(after)] for name in names if name.startswith(before) and name.endswith(after)
+    )
     return {int(number) for number in found if number.isdecimal()}
 
 
@@ -407,7 +413,11 @@ def _write_weights(
             tensor = sources.find(own, names[own])
             written = tensor.to(dtype)
             if not bool(torch.isfinite(written).all()):
-                fault = "is not finite" if not bool(torch.isfinite(tensor).all()) else f"does not fit into {dtype}"
+                fault = (
+                    "is not finite"
+                    if not bool(torch.isfinite(tensor).all())
+                    else f"does not fit into {dtype}"
+                )
                 raise UserError(
                     f"convert: tensor {names[own]} {fault}: "
                     + ("download the file again" if "finite" in fault else "give --dtype float32")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,10 @@ class Sight:
     found: Found | None
 
 
+HEADS_OF_TRAINING = ("last_head.", "auxiliary_heads.")
+"""The beginnings of the names of tensors that only training uses."""
+
+
 class MultiExitVLA(nn.Module):
     """The network of DeeR-VLA (Yue et al., NeurIPS 2024, arXiv 2411.02359), at any size.
 
@@ -36,7 +40,8 @@ class MultiExitVLA(nn.Module):
     to train the layers: the auxiliary heads and, at the last layer, `last_head`.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, for_training: bool = True):
+        """for_training: False leaves out the heads that only training uses."""
         super().__init__()
         self.config = config
         decoder, visual_width = config.decoder, config.vision.width
@@ -54,10 +59,11 @@ class MultiExitVLA(nn.Module):
         self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
         self.final_norm = nn.LayerNorm(decoder.width, bias=False) if decoder.final_norm else None
         self.shared_head = ActionHead(decoder.width, config.head)
-        self.last_head = ActionHead(decoder.width, config.head)
-        self.auxiliary_heads = nn.ModuleDict(
-            {str(exit_layer): ActionHead(decoder.width, config.head) for exit_layer in config.exits[:-1]}
-        )
+        if for_training:
+            self.last_head = ActionHead(decoder.width, config.head)
+            self.auxiliary_heads = nn.ModuleDict(
+                {str(exit_layer): ActionHead(decoder.width, config.head) for exit_layer in config.exits[:-1]}
+            )
 
     @property
     def device(self) -> torch.device:
@@ -113,29 +119,37 @@ class MultiExitVLA(nn.Module):
 
 
 def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
-    """A network that uses the tensors of `state` without a copy and is ready for inference.
+    """A network that uses the tensors of `state` without a copy and is ready for inference. It has the heads
+    of training if `state` has them.
 
     Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so in a clear message.
     """
     with torch.device("meta"):
-        model = MultiExitVLA(config)
+        model = MultiExitVLA(config, has_heads_of_training(state))
     model.load_state_dict(state, strict=True, assign=True)
     restore_buffers(model)
     return model.eval().requires_grad_(False)
 
 
-def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def has_heads_of_training(names: Iterable[str]) -> bool:
+    """Whether the names of a network's tensors include those of the heads that only training uses."""
+    return any(name.startswith(HEADS_OF_TRAINING) for name in names)
+
+
+def state_shapes(config: ModelConfig, for_training: bool = True) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a network of this config, by name."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
+        state = MultiExitVLA(config, for_training).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises UserError unless `found` has exactly the names and shapes of a network of this config.
+    """Raises UserError unless `found` has exactly the names and shapes of a network of this config, with all
+    heads of training or with none of them.
 
     Messages begin with `where`.
     """
-    expected = state_shapes(config)
+    expected = state_shapes(config, has_heads_of_training(found))
     for kind, names in (
         ("missing", expected.keys() - found.keys()),
         ("unknown", found.keys() - expected.keys()),

@@ -1,7 +1,8 @@
-"""The files in which DeeR, CLIP and MPT were released: opened without reading all weights, with every fault named.
+"""The files in which DeeR, CLIP and MPT were released: opened without reading all weights, with every fault
+named.
 
-The tensors of a torch file stay in the mapped file until they are used, so a file of 14 GB needs little memory.
-No pickle is run: torch reads tensors and plain values only (`weights_only`).
+The tensors of a torch file stay in the mapped file until they are used, so a file of 14 GB needs little
+memory. No pickle is run: torch reads tensors and plain values only (`weights_only`).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class LazyTensors(Mapping[str, Tensor]):
 class DeerFile:
     """A checkpoint of DeeR. about: its settings by name. tensors: by name, without the prefix `module.`.
 
-    has_values: whether it holds the deltas of a calibration (`values`), which are no calibration of ours: they
-    lack actions, deviations and the order of the steps.
+    has_values: whether it holds the deltas of a calibration (`values`), which are no calibration of ours:
+    they lack actions, deviations and the order of the steps.
     """
 
     path: Path
@@ -78,7 +79,8 @@ def open_deer(path: Path) -> DeerFile:
 def open_clip(path: Path) -> Mapping[str, Tensor]:
     """Opens CLIP's visual tower: OpenAI's TorchScript archive, open_clip's file, or transformers' file.
 
-    Returns tensors by name; the names tell which of the three it is (`is_from_transformers`). Raises UserError.
+    Returns tensors by name; the names tell which of the three it is (`is_from_transformers`). Raises
+    UserError.
     """
     _check_file(path, "--clip")
     if path.suffix == ".safetensors":
@@ -111,22 +113,24 @@ def is_from_transformers(clip: Mapping[str, Tensor]) -> bool:
 
 
 def open_mpt(path: Path) -> Mapping[str, Tensor]:
-    """Opens MPT's weights: a file, or a folder with one or several shards (.safetensors or pytorch_model*.bin).
+    """Opens MPT's weights: a file, or a folder with one or several shards (.safetensors or
+    pytorch_model*.bin).
 
-    Returns tensors by the names that they have in OpenFlamingo, `lang_encoder.transformer...`. Raises UserError.
+    Returns tensors by the names that they have in OpenFlamingo, `lang_encoder.transformer...`. Raises
+    UserError.
     """
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not files:
-            raise UserError(f"--mpt {path}: no *.safetensors and no pytorch_model*.bin: give MPT's folder or file")
+            raise UserError(
+                f"--mpt {path}: no *.safetensors and no pytorch_model*.bin: give MPT's folder or file"
+            )
     else:
         files = [path]
     readers: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         _check_file(file, "--mpt")
-        shard = (
-            _safetensors(file, "--mpt") if file.suffix == ".safetensors" else _torch_file(file, "--mpt")
-        )
+        shard = _safetensors(file, "--mpt") if file.suffix == ".safetensors" else _torch_file(file, "--mpt")
         if not isinstance(shard, Mapping):
             raise UserError(f"--mpt {file}: no set of tensors: give MPT's folder or file")
         for name in shard:
@@ -152,7 +156,9 @@ def _check_file(path: Path, option: str) -> None:
         with path.open("rb") as file:
             begin = file.read(64)
     except OSError as error:
-        raise UserError(f"{option} {path} cannot be read ({error.strerror}): give an existing file") from error
+        raise UserError(
+            f"{option} {path} cannot be read ({error.strerror}): give an existing file"
+        ) from error
     if not begin:
         raise UserError(f"{option} {path} is empty: download it again")
     if begin.startswith(LFS_POINTER):

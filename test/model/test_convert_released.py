@@ -1,13 +1,9 @@
 """Tests of the conversion of released files: exact, whole or not at all, and every fault named."""
 
-import json
 import math
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from paths import GOLDEN_COMPACT
@@ -59,8 +55,14 @@ class Files:
         }
 
     def write_deer(self, state: dict | None = None, **changes) -> None:
-        content = {**self.keys["checkpoint_metadata"], "model_state_dict": self.state if state is None else state}
-        content |= {"optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "values": torch.zeros(4, 9)}
+        content = {
+            **self.keys["checkpoint_metadata"],
+            "model_state_dict": self.state if state is None else state,
+        }
+        content |= {
+            "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+            "values": torch.zeros(4, 9),
+        }
         torch.save({**content, **changes}, self.deer)
 
     def write_tokenizer(self, size: int) -> None:
@@ -145,7 +147,9 @@ class Tower(torch.nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "open_clip safetensors", "transformers safetensors", "transformers bin"])
+@pytest.mark.parametrize(
+    "kind", ["torchscript", "open_clip safetensors", "transformers safetensors", "transformers bin"]
+)
 def test_every_form_in_which_clip_is_published_gives_the_same_tower(small, kind):
     small.convert()
     first = load(small.folder / "out").model.state_dict()
@@ -165,7 +169,9 @@ def test_every_form_in_which_clip_is_published_gives_the_same_tower(small, kind)
 
 
 def test_published_thresholds_and_their_absence(small):
-    with pytest.raises(UserError, match="--thresholds abc: 6 thresholds were published, this network has 3 exits"):
+    with pytest.raises(
+        UserError, match="--thresholds abc: 6 thresholds were published, this network has 3 exits"
+    ):
         small.convert(thresholds="abc")
     assert all(len(found) == 6 for found in THRESHOLDS.values())
     assert small.convert().info.thresholds == (-1e8, -1e8, 1e8)
@@ -189,7 +195,9 @@ def damaged(path: Path) -> None:
 
 
 def without(files: Files, *parts: str) -> None:
-    files.write_deer({name: tensor for name, tensor in files.state.items() if not any(part in name for part in parts)})
+    files.write_deer(
+        {name: tensor for name, tensor in files.state.items() if not any(part in name for part in parts)}
+    )
 
 
 def renamed(files: Files, change) -> None:
@@ -236,14 +244,22 @@ FAULTS = {
     "a truncated download": (lambda f: cut(f.deer), "was cut short: download it again"),
     "a damaged file": (lambda f: damaged(f.deer), "download it again"),
     "a Git LFS pointer": (
-        lambda f: f.deer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5990000000\n"),
+        lambda f: f.deer.write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5990000000\n"
+        ),
         "pointer of Git LFS.*git lfs pull",
     ),
-    "a web page": (lambda f: f.deer.write_text("<!DOCTYPE html><html>404</html>"), "web page.*download the file itself"),
+    "a web page": (
+        lambda f: f.deer.write_text("<!DOCTYPE html><html>404</html>"),
+        "web page.*download the file itself",
+    ),
     "an empty file": (lambda f: f.deer.write_bytes(b""), "is empty: download it again"),
     "no file": (lambda f: f.deer.unlink(), "cannot be read .*give an existing file"),
     "a folder": (lambda f: (f.deer.unlink(), f.deer.mkdir()), "is a folder: give the file in it"),
-    "no torch file": (lambda f: f.deer.write_bytes(b"\x80\x02}q\x00." * 100), "no file that torch.save writes"),
+    "no torch file": (
+        lambda f: f.deer.write_bytes(b"\x80\x02}q\x00." * 100),
+        "no file that torch.save writes",
+    ),
     "a program in the pickle": (
         lambda f: torch.save({"model_state_dict": f.state, "extra": Program()}, f.deer),
         "more than tensors and plain values.*not loaded",
@@ -252,7 +268,10 @@ FAULTS = {
         lambda f: torch.save({name.removeprefix("module."): t for name, t in f.state.items()}, f.deer),
         "no model_state_dict.*OpenFlamingo's checkpoint; give DeeR's own file",
     ),
-    "no prefix": (lambda f: renamed(f, lambda name: name.removeprefix("module.")), "do not begin with module"),
+    "no prefix": (
+        lambda f: renamed(f, lambda name: name.removeprefix("module.")),
+        "do not begin with module",
+    ),
     "the prefix twice": (lambda f: renamed(f, lambda name: f"module.{name}"), "begin with module.module"),
     "missing tensors": (
         lambda f: without(f, "perceiver.norm.bias", "extra_exit.rnn.layers.1.weight"),
@@ -270,12 +289,21 @@ FAULTS = {
         lambda f: f.write_deer({**f.state, "module.perceiver.norm.bias": torch.zeros(5)}),
         "tensor perceiver.norm.bias has shape .5,.* not of the same network",
     ),
-    "a value that is no number": (with_nan, "tensor perceiver.latents is not finite: download the file again"),
+    "a value that is no number": (
+        with_nan,
+        "tensor perceiver.latents is not finite: download the file again",
+    ),
     "a 9B file for the 3B": (of_nine, "final norm|norm_f|mosaicml/mpt-7b"),
-    "settings that are not supported": (lambda f: f.write_deer(pooling="sampling"), "pooling is 'sampling', only 'max'"),
+    "settings that are not supported": (
+        lambda f: f.write_deer(pooling="sampling"),
+        "pooling is 'sampling', only 'max'",
+    ),
     "no settings": (lambda f: f.write_deer(early_exit_layer=None), "early_exit_layer is None"),
     "a wrong CLIP": (wide_clip, "tower has width 768, the resampler takes 32: give ViT-L/14"),
-    "no CLIP": (lambda f: torch.save({"layer.weight": torch.zeros(2)}, f.clip), "no CLIP: .*give OpenAI's ViT-L-14.pt"),
+    "no CLIP": (
+        lambda f: torch.save({"layer.weight": torch.zeros(2)}, f.clip),
+        "no CLIP: .*give OpenAI's ViT-L-14.pt",
+    ),
     "CLIP given as DeeR's file": (
         lambda f: torch.jit.script(Tower(f.visual())).save(str(f.deer)),
         "TorchScript archive.*give it as --clip",
@@ -322,7 +350,9 @@ def test_a_full_disk_is_named(small, monkeypatch):
 
 def test_the_9b_names_the_final_norm_that_only_mpt_brings(tmp_path):
     nine = Files(tmp_path, "9b")
-    with pytest.raises(UserError, match="give mosaicml/mpt-7b as --mpt.: lang_encoder.transformer.norm_f.weight"):
+    with pytest.raises(
+        UserError, match="give mosaicml/mpt-7b as --mpt.: lang_encoder.transformer.norm_f.weight"
+    ):
         nine.convert(mpt=None)
     folder = tmp_path / "mpt-7b"
     folder.mkdir()
