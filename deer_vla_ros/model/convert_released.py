@@ -207,8 +207,7 @@ class _Sources:
 
 
 def _stored_name(reference: str) -> str:
-    """The name in DeeR's file of a tensor of the reference: the decoder blocks have their second name there.
-    """
+    """The name in DeeR's file of a tensor of the reference: the decoder blocks have their second name there."""
     if reference.startswith(_BLOCKS) and ".decoder_layer." in reference:
         return reference.replace(_BLOCKS, _OLD_BLOCKS, 1).replace(".decoder_layer.", ".", 1)
     return reference
