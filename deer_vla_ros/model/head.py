@@ -24,6 +24,16 @@ class HeadState(NamedTuple):
         return states[0] if len(states) == 1 else HeadState(*(torch.cat(parts, 1) for parts in zip(*states)))
 
 
+class PreparedState(NamedTuple):
+    """The part of one step of the LSTMs that does not depend on the feature, for each episode of a batch.
+
+    gates: for each LSTM layer W_hh h + b_ih + b_hh, (lstm layers, B, 4 hidden). cell: (lstm layers, B, hidden).
+    """
+
+    gates: Tensor
+    cell: Tensor
+
+
 class HeadOutput(NamedTuple):
     """The output of the head for T steps.
 
@@ -101,6 +111,36 @@ class ActionHead(nn.Module):
                 x = F.dropout(x, self.dropout, self.training)
         after = HeadState(torch.cat(hiddens), torch.cat(cells)) if hiddens else state
         return HeadOutput(self.pose(x).tanh(), self.gripper(x), after, feature)
+
+    def prepare(self, state: HeadState) -> PreparedState:
+        """Computes what every probe of a step shares. It can be done before the step's feature is known."""
+        gates = [
+            F.linear(hidden, lstm.weight_hh_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0)
+            for lstm, hidden in zip(self.lstms, state.hidden)
+        ]
+        return PreparedState(torch.stack(gates) if gates else state.hidden, state.cell)
+
+    def probe(self, feature: Tensor, prepared: PreparedState) -> HeadOutput:
+        """The same as `forward` for one step, with plain linear maps in place of nn.LSTM.
+
+        feature: (B, width). prepared: of B episodes, or of one episode whose step all B features belong to.
+        nn.LSTM packs its weights again in every call, which takes most of a probe's time. There is no dropout.
+        """
+        x, hiddens, cells = feature, [], []
+        for lstm, norm, gates, cell in zip(self.lstms, self.norms, prepared.gates, prepared.cell):
+            entry, forget, new, out = (gates + F.linear(x, lstm.weight_ih_l0)).chunk(4, -1)
+            cell = forget.sigmoid() * cell + entry.sigmoid() * new.tanh()
+            hidden = out.sigmoid() * cell.tanh()
+            hiddens.append(hidden)
+            cells.append(cell)
+            x = norm(hidden)
+        if hiddens:
+            after = HeadState(torch.stack(hiddens), torch.stack(cells))
+        else:  # a head without memory has states of no layers
+            after = HeadState(*(prepared.cell.expand(-1, len(x), -1) for _ in range(2)))
+        return HeadOutput(
+            self.pose(x).tanh()[:, None], self.gripper(x)[:, None], after, feature[:, None]
+        )
 
     def initial_state(self, batch: int = 1) -> HeadState:
         """The state at the start of an episode: zeros."""
