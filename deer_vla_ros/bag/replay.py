@@ -238,8 +238,8 @@ def along_steps(
             if newest_step is None and message.step:
                 tally.skip(
                     record.topic,
-                    f"{message.step} steps before the recording: the replay does not know their cost, so with "
-                    "an average budget its thresholds may differ from the live node's",
+                    f"{message.step} steps before the recording: the replay does not know their cost, so "
+                    "with an average budget its thresholds may differ from the live node's",
                 )
             if newest_step is not None and message.step > newest_step + 1:
                 tally.skip(
