@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 
 import deer_vla_ros
-from deer_vla_ros.commands import COMMANDS, PROGRAM, Command
+from deer_vla_ros.commands import COMMANDS, PROGRAM, CommandEntry
 from deer_vla_ros.errors import UserError
 
 PIP_MODULES = ("matplotlib", "mujoco", "optuna", "rich", "rosbags", "tensorboardX")
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def _run(name: str, command: Command, module: ModuleType, own: list[str], ros_args: list[str]) -> int:
+def _run(name: str, command: CommandEntry, module: ModuleType, own: list[str], ros_args: list[str]) -> int:
     """Parses the command's own arguments and runs it."""
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}",

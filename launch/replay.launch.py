@@ -44,6 +44,7 @@ OUTPUTS = (
     "gripper_command",
     "deer_vla/step",
     "deer_vla/budget",
+    "deer_vla/overlay",
     "diagnostics",
     "parameter_events",
 )

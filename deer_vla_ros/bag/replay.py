@@ -136,9 +136,9 @@ def lockstep(
 ) -> Iterator[ReplayMoment]:
     """Yields each command that the controller gives while the recording plays.
 
-    coming: the recording's messages, from `arrivals`. inference_takes_time: whether the clock moves by the
-    times that a step reports during its inference. Messages that arrive meanwhile wait, and the newest ones
-    are used next, as in the node. Without it an inference takes no time.
+    coming: the recording's messages, from `arrivals`. inference_takes_time: whether the clock moves during an
+    inference, by the time that the step reports. Messages that arrive meanwhile are handed over at once, as
+    in the node, and the next step uses their frames.
     """
     clock = _Clock(coming)
 
@@ -195,8 +195,8 @@ class _Clock:
         self.next = next(self._coming, None)
 
     def advance(self, duration_ns: int, controller: Controller) -> None:
-        """Moves the time forwards, and hands over the messages that arrive meanwhile. It stops at a message
-        whose time goes back."""
+        """Moves the time forwards, and hands over the messages that arrive meanwhile. It hands over
+        none after a message whose time goes back."""
         until = self.now_ns + duration_ns
         while self.next is not None and self.now_ns <= self.next.time_ns <= until:
             self.take(controller)
@@ -208,12 +208,14 @@ def along_steps(
 ) -> Iterator[ReplayMoment]:
     """Repeats the recorded steps, each on the inputs that it names, and yields their commands.
 
-    A step is left out, and counted in `tally`, if one of its inputs is not in the recording. After it, after
-    a gap in the steps' numbers, and at the beginning of a recording, all steps are left out until an episode
-    begins, because the policy's temporal state is not known.
+    A step is left out, and counted in `tally`, if one of its inputs is not in the recording or cannot be
+    decoded, or if the controller gives no command on them. After it, after a gap in the steps' numbers, and
+    at the beginning of a recording, all steps are left out until an episode begins, because the policy's
+    temporal state is not known.
 
     A live node applies a parameter event some time after it was sent. A change of the budget is applied just
-    before the first step whose budget id shows that the live node had applied it.
+    before the first step whose budget id shows that the live node had applied it, or had another reason for a
+    new id (new latencies, other layers on the device).
     """
     budget = _FollowedBudget(controller, on_parameters)
     recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {
@@ -236,8 +238,8 @@ def along_steps(
             if newest_step is None and message.step:
                 tally.skip(
                     record.topic,
-                    f"{message.step} steps before the recording: an average budget's governor remembers "
-                    "their cost, so thresholds may differ",
+                    f"{message.step} steps before the recording: the replay does not know their cost, so "
+                    "with an average budget its thresholds may differ from the live node's",
                 )
             if newest_step is not None and message.step > newest_step + 1:
                 tally.skip(
@@ -252,7 +254,8 @@ def along_steps(
             if not is_known:
                 tally.skip(
                     record.topic,
-                    "the episode began before the recording, or lacks inputs: its memory is not known",
+                    "its episode began before the recording, or lacks steps or inputs: its memory is not "
+                    "known",
                 )
                 continue
             try:
@@ -336,7 +339,9 @@ def _again(
     command = controller.tick(now_ns, finished)
     wall_ms = (time.perf_counter() - began) * 1e3
     if command is None:
-        raise _Missing(f"what made the live node step on {GRIPPER} and {STATIC} in step {step.step}")
+        raise _Missing(
+            f"an input of step {step.step}, on whose other inputs the controller gives no command,"
+        )
     return ReplayMoment(now_ns, record.time_ns, command, wall_ms, recorded=step)
 
 

@@ -40,11 +40,12 @@ REFRESH = 25
 NOTABLE_MOVE = 0.02
 """The rule gets a new id if new latencies move its position by more than this share of the path's length."""
 TIES = 0.02
-"""If more than this share of the deltas equal a threshold, a small change of the budget makes a large jump of
-the cost."""
+"""If more than this share of an exit's deltas equal its threshold, the status has a note: a small change of
+the budget may then change the cost much."""
 
 RECENT = 200
-"""Number of steps that the recent means and the recent rate of misses cover."""
+"""Number of steps that the recent means and the recent rate of misses cover. Before that many steps, the
+means cover all steps, and the rate counts the missing ones as not missed."""
 
 
 class BudgetAccount:
@@ -118,9 +119,10 @@ def _locked(method: Callable[..., Result]) -> Callable[..., Result]:
 class BudgetKeeper:
     """Turns the budget into an exit rule for the current instruction, and accounts for what steps cost.
 
-    The cost depends on the number of tokens of the instruction, so each instruction gets its own rule. Each
-    new rule gets a new id, counted from 1. A correction by the governors between two steps keeps the id. Any
-    thread may call any method. The thread that runs the steps reads `rule` and `budget_id`.
+    The cost depends on the number of tokens of the instruction, so each number gets its own rule, with a new
+    id, counted from 1. Corrections by the governors and small changes of the latencies keep the id. Any
+    thread may call any method; only the thread that runs the steps may read `rule` and `budget_id`, which
+    take no lock.
     """
 
     def __init__(
@@ -274,7 +276,8 @@ class BudgetKeeper:
 
     @_locked
     def status(self) -> BudgetStatus:
-        """Returns what is asked for, what is feasible, and what was achieved since control began.
+        """Returns what is asked for, what is feasible, and what was achieved since control began or
+        the budget was set.
 
         feasible: the cost of the first and of the last exit, on the device or not. expected_*: without the
         governors' correction; NaN if there is no calibration or latency. correction: 1.0 means none.
@@ -312,8 +315,8 @@ class BudgetKeeper:
             "memory_gib": self._gib[list(exits)],
         }
         if self.latency.is_measured:
-            # Number of layers that a step to the exit runs, and of actions that its heads compute. The first
-            # exit needs two: its own, and the one before it.
+            # Number of layers that a step to the exit runs, and of actions that it computes: one after the
+            # layer before the first exit, with which the first exit is compared, and one at each exit.
             depths = [(layer + 1, index + 2) for index, layer in enumerate(exits)]
             exit_costs["average_ms"] = np.array([self.latency.expected(*depth) for depth in depths])
             exit_costs["deadline_ms"] = np.array([self.latency.high(*depth) for depth in depths])
@@ -326,8 +329,9 @@ class BudgetKeeper:
         self._rule, self._binding = self._corrected_rule()
 
     def _refresh(self) -> None:
-        """Solves the budget with the present latencies. The rule gets a new id only if the number of exits
-        changes or the position moves by more than NOTABLE_MOVE of the path."""
+        """Solves the budget with the present latencies. The rule gets a new id if, compared with the solution
+        of the present id, the number of exits changes, the path begins or ceases to be used, or the position
+        moves by more than NOTABLE_MOVE of the path."""
         self._solution = now = self._solve()
         before = self._solution_of_id
         length = self._path(now.count).end if now.position is not None else 1.0

@@ -1,6 +1,7 @@
 """The threshold path: the order in which the exits' thresholds rise as the budget falls.
 
-A delta is the difference between the actions of an exit and of the exit before it. A step stops at the first
+A delta is the difference between the actions of an exit and of the exit before it; for the first exit, of the
+layer before it. A step stops at the first
 exit whose delta is at most its threshold, and at the last exit otherwise. At the beginning of the path every
 step goes to the last exit; at its end every step stops at the first one.
 
@@ -21,16 +22,18 @@ ALWAYS, NEVER = 1e8, -1e8
 """ALWAYS is a threshold that no delta exceeds: every step stops. NEVER is below every delta: no step stops.
 """
 LEVELS = 12
-"""At the corners of the path the quantile of each threshold is k / LEVELS. More levels would fit noise."""
+"""At the corners of the path the quantile of each threshold is a whole number of 1 / LEVELS. More levels
+would fit noise."""
 SHAPE_SAMPLES, SHARE_SAMPLES = 3000, 20_000
-"""About how many samples are used to find the order, and to count the shares."""
+"""At least this many samples (all, if there are fewer), and less than twice as many, are used to find the
+order, and to count the shares."""
 
 
 class ThresholdPath:
     """A path of thresholds. Positions go from 0 (full depth) to `end` (every step stops at the first exit).
 
-    A corner of the path is a whole number. Between two corners, the thresholds' quantiles and the exits'
-    shares are interpolated.
+    A corner is a position that is a whole number. Between two corners, the thresholds' quantiles and the
+    exits' shares are interpolated.
     """
 
     def __init__(self, columns: np.ndarray, levels: np.ndarray, shares: np.ndarray):
@@ -84,7 +87,7 @@ class ThresholdPath:
         return self._between(self.corner_shares, position)
 
     def position_within(self, costs: np.ndarray, mean: float) -> float:
-        """Returns the position at which the expected cost of a step is `mean`: 0 if full depth costs no more,
+        """Returns the position at which the expected cost of a step is `mean`: 0 if full depth costs less,
         `end` if every position costs more. costs (exits,): of the exits, in the unit of `mean`."""
         return float(np.interp(-mean, -(self.corner_shares @ costs), np.arange(len(self.levels))))
 
@@ -95,8 +98,8 @@ class ThresholdPath:
         return corners[before] + (position - before) * (corners[after] - corners[before])
 
     def _threshold(self, index: int, quantile: float) -> float:
-        """Returns the smallest threshold at which at least the share `quantile` of the samples stops at this
-        exit. Equal deltas can make the share larger. Quantile 0 gives NEVER, and 1 gives ALWAYS."""
+        """Returns the smallest threshold that at least the share `quantile` of the samples do not exceed at
+        this exit. Equal deltas can make the share larger. Quantile 0 gives NEVER, and 1 gives ALWAYS."""
         column = self._columns[index]
         count = math.ceil(quantile * len(column) - 1e-9)
         if count == 0:

@@ -11,7 +11,7 @@ PROGRAM = "python -m deer_vla_ros"
 
 
 @dataclass(frozen=True)
-class Command:
+class CommandEntry:
     """A command: its module, its line in `--help`, and whether it takes `--ros-args`."""
 
     module: str
@@ -20,48 +20,50 @@ class Command:
 
 
 COMMANDS = {
-    "node": Command("deer_vla_ros.commands.node_command", "the policy node", takes_ros_args=True),
-    "sim": Command(
+    "node": CommandEntry("deer_vla_ros.commands.node_command", "the policy node", takes_ros_args=True),
+    "sim": CommandEntry(
         "deer_vla_ros.commands.sim_command", "the simulated table as a ROS 2 node", takes_ros_args=True
     ),
-    "demo": Command(
+    "demo": CommandEntry(
         "deer_vla_ros.commands.demo_command",
         "table and policy in closed loop: prints and plots what happened",
     ),
-    "benchmark": Command(
+    "benchmark": CommandEntry(
         "deer_vla_ros.commands.benchmark_command", "times the node, checks budgets, shows what depth buys"
     ),
-    "replay": Command(
+    "replay": CommandEntry(
         "deer_vla_ros.commands.replay_command", "runs the policy over a recording in lock step"
     ),
-    "budget": Command("deer_vla_ros.commands.budget_command", "cost against deviation: what a budget buys"),
-    "calibrate": Command(
+    "budget": CommandEntry(
+        "deer_vla_ros.commands.budget_command", "cost against deviation: what a budget buys"
+    ),
+    "calibrate": CommandEntry(
         "deer_vla_ros.commands.calibrate_command",
         "measures the deltas of all exits for a checkpoint's budgets",
     ),
-    "record-demos": Command(
+    "record-demos": CommandEntry(
         "deer_vla_ros.commands.record_demos_command", "demonstrations on the simulated table, for training"
     ),
-    "convert": Command(
+    "convert": CommandEntry(
         "deer_vla_ros.commands.convert_command", "DeeR's released weights as a checkpoint folder"
     ),
-    "convert-bag": Command(
+    "convert-bag": CommandEntry(
         "deer_vla_ros.commands.convert_bag_command", "recordings of a robot as a training dataset"
     ),
-    "train": Command(
+    "train": CommandEntry(
         "deer_vla_ros.commands.train_command",
         "makes a network by a recipe, from demonstrations to a checkpoint",
     ),
-    "evaluate": Command(
+    "evaluate": CommandEntry(
         "deer_vla_ros.commands.evaluate_command", "scores chains of instructions on the simulated table"
     ),
-    "search": Command(
+    "search": CommandEntry(
         "deer_vla_ros.commands.search_command", "Bayesian optimisation of thresholds in closed loop"
     ),
-    "soak": Command(
+    "soak": CommandEntry(
         "deer_vla_ros.commands.soak_command", "attacks the running node with random faults and judges it"
     ),
-    "parity": Command(
+    "parity": CommandEntry(
         "deer_vla_ros.commands.parity_command", "checks the network against recorded reference tensors"
     ),
 }

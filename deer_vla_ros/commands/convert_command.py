@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--like",
         type=Path,
         metavar="CONFIG",
-        help="config.json of a network whose numbers of attention heads are used; for networks of other sizes "
-        "than the released ones",
+        help="config.json of a network whose numbers of attention heads are used, for networks that do not "
+        "have the released sizes",
     )
 
 

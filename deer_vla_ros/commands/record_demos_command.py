@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
             "record-demos: --image-size is for --format frames: "
             "CALVIN's images are as the cameras give them; leave it out"
         )
-    from deer_vla_ros.lab.demonstrations.record_run import Recording, record
+    from deer_vla_ros.lab.demonstrations.record_run import DemoRequest, record
 
     image_size = None if args.format == "calvin" else args.image_size or IMAGE_SIZE
-    recording = Recording(args.out, args.demos, args.seed, image_size, args.policy)
+    request = DemoRequest(args.out, args.demos, args.seed, image_size, args.policy)
     begin = time.monotonic()
-    frames, kept = record(recording, args.jobs or os.cpu_count() or 1)
+    frames, kept = record(request, args.jobs or os.cpu_count() or 1)
     seconds = time.monotonic() - begin
     new = args.demos - kept
     print(f"{args.out}: {args.demos} demonstrations" + (f", {kept} of them from before" if kept else ""))

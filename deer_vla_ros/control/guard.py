@@ -18,7 +18,8 @@ from deer_vla_ros.control.types import Limit, Pose, Twist
 from deer_vla_ros.errors import UserError
 
 RAMP_SHARE = 1 / 3
-"""Share of the step and speed limits that the first steps after a hold may use."""
+"""Share of what a step may move and turn, after the leash moved the start, that a step of the ramp may use.
+"""
 RATES = (
     "max_linear_speed_m_s",
     "max_angular_speed_rad_s",
@@ -39,8 +40,9 @@ class GuardLimits:
     means that there is no limit. ramp_in_steps: number of steps after a hold that are part of the ramp; the
     caller counts them (`StepTiming.in_ramp`).
 
-    Raises UserError if a value is not finite, if a step limit or the leash is not above 0, if another number
-    is below 0, or if workspace_min is not below workspace_max on every axis.
+    Raises UserError if a value is not finite, if a step limit or the leash is not above 0, if a limit of
+    speed or acceleration or ramp_in_steps is below 0, if a corner has not three numbers, or if workspace_min
+    is not below workspace_max on every axis.
     """
 
     max_translation_m: float
@@ -70,8 +72,8 @@ class GuardLimits:
                 raise UserError(f"guard.{name} is {corner}: give three finite numbers x, y, z [m]")
         if any(low >= high for low, high in zip(self.workspace_min, self.workspace_max)):
             raise UserError(
-                f"guard.workspace_min {self.workspace_min} is not below "
-                f"guard.workspace_max {self.workspace_max} on every axis"
+                f"guard.workspace_min {self.workspace_min} must be below guard.workspace_max "
+                f"{self.workspace_max} on every axis: change one of them"
             )
 
     def loosened_from(self, old: GuardLimits) -> list[str]:
@@ -138,7 +140,7 @@ def guard(
     rotation: Rotation,
     timing: StepTiming | None = None,
 ) -> Guarded:
-    """Changes the motion from the last target so that it keeps every limit.
+    """Changes the motion from the last target so that it keeps the limits.
 
     last_target, measured: poses in the action frame. translation (3,) [m], rotation: the motion that the
     policy wants, along and about the fixed axes of the action frame (`motion.moved`). timing: None leaves out
@@ -151,14 +153,15 @@ def guard(
     nearest point of the box. The policy's translation is then ignored, its rotation is still used. The target
     never gets farther from the box.
 
-    The box and the leash are convex, and every position that is computed lies on a line from a point inside
-    both. So a cut at one of them breaks neither the other nor the step limit. All limits but the acceleration
-    may slow the target down faster than the acceleration limit allows.
+    The box, widened so that it contains the last target, and the leash are convex, and the start is in both.
+    Clipping to the box and cutting at the leash never make the way from the start longer. So they break
+    neither each other nor the step limit. Only the acceleration may exceed its limit: where the leash moves
+    the start, and where another limit stops the target.
     """
     low = np.minimum(limits.workspace_min, last_target.position)
     high = np.maximum(limits.workspace_max, last_target.position)
-    # If the arm was moved away from the last target, the step starts where the way from the measured position
-    # to the last target leaves the leash.
+    # If the arm was moved away from the last target, the step starts where the way to the last target leaves
+    # the leash. The way begins at the point of the widened box that is nearest to the measured position.
     inside = np.clip(measured.position, low, high)
     position, start_moved_by_leash = _towards(inside, last_target.position, measured.position, limits.leash_m)
     quaternion, start_turned_by_leash = _turned_within(measured, last_target, limits.leash_rad)
@@ -191,7 +194,7 @@ def guard(
     acted = (
         Limit.WORKSPACE if starts_outside else None,
         Limit.ACCELERATION if acceleration_acted else None,
-        # The way into the box usually takes several steps, so the step limit is no news there.
+        # The way into the box usually takes several steps, so what shortens it is expected and not reported.
         None if starts_outside else translation_limit,
         rotation_limit,
         Limit.WORKSPACE if box_acted else None,
@@ -267,8 +270,11 @@ def _nearest_in_ball(vector: np.ndarray, centre: np.ndarray, radius: float) -> t
 def _shortened(
     motion: np.ndarray, remaining: float, allowance: float, per_step: float, in_ramp: bool, step_limit: Limit
 ) -> tuple[np.ndarray, Limit | None]:
-    """Shortens `motion` (3,) to the length `remaining`, or to RAMP_SHARE of it in the ramp. Returns the
-    motion and the limit that shortened it; None if it stayed as it was, or if only the leash shortened it.
+    """Shortens `motion` (3,) to the length `remaining`, or to RAMP_SHARE of it in the ramp.
+
+    Returns the motion and one limit that shortened it: RAMP_IN if it was not longer than `remaining`; None if
+    it was not longer than the allowance, because then the leash shortened it; the step limit if it was longer
+    than that; otherwise SPEED. None also if nothing was shortened.
 
     remaining: what remains of the allowance after the leash moved the start; negative if the leash needed
     more than the allowance. allowance: the smaller of the step limit and the speed limit times the step's

@@ -18,7 +18,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PRECISION_BITS = 22
 """Bits after the point of Pillow's weights for images with 8 bits."""
 LOW_BITS = 11
-"""Each weight is split into a high and a low part of about this length. A float32 then holds every sum exactly."""
+"""Each weight is split into a high and a low part of about this length. A float32 then holds every sum
+exactly."""
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -201,13 +201,14 @@ class _Sources:
         ]
         if unknown:
             raise UserError(
-                f"--deer {self._deer.path}: {len(unknown)} tensors are unknown: {', '.join(sorted(unknown)[:20])}: "
+                f"--deer {self._deer.path}: {len(unknown)} tensors are unknown: "
+                f"{', '.join(sorted(unknown)[:20])}: "
                 "this file is not of DeeR's released networks"
             )
 
 
 def _stored_name(reference: str) -> str:
-    """The name in DeeR's file of a tensor of the reference: the decoder blocks have their second name there."""
+    """The name in DeeR's file of a tensor of the reference: decoder blocks have their second name there."""
     if reference.startswith(_BLOCKS) and ".decoder_layer." in reference:
         return reference.replace(_BLOCKS, _OLD_BLOCKS, 1).replace(".decoder_layer.", ".", 1)
     return reference
@@ -226,7 +227,8 @@ def network_config(
     for name, value in REQUIRED.items():
         if deer.about.get(name, value) != value:
             raise UserError(
-                f"--deer {deer.path}: {name} is {deer.about[name]!r}, only {value!r} is supported: give one of "
+                f"--deer {deer.path}: {name} is {deer.about[name]!r}, only {value!r} is supported: give one "
+                "of "
                 "DeeR's released files"
             )
     tensors = deer.tensors
@@ -238,7 +240,8 @@ def network_config(
     interval = deer.about.get("exit_interval", base.exit_interval)
     if not (isinstance(last, int) and last > 0 and isinstance(interval, int) and interval > 1):
         raise UserError(
-            f"--deer {deer.path}: early_exit_layer is {last!r} and exit_interval {interval!r}: this file says "
+            f"--deer {deer.path}: early_exit_layer is {last!r} and exit_interval {interval!r}: this file "
+            "says "
             "nothing of its exits; give one of DeeR's released files"
         )
     crossed = sorted(_numbers(tensors, f"{_BLOCKS}#.gated_cross_attn_layer.attn_gate"))
@@ -306,7 +309,8 @@ def _vision_config(clip: Mapping[str, Tensor], path: Path, base: VisionConfig, w
     found = clip[prefix + token].shape[-1]
     if found != width:
         raise UserError(
-            f"--clip {path}: its tower has width {found}, the resampler takes {width}: give ViT-L/14, on which "
+            f"--clip {path}: its tower has width {found}, the resampler takes {width}: give ViT-L/14, on "
+            "which "
             "OpenFlamingo was trained"
         )
     patch_size = clip[prefix + patch].shape[-1]
@@ -342,7 +346,8 @@ def _thresholds(choice: str, config: ModelConfig) -> tuple[float, ...]:
     found = THRESHOLDS[choice]
     if len(found) != len(config.exits):
         raise UserError(
-            f"--thresholds {choice}: {len(found)} thresholds were published, this network has {len(config.exits)} "
+            f"--thresholds {choice}: {len(found)} thresholds were published, this network has "
+            f"{len(config.exits)} "
             "exits: give none, and run calibrate"
         )
     return found
@@ -380,7 +385,8 @@ def read_tokenizer(path: Path, rows: int, max_tokens: int) -> InstructionTokeniz
     ids = [tokenizer.token_to_id(token) for token in SPECIAL]
     if size != rows or ids != list(range(rows - 3, rows)):
         raise UserError(
-            f"--tokenizer {path}: {before} tokens, with {', '.join(SPECIAL)} {size}, but the network embeds {rows}: "
+            f"--tokenizer {path}: {before} tokens, with {', '.join(SPECIAL)} {size}, but the network embeds "
+            f"{rows}: "
             "give tokenizer.json of EleutherAI/gpt-neox-20b, which mpt-1b and mpt-7b use"
         )
     return InstructionTokenizer(tokenizer, max_tokens)
@@ -393,7 +399,8 @@ def _check_space(folder: Path, out: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + LEAST_FREE:
         raise UserError(
-            f"convert: {out} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: give another --out"
+            f"convert: {out} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: give another "
+            "--out"
         )
 
 
@@ -434,7 +441,8 @@ def _readme(
         "\nThe file's `values` (deltas without actions) are no calibration. " if released.has_values else "\n"
     )
     return (
-        f"# {deer.stem}\n\nMade by `python -m deer_vla_ros convert` from {', '.join(sources)}; weights as {dtype}.\n"
+        f"# {deer.stem}\n\nMade by `python -m deer_vla_ros convert` from {', '.join(sources)}; weights as "
+        f"{dtype}.\n"
         f"Thresholds: {thresholds}.{values}"
         "For budgets, run `python -m deer_vla_ros calibrate RECORDING --checkpoint THIS_FOLDER`.\n"
     )

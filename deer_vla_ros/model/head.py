@@ -27,7 +27,8 @@ class HeadState(NamedTuple):
 class PreparedState(NamedTuple):
     """The part of one step of the LSTMs that does not depend on the feature, for each episode of a batch.
 
-    gates: for each LSTM layer W_hh h + b_ih + b_hh, (lstm layers, B, 4 hidden). cell: (lstm layers, B, hidden).
+    gates: for each LSTM layer W_hh h + b_ih + b_hh, (lstm layers, B, 4 hidden). cell: (lstm layers, B,
+    hidden).
     """
 
     gates: Tensor
@@ -124,7 +125,8 @@ class ActionHead(nn.Module):
         """The same as `forward` for one step, with plain linear maps in place of nn.LSTM.
 
         feature: (B, width). prepared: of B episodes, or of one episode whose step all B features belong to.
-        nn.LSTM packs its weights again in every call, which takes most of a probe's time. There is no dropout.
+        nn.LSTM packs its weights again in every call, which takes most of a probe's time. There is no
+        dropout.
         """
         x, hiddens, cells = feature, [], []
         for lstm, norm, gates, cell in zip(self.lstms, self.norms, prepared.gates, prepared.cell):
@@ -138,9 +140,7 @@ class ActionHead(nn.Module):
             after = HeadState(torch.stack(hiddens), torch.stack(cells))
         else:  # a head without memory has states of no layers
             after = HeadState(*(prepared.cell.expand(-1, len(x), -1) for _ in range(2)))
-        return HeadOutput(
-            self.pose(x).tanh()[:, None], self.gripper(x)[:, None], after, feature[:, None]
-        )
+        return HeadOutput(self.pose(x).tanh()[:, None], self.gripper(x)[:, None], after, feature[:, None])
 
     def initial_state(self, batch: int = 1) -> HeadState:
         """The state at the start of an episode: zeros."""

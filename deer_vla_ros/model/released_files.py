@@ -97,7 +97,8 @@ def open_clip(path: Path) -> Mapping[str, Tensor]:
     if not (_OPEN_CLIP_MARK in named or _TRANSFORMERS_MARK in named):
         raise UserError(
             f"--clip {path}: no CLIP: neither {_OPEN_CLIP_MARK} nor {_TRANSFORMERS_MARK} is in it (found: "
-            f"{', '.join(sorted(named)[:3])}): give OpenAI's ViT-L-14.pt, open_clip's or transformers' weights "
+            f"{', '.join(sorted(named)[:3])}): give OpenAI's ViT-L-14.pt, open_clip's or transformers' "
+            "weights "
             "of ViT-L/14"
         )
     return LazyTensors({short: (lambda name=name: found[name]) for short, name in named.items()})
@@ -163,7 +164,8 @@ def _check_file(path: Path, option: str) -> None:
         raise UserError(f"{option} {path} is empty: download it again")
     if begin.startswith(LFS_POINTER):
         raise UserError(
-            f"{option} {path} is a pointer of Git LFS, not the weights: run `git lfs pull` there, or download it "
+            f"{option} {path} is a pointer of Git LFS, not the weights: run `git lfs pull` there, or "
+            "download it "
             "with `hf download`"
         )
     if begin.lstrip().lower().startswith(HTML):
@@ -190,8 +192,8 @@ def _torch_file(path: Path, option: str) -> Any:
         raise UserError(
             f"{option} {path} ({size} bytes) was cut short: download it again"
             if is_cut
-            else f"{option} {path} ({size} bytes) is no file that torch.save writes: give the released file, or "
-            "load it with torch and save it again"
+            else f"{option} {path} ({size} bytes) is no file that torch.save writes: give the released file, "
+            "or load it with torch and save it again"
         )
     if _is_torchscript(path):
         raise UserError(f"{option} {path} is a TorchScript archive, such as CLIP's: give it as --clip")
@@ -199,7 +201,8 @@ def _torch_file(path: Path, option: str) -> Any:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{option} {path} holds more than tensors and plain values ({cause(error)}): it is not loaded, because "
+            f"{option} {path} holds more than tensors and plain values ({cause(error)}): it is not loaded, "
+            "because "
             "a pickle can run any program; save its tensors alone"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -221,7 +224,8 @@ def _without_prefix(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor
     for names, fault in ((bare, f"do not begin with {PREFIX}"), (doubled, f"begin with {PREFIX * 2}")):
         if names:
             raise UserError(
-                f"--deer {path}: {len(names)} of {len(state)} names {fault}, first {names[0]}: it was saved in "
+                f"--deer {path}: {len(names)} of {len(state)} names {fault}, first {names[0]}: it was saved "
+                "in "
                 f"another way; rename them so that each begins with {PREFIX} once"
             )
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}

@@ -1,7 +1,9 @@
 """Tests of imports between packages: the contracts of `.importlinter`, and a running node's modules."""
 
+import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from paths import ROOT
@@ -31,3 +33,16 @@ sys.exit(f"loaded: {found}" if found else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_two_modules_or_classes_share_a_name():
+    files = [path for path in (ROOT / "deer_vla_ros").rglob("*.py") if path.name != "__init__.py"]
+    modules = Counter(path.name for path in files)
+    classes = Counter(
+        node.name
+        for path in files
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in modules.items() if count > 1] == ["types.py"]
+    assert [name for name, count in classes.items() if count > 1] == []

@@ -23,7 +23,7 @@ def probe(monkeypatch):
     module.run = run
     monkeypatch.setitem(sys.modules, "probe_command", module)
     monkeypatch.setitem(
-        command_line.COMMANDS, "probe", command_line.Command("probe_command", "a probe", True)
+        command_line.COMMANDS, "probe", command_line.CommandEntry("probe_command", "a probe", True)
     )
     return module
 

@@ -18,6 +18,7 @@ from paths import ROOT
 from rclpy.context import Context
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.ros import interface
 from deer_vla_ros.ros.parameters import DECLARATIONS, NODE_NAME
 
 POLICY, DEMO, REPLAY = (ROOT / "launch" / f"{name}.launch.py" for name in ("deer_vla", "demo", "replay"))
@@ -142,13 +143,9 @@ def test_a_replay_plays_on_the_recordings_clock_and_keeps_recorded_outputs_apart
         for node in ast.walk(ast.parse(REPLAY.read_text()))
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "OUTPUTS"
     )
-    published = {"target_pose", "target_twist", "gripper_command", "deer_vla/step", "deer_vla/budget"}
-    assert {each.value for each in outputs} >= {
-        *published,
-        "parameter_events",
-    }  # `replay --follow` follows those that it finds.
-    topics = (ROOT / "docs" / "reference" / "topics.md").read_text()
-    assert all(name.removeprefix("deer_vla/") in topics for name in published)
+    published = {topic.name.lstrip("/").replace("~", "deer_vla") for topic in interface.OUTPUTS}
+    # `replay --follow` follows the parameter events that it finds.
+    assert {each.value for each in outputs} == {*published, "parameter_events"}
     text = REPLAY.read_text()
     assert '"--clock"' in text and '"use_sim_time": "true"' in text and '"--use-sim-time"' in text
 

@@ -80,7 +80,7 @@ class Moment:
 
 
 @dataclass(frozen=True, eq=False)
-class Episode:
+class Demonstration:
     """One task, from the state after the task before, until success or until STEP_LIMIT steps."""
 
     task: Task
@@ -88,7 +88,9 @@ class Episode:
     succeeded: bool
 
 
-def demonstrations(count: int, seed: int, driver: Callable[[str], Driver] | None = None) -> Iterator[Episode]:
+def demonstrations(
+    count: int, seed: int, driver: Callable[[str], Driver] | None = None
+) -> Iterator[Demonstration]:
     """Yields `count` episodes that are useful for training; they depend only on the arguments.
 
     driver: makes the policy that acts first, from an instruction. None: only the expert acts, and its
@@ -98,7 +100,7 @@ def demonstrations(count: int, seed: int, driver: Callable[[str], Driver] | None
         yield from islice((episode for episode in episodes if episode.succeeded or driver), count)
 
 
-def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Episode]:
+def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Demonstration]:
     """Yields episodes without end."""
     random = np.random.default_rng(seed)
     with Table(seed) as table:
@@ -120,7 +122,7 @@ def _episodes(seed: int, driver: Callable[[str], Driver] | None) -> Iterator[Epi
 
 def record_episode(
     table: Table, task: Task, random: np.random.Generator, new_driver: Callable[[str], Driver] | None = None
-) -> Episode:
+) -> Demonstration:
     """Does one task from the current state of the table."""
     arm, before, moments = TableArm(table), table.state(), []
     disturbance = Disturbance(random, probability=BURSTS if random.random() < 0.75 else 0.0)
@@ -140,8 +142,8 @@ def record_episode(
             pose, gripper_open = np.clip(wanted[:6] + disturbance.draw(), -1, 1), bool(wanted[6] > 0)
         arm.step(pose, gripper_open)
         if task.succeeded(before, table.state()):
-            return Episode(task, tuple(moments), True)
-    return Episode(task, tuple(moments), False)
+            return Demonstration(task, tuple(moments), True)
+    return Demonstration(task, tuple(moments), False)
 
 
 def _labels(table: Table, current: Task, state: TableState) -> Labels:

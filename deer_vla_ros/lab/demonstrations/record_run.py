@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.demonstrations.demonstrations import Episode, demonstrations
+from deer_vla_ros.lab.demonstrations.demonstrations import Demonstration, demonstrations
 from deer_vla_ros.lab.demonstrations.record_store import (
     CALVIN_SHARDS,
     CalvinStore,
@@ -38,8 +38,8 @@ FIRST_FOREIGN_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
-class Recording:
-    """What to record.
+class DemoRequest:
+    """The demonstrations to record.
 
     image_size: pixels; None for CALVIN's format. policy: checkpoint whose network acts first; None for the
     expert alone.
@@ -103,43 +103,43 @@ class Shard:
     settings: Settings
 
 
-def record(recording: Recording, jobs: int) -> tuple[int, int]:
+def record(request: DemoRequest, jobs: int) -> tuple[int, int]:
     """Records what is missing. Returns the number of new frames and of demonstrations that existed before.
 
     Raises UserError for a folder with other content.
     """
-    store, settings = recording.store(), recording.settings()
+    store, settings = request.store(), request.settings()
     shards = [
-        Shard(number, demos, {"seed": recording.seed * SEEDS_PER_RUN + number, **settings})
-        for number, demos in enumerate(recording.shard_sizes)
+        Shard(number, demos, {"seed": request.seed * SEEDS_PER_RUN + number, **settings})
+        for number, demos in enumerate(request.shard_sizes)
     ]
     try:
-        recording.folder.mkdir(parents=True, exist_ok=True)
+        request.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"record-demos: {recording.folder} cannot be made ({error.strerror}): give another --out"
+            f"record-demos: {request.folder} cannot be made ({error.strerror}): give another --out"
         ) from error
     found = store.found()
-    _check(recording, shards, found)
+    _check(request, shards, found)
     missing = [shard for shard in shards if found.get(shard.number, {}).get("episodes") != shard.demos]
-    kept, frames = recording.demos - sum(shard.demos for shard in missing), 0
+    kept, frames = request.demos - sum(shard.demos for shard in missing), 0
     with _progress() as progress:
-        bar = progress.add_task("recording", total=recording.demos, completed=kept)
+        bar = progress.add_task("recording", total=request.demos, completed=kept)
         for _, recorded in spread(
-            _worker, (store, recording.policy), missing, jobs, lambda: progress.advance(bar)
+            _worker, (store, request.policy), missing, jobs, lambda: progress.advance(bar)
         ):
             frames += recorded
     store.finish()
     return frames, kept
 
 
-def _check(recording: Recording, shards: list[Shard], found: dict[int, Settings]) -> None:
-    """Raises UserError if the folder holds shards that do not belong to this recording."""
-    remedy = f"give another --out, or remove {recording.folder}"
+def _check(request: DemoRequest, shards: list[Shard], found: dict[int, Settings]) -> None:
+    """Raises UserError if the folder holds shards that do not belong to this request."""
+    remedy = f"give another --out, or remove {request.folder}"
     for number, settings in sorted(found.items()):
         if number >= len(shards) or settings["episodes"] > shards[number].demos:
             raise UserError(
-                f"{recording.folder} holds more than {recording.demos} demonstrations: {remedy}, "
+                f"{request.folder} holds more than {request.demos} demonstrations: {remedy}, "
                 "or give a larger --demos"
             )
         for name, wanted in shards[number].settings.items():
@@ -147,7 +147,7 @@ def _check(recording: Recording, shards: list[Shard], found: dict[int, Settings]
                 short = isinstance(wanted, str | int | None)
                 both = f": {json.dumps(settings.get(name))}, and now {json.dumps(wanted)}" if short else ""
                 raise UserError(
-                    f"{recording.folder}: shard {number} was recorded with another {name}{both}: {remedy}"
+                    f"{request.folder}: shard {number} was recorded with another {name}{both}: {remedy}"
                 )
 
 
@@ -168,7 +168,7 @@ def _worker(store: Store, policy: Path | None) -> Work:
     return work
 
 
-def _reported(episodes: Iterator[Episode], on_episode: Callable[[], None]) -> Iterator[Episode]:
+def _reported(episodes: Iterator[Demonstration], on_episode: Callable[[], None]) -> Iterator[Demonstration]:
     """Yields the episodes and calls `on_episode` after each."""
     for episode in episodes:
         yield episode

@@ -24,7 +24,7 @@ from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_text
 from deer_vla_ros.inference.preprocess import resize_and_crop
-from deer_vla_ros.lab.demonstrations.demonstrations import Episode, Moment
+from deer_vla_ros.lab.demonstrations.demonstrations import Demonstration, Moment
 from deer_vla_ros.lab.sim.state import COLOURS, TableState
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.lab.training.frames import ShardWriter
@@ -47,7 +47,7 @@ class Store(Protocol):
         Removes what a killed run left.
         """
 
-    def write(self, number: int, settings: Settings, episodes: Iterable[Episode]) -> int:
+    def write(self, number: int, settings: Settings, episodes: Iterable[Demonstration]) -> int:
         """Writes one shard and returns the number of its frames."""
 
     def finish(self) -> None:
@@ -67,7 +67,7 @@ class FrameStore:
         metas = {_number(path.parent): path for path in self.folder.glob("shard-[0-9]*/meta.json")}
         return {number: {"policy": None, **_read_json(path)} for number, path in metas.items()}
 
-    def write(self, number: int, settings: Settings, episodes: Iterable[Episode]) -> int:
+    def write(self, number: int, settings: Settings, episodes: Iterable[Demonstration]) -> int:
         about = {name: settings[name] for name in ("seed", "policy", "phrasings")}
         writer = ShardWriter(
             self.folder / f"shard-{number:04d}", tuple(settings["tasks"]), self.image_size, about
@@ -79,7 +79,7 @@ class FrameStore:
         writer.close()
         return frames
 
-    def _frame(self, episode: Episode, moment: Moment) -> dict[str, np.ndarray]:
+    def _frame(self, episode: Demonstration, moment: Moment) -> dict[str, np.ndarray]:
         images = [
             resize_and_crop(image, self.image_size) for image in (moment.views.static, moment.views.gripper)
         ]
@@ -103,7 +103,7 @@ class CalvinStore:
     def found(self) -> dict[int, Settings]:
         return {_number(path): _read_json(path) for path in self.folder.glob("shard-[0-9]*.json")}
 
-    def write(self, number: int, settings: Settings, episodes: Iterable[Episode]) -> int:
+    def write(self, number: int, settings: Settings, episodes: Iterable[Demonstration]) -> int:
         start = first = number * _STEPS_PER_SHARD
         random = np.random.default_rng([settings["seed"], 1])
         annotations = []
@@ -125,7 +125,7 @@ class CalvinStore:
         write_action_space(self.folder, TABLETOP)
 
 
-def calvin_step(episode: Episode, moment: Moment) -> CalvinStep:
+def calvin_step(episode: Demonstration, moment: Moment) -> CalvinStep:
     """Returns a moment in the form of training.calvin_files."""
     wanted = moment.labels.actions[TASKS.index(episode.task)].astype(np.float64)
     target = moved(Pose(moment.tcp[:3], moment.tcp[3:]), *motion_of(wanted, TABLETOP))

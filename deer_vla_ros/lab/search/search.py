@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best trial that keeps the budget.
 
     thresholds: one per exit. trial: its number; trial 0 is the start. trials: number of complete trials in
@@ -58,7 +58,7 @@ def search(
     name: str = "thresholds",
     seed: int = 0,
     on_trial: Callable[[int, Outcome], None] | None = None,
-) -> Found:
+) -> SearchResult:
     """Returns the thresholds of the best score within `budget`, after `trials` evaluations of `score`.
 
     start: one threshold per exit, solved from calibration. It is evaluated first and unchanged. Its last
@@ -128,7 +128,7 @@ def _evaluate(score: Callable[[tuple[float, ...]], Outcome], thresholds: tuple[f
     return outcome
 
 
-def _best(complete: list[_CompleteTrial], budget: float, failures: list[str]) -> Found:
+def _best(complete: list[_CompleteTrial], budget: float, failures: list[str]) -> SearchResult:
     if not complete:
         raise UserError(
             f"search: all {len(failures)} evaluations failed, the last with '{failures[-1]}': "
@@ -142,7 +142,7 @@ def _best(complete: list[_CompleteTrial], budget: float, failures: list[str]) ->
             f"is {smallest:.6g}: allow at least that, or start from thresholds solved for a smaller budget"
         )
     best = max(feasible, key=lambda trial: (trial.outcome.score, -trial.outcome.cost, -trial.number))
-    return Found(best.thresholds, best.outcome, best.number, len(complete))
+    return SearchResult(best.thresholds, best.outcome, best.number, len(complete))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+from deer_vla_ros.control.types import Pose
 from deer_vla_ros.lab.sim.kinematics import HOME_JOINTS, JOINTS
-from deer_vla_ros.lab.sim.state import COLOURS, Pose, TableState
+from deer_vla_ros.lab.sim.state import COLOURS, TableState
 
 TABLE_FILE = Path(__file__).parent / "assets" / "table.xml"
 

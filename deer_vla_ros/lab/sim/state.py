@@ -6,15 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deer_vla_ros.control.types import Pose
+
 COLOURS = ("red", "blue", "pink")
-
-
-@dataclass(frozen=True, eq=False)
-class Pose:
-    """A pose in the base frame: position (3,) [m] and unit quaternion (4,) xyzw."""
-
-    position: np.ndarray
-    quaternion: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from deer_vla_ros.control.types import Pose
 from deer_vla_ros.lab.sim.cameras import Cameras
 from deer_vla_ros.lab.sim.kinematics import JOINTS, ArmKinematics
 from deer_vla_ros.lab.sim.scene import MAX_OPENING, Scene
-from deer_vla_ros.lab.sim.state import Pose, TableState, Views
+from deer_vla_ros.lab.sim.state import TableState, Views
 
 FINGER_SPEED_LIMIT = 0.10  # m/s of each finger
 _FINGERS = slice(JOINTS, JOINTS + 2)

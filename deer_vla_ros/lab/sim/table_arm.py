@@ -25,13 +25,11 @@ class TableArm:
 
     def measured(self) -> np.ndarray:
         """Returns the TCP pose (7,), position and quaternion xyzw, as in an observation."""
-        pose = self.table.tcp_pose()
-        return np.concatenate([pose.position, pose.quaternion])
+        return self.table.tcp_pose().as_array()
 
     def step(self, action: np.ndarray, gripper_open: bool) -> Pose:
         """Does one control step of STEP_S seconds with action (6,) in -1..1. Returns the arm's target."""
         measured = self.table.tcp_pose()
-        measured = Pose(measured.position, measured.quaternion)
         guarded = guard(LIMITS, self._last_target or measured, measured, *motion_of(action, TABLETOP))
         if guarded.arm_moved:  # the node waits one step and starts again from the measured pose
             self._last_target = None

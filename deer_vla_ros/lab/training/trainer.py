@@ -271,7 +271,7 @@ def network_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-class Log:
+class TrainingLog:
     """The loss curve: one JSON object per logged step in `log.jsonl`, and the same values for TensorBoard.
 
     A resumed run removes the lines after the step from which it continues.

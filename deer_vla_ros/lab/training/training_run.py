@@ -26,7 +26,7 @@ from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.lab.training.prefetch import Prefetched
 from deer_vla_ros.lab.training.recipe import Recipe, RecordStep, Train
 from deer_vla_ros.lab.training.tokenizer import train_tokenizer
-from deer_vla_ros.lab.training.trainer import Log, StageState, Trainer, network_of
+from deer_vla_ros.lab.training.trainer import StageState, Trainer, TrainingLog, network_of
 from deer_vla_ros.model.action_space import CALVIN, TABLETOP, ActionSpace
 from deer_vla_ros.model.checkpoint import README, Checkpoint, CheckpointInfo, folder_of, load, load_info, save
 from deer_vla_ros.model.network import MultiExitVLA
@@ -125,7 +125,7 @@ class TrainingRun:
             self._share,
             self._recipe.compile and not step.cache,
         )
-        log = Log(self._folder, folder.name, trainer.steps_done) if self._share.rank == 0 else None
+        log = TrainingLog(self._folder, folder.name, trainer.steps_done) if self._share.rank == 0 else None
         with _progress_bar(self._share.rank == 0) as bar:
             task = bar.add_task(folder.name, total=step.steps, completed=trainer.steps_done, detail="")
 

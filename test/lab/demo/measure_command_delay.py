@@ -11,7 +11,6 @@ from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
 from deer_vla_ros.commands.demo_command import INSTRUCTIONS, SEED
 from deer_vla_ros.control.guard import guard
 from deer_vla_ros.control.motion import motion_of
-from deer_vla_ros.control.types import Pose
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.sim.referee import Referee
 from deer_vla_ros.lab.sim.table import Table
@@ -31,8 +30,7 @@ def steps_needed(policy: BudgetedPolicy, table: Table, instruction: str, delay_s
         raise ValueError(problem)
     policy.reset(instruction)
     for step in range(1, STEP_LIMIT + 1):
-        views, seen = table.render(), table.tcp_pose()
-        measured = Pose(seen.position, seen.quaternion)
+        views, measured = table.render(), table.tcp_pose()
         action = policy.step(Observation(views.static, views.gripper, measured.as_array())).policy.action
         last_target = guard(
             LIMITS, last_target or measured, measured, *motion_of(action.pose, TABLETOP)

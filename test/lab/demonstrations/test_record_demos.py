@@ -13,15 +13,15 @@ import pytest
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.demonstrations.record_run import Recording, record
+from deer_vla_ros.lab.demonstrations.record_run import DemoRequest, record
 from deer_vla_ros.lab.training.frames import FORMAT, Frames
 from deer_vla_ros.model.checkpoint import EMBEDDED
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory) -> Recording:
+def recording(tmp_path_factory) -> DemoRequest:
     """Three demonstrations in two shards, recorded in this process."""
-    recording = Recording(
+    recording = DemoRequest(
         tmp_path_factory.mktemp("demos") / "one", demos=3, seed=3, image_size=16, demos_per_shard=2
     )
     assert record(recording, jobs=1)[1] == 0
@@ -29,7 +29,7 @@ def recording(tmp_path_factory) -> Recording:
 
 
 @pytest.fixture
-def copy(recording, tmp_path) -> Recording:
+def copy(recording, tmp_path) -> DemoRequest:
     return replace(recording, folder=Path(shutil.copytree(recording.folder, tmp_path / "copy")))
 
 
@@ -77,7 +77,7 @@ write = FrameStore.write
 def write_first(self, number, *rest):
     return write(self, number, *rest) if number == 0 else os.kill(os.getpid(), 9)
 FrameStore.write = write_first
-record(Recording(Path({str(tmp_path)!r}), 3, 3, 16, demos_per_shard=2), 1)
+record(DemoRequest(Path({str(tmp_path)!r}), 3, 3, 16, demos_per_shard=2), 1)
 """
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == -9
     assert record(replace(recording, folder=tmp_path), jobs=1)[1] == 2

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deer_vla_ros.control.types import Pose
 from deer_vla_ros.lab.scoring.approach import Approach
 from deer_vla_ros.lab.scoring.chain_run import LaneDecision, run_chains
 from deer_vla_ros.lab.scoring.chains import (
@@ -22,7 +23,7 @@ from deer_vla_ros.lab.scoring.chains import (
     single_seed,
 )
 from deer_vla_ros.lab.sim.expert import act
-from deer_vla_ros.lab.sim.state import Pose, TableState
+from deer_vla_ros.lab.sim.state import TableState
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.tasks import BY_NAME, TASKS
 

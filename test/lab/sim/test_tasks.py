@@ -6,11 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from deer_vla_ros.control.types import Pose
 from deer_vla_ros.lab.demonstrations.demonstrations import demonstrations
 from deer_vla_ros.lab.sim.expert import act
 from deer_vla_ros.lab.sim.referee import Referee, task_called
 from deer_vla_ros.lab.sim.scene import BLOCK_HALF
-from deer_vla_ros.lab.sim.state import COLOURS, Pose, TableState
+from deer_vla_ros.lab.sim.state import COLOURS, TableState
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.lab.sim.tasks import BY_NAME, TASKS, held, stacked

@@ -12,7 +12,7 @@ from paths import ROOT
 from deer_vla_ros.bag.calvin_files import read_action_space
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.demonstrations import demonstrations
-from deer_vla_ros.lab.demonstrations.record_run import Recording
+from deer_vla_ros.lab.demonstrations.record_run import DemoRequest
 from deer_vla_ros.lab.demonstrations.record_store import CalvinStore, FrameStore
 from deer_vla_ros.lab.sim.tasks import BY_NAME
 from deer_vla_ros.lab.training.batches import Share
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     """The same two demonstrations of the table in both formats."""
     folder = tmp_path_factory.mktemp("demos")
     episodes = tuple(demonstrations(2, SEED))
-    settings = {"seed": SEED, **Recording(folder, 2, 0, SIZE).settings()}
+    settings = {"seed": SEED, **DemoRequest(folder, 2, 0, SIZE).settings()}
     for store in (FrameStore(folder, SIZE), CalvinStore(folder)):
         store.write(0, settings, episodes)
         store.finish()
