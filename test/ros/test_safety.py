@@ -277,11 +277,8 @@ def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(busy):
         begin, resumed_ns = len(rig.twists), time.time_ns()
         process.send(signal.SIGCONT)
         wait_until(lambda begin=begin: sum(map(moves, rig.twists[begin:])) >= 3, what="motions again")
-        late = [
-            t
-            for t in rig.twists[begin:]
-            if moves(t) and nanoseconds(t.header.stamp) < resumed_ns - MAX_AGE_NS
-        ]
+        moved = [twist for twist in rig.twists[begin:] if moves(twist)]
+        late = [twist for twist in moved if nanoseconds(twist.header.stamp) < resumed_ns - MAX_AGE_NS]
         assert not late, "a motion decided on frames from before the stop"
     positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[before:]]
     assert np.linalg.norm(np.diff(positions, axis=0), axis=1).max() <= 0.06 + 1e-6
