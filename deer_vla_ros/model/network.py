@@ -155,12 +155,9 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
 
 
 def restore_buffers(model: MultiExitVLA) -> None:
-    """Fills the buffers that a state dict does not contain: positions in the tower and the feature maps.
+    """Fills the buffers that a state dict does not contain: the positions in the feature maps.
 
     They have no values in a network that was made on the meta device.
     """
-    embeddings = model.vision.clip.embeddings
-    positions = embeddings.position_embedding.weight
-    embeddings.position_ids = torch.arange(positions.shape[0], device=positions.device)[None]
     if model.grounding is not None:
         model.grounding.cells = cell_centres(model.grounding.positions)
