@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import CAMERAS, ModelConfig
@@ -117,8 +118,7 @@ def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
 
     Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so in a clear message.
     """
-    with torch.device("meta"):
-        model = MultiExitVLA(config)
+    model = _without_values(config)
     model.load_state_dict(state, strict=True, assign=True)
     restore_buffers(model)
     return model.eval().requires_grad_(False)
@@ -126,8 +126,25 @@ def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
 
 def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a network of this config, by name."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in MultiExitVLA(config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in _without_values(config).state_dict().items()}
+
+
+def _without_values(config: ModelConfig) -> MultiExitVLA:
+    """A network on the meta device, without memory."""
+    with torch.device("meta"), _NoRandomValues():
+        return MultiExitVLA(config)
+
+
+class _NoRandomValues(TorchFunctionMode):
+    """Leaves out the random initial values of parameters. For them, tensors on the meta device would import a
+    part of torch that takes two seconds."""
+
+    RANDOM = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function in self.RANDOM:
+            return arguments[0] if arguments else named["tensor"]
+        return function(*arguments, **(named or {}))
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -47,9 +47,10 @@ class _Embeddings(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.position_embedding = nn.Embedding(config.tokens + 1, config.width)
+        nn.init.normal_(self.class_embedding, std=config.width**-0.5)
         nn.init.normal_(self.patch_embedding.weight, std=INITIAL_STD)
         nn.init.normal_(self.position_embedding.weight, std=INITIAL_STD)
 

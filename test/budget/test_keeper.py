@@ -199,7 +199,9 @@ AVERAGES = ("average_gmac", "average_fraction", "average_ms")
 ALL = (*AVERAGES, "peak_gmac", "memory_gib", "deadline_ms")
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize(
+    "share", [0.05, 0.6, *(pytest.param(share, marks=pytest.mark.long) for share in (0.3, 0.9))]
+)
 @pytest.mark.parametrize("name", AVERAGES)
 def test_an_average_is_kept_on_samples_like_the_calibrated_ones(name, share):
     keeper = timed_keeper(calibrated=calibration(4000))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared import made_once
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy
@@ -26,13 +27,18 @@ from deer_vla_ros.model.checkpoint import EMBEDDED, load, save
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A copy of the embedded checkpoint, calibrated again on six episodes."""
-    folder = shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("calibrated") / "checkpoint")
-    (folder / CALIBRATION).unlink()
-    command = ("calibrate", "table", "--checkpoint", str(folder), "--episodes", "6", "--steps", "25")
-    done = subprocess.run([sys.executable, "-m", "deer_vla_ros", *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "150 steps" in done.stdout
-    return folder
+
+    def make(folder: Path) -> None:
+        checkpoint = shutil.copytree(EMBEDDED, folder / "checkpoint")
+        (checkpoint / CALIBRATION).unlink()
+        command = ("calibrate", "table", "--checkpoint", str(checkpoint), "--episodes", "6", "--steps", "25")
+        done = subprocess.run(
+            [sys.executable, "-m", "deer_vla_ros", *command], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "150 steps" in done.stdout
+
+    return made_once(tmp_path_factory, "calibrated", make) / "checkpoint"
 
 
 def test_a_calibration_holds_every_exit_of_every_step_with_its_provenance(folder):
@@ -133,8 +139,9 @@ def test_one_question_is_answered_and_an_infeasible_one_named(folder, capsys):
     assert "no such recording: give a rosbag2 folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("episodes", "budgets"), [(2, 2), pytest.param(12, 3, marks=pytest.mark.long)])
-def test_the_benchmark_of_budgets_measures_as_many_as_it_was_asked_for(folder, tmp_path, episodes, budgets):
+@pytest.mark.long
+def test_the_benchmark_of_budgets_measures_as_many_as_it_was_asked_for(folder, tmp_path):
+    episodes, budgets = 12, 3
     report = tmp_path / "report.json"
     command = ["benchmark", "budgets", "--checkpoint", str(folder), "--json", str(report)]
     command += ["--episodes", str(episodes), "--budgets", str(budgets)]
@@ -148,11 +155,10 @@ def test_the_benchmark_of_budgets_measures_as_many_as_it_was_asked_for(folder, t
     worst = max(abs(row["relative_error"]) for row in figures["rows"])
     assert figures["worst_relative_error"] == pytest.approx(worst)
     governed = figures["worst_relative_error_shifted_governed"]
-    if episodes == 12:
-        for row in figures["rows"]:
-            assert row["achieved"] == pytest.approx(row["requested"], abs=0.15), "600 steps, solved from 150"
-        assert governed < 0.08
-        assert governed < figures["worst_relative_error_shifted_ungoverned"]
+    for row in figures["rows"]:
+        assert row["achieved"] == pytest.approx(row["requested"], abs=0.15), "600 steps, solved from 150"
+    assert governed < 0.08
+    assert governed < figures["worst_relative_error_shifted_ungoverned"]
 
 
 def test_exits_taken_is_the_exit_rule():

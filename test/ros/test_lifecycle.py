@@ -93,7 +93,7 @@ def test_the_first_step_takes_no_more_than_twice_the_median(client, managed):
 
 
 @pytest.mark.parametrize(
-    ("warm_up", "times", "limit_kib"), [(10, 20, 1500), pytest.param(20, 80, 4000, marks=pytest.mark.long)]
+    ("warm_up", "times", "limit_kib"), [(5, 15, 1250), pytest.param(20, 80, 4000, marks=pytest.mark.long)]
 )
 def test_configuring_again_and_again_leaves_no_memory_and_no_thread_behind(
     client, managed, warm_up, times, limit_kib

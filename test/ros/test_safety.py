@@ -48,7 +48,8 @@ def node(namespace: str, *parameters: str):
 def faulty_node(namespace: str, code: str):
     """A node in whose process `code` runs first."""
     start = "import sys\nfrom deer_vla_ros.__main__ import main\nsys.exit(main(['node', *sys.argv[1:]]))"
-    return spawn_python("-c", f"{code}\n{start}", "--ros-args", "-r", f"__ns:=/{namespace}")
+    arguments = ("--ros-args", "-r", f"__ns:=/{namespace}")
+    return spawn_python("-c", f"{code}\n{start}", *arguments, fresh=False)
 
 
 def watchdog_of(process) -> int:
