@@ -62,9 +62,11 @@ def managed(client, shared):
 
 def test_without_autostart_a_manager_leads_the_node_through_its_life(client, managed):
     process, _ = managed
+    told = process.output().count("]: active\n")
     for transition in (*LIFE, Transition.TRANSITION_CONFIGURE):
         assert client.change_state(MANAGED, transition), process.output()
         assert client.state(MANAGED) == REACHES[transition]
+    assert process.output().count("]: active\n") == told + 1
 
 
 def test_a_failing_configure_says_why_in_one_line_and_leaves_the_node_unconfigured(client):
