@@ -246,7 +246,7 @@ def drive(given_events: list[tuple]) -> None:
 WITHOUT_SHRINKING = [phase for phase in Phase if phase is not Phase.shrink]
 
 
-@settings(max_examples=25, deadline=None, phases=WITHOUT_SHRINKING)
+@settings(max_examples=12, deadline=None, phases=WITHOUT_SHRINKING)
 @given(events)
 def test_no_sequence_of_outputs_poses_timings_and_requests_leads_to_a_command_outside_any_limit(given_events):
     drive(given_events)

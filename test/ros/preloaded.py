@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -77,6 +78,7 @@ def _serve() -> None:
     from deer_vla_ros.lab.soak import node_with_faults  # noqa: F401
     from deer_vla_ros.ros import loading, policy_node  # noqa: F401
 
+    gc.freeze()  # so that a fork's garbage collection leaves these modules alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test process
     ended: dict[int, int] = {}
     for line in sys.stdin:

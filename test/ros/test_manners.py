@@ -217,7 +217,7 @@ def slow_checkpoint(tmp_path_factory) -> Path:
     embedded = load(EMBEDDED)
     config = dataclasses.replace(
         embedded.info.model,
-        vision=dataclasses.replace(embedded.info.model.vision, image_size=288, patch_size=4),
+        vision=dataclasses.replace(embedded.info.model.vision, image_size=256, patch_size=4),
         decoder=dataclasses.replace(embedded.info.model.decoder, layers=2),
     )
     info = dataclasses.replace(embedded.info, model=config, thresholds=(1e8,))

@@ -28,7 +28,7 @@ def do(table, name, steps=80):
     return False
 
 
-@pytest.mark.parametrize(("sessions", "least"), [(14, 1), pytest.param(40, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("sessions", "least"), [(22, 1), pytest.param(40, 2, marks=pytest.mark.long)])
 def test_the_expert_does_every_task(sessions, least):
     """The expert is asked for each task several times, and does nearly all of them."""
     done, asked = Counter(), Counter()
