@@ -36,6 +36,7 @@ def test_without_autostart_a_manager_leads_the_node_through_its_life(client):
         for transition in (*LIFE, Transition.TRANSITION_CONFIGURE):
             assert client.change_state("managed/deer_vla", transition), process.output()
             assert client.state("managed/deer_vla") == REACHES[transition]
+        assert process.output().count("]: active\n") == 1
         assert process.stop() == 0
 
 
