@@ -39,6 +39,12 @@ ACTIVATE := . scripts/env.sh
 # Many tests wait for a running node, so more of them run at a time than there are cores.
 IN_PARALLEL := -n 4 --dist worksteal --durations=15
 
+# Runs two minutes of faults in one process, and the tests that are chosen in others.
+beside_the_soak = nice -n -10 python -m pytest -m soak >build/soak_test.log 2>&1 & soak=$$!; \
+	trap "kill $$soak 2>/dev/null || true" EXIT; failed=0; \
+	python -m pytest $(IN_PARALLEL) $(1) || failed=1; \
+	wait $$soak || failed=1; cat build/soak_test.log; exit $$failed
+
 .PHONY: help demo test test-all env build msgs clean distclean
 
 help:
@@ -50,10 +56,10 @@ demo: build
 
 test: build
 	@$(ACTIVATE); if [ -n "$(PYTEST_ARGS)" ]; then exec python -m pytest $(PYTEST_ARGS); fi; \
-	exec python -m pytest $(IN_PARALLEL) -m "not long"
+	$(call beside_the_soak,-m "not long and not soak")
 
 test-all: build
-	@$(ACTIVATE); exec python -m pytest $(IN_PARALLEL)
+	@$(ACTIVATE); $(call beside_the_soak,-m "not soak")
 
 env: .venv/.stamp-python
 build msgs: build/messages/.stamp

@@ -132,7 +132,6 @@ setup(
         "scipy>=1.11",
         "tokenizers",
         "torch>=2.4",
-        "transformers>=5,<6",
     ],
     extras_require={
         # Without greenlet Optuna warns, and proposes trials more slowly.

@@ -63,7 +63,7 @@ class Grounding(nn.Module):
         side = image_size // STRIDE
         self.stems = nn.ModuleList(_stem(config.channels) for _ in range(cameras))
         self.positions = nn.Parameter(torch.zeros(cameras, config.channels, side * side))
-        self.queries = nn.Parameter(torch.randn(config.queries, config.channels))
+        self.queries = nn.Parameter(nn.init.normal_(torch.empty(config.queries, config.channels)))
         self.seen = nn.Linear(cameras * each * (config.channels + 2) + POSE_VALUES, RELATE_WIDTH)
         self.which_seen = nn.Parameter(torch.zeros(config.things, RELATE_WIDTH))
         self.relate = nn.Sequential(nn.GELU(), nn.Linear(RELATE_WIDTH, RELATE_WIDTH), nn.GELU())
@@ -71,7 +71,7 @@ class Grounding(nn.Module):
         self.turn = nn.Linear(RELATE_WIDTH, 2)
         self.point_token = nn.Linear(RELATE_WIDTH + NEAR_VALUES, visual_width)
         self.norm_point = nn.LayerNorm(visual_width)
-        self.which = nn.Parameter(torch.randn(config.things, visual_width) * WHICH_SCALE)
+        self.which = nn.Parameter(nn.init.normal_(torch.empty(config.things, visual_width), std=WHICH_SCALE))
         self.register_buffer("cells", cell_centres(self.positions), persistent=False)
 
     def forward(self, images: Tensor, pose: Tensor) -> Found:
@@ -101,9 +101,10 @@ def cell_centres(positions: Tensor) -> Tensor:
     positions: (..., cells) defines the number of cells, the device and the dtype.
     """
     side = round(positions.shape[-1] ** 0.5)
-    grid = ((torch.arange(side, device=positions.device) + 0.5) / side * 2 - 1).to(positions.dtype)
+    # On the CPU, because arithmetic on the meta device would import a part of torch that takes two seconds.
+    grid = (torch.arange(side, device="cpu") + 0.5) / side * 2 - 1
     rows, columns = torch.meshgrid(grid, grid, indexing="ij")
-    return torch.stack([columns, rows], -1).flatten(0, 1)
+    return torch.stack([columns, rows], -1).flatten(0, 1).to(positions)
 
 
 class Proprioception(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model.config import CAMERAS, ModelConfig
@@ -119,13 +120,11 @@ class MultiExitVLA(nn.Module):
 
 
 def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
-    """A network that uses the tensors of `state` without a copy and is ready for inference. It has the heads
-    of training if `state` has them.
+    """A network that uses the tensors of `state` without a copy and is ready for inference.
 
     Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so in a clear message.
     """
-    with torch.device("meta"):
-        model = MultiExitVLA(config, has_heads_of_training(state))
+    model = _without_values(config, has_heads_of_training(state))
     model.load_state_dict(state, strict=True, assign=True)
     restore_buffers(model)
     return model.eval().requires_grad_(False)
@@ -138,9 +137,26 @@ def has_heads_of_training(names: Iterable[str]) -> bool:
 
 def state_shapes(config: ModelConfig, for_training: bool = True) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a network of this config, by name."""
-    with torch.device("meta"):
-        state = MultiExitVLA(config, for_training).state_dict()
+    state = _without_values(config, for_training).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _without_values(config: ModelConfig, for_training: bool) -> MultiExitVLA:
+    """A network on the meta device, without memory."""
+    with torch.device("meta"), _NoRandomValues():
+        return MultiExitVLA(config, for_training)
+
+
+class _NoRandomValues(TorchFunctionMode):
+    """Leaves out the random initial values of parameters. For them, tensors on the meta device would import a
+    part of torch that takes two seconds."""
+
+    RANDOM = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function in self.RANDOM:
+            return arguments[0] if arguments else named["tensor"]
+        return function(*arguments, **(named or {}))
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -169,12 +185,9 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
 
 
 def restore_buffers(model: MultiExitVLA) -> None:
-    """Fills the buffers that a state dict does not contain: positions in the tower and the feature maps.
+    """Fills the buffers that a state dict does not contain: the positions in the feature maps.
 
     They have no values in a network that was made on the meta device.
     """
-    embeddings = model.vision.clip.embeddings
-    positions = embeddings.position_embedding.weight
-    embeddings.position_ids = torch.arange(positions.shape[0], device=positions.device)[None]
     if model.grounding is not None:
         model.grounding.cells = cell_centres(model.grounding.positions)

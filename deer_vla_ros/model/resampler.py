@@ -70,7 +70,7 @@ class PerceiverResampler(nn.Module):
 
     def __init__(self, width: int, config: ResamplerConfig):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(config.latents, width))
+        self.latents = nn.Parameter(nn.init.normal_(torch.empty(config.latents, width)))
         self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from deer_vla_ros.errors import UserError
 
@@ -37,13 +36,9 @@ class InstructionTokenizer:
             raise UserError(
                 f"tokenizer: special tokens {missing} are missing: add them before saving tokenizer.json"
             )
-        self._tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token=END_OF_TEXT,
-            pad_token=PAD,
-            padding_side="right",
-            truncation_side="right",
-        )
+        tokenizer.enable_truncation(max_tokens)
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
+        self._tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.image_token = tokenizer.token_to_id(IMAGE)
         self.size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -65,15 +60,11 @@ class InstructionTokenizer:
 
         Texts are padded on the right to the longest of the batch.
         """
-        batch = self._tokenizer(
-            [prompt(text) for text in instructions],
-            max_length=self.max_tokens,
-            truncation=True,
-            padding="longest",
-            add_special_tokens=False,
-        )
-        return torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+        prompts = [prompt(text) for text in instructions]
+        found = self._tokenizer.encode_batch(prompts, add_special_tokens=False)
+        ids, mask = [each.ids for each in found], [each.attention_mask for each in found]
+        return torch.tensor(ids), torch.tensor(mask)
 
     def save(self, path: Path) -> None:
         """Writes `tokenizer.json`."""
-        self._tokenizer.backend_tokenizer.save(str(path))
+        self._tokenizer.save(str(path))

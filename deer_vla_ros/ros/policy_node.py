@@ -204,6 +204,7 @@ class PolicyNode(LifecycleNode):
         # A daemon thread: an inference that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._control, name="control", daemon=True)
         self._thread.start()
+        self.get_logger().info("active")
         return result
 
     @told(TransitionCallbackReturn.ERROR)

@@ -17,6 +17,7 @@ from PIL import Image as Picture
 from rcl_interfaces.msg import Parameter, ParameterEvent, ParameterType, ParameterValue
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
 from sensor_msgs.msg import CompressedImage
+from shared import made_once
 from std_msgs.msg import String
 
 from deer_vla_ros.__main__ import main
@@ -67,10 +68,12 @@ def plain(short) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The folder that `replay --out` writes for the table's recording under two budgets."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    arguments = ["--budget", "average_fraction=0.25", "--budget", "average_fraction=0.6,peak_gmac=1"]
-    assert main(["replay", str(TABLE), "--out", str(out), *arguments]) == 0
-    return out
+
+    def make(folder: Path) -> None:
+        arguments = ["--budget", "average_fraction=0.25", "--budget", "average_fraction=0.6,peak_gmac=1"]
+        assert main(["replay", str(TABLE), "--out", str(folder / "out"), *arguments]) == 0
+
+    return made_once(tmp_path_factory, "replay", make) / "out"
 
 
 # The results that a replay writes.

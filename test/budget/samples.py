@@ -1,5 +1,7 @@
 """Made-up deltas and deviations: some steps are hard at every exit, deep exits are near full depth."""
 
+import functools
+
 import numpy as np
 
 from deer_vla_ros.budget.calibration import Calibration
@@ -21,6 +23,7 @@ def samples(
     return deltas, np.concatenate((0.6 * steps_left, np.zeros((count, 1))), axis=1)
 
 
+@functools.cache
 def calibration(
     count: int = 2000, exits: tuple[int, ...] = EXITS, seed: int = 0, scale: float = 1.0
 ) -> Calibration:

@@ -7,6 +7,7 @@ import functools
 
 import hypothesis
 import numpy as np
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from poses import angle_between, distance_between
@@ -234,13 +235,28 @@ class World:
         self.before, self.last_limits = command, limits
 
 
-@settings(max_examples=80, deadline=None, phases=[phase for phase in Phase if phase is not Phase.shrink])
-@given(events)
-def test_no_sequence_of_outputs_poses_timings_and_requests_leads_to_a_command_outside_any_limit(given_events):
+def drive(given_events: list[tuple]) -> None:
+    """Makes the events happen. The world checks every command."""
     world = World()
     for event in given_events:
         world.step(*event)
     hypothesis.target(world.motions)
+
+
+WITHOUT_SHRINKING = [phase for phase in Phase if phase is not Phase.shrink]
+
+
+@settings(max_examples=12, deadline=None, phases=WITHOUT_SHRINKING)
+@given(events)
+def test_no_sequence_of_outputs_poses_timings_and_requests_leads_to_a_command_outside_any_limit(given_events):
+    drive(given_events)
+
+
+@pytest.mark.long
+@settings(max_examples=200, deadline=None, phases=WITHOUT_SHRINKING)
+@given(events)
+def test_no_sequence_leads_to_a_command_outside_any_limit_in_a_longer_search(given_events):
+    drive(given_events)
 
 
 @settings(max_examples=60, deadline=None)

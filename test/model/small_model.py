@@ -49,7 +49,7 @@ def with_decoder(config: ModelConfig, **changes) -> ModelConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **changes))
 
 
-def small_model(config: ModelConfig = SMALL, seed: int = 0) -> MultiExitVLA:
+def small_model(config: ModelConfig = SMALL, seed: int = 1) -> MultiExitVLA:
     """A network with large random weights, so that its exits disagree differently in each step."""
     torch.manual_seed(seed)
     model = MultiExitVLA(config).eval().requires_grad_(False)

@@ -99,7 +99,7 @@ def test_the_folder_has_the_very_weights_of_the_reference(files):
     for name, tensor in expected.state_dict().items():
         assert torch.equal(ours[name], tensor), name
     words = found.tokenizer
-    ids = [words._tokenizer.convert_tokens_to_ids(token) for token in (END_OF_CHUNK, IMAGE, PAD)]
+    ids = [words._tokenizer.token_to_id(token) for token in (END_OF_CHUNK, IMAGE, PAD)]
     assert ids == [files.keys["eoc_token_id"], files.keys["media_token_id"], files.keys["pad_token_id"]]
 
 

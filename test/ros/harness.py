@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import preloaded
 import rclpy
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
@@ -41,11 +42,19 @@ REACHES = {
 class Process:
     """A child process in its own process group. Its output (both streams) can be read at any time."""
 
-    def __init__(self, command: tuple[str, ...], env: dict[str, str] | None = None):
+    def __init__(self, arguments: tuple[str, ...], env: dict[str, str] | None = None, fresh: bool = False):
+        """Runs `python ARGUMENTS...`. fresh: the process imports its modules itself (see `preloaded`)."""
         self._log = tempfile.NamedTemporaryFile("a")
-        self._popen = subprocess.Popen(
-            command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, env=env
-        )
+        if fresh:
+            self._popen = subprocess.Popen(
+                (sys.executable, *arguments),
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=env,
+            )
+        else:
+            self._popen = preloaded.start(arguments, self._log.name, env)
 
     @property
     def pid(self) -> int:
@@ -83,22 +92,27 @@ class Process:
         self._log.close()
 
 
+PRELOADED = ("node", "sim")
+"""The commands that start as a fork of a process with all modules; the others start their own processes."""
+
+
 def spawn(*command: str, env: dict[str, str] | None = None) -> contextlib.AbstractContextManager[Process]:
     """Runs `python -m deer_vla_ros COMMAND...`.
 
     If the test fails, its output is printed. At the end it is killed.
     """
-    return spawn_python("-m", "deer_vla_ros", *command, env=env)
+    fresh = env is not None or command[0] not in PRELOADED
+    return spawn_python("-m", "deer_vla_ros", *command, env=env, fresh=fresh)
 
 
 @contextlib.contextmanager
-def spawn_python(*command: str, env: dict[str, str] | None = None) -> Iterator[Process]:
-    """Runs `python COMMAND...`, as `spawn` does."""
-    process = Process((sys.executable, *command), env)
+def spawn_python(*arguments: str, env: dict[str, str] | None = None, fresh: bool = True) -> Iterator[Process]:
+    """Runs `python ARGUMENTS...`, as `spawn` does."""
+    process = Process(arguments, env, fresh)
     try:
         yield process
     except BaseException:
-        print(f"--- output of {' '.join(command)}\n{process.output()}---")
+        print(f"--- output of {' '.join(arguments)}\n{process.output()}---")
         raise
     finally:
         process.close()

@@ -5,10 +5,13 @@ definitions.
 """
 
 import contextlib
+import fcntl
+import hashlib
 import importlib.util
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 from action_msgs.msg import GoalStatus
 from harness import START_TIMEOUT, Client, Process, spawn, spawn_python, wait_until
+from paths import ROOT
 from rclpy.task import Future
 from rig import Rig
 from std_srvs.srv import SetBool
@@ -27,6 +31,7 @@ from deer_vla_ros.ros import gripper
 
 HERE = Path(__file__).parent
 INSTALLED = importlib.util.find_spec("control_msgs") is not None
+SOURCES = sorted(path for path in (HERE / "gripper_actions").rglob("*") if path.is_file())
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +41,29 @@ def client():
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Environment variables of a process that has control_msgs."""
     if INSTALLED:
         return dict(os.environ)
-    build, prefix = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("prefix")
+    folder = ROOT / "build" / "test_control_msgs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers build it once, and later runs use it again
+        prefix = folder / hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES))).hexdigest()[:16]
+        if not (prefix / "complete").exists():
+            generate(folder / "cmake", prefix)
+            (prefix / "complete").touch()
+    packages = next(prefix.glob("lib/python3*/site-packages"))
+    paths = {"PYTHONPATH": packages, "LD_LIBRARY_PATH": prefix / "lib", "AMENT_PREFIX_PATH": prefix}
+    return {
+        **os.environ,
+        **{name: f"{path}{os.pathsep}{os.environ.get(name, '')}" for name, path in paths.items()},
+    }
+
+
+def generate(build: Path, prefix: Path) -> None:
+    """Generates the Python messages of the two actions."""
+    shutil.rmtree(build, ignore_errors=True)
     for command in (
         f"cmake -S {HERE / 'gripper_actions'} -B {build} "
         f"-DCMAKE_INSTALL_PREFIX={prefix} -DCMAKE_PREFIX_PATH={sys.prefix} "
@@ -50,12 +73,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
     ):
         done = subprocess.run(command.split(), capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-    packages = next(prefix.glob("lib/python3*/site-packages"))
-    paths = {"PYTHONPATH": packages, "LD_LIBRARY_PATH": prefix / "lib", "AMENT_PREFIX_PATH": prefix}
-    return {
-        **os.environ,
-        **{name: f"{path}{os.pathsep}{os.environ.get(name, '')}" for name, path in paths.items()},
-    }
 
 
 def darken(name: str, image) -> None:

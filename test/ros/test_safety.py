@@ -48,7 +48,8 @@ def node(namespace: str, *parameters: str):
 def faulty_node(namespace: str, code: str):
     """A node in whose process `code` runs first."""
     start = "import sys\nfrom deer_vla_ros.__main__ import main\nsys.exit(main(['node', *sys.argv[1:]]))"
-    return spawn_python("-c", f"{code}\n{start}", "--ros-args", "-r", f"__ns:=/{namespace}")
+    arguments = ("--ros-args", "-r", f"__ns:=/{namespace}")
+    return spawn_python("-c", f"{code}\n{start}", *arguments, fresh=False)
 
 
 def watchdog_of(process) -> int:
@@ -105,29 +106,6 @@ def test_the_watchdog_does_not_hold_while_a_motion_that_is_still_young_leaves_sl
             assert all(map(moves, heard)), "somebody else held"
 
 
-def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(client):
-    rig = Rig(client, "stopped/")
-    with node("stopped") as process, rig.running():
-        await_moving(client, process, rig, "stopped")
-        for _ in range(3):
-            process.send(signal.SIGSTOP)
-            begin = len(rig.twists)
-            wait_until(
-                lambda begin=begin: len([t for t in rig.twists[begin:] if not moves(t)]) >= 3, what="holds"
-            )
-            begin, resumed_ns = len(rig.twists), time.time_ns()
-            process.send(signal.SIGCONT)
-            wait_until(lambda begin=begin: sum(map(moves, rig.twists[begin:])) >= 3, what="motions again")
-            late = [
-                t
-                for t in rig.twists[begin:]
-                if moves(t) and nanoseconds(t.header.stamp) < resumed_ns - MAX_AGE_NS
-            ]
-            assert not late, "a motion decided on frames from before the stop"
-        positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets]
-        assert np.linalg.norm(np.diff(positions, axis=0), axis=1).max() <= 0.06 + 1e-6
-
-
 def test_a_killed_node_leaves_a_hold_behind_and_no_process(client):
     rig = Rig(client, "killed_once/")
     with node("killed_once") as process, rig.running():
@@ -144,18 +122,6 @@ def test_a_killed_node_leaves_a_hold_behind_and_no_process(client):
             np.linalg.norm([getattr(rig.targets[-1].pose.position, a) for a in "xyz"] - rig.position) <= 0.06
         )
         wait_until(lambda: gone(watchdog), what="the end of the watchdog")
-
-
-def test_a_killed_watchdog_is_a_hold_until_there_is_another_one(client):
-    rig = Rig(client, "unwatched/")
-    with node("unwatched") as process, rig.running():
-        await_moving(client, process, rig, "unwatched")
-        watchdog = watchdog_of(process)
-        os.kill(watchdog, signal.SIGKILL)
-        wait_until(lambda: "the watchdog process does not answer" in process.output(), what="the hold")
-        wait_until(lambda: watchdog_of(process) != watchdog, what="another watchdog")
-        rig.await_steps(5)
-        assert process.stop() == 0
 
 
 HANGS = """
@@ -300,6 +266,34 @@ def test_every_one_of_many_holds_is_answered(client, busy):
     rig.await_steps(3)
 
 
+def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(busy):
+    process, rig = busy
+    before = len(rig.targets)
+    for _ in range(3):
+        process.send(signal.SIGSTOP)
+        begin = len(rig.twists)
+        wait_until(
+            lambda begin=begin: len([t for t in rig.twists[begin:] if not moves(t)]) >= 3, what="holds"
+        )
+        begin, resumed_ns = len(rig.twists), time.time_ns()
+        process.send(signal.SIGCONT)
+        wait_until(lambda begin=begin: sum(map(moves, rig.twists[begin:])) >= 3, what="motions again")
+        moved = [twist for twist in rig.twists[begin:] if moves(twist)]
+        late = [twist for twist in moved if nanoseconds(twist.header.stamp) < resumed_ns - MAX_AGE_NS]
+        assert not late, "a motion decided on frames from before the stop"
+    positions = [[getattr(t.pose.position, axis) for axis in "xyz"] for t in rig.targets[before:]]
+    assert np.linalg.norm(np.diff(positions, axis=0), axis=1).max() <= 0.06 + 1e-6
+
+
+def test_a_killed_watchdog_is_a_hold_until_there_is_another_one(busy):
+    process, rig = busy
+    watchdog, told = watchdog_of(process), len(process.output())
+    os.kill(watchdog, signal.SIGKILL)
+    wait_until(lambda: "the watchdog process does not answer" in process.output()[told:], what="the hold")
+    wait_until(lambda: watchdog_of(process) != watchdog, what="another watchdog")
+    rig.await_steps(5)
+
+
 def test_looser_limits_are_refused_while_the_arm_moves_and_tighter_ones_are_not(client, busy):
     def ask(name: str, value: float):
         given = ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value)
@@ -372,29 +366,28 @@ def test_a_node_that_nobody_listens_to_waits_and_one_that_lost_its_listener_need
 # --- The arm and the clock.
 
 
-def test_a_frozen_pose_with_fresh_stamps_is_a_hold_that_a_person_clears(client, diagnostics):
-    rig = Rig(client, "frozen/")
-    with node("frozen", "guard.follow_timeout_s:=1.0") as process, rig.running():
-        await_moving(client, process, rig, "frozen")
-        rig.follows = False
-        wait_until(lambda: "the arm does not follow its targets" in holding(process), 30.0, "the reason")
-        rig.await_hold()
-        wait_until(
-            lambda: any(
-                status.level == DiagnosticStatus.ERROR
-                and "does not follow" in status.message
-                and "~/hold" in status.message
-                for array in diagnostics
-                for status in array.status
-            ),
-            what="an error in /diagnostics",
-        )
-        rig.follows = True
-        steps = len(rig.steps)
-        rig.await_hold()
-        assert len(rig.steps) == steps
-        clear(client, "frozen")
-        rig.await_steps(3)
+def test_a_frozen_pose_with_fresh_stamps_is_a_hold_that_a_person_clears(client, busy, diagnostics):
+    process, rig = busy
+    rig.await_steps(1)
+    rig.follows = False
+    wait_until(lambda: "the arm does not follow its targets" in holding(process), 30.0, "the reason")
+    rig.await_hold()
+    wait_until(
+        lambda: any(
+            status.level == DiagnosticStatus.ERROR
+            and "does not follow" in status.message
+            and "~/hold" in status.message
+            for array in diagnostics
+            for status in array.status
+        ),
+        what="an error in /diagnostics",
+    )
+    rig.follows = True
+    steps = len(rig.steps)
+    rig.await_hold()
+    assert len(rig.steps) == steps
+    clear(client, "asked")
+    rig.await_steps(3)
 
 
 def test_the_arm_moves_only_while_enable_says_true_and_is_refreshed(client):

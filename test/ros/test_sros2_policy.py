@@ -1,8 +1,10 @@
 """Tests that the SROS2 policy allows exactly what the declarations name and the running processes use."""
 
+import contextlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -136,19 +138,30 @@ OTHER = ("inputs.image_transport:=compressed", "use_sim_time:=true", "control.en
 """Parameters with which a node uses topics and services that it does not use by default."""
 
 
+@pytest.fixture(scope="module")
+def running(client) -> Iterator[tuple[str, ...]]:
+    """Two nodes that together use everything. Yields their namespaces."""
+    given = {"/plain": (), "/other": OTHER}
+    with contextlib.ExitStack() as processes:
+        for namespace, values in given.items():
+            parameters = [part for value in values for part in ("-p", value)]
+            process = processes.enter_context(
+                spawn("node", "--ros-args", "-r", f"__ns:={namespace}", *parameters)
+            )
+            client.await_active(process, f"{namespace.removeprefix('/')}/{NODE}")
+        yield tuple(given)
+
+
 @pytest.mark.parametrize("node", [NODE, WATCHDOG])
-def test_running_processes_use_exactly_what_the_policy_allows(client, policy, node):
+def test_running_processes_use_exactly_what_the_policy_allows(client, policy, running, node):
     # The gripper's action is left out: it needs control_msgs, which is not installed everywhere.
     allowed = {"reply": set()} | {verb: entries for verb, entries in policy[node].items() if verb != "call"}
     together: dict[str, set[str]] = {verb: set() for verb in allowed}
-    for namespace, values in ((f"/{node}_plain", ()), (f"/{node}_other", OTHER)):
-        parameters = [part for value in values for part in ("-p", value)]
-        with spawn("node", "--ros-args", "-r", f"__ns:={namespace}", *parameters) as process:
-            client.await_active(process, f"{namespace.removeprefix('/')}/{NODE}")
-            found = wait_until(partial(settled, client, node, namespace, allowed), what=f"all of {node}")
-            for verb, entries in found.items():
-                assert entries <= allowed[verb], f"{verb}: used, but not allowed"
-                together[verb] |= entries
+    for namespace in running:
+        found = wait_until(partial(settled, client, node, namespace, allowed), what=f"all of {node}")
+        for verb, entries in found.items():
+            assert entries <= allowed[verb], f"{verb}: used, but not allowed"
+            together[verb] |= entries
     if node == NODE:
         together["subscribe"] |= COMMANDS  # The node subscribes to them in its first seconds only.
     assert together == allowed, "allowed, but not used"

@@ -24,6 +24,7 @@ FIGURES = (
 MILLISECOND = 1_000_000
 
 
+@pytest.mark.long
 def test_a_short_run_measures_every_condition_and_leaves_no_process(tmp_path):
     report_file = tmp_path / "report.json"
     with spawn(

@@ -77,7 +77,9 @@ def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
     }
 
 
-@pytest.mark.parametrize(("command", "name"), [("node", "policy node"), ("sim", "table")])
+@pytest.mark.parametrize(
+    ("command", "name"), [("node", "policy node"), pytest.param("sim", "table", marks=pytest.mark.long)]
+)
 def test_a_demo_fails_when_one_of_its_processes_is_killed_and_ends_the_other(command, name, out):
     with spawn("demo", "--seconds", "600", "--out", str(out)) as demo:
         _, started = started_by_demo(out)
@@ -91,7 +93,7 @@ def test_a_demo_fails_when_one_of_its_processes_is_killed_and_ends_the_other(com
     assert not (out / "summary.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_demo_ends_its_processes_in_order_and_leaves_no_half_summary(number, out):
     with spawn("demo", "--seconds", "600", "--out", str(out)) as demo:
         _, started = started_by_demo(out)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import wait_until
+from shared import made_once
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.cost import cost_table
@@ -36,9 +37,11 @@ saved exit_shares budget checkpoint_sha256 seed steps_per_instruction phrasings 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     """The report of an uninterrupted run."""
-    path = tmp_path_factory.mktemp("evaluate") / "report.json"
-    assert main([*SHORT, "--json", str(path)]) == 0
-    return path
+
+    def make(folder: Path) -> None:
+        assert main([*SHORT, "--json", str(folder / "report.json")]) == 0
+
+    return made_once(tmp_path_factory, "evaluate", make) / "report.json"
 
 
 # The command.

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as arrays
 
 from deer_vla_ros.budget.path import ALWAYS, NEVER
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.search.search import Found, _Study, search
+from deer_vla_ros.lab.search.search import SearchResult, _Study, search
 from deer_vla_ros.lab.search.search_task import Outcome, quantile_of, threshold_at
 
 EXITS = 4
@@ -163,7 +163,7 @@ def test_a_start_that_passes_the_budget_is_replaced_by_one_that_keeps_it():
 def test_the_start_is_evaluated_as_it_is_given():
     start = (CANDIDATES[0][7] + 1e-9, -1.0, 1e7, ALWAYS)
     found = search(closed_loop, start, 100, CANDIDATES, trials=1)
-    assert found == Found(start, closed_loop(start), trial=0, trials=1)
+    assert found == SearchResult(start, closed_loop(start), trial=0, trials=1)
 
 
 def test_the_same_seed_gives_the_same_trials(tmp_path):
@@ -276,7 +276,7 @@ def test_a_study_of_an_earlier_version_is_continued(tmp_path):
         (3, 27),
         (4, 31),
     ]
-    assert found == Found((31.0, ALWAYS), Outcome(31.0, 3.1), trial=1, trials=5)
+    assert found == SearchResult((31.0, ALWAYS), Outcome(31.0, 3.1), trial=1, trials=5)
 
 
 def test_failing_evaluations_are_survived(tmp_path, caplog):

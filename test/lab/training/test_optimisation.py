@@ -213,7 +213,7 @@ def test_steps_lower_the_loss():
     model = small_model()
     optimiser = Optimiser(model, Stage.JOINT, OptimiserSettings(learning_rate=3e-3), Schedule(warmup_steps=2))
     losses = []
-    for _ in range(12):
+    for _ in range(24):
         loss = loss_of(model)
         loss.backward()
         optimiser.step()

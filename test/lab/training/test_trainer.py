@@ -89,6 +89,7 @@ def test_a_recorder_ends_with_the_training_that_was_killed(tmp_path):
     wait_until(lambda: gone(recorder), 60, "its end")
 
 
+@pytest.mark.long
 def test_two_processes_compute_what_one_does(data, tmp_path):
     (one, weights), (two, others) = (
         train(recipe_file(tmp_path, JOINT, EXIT), tmp_path / f"of-{count}", data, count) for count in (1, 2)
