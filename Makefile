@@ -2,7 +2,7 @@
 # wheels, the messages, the demo and the tests. On a robot with Jazzy from apt use colcon instead (README).
 #
 #   make demo    set up, then six instructions in closed loop over real DDS; results in out/demo/
-#   make test    set up, then the test suite (one file: make test PYTEST_ARGS="test/build -x")
+#   make test    set up, then the test suite (one file: make test PYTEST_ARGS="test/packaging -x")
 #   make test-all  the same, and the tests that take long on purpose
 #   make env     only the virtual environment .venv
 #   make build   only the messages; afterwards `. scripts/env.sh` gives a shell with everything

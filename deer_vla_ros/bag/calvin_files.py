@@ -37,9 +37,9 @@ from typing import Any
 
 import numpy as np
 
+from deer_vla_ros.bag.pickled_array import read_pickled, write_pickled
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_json
-from deer_vla_ros.lab.training.pickled_array import read_pickled, write_pickled
 from deer_vla_ros.model.action_space import ActionSpace
 
 ANNOTATIONS = Path("lang_annotations", "auto_lang_ann.npy")

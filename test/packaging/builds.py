@@ -28,7 +28,7 @@ print(pathlib.Path(deer_vla_ros.__file__).parent)
 
 def copy_sources(folder: Path) -> Path:
     """Copies the sources alone, as a clone has them, so that no test writes to the checkout."""
-    # Only the folder `build` at the top is not a source; test/build is one.
+    # Only the folder `build` at the top is not a source.
     copy = folder / "deer_vla_ros"
     shutil.copytree(
         ROOT,
