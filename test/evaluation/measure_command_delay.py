@@ -2,10 +2,9 @@
 
     . scripts/env.sh; python test/evaluation/measure_command_delay.py
 
-On a robot, and in `make demo`, the network sees an image, thinks, and the arm hears of it tens of milliseconds
-later. Training and `evaluate` stop the table's time instead. The program prints two tables, both by delay: the
-demo's instructions on the demo's arrangement, and "open the drawer" on the first arrangements with a closed
-drawer.
+On a robot, and in `make demo`, the command reaches the arm tens of milliseconds after the image. In training
+and in `evaluate` the arm waits for the command instead. The program prints two tables by delay: the demo's
+instructions on the demo's arrangement, and "open the drawer" on the first arrangements with a closed drawer.
 """
 
 from deer_vla_ros.control.budgeted_policy import BudgetedPolicy
@@ -54,7 +53,7 @@ def main() -> None:
         table.reset(SEED)
         counts = [steps_needed(policy, table, text, delay_s) for text in INSTRUCTIONS]
         print(f"{1000 * delay_s:3.0f} ms  {counts}")
-    print(f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one: done, and mean steps of those")
+    print(f"open the drawer, first {ARRANGEMENTS} arrangements with a closed one: done, mean steps of those")
     closed = []
     for seed in range(1000):
         table.reset(seed)

@@ -49,7 +49,7 @@ def small_folder(tmp_path) -> Path:
 
 
 def resident_bytes() -> int:
-    """Memory of this process alone; pages of files, which Linux drops and reads again at will, do not count."""
+    """Memory of this process alone, without pages of files, which Linux drops and reads again at will."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
@@ -127,8 +127,8 @@ def test_a_loaded_network_lives_apart_from_its_file(small_folder):
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Memory that only the garbage collector would find stays where it is; what earlier tests freed is given back,
-    because `keep` gives it back too."""
+    """Memory that only the garbage collector would find stays where it is. What earlier tests freed is given
+    back, because `keep` gives it back too."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     gc.disable()

@@ -1,4 +1,4 @@
-"""When a node may begin to command the arm, by what it knows of other commanders. The test gives graph and clock."""
+"""Tests of when a node may begin to command the arm beside others, with a fake ROS graph and clock."""
 
 import subprocess
 import sys

@@ -94,8 +94,8 @@ BudgetedPolicy.step, Outputs.publish = slow_step, slow_publish
 
 
 def test_the_watchdog_does_not_hold_while_a_motion_that_is_still_young_leaves_slowly(client):
-    """The time from one command to the next is too long for the watchdog here. The node beats in between, when it
-    looks at the motion for the last time."""
+    """The time from one command to the next is too long for the watchdog here. The node beats in between,
+    when it looks at the motion for the last time."""
     rig = Rig(client, "slowly/")
     with faulty_node("slowly", SLOW) as process, rig.running():
         await_moving(client, process, rig, "slowly")
@@ -104,7 +104,6 @@ def test_the_watchdog_does_not_hold_while_a_motion_that_is_still_young_leaves_sl
         heard = rig.twists[begin : begin + 15]
         if process.output().count("holding: ") == told:  # a node that held itself, on a busy machine, says so
             assert all(map(moves, heard)), "somebody else held"
-
 
 
 def test_a_stopped_node_is_held_for_and_says_nothing_old_when_it_goes_on(client):
@@ -179,12 +178,12 @@ def test_an_inference_that_keeps_the_interpreters_lock_is_held_for_by_the_watchd
         client.await_active(process, "locked/deer_vla")
         rig.instruct("open the drawer")
         rig.await_steps(9, START_TIMEOUT)
-        begin = len(rig.twists)
+        begin, before = len(rig.twists), len(rig.steps)
         wait_until(
             lambda: len([t for t in rig.twists[begin:] if not moves(t)]) >= 10, what="holds of the watchdog"
         )
         assert sum(map(moves, rig.twists[begin:])) <= 2
-        late = rig.await_steps(1)[0]
+        late = wait_until(lambda: rig.steps[before:], what="the step that took so long")[0]
         assert late.verdict == late.VERDICT_HELD and "TOO_SLOW" in late.reasons, (
             "what it decided in the end is told, and not done"
         )
