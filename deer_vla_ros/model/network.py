@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -124,9 +126,11 @@ def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
     return model.eval().requires_grad_(False)
 
 
-def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def state_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of each tensor of a network of this config, by name."""
-    return {name: tuple(tensor.shape) for name, tensor in _without_values(config).state_dict().items()}
+    tensors = _without_values(config).state_dict()
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def _without_values(config: ModelConfig) -> MultiExitVLA:

@@ -1,33 +1,43 @@
 """Tests of `colcon build`: the installed code, messages and executables work in any folder."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run_sourced
+from shared import made_once
 
 
-@pytest.fixture(scope="module", params=[[], ["--symlink-install"]], ids=["copied", "symlinked"])
+@pytest.fixture(scope="module", params=["copied", "linked"])
 def workspace(request, tmp_path_factory):
-    """The workspace's folder, its sources, and whether it was installed as links.
+    """The folder of an installation, its sources, and whether it was installed as links.
 
-    It is built once for all tests.
+    The second build takes the compiled messages of the first; ament cannot replace copied Python files itself.
     """
-    folder = tmp_path_factory.mktemp("workspace")
-    sources = copy_sources(folder)
-    run("colcon", "build", *request.param, cwd=folder, env=clean_environment())
-    return folder, sources, bool(request.param)
+
+    def make(folder: Path) -> None:
+        copy_sources(folder)
+        build = ("colcon", "build", "--install-base")
+        run(*build, "copied", cwd=folder, env=clean_environment())
+        shutil.rmtree(folder / "build/deer_vla_ros/ament_cmake_python")
+        run(*build, "linked", "--symlink-install", cwd=folder, env=clean_environment())
+
+    folder = made_once(tmp_path_factory, "workspace", make)
+    return folder / request.param, folder / "deer_vla_ros", request.param == "linked"
 
 
 def test_messages_and_code_are_importable_from_elsewhere(workspace, tmp_path):
     folder, sources, _ = workspace
     package = run_sourced(
-        folder / "install/setup.bash", "python3", "-c", USE_MESSAGES, cwd=tmp_path, env=clean_environment()
+        folder / "setup.bash", "python3", "-c", USE_MESSAGES, cwd=tmp_path, env=clean_environment()
     ).splitlines()[-1]
-    assert package.startswith(str(folder / "install")), "the installation is used, not the sources"
+    assert package.startswith(str(folder)), "the installation is used, not the sources"
 
 
 def test_messages_are_importable_beside_the_live_sources(workspace):
     folder, sources, _ = workspace
     package = run_sourced(
-        folder / "install/setup.bash", "python3", "-c", USE_MESSAGES, cwd=sources, env=clean_environment()
+        folder / "setup.bash", "python3", "-c", USE_MESSAGES, cwd=sources, env=clean_environment()
     ).splitlines()[-1]
     assert package == str(sources / "deer_vla_ros")
 
@@ -35,14 +45,14 @@ def test_messages_are_importable_beside_the_live_sources(workspace):
 @pytest.mark.parametrize("executable", ["deer_vla_node", "table_node"])
 def test_executables_of_ros2_run_start(workspace, executable, tmp_path):
     folder, _, _ = workspace
-    path = folder / "install/deer_vla_ros/lib/deer_vla_ros" / executable
-    text = run_sourced(folder / "install/setup.bash", path, "--help", cwd=tmp_path, env=clean_environment())
+    path = folder / "deer_vla_ros/lib/deer_vla_ros" / executable
+    text = run_sourced(folder / "setup.bash", path, "--help", cwd=tmp_path, env=clean_environment())
     assert "usage: python -m deer_vla_ros" in text
 
 
 def test_every_source_file_is_installed_and_links_are_live(workspace):
     folder, sources, as_links = workspace
-    installed = next((folder / "install").glob("**/*-packages/deer_vla_ros"))
+    installed = next(folder.glob("**/*-packages/deer_vla_ros"))
     expected = [
         p.relative_to(sources)
         for p in (sources / "deer_vla_ros").rglob("*")
@@ -53,7 +63,7 @@ def test_every_source_file_is_installed_and_links_are_live(workspace):
         target = installed.parent / path
         assert target.is_file(), f"{path} is not installed"
         assert target.is_symlink() == as_links, path
-    share = folder / "install/deer_vla_ros/share/deer_vla_ros"
+    share = folder / "deer_vla_ros/share/deer_vla_ros"
     for source in [*(sources / "launch").glob("*.py"), *(sources / "config").glob("*.yaml")]:
         assert (share / source.relative_to(sources)).is_file()
 
