@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
@@ -68,6 +68,7 @@ def test_an_unreachable_target_neither_jumps_nor_stops_the_arm_from_coming_back(
 
 
 @settings(max_examples=15, deadline=None)
+@example([(0.0, 0.0, -5.0, 1.0, 0.0, 0.0, 0.0)] * 3)
 @given(targets=st.lists(st.tuples(*[ANY_FLOAT] * 3, *[ANY_FLOAT] * 4), min_size=3, max_size=3))
 def test_any_sequence_of_finite_targets_keeps_the_speed_limit(targets):
     table = Table(seed=2)
