@@ -27,7 +27,7 @@ from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.model.checkpoint import EMBEDDED, load
 from deer_vla_ros.model.config import tabletop
 
-SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "5", "--jobs", "1")
+SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "10", "--jobs", "1")
 KEYS = """chains average_length average_length_ci success_by_position tasks llm_gmac_mean llm_gmac_static
 saved exit_shares budget checkpoint_sha256 seed steps_per_instruction phrasings infeasible singles""".split()
 
@@ -70,7 +70,7 @@ def test_a_run_that_was_killed_goes_on_to_the_report_of_an_uninterrupted_one(tmp
     assert figures["budget"] == {"thresholds": "checkpoint"} and len(figures["checkpoint_sha256"]) == 64
     assert sum(figures["exit_shares"]) == pytest.approx(1.0)
     assert 1 < figures["saved"] == pytest.approx(figures["llm_gmac_static"] / figures["llm_gmac_mean"])
-    assert (figures["seed"], figures["steps_per_instruction"], figures["phrasings"]) == (5, 2, "training")
+    assert (figures["seed"], figures["steps_per_instruction"], figures["phrasings"]) == (10, 2, "training")
 
 
 @pytest.mark.parametrize(
