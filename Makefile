@@ -39,7 +39,7 @@ ACTIVATE := . scripts/env.sh
 # The tests start about a hundred Python processes, which start faster with compiled modules.
 unexport PYTHONDONTWRITEBYTECODE
 # Many tests wait for a running node, so more of them run at a time than there are cores.
-IN_PARALLEL := -n 3 --dist worksteal --durations=15
+IN_PARALLEL := -n 4 --dist worksteal --durations=15
 
 # Runs two minutes of faults in one process, and the tests that are chosen in others.
 beside_the_soak = nice -n -10 python -m pytest -m soak test/lab/soak >build/soak_test.log 2>&1 & soak=$$!; \

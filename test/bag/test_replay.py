@@ -28,6 +28,7 @@ from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
 from deer_vla_ros.bag.run import run
+from deer_vla_ros.budget import budgeted_policy
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.ros.messages import nanoseconds
@@ -35,6 +36,14 @@ from deer_vla_ros.ros.messages import nanoseconds
 MS = 1_000_000
 SHORT = 3.0
 """The seconds of the table's recording that most tests use."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_warm_up():
+    """Replays begin with one step per exit, not with several. The decisions are the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budgeted_policy, "WARM_UP_RUNS", 1)
+        yield
 
 
 def replayed(path: Path, **how):

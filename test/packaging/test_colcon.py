@@ -12,18 +12,25 @@ from shared import made_once
 def workspace(request, tmp_path_factory):
     """The folder of an installation, its sources, and whether it was installed as links.
 
-    The second build takes the compiled messages of the first; ament cannot replace copied Python files itself.
+    What was compiled stays between runs, so that unchanged messages are not compiled again. CMake's settings
+    do not stay: they hold the choice of links. ament replaces neither copied Python files by links nor links
+    by copies, so these are removed before each build.
     """
+    root = (ROOT / "build").resolve() / "test_workspace"
+    build = root / "build/deer_vla_ros"
 
-    def make(folder: Path) -> None:
-        copy_sources(folder)
-        build = ("colcon", "build", "--install-base")
-        run(*build, "copied", cwd=folder, env=clean_environment())
-        shutil.rmtree(folder / "build/deer_vla_ros/ament_cmake_python")
-        run(*build, "linked", "--symlink-install", cwd=folder, env=clean_environment())
+    def make(_: Path) -> None:
+        for left in ("deer_vla_ros", "copied", "linked"):
+            shutil.rmtree(root / left, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+        copy_sources(root)
+        for base, options in (("copied", ()), ("linked", ("--symlink-install",))):
+            shutil.rmtree(build / "ament_cmake_python", ignore_errors=True)
+            (build / "CMakeCache.txt").unlink(missing_ok=True)
+            run("colcon", "build", "--install-base", base, *options, cwd=root, env=clean_environment())
 
-    folder = made_once(tmp_path_factory, "workspace", make)
-    return folder / request.param, folder / "deer_vla_ros", request.param == "linked"
+    made_once(tmp_path_factory, "workspace", make)
+    return root / request.param, root / "deer_vla_ros", request.param == "linked"
 
 
 def test_messages_and_code_are_importable_from_elsewhere(workspace, tmp_path):
