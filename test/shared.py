@@ -13,11 +13,9 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path
 
     The tests must not change the folder.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        folder = tmp_path_factory.mktemp(name)
-        make(folder)
-        return folder
-    root = tmp_path_factory.getbasetemp().parent  # of the run, which all workers share
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the folder of the run, which all workers share
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = root / f"shared_{name}"

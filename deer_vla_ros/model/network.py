@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -135,10 +137,11 @@ def has_heads_of_training(names: Iterable[str]) -> bool:
     return any(name.startswith(HEADS_OF_TRAINING) for name in names)
 
 
-def state_shapes(config: ModelConfig, for_training: bool = True) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def state_shapes(config: ModelConfig, for_training: bool = True) -> Mapping[str, tuple[int, ...]]:
     """The shape of each tensor of a network of this config, by name."""
-    state = _without_values(config, for_training).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    tensors = _without_values(config, for_training).state_dict()
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def _without_values(config: ModelConfig, for_training: bool) -> MultiExitVLA:

@@ -12,8 +12,10 @@ are second names for the weights of `lang_encoder.transformer.blocks.*`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -139,7 +141,8 @@ def from_reference(tensors: Mapping[str, Tensor], config: ModelConfig) -> MultiE
     return build(config, state)
 
 
-def reference_names(config: ModelConfig, is_mpt: bool) -> dict[str, str]:
+@functools.cache
+def reference_names(config: ModelConfig, is_mpt: bool) -> Mapping[str, str]:
     """{our name: reference name} of every tensor of a network, except parts that the reference does not have.
 
     is_mpt: the language model is MPT, not MosaicGPT. A reference name may end with `#q`, `#k` or `#v`.
@@ -155,7 +158,7 @@ def reference_names(config: ModelConfig, is_mpt: bool) -> dict[str, str]:
         for expression, theirs in patterns:
             if match := expression.fullmatch(own):
                 found[own] = theirs.format_map(_values(match, config))
-    return found
+    return MappingProxyType(found)
 
 
 def _expression(pattern: str) -> re.Pattern:

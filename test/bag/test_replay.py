@@ -28,6 +28,7 @@ from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
 from deer_vla_ros.bag.run import run
+from deer_vla_ros.budget import budgeted_policy
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.ros.messages import nanoseconds
@@ -35,6 +36,14 @@ from deer_vla_ros.ros.messages import nanoseconds
 MS = 1_000_000
 SHORT = 3.0
 """The seconds of the table's recording that most tests use."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_warm_up():
+    """Replays begin with one step per exit, not with several. The decisions are the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budgeted_policy, "WARM_UP_RUNS", 1)
+        yield
 
 
 def replayed(path: Path, **how):
@@ -57,6 +66,12 @@ def decided(path: Path, **how) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("short") / "bag", records(INPUTS, seconds=SHORT))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The first ten frames of the recording, for the tests that replay many times."""
+    return write(tmp_path_factory.mktemp("tiny") / "bag", records(INPUTS, seconds=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +168,7 @@ def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert partial is not None and not again.exists(), "nothing half-made under the final name"
-    subprocess.run(command(again), check=True, capture_output=True)
+    assert main(arguments(again)) == 0
     name = "average_fraction=0.4/steps.csv"
     assert (once / name).read_bytes() == (again / name).read_bytes() and len(
         (once / name).read_bytes()
@@ -170,18 +185,18 @@ def test_a_folder_that_is_not_a_replays_is_not_touched(short, tmp_path, capsys):
     )
 
 
-def test_a_golden_file_in_the_folder_that_is_replaced_is_refused_and_stays(short, tmp_path, capsys):
+def test_a_golden_file_in_the_folder_that_is_replaced_is_refused_and_stays(tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["replay", str(short), "--out", str(out)]) == 0
-    assert main(["replay", str(short), "--golden", str(tmp_path / "golden.csv")]) == 0
+    assert main(["replay", str(tiny), "--out", str(out)]) == 0
+    assert main(["replay", str(tiny), "--golden", str(tmp_path / "golden.csv")]) == 0
     (tmp_path / "golden.csv").rename(out / "golden.csv")
     for asked in ("--check", "--golden"):
-        assert main(["replay", str(short), "--out", str(out), asked, str(out / "golden.csv")]) == 1
+        assert main(["replay", str(tiny), "--out", str(out), asked, str(out / "golden.csv")]) == 1
         assert (
             "inside --out, and the whole folder is replaced" in capsys.readouterr().err
             and (out / "golden.csv").is_file()
         )
-    assert main(["replay", str(short), "--check", str(tmp_path / "nothing.csv")]) == 1
+    assert main(["replay", str(tiny), "--check", str(tmp_path / "nothing.csv")]) == 1
     printed = capsys.readouterr()
     assert "nothing.csv cannot be read" in printed.err and "x real time" not in printed.out, (
         "said before the replay"
@@ -321,24 +336,24 @@ def test_a_budget_that_was_changed_while_it_was_recorded_changes_at_its_place(sh
     )
 
 
-def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(short, tmp_path, capsys):
+def test_a_budget_in_ms_needs_latencies_that_stay_and_then_repeats_itself(tiny, tmp_path, capsys):
     with pytest.raises(UserError, match="budget.average_ms is 9: .*--latency-table FILE"):
-        decisions(short, budget="average_ms=9")
+        decisions(tiny, budget="average_ms=9")
     table = tmp_path / "latency.json"
     table.write_text(json.dumps({"about": "made up", "parts": [[5.0, 1.0, 0.5]] * 10}))
-    assert decided(short, budget="average_ms=9", latency_table=table) == decided(
-        short, budget="average_ms=9", latency_table=table
+    assert decided(tiny, budget="average_ms=9", latency_table=table) == decided(
+        tiny, budget="average_ms=9", latency_table=table
     )
-    cheap = decisions(short, budget="average_ms=9", latency_table=table)
-    dear = decisions(short, budget="average_ms=16", latency_table=table)
+    cheap = decisions(tiny, budget="average_ms=9", latency_table=table)
+    dear = decisions(tiny, budget="average_ms=16", latency_table=table)
     assert np.mean([row["layers_run"] for row in cheap]) < np.mean([row["layers_run"] for row in dear])
     assert all(
-        row["layers_run"] <= 2 for row in decisions(short, budget="deadline_ms=8.1", latency_table=table)
+        row["layers_run"] <= 2 for row in decisions(tiny, budget="deadline_ms=8.1", latency_table=table)
     )
     for text in ("{}", '{"about": "x", "parts": [[1, 2]]}', '{"about": "x", "parts": []}', "no"):
         table.write_text(text)
         with pytest.raises(UserError, match="no latency table"):
-            decisions(short, budget="average_ms=9", latency_table=table)
+            decisions(tiny, budget="average_ms=9", latency_table=table)
 
 
 def test_an_inference_that_takes_time_misses_frames_as_the_node_would(short, plain, tmp_path):
@@ -568,7 +583,7 @@ def test_following_recorded_steps_decides_the_same(live):
 
 
 def test_a_recorded_step_that_is_decided_otherwise_is_named_and_fails(live, tmp_path, capsys):
-    arguments = ["replay", str(live), "--follow", "--json", str(tmp_path / "figures.json")]
+    arguments = ["replay", str(live), "--duration", "2", "--follow", "--json", str(tmp_path / "figures.json")]
     assert main([*arguments, "--budget", "average_fraction=0.25"]) == 0
     assert main([*arguments, "--budget", "average_fraction=0.9"]) == 1
     assert "decided differently in " in capsys.readouterr().out
@@ -603,8 +618,10 @@ def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_
     )
 
 
-def test_steps_that_the_recorder_lost_are_named_and_what_follows_them_is_unknown_not_different(tmp_path):
-    assert main(["replay", str(TABLE), "--out", str(tmp_path / "out")]) == 0
+def test_steps_that_the_recorder_lost_are_named_and_what_follows_them_is_unknown_not_different(
+    short, tmp_path
+):
+    assert main(["replay", str(short), "--out", str(tmp_path / "out")]) == 0
     found = records([*INPUTS, "/deer_vla/step"], next((tmp_path / "out").glob("**/bag")))
     places = [index for index, each in enumerate(found) if each.topic == "/deer_vla/step"]
     steps = [decode(found[index]) for index in places]
@@ -644,34 +661,34 @@ def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path
 # Golden files.
 
 
-def test_a_golden_file_is_kept_and_the_first_difference_named(short, plain, tmp_path, capsys):
+def test_a_golden_file_is_kept_and_the_first_difference_named(tiny, tmp_path, capsys):
     golden = tmp_path / "golden.csv"
-    assert main(["replay", str(short), "--golden", str(golden)]) == 0
-    assert main(["replay", str(short), "--check", str(golden)]) == 0
-    assert assert_replays(short, golden) == len(plain)
+    assert main(["replay", str(tiny), "--golden", str(golden)]) == 0
+    assert main(["replay", str(tiny), "--check", str(golden)]) == 0
+    assert assert_replays(tiny, golden) == 10
     lines = golden.read_text().splitlines()
     fields = lines[7].split(",")
     at = DECIDED.index("gripper_probability")
     fields[at] = repr(float(fields[at]) - 0.01)
     golden.write_text("\n".join([*lines[:7], ",".join(fields), *lines[8:]]) + "\n")
     capsys.readouterr()
-    assert main(["replay", str(short), "--check", str(golden), "--tolerance", "0.001"]) == 1
+    assert main(["replay", str(tiny), "--check", str(golden), "--tolerance", "0.001"]) == 1
     assert (
         "step 6 " in (told := capsys.readouterr().out)
         and "gripper_probability" in told
         and "0.01 apart" in told
     )
-    assert main(["replay", str(short), "--check", str(golden), "--tolerance", "0.02"]) == 0
+    assert main(["replay", str(tiny), "--check", str(golden), "--tolerance", "0.02"]) == 0
     with pytest.raises(AssertionError, match="step 6 .*gripper_probability"):
-        assert_replays(short, golden)
+        assert_replays(tiny, golden)
     golden.write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(AssertionError, match="the golden file ends before"):
-        assert_replays(short, golden)
+        assert_replays(tiny, golden)
     golden.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="not the decisions of a replay"):
-        assert_replays(short, golden)
+        assert_replays(tiny, golden)
     with pytest.raises(UserError, match="cannot be read"):
-        assert_replays(short, tmp_path / "none.csv")
+        assert_replays(tiny, tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(

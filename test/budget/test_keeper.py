@@ -36,7 +36,9 @@ def feasible(keeper: BudgetKeeper, name: str = "peak_gmac") -> tuple[float, floa
     return keeper.status().feasible[name]
 
 
-def step_under(keeper: BudgetKeeper, exit_index: int, slowness: float = 1.0) -> PolicyStep:
+def step_under(
+    keeper: BudgetKeeper, exit_index: int, slowness: float = 1.0, tokens: int | None = None
+) -> PolicyStep:
     """A step to this exit of the present rule: (5 ms + 2 per layer + 1 per probe) times `slowness`."""
     rule = keeper.rule
     return PolicyStep(
@@ -47,7 +49,7 @@ def step_under(keeper: BudgetKeeper, exit_index: int, slowness: float = 1.0) -> 
         deltas=(math.nan,) * len(rule.exits),
         thresholds=rule.thresholds,
         head_probes=exit_index + 2,
-        tokens=keeper.status().tokens,
+        tokens=tokens or keeper.status().tokens,
         times=StageTimes(
             1.0 * slowness,
             4.0 * slowness,
@@ -179,11 +181,11 @@ def test_memory_is_that_of_all_layers_of_the_language_model():
 
 def run(keeper: BudgetKeeper, deltas: np.ndarray, slowness: float = 1.0) -> list:
     """Runs steps over these deltas (N, exits), each with the rule at that time. Returns their costs."""
-    costs = []
+    costs, tokens = [], keeper.status().tokens
     for row in deltas:
         rule = keeper.rule
         index = int(exits_taken(row[None, : len(rule.exits)], rule.thresholds)[0])
-        costs.append(keeper.book(step_under(keeper, index, slowness)))
+        costs.append(keeper.book(step_under(keeper, index, slowness, tokens)))
     return costs
 
 

@@ -1,33 +1,50 @@
 """Tests of `colcon build`: the installed code, messages and executables work in any folder."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run_sourced
+from shared import made_once
 
 
-@pytest.fixture(scope="module", params=[[], ["--symlink-install"]], ids=["copied", "symlinked"])
+@pytest.fixture(scope="module", params=["copied", "linked"])
 def workspace(request, tmp_path_factory):
-    """The workspace's folder, its sources, and whether it was installed as links.
+    """The folder of an installation, its sources, and whether it was installed as links.
 
-    It is built once for all tests.
+    What was compiled stays between runs, so that unchanged messages are not compiled again. CMake's settings
+    do not stay: they hold the choice of links. ament replaces neither copied Python files by links nor links
+    by copies, so these are removed before each build.
     """
-    folder = tmp_path_factory.mktemp("workspace")
-    sources = copy_sources(folder)
-    run("colcon", "build", *request.param, cwd=folder, env=clean_environment())
-    return folder, sources, bool(request.param)
+    root = (ROOT / "build").resolve() / "test_workspace"
+    build = root / "build/deer_vla_ros"
+
+    def make(_: Path) -> None:
+        for left in ("deer_vla_ros", "copied", "linked"):
+            shutil.rmtree(root / left, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+        copy_sources(root)
+        for base, options in (("copied", ()), ("linked", ("--symlink-install",))):
+            shutil.rmtree(build / "ament_cmake_python", ignore_errors=True)
+            (build / "CMakeCache.txt").unlink(missing_ok=True)
+            run("colcon", "build", "--install-base", base, *options, cwd=root, env=clean_environment())
+
+    made_once(tmp_path_factory, "workspace", make)
+    return root / request.param, root / "deer_vla_ros", request.param == "linked"
 
 
 def test_messages_and_code_are_importable_from_elsewhere(workspace, tmp_path):
     folder, sources, _ = workspace
     package = run_sourced(
-        folder / "install/setup.bash", "python3", "-c", USE_MESSAGES, cwd=tmp_path, env=clean_environment()
+        folder / "setup.bash", "python3", "-c", USE_MESSAGES, cwd=tmp_path, env=clean_environment()
     ).splitlines()[-1]
-    assert package.startswith(str(folder / "install")), "the installation is used, not the sources"
+    assert package.startswith(str(folder)), "the installation is used, not the sources"
 
 
 def test_messages_are_importable_beside_the_live_sources(workspace):
     folder, sources, _ = workspace
     package = run_sourced(
-        folder / "install/setup.bash", "python3", "-c", USE_MESSAGES, cwd=sources, env=clean_environment()
+        folder / "setup.bash", "python3", "-c", USE_MESSAGES, cwd=sources, env=clean_environment()
     ).splitlines()[-1]
     assert package == str(sources / "deer_vla_ros")
 
@@ -35,14 +52,14 @@ def test_messages_are_importable_beside_the_live_sources(workspace):
 @pytest.mark.parametrize("executable", ["deer_vla_node", "table_node"])
 def test_executables_of_ros2_run_start(workspace, executable, tmp_path):
     folder, _, _ = workspace
-    path = folder / "install/deer_vla_ros/lib/deer_vla_ros" / executable
-    text = run_sourced(folder / "install/setup.bash", path, "--help", cwd=tmp_path, env=clean_environment())
+    path = folder / "deer_vla_ros/lib/deer_vla_ros" / executable
+    text = run_sourced(folder / "setup.bash", path, "--help", cwd=tmp_path, env=clean_environment())
     assert "usage: python -m deer_vla_ros" in text
 
 
 def test_every_source_file_is_installed_and_links_are_live(workspace):
     folder, sources, as_links = workspace
-    installed = next((folder / "install").glob("**/*-packages/deer_vla_ros"))
+    installed = next(folder.glob("**/*-packages/deer_vla_ros"))
     expected = [
         p.relative_to(sources)
         for p in (sources / "deer_vla_ros").rglob("*")
@@ -53,7 +70,7 @@ def test_every_source_file_is_installed_and_links_are_live(workspace):
         target = installed.parent / path
         assert target.is_file(), f"{path} is not installed"
         assert target.is_symlink() == as_links, path
-    share = folder / "install/deer_vla_ros/share/deer_vla_ros"
+    share = folder / "deer_vla_ros/share/deer_vla_ros"
     for source in [*(sources / "launch").glob("*.py"), *(sources / "config").glob("*.yaml")]:
         assert (share / source.relative_to(sources)).is_file()
 

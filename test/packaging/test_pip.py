@@ -4,9 +4,11 @@ import subprocess
 import sys
 import sysconfig
 
+import pytest
 from builds import USE_MESSAGES, clean_environment, copy_sources, run
 
 
+@pytest.mark.long
 def test_installed_package_works_from_elsewhere(tmp_path):
     # Given: a new environment that sees this one's packages. pip's default isolated build hides them.
     sources, prefix = copy_sources(tmp_path), tmp_path / "venv"

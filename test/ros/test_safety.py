@@ -143,12 +143,12 @@ def test_an_inference_that_keeps_the_interpreters_lock_is_held_for_by_the_watchd
         client.await_active(process, "locked/deer_vla")
         rig.instruct("open the drawer")
         rig.await_steps(9, START_TIMEOUT)
-        begin = len(rig.twists)
+        begin, before = len(rig.twists), len(rig.steps)
         wait_until(
             lambda: len([t for t in rig.twists[begin:] if not moves(t)]) >= 10, what="holds of the watchdog"
         )
         assert sum(map(moves, rig.twists[begin:])) <= 2
-        late = rig.await_steps(1)[0]
+        late = wait_until(lambda: rig.steps[before:], what="the step that took so long")[0]
         assert late.verdict == late.VERDICT_HELD and "TOO_SLOW" in late.reasons, (
             "what it decided in the end is told, and not done"
         )

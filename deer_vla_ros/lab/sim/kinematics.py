@@ -13,6 +13,7 @@ JOINTS = 7
 # The TCP is at x 0.40 m, y 0, z 0.26 m over the table; the gripper points straight down and the elbow is up.
 HOME_JOINTS = np.array([0.0, -0.3569, 0.0, -2.637, 0.0, 2.2801, np.pi / 4])
 JOINT_SPEED_LIMIT = 1.8  # rad/s, every joint; the datasheet of the real arm allows 2.2
+DRIVE_SPEED_LIMIT = 3.5  # rad/s; the drives brake a joint that a contact pushes faster than this
 # Because of the elbow's offset, the arm is longest here, 0.4 rad before the joint's end stop. Beyond this
 # angle, bending and stretching swap their directions, and the solver could not bring the arm back.
 STRAIGHT_ELBOW = -0.5  # rad, joint 4

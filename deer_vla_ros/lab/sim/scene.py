@@ -8,7 +8,7 @@ import mujoco
 import numpy as np
 
 from deer_vla_ros.control.types import Pose
-from deer_vla_ros.lab.sim.kinematics import HOME_JOINTS, JOINTS
+from deer_vla_ros.lab.sim.kinematics import DRIVE_SPEED_LIMIT, HOME_JOINTS, JOINTS
 from deer_vla_ros.lab.sim.state import COLOURS, TableState
 
 TABLE_FILE = Path(__file__).parent / "assets" / "table.xml"
@@ -42,6 +42,7 @@ class Scene:
     def __init__(self) -> None:
         self.model = mujoco.MjModel.from_xml_path(str(TABLE_FILE))
         self.data = mujoco.MjData(self.model)
+        self._joint_speeds = self.data.qvel[:JOINTS]  # a view, not a copy
         self.joint_names = tuple(f"panda_joint{n}" for n in range(1, JOINTS + 1)) + (
             "panda_finger_joint1",
             "panda_finger_joint2",
@@ -127,6 +128,7 @@ class Scene:
     def step(self) -> None:
         """Does one physics step of `model.opt.timestep` seconds."""
         mujoco.mj_step(self.model, self.data)
+        np.clip(self._joint_speeds, -DRIVE_SPEED_LIMIT, DRIVE_SPEED_LIMIT, out=self._joint_speeds)
         button = self._get("button")
         if not self._button_down and button > _BUTTON_PRESSED:
             self._button_down = True

@@ -30,7 +30,7 @@ COMPACT = REPOSITORY / "test" / "golden_compact"
 COMPACT_LIMIT = 8_500_000
 
 LIGHT_RUNS = ("fixed_exit_7", "dyn_A", "dyn_ensemble")
-LIGHT_STEPS, LIGHT_WINDOW, LIGHT_HIDDEN_STEPS = 4, 3, 2
+LIGHT_STEPS, LIGHT_WINDOW, LIGHT_HIDDEN_STEPS = 3, 3, 2
 
 
 def golden_folder(environment: Mapping[str, str]) -> Path:
@@ -174,6 +174,8 @@ def light(tmp_path_factory) -> Path:
         }
         rollout |= state_after(recording, tag, LIGHT_STEPS)
     np.savez(folder / "9b_rollout.npz", **rollout)
+    for packed in ("9b_weights.npz", "preproc.npz"):  # which every test reads: faster if it is not packed
+        np.savez(folder / packed, **read_arrays(COMPACT / packed))
     window = {name: cut_window(name, array) for name, array in recording.window.items()}
     np.savez(folder / "9b_window.npz", **window | {"values/values": values_of(recording, window)})
     (folder / "9b_train.json").write_text(
@@ -267,15 +269,15 @@ def off_by(amount: float) -> Callable[[np.ndarray], np.ndarray]:
     [
         ("images", "9b_rollout.npz", "vision_x", 1e-6),
         ("input_ids", "9b_rollout.npz", "input_ids", 1),
-        ("input_ids", "9b_rollout.npz", "attention_mask", -1),
+        pytest.param("input_ids", "9b_rollout.npz", "attention_mask", -1, marks=pytest.mark.long),
         ("vit_tokens", "9b_rollout.npz", "t0/vit_tokens_gripper", 2e-4),
         ("resampler", "9b_rollout.npz", "t0/perceiver_static", 1e-3),
         ("token_embedding", "9b_rollout.npz", "t0/token_embedding", 1e-5),
         ("hidden_states", "9b_rollout.npz", "fixed_exit_7/hidden_states", 2e-3),
-        ("hidden_states", "9b_window.npz", "fwd1/hidden_states_t0", 2e-3),
-        ("pooled", "9b_rollout.npz", "dyn_A/pooled", 2e-3),
+        pytest.param("hidden_states", "9b_window.npz", "fwd1/hidden_states_t0", 2e-3, marks=pytest.mark.long),
+        pytest.param("pooled", "9b_rollout.npz", "dyn_A/pooled", 2e-3, marks=pytest.mark.long),
         ("pooled", "9b_window.npz", "fwd1/pooled", 2e-3),
-        ("pose", "9b_rollout.npz", "dyn_ensemble/pose", 2e-3),
+        pytest.param("pose", "9b_rollout.npz", "dyn_ensemble/pose", 2e-3, marks=pytest.mark.long),
         ("pose", "9b_window.npz", "fwd1/extra_strategy2/pose", 2e-3),
         ("gripper_logit", "9b_window.npz", "fwd1/aux_exit_3/gripper_logit", 2e-3),
         ("gripper_prob", "9b_rollout.npz", "fixed_exit_7/gripper_prob", 5e-4),
@@ -283,11 +285,11 @@ def off_by(amount: float) -> Callable[[np.ndarray], np.ndarray]:
         ("exits", "9b_rollout.npz", "dyn_A/exit_layer", 2),
         ("action_fp16", "9b_rollout.npz", "dyn_ensemble/action_fp16", -2),
         ("lstm_h", "9b_rollout.npz", "dyn_A/h_final", 2e-3),
-        ("lstm_c", "9b_rollout.npz", "dyn_ensemble/c_final", 5e-3),
+        pytest.param("lstm_c", "9b_rollout.npz", "dyn_ensemble/c_final", 5e-3, marks=pytest.mark.long),
         ("values", "9b_window.npz", "values/values", 1e-3),
         ("preprocess_uint8_levels", "preproc.npz", "gripper/resized_cropped_chw_uint8", 1),
         ("preprocess_float", "preproc.npz", "gripper/out_sub16", 1e-6),
-        ("random_shift", "preproc.npz", "shift4/traj_out", 0.01),
+        pytest.param("random_shift", "preproc.npz", "shift4/traj_out", 0.01, marks=pytest.mark.long),
         ("random_shift", "preproc.npz", "shift4/single_shift_int", -1),
     ],
 )

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import wait_until
-from shared import made_once
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.budget.cost import cost_table
@@ -29,39 +27,15 @@ from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.model.checkpoint import EMBEDDED, load
 from deer_vla_ros.model.config import tabletop
 
-SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "5", "--jobs", "1")
+SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "10", "--jobs", "1")
 KEYS = """chains average_length average_length_ci success_by_position tasks llm_gmac_mean llm_gmac_static
 saved exit_shares budget checkpoint_sha256 seed steps_per_instruction phrasings infeasible singles""".split()
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory) -> Path:
-    """The report of an uninterrupted run."""
-
-    def make(folder: Path) -> None:
-        assert main([*SHORT, "--json", str(folder / "report.json")]) == 0
-
-    return made_once(tmp_path_factory, "evaluate", make) / "report.json"
 
 
 # The command.
 
 
-def test_a_report_says_what_was_measured_on_what(report):
-    figures = json.loads(report.read_text())
-    assert set(KEYS) <= set(figures)
-    assert figures["chains"] == 2 and len(figures["success_by_position"]) == 5
-    assert figures["average_length_ci"][0] <= figures["average_length"] <= figures["average_length_ci"][1]
-    assert set(figures["singles"]) == {task.name for task in TASKS}
-    assert all(row["trials"] == 1 for row in figures["singles"].values())
-    assert figures["budget"] == {"thresholds": "checkpoint"} and len(figures["checkpoint_sha256"]) == 64
-    assert sum(figures["exit_shares"]) == pytest.approx(1.0)
-    assert 1 < figures["saved"] == pytest.approx(figures["llm_gmac_static"] / figures["llm_gmac_mean"])
-    assert (figures["seed"], figures["steps_per_instruction"], figures["phrasings"]) == (5, 2, "training")
-    assert list(report.parent.iterdir()) == [report], "nothing else is left"
-
-
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_very_same_report(report, tmp_path):
+def test_a_run_that_was_killed_goes_on_to_the_report_of_an_uninterrupted_one(tmp_path, monkeypatch):
     path, partial = tmp_path / "report.json", tmp_path / "report.json.partial.jsonl"
     command = [sys.executable, "-m", "deer_vla_ros", *SHORT, "--json", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -78,15 +52,25 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_very_same_report(report
     assert main([*SHORT, "--exit", "3", "--json", str(path)]) == 1, "other arguments are refused"
     assert partial.read_text().startswith(before)
     assert main([*SHORT, "--json", str(path)]) == 0
-    assert path.read_bytes() == report.read_bytes()
-    assert not partial.exists()
-
-
-def test_a_process_draws_its_chains_once_and_measures_the_same(report, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation_run, "draw_chain", None)
-    monkeypatch.setattr(evaluation_run, "draw_single", None)
-    assert main([*SHORT, "--json", str(tmp_path / "report.json")]) == 0
-    assert (tmp_path / "report.json").read_bytes() == report.read_bytes()
+    assert list(tmp_path.iterdir()) == [path], "nothing else is left"
+    # An uninterrupted run. This process draws again only the chains that the killed process had drawn.
+    drawn, draw = [], evaluation_run._draw
+    monkeypatch.setattr(evaluation_run, "_draw", lambda *asked: drawn.append(asked) or draw(*asked))
+    assert main([*SHORT, "--json", str(tmp_path / "whole.json")]) == 0
+    finished = before.count("\n") - 1  # The first line is not of a group. The first group has two chains.
+    assert len(drawn) == finished + 1
+    assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    # What the report says.
+    figures = json.loads(path.read_text())
+    assert set(KEYS) <= set(figures)
+    assert figures["chains"] == 2 and len(figures["success_by_position"]) == 5
+    assert figures["average_length_ci"][0] <= figures["average_length"] <= figures["average_length_ci"][1]
+    assert set(figures["singles"]) == {task.name for task in TASKS}
+    assert all(row["trials"] == 1 for row in figures["singles"].values())
+    assert figures["budget"] == {"thresholds": "checkpoint"} and len(figures["checkpoint_sha256"]) == 64
+    assert sum(figures["exit_shares"]) == pytest.approx(1.0)
+    assert 1 < figures["saved"] == pytest.approx(figures["llm_gmac_static"] / figures["llm_gmac_mean"])
+    assert (figures["seed"], figures["steps_per_instruction"], figures["phrasings"]) == (10, 2, "training")
 
 
 @pytest.mark.parametrize(
