@@ -91,6 +91,7 @@ def test_two_minutes_of_faults(tmp_path, delays):
     assert not figures["left_behind"]
 
 
+@pytest.mark.long  # It starts five processes. The test of the demo interrupts two in every run.
 def test_ctrl_c_ends_every_process_and_leaves_the_report_so_far(tmp_path):
     report, mark = tmp_path / "soak.json", f"SOAK_TEST={tmp_path}"
     arguments = ("--minutes", "5", "--faults", "pose_nan", "--json", str(report), "--out", str(tmp_path))
