@@ -1,5 +1,6 @@
 """Tests of `colcon build`: the installed code, messages and executables work in any folder."""
 
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run
 from shared import made_once
 
 
-@pytest.fixture(scope="module", params=["copied", "linked"])
+@pytest.fixture(scope="module", params=["copied", pytest.param("linked", marks=pytest.mark.long)])
 def workspace(request, tmp_path_factory):
     """The folder of an installation, its sources, and whether it was installed as links.
 
@@ -17,20 +18,21 @@ def workspace(request, tmp_path_factory):
     by copies, so these are removed before each build.
     """
     root = (ROOT / "build").resolve() / "test_workspace"
-    build = root / "build/deer_vla_ros"
+    build, base = root / "build/deer_vla_ros", request.param
 
     def make(_: Path) -> None:
-        for left in ("deer_vla_ros", "copied", "linked"):
-            shutil.rmtree(root / left, ignore_errors=True)
         root.mkdir(parents=True, exist_ok=True)
+        for left in (root / "deer_vla_ros", root / base, build / "ament_cmake_python"):
+            shutil.rmtree(left, ignore_errors=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         copy_sources(root)
-        for base, options in (("copied", ()), ("linked", ("--symlink-install",))):
-            shutil.rmtree(build / "ament_cmake_python", ignore_errors=True)
-            (build / "CMakeCache.txt").unlink(missing_ok=True)
-            run("colcon", "build", "--install-base", base, *options, cwd=root, env=clean_environment())
+        options = ("--symlink-install",) if base == "linked" else ()
+        run("colcon", "build", "--install-base", base, *options, cwd=root, env=clean_environment())
 
-    made_once(tmp_path_factory, "workspace", make)
-    return root / request.param, root / "deer_vla_ros", request.param == "linked"
+    with (ROOT / "build" / "test_workspace.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # both kinds are built in one folder
+        made_once(tmp_path_factory, f"workspace_{base}", make)
+        yield root / base, root / "deer_vla_ros", base == "linked"
 
 
 def test_messages_and_code_are_importable_from_elsewhere(workspace, tmp_path):

@@ -84,10 +84,16 @@ def test_a_step_says_what_it_saw_how_deep_it_thought_and_what_that_cost(rig):
 
 
 def test_steps_come_at_the_control_rate_one_per_frame(rig):
+    sent = []
+    rig.edit_image = lambda name, image: name == "static" and sent.append(nanoseconds(image.header.stamp))
     steps = rig.await_steps(21)
+    rig.edit_image = lambda name, image: None
     assert [b.step - a.step for a, b in zip(steps, steps[1:])] == [1] * 20
-    seconds = np.diff([nanoseconds(step.header.stamp) for step in steps]) / 1e9
-    assert np.median(seconds) == pytest.approx(0.1, rel=0.15)  # a busy machine may miss a frame
+    between = np.diff([nanoseconds(step.static_stamp) for step in steps]) / 1e9
+    # A busy machine may miss a frame, and the rig itself may send them later than every 0.1 s.
+    assert between.min() > 0.0 and np.median(between) == pytest.approx(
+        np.median(np.diff(sent)) / 1e9, rel=0.15
+    )
 
 
 def test_stale_cameras_hold_the_measured_pose_and_fresh_ones_resume(rig):

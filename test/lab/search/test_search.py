@@ -127,7 +127,7 @@ def test_a_threshold_between_two_deltas_has_the_quantile_of_the_lower():
     assert quantile_of(0.5, values) == 0 and quantile_of(9, values) == 4 / 5
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_the_search_improves_on_the_start_and_keeps_the_budget(seed, capfd):
     seen = []
     with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_trials(tmp_path):
     assert len(set(first)) == 9
 
 
-@pytest.mark.parametrize("evaluations", [1, 4])
+@pytest.mark.parametrize("evaluations", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_a_killed_search_is_taken_up_again_as_if_nothing_had_been(tmp_path, evaluations):
     score, journal = Recorded(tmp_path / "calls"), tmp_path / "journal"
     killed = started(score, journal, trials=9, seconds=0.3)

@@ -91,11 +91,17 @@ def test_two_minutes_of_faults(tmp_path, delays):
     assert not figures["left_behind"]
 
 
+@pytest.mark.long  # It starts five processes. The test of the demo interrupts two in every run.
 def test_ctrl_c_ends_every_process_and_leaves_the_report_so_far(tmp_path):
     report, mark = tmp_path / "soak.json", f"SOAK_TEST={tmp_path}"
     arguments = ("--minutes", "5", "--faults", "pose_nan", "--json", str(report), "--out", str(tmp_path))
     with subprocess.Popen(
-        [*SOAK, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ | dict([mark.split("=", 1)])
+        [*SOAK, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict([mark.split("=", 1)]),
+        # A shell that runs the tests in the background may have set this signal to be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert "pose_nan" in process.stdout.readline()
         process.send_signal(signal.SIGINT)

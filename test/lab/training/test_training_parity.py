@@ -26,6 +26,7 @@ def test_every_step_of_both_stages_agrees_in_double():
     )  # far below the tolerances: the same arithmetic
 
 
+@pytest.mark.long
 def test_each_number_beyond_its_tolerance_is_noticed_and_no_other(tmp_path):
     shutil.copytree(COMPACT, tmp_path, dirs_exist_ok=True)
     record = read_json(tmp_path / "9b_train_fp64.json")
