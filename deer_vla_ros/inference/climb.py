@@ -11,7 +11,9 @@ from deer_vla_ros.model.head import HeadOutput
 
 class Climb:
     """One step of one episode. The caller runs the layers in turn and asks after each whether the climb
-    `reads` it. If so, the caller passes the shared head's output after this layer to `ends`.
+    `reads` it. If so, the caller passes the shared head's output after this layer to `ends`. If the climb also
+    `waits` there, the caller may keep the feature and have both outputs computed as one batch after the next
+    layer: the climb cannot end before that.
 
     A probing step compares each exit with the exit before it, and the first exit with the layer before it. It
     stops at the first exit where the two agree, or at the deepest exit. A step between two probing steps
@@ -40,6 +42,10 @@ class Climb:
         if self._stage is not None:
             return layer == self._stage
         return layer in self._rule.exits or layer == self._rule.exits[0] - 1
+
+    def waits(self, layer: int) -> bool:
+        """Whether the output after this layer is only compared with the next layer's."""
+        return self._stage is None and layer == self._rule.exits[0] - 1
 
     def ends(self, layer: int, output: HeadOutput) -> bool:
         """Takes the head's output (1, 1, ...) after `layer`. Returns whether the climb ends here."""

@@ -16,7 +16,7 @@ from deer_vla_ros.inference.preprocess import ImagePreprocessor
 from deer_vla_ros.inference.types import Observation, PolicyStep, StageTimes
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.decoder import TextContext
-from deer_vla_ros.model.head import HeadOutput, HeadState, pool
+from deer_vla_ros.model.head import HeadOutput, HeadState, PreparedState, pool
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
 
@@ -27,6 +27,7 @@ class _Lane:
 
     rule: ExitRule
     state: HeadState
+    prepared: PreparedState
     instruction: str = ""
     text: TextContext | None = None
     last_exit_layer: int = -1
@@ -51,7 +52,10 @@ class DeerPolicy:
         self._tokenizer = tokenizer
         self._preprocess = ImagePreprocessor(model.config.vision.image_size, model.device, model.dtype)
         _check_exits(rule, model.config)
-        self._lanes = [_Lane(rule, model.shared_head.initial_state()) for _ in range(lanes)]
+        with torch.inference_mode():
+            state = model.shared_head.initial_state()
+            prepared = model.shared_head.prepare(state)
+        self._lanes = [_Lane(rule, state, prepared) for _ in range(lanes)]
         self._batch_texts: tuple[tuple[str, ...], TextContext, Tensor] | None = None
 
     @property
@@ -83,7 +87,8 @@ class DeerPolicy:
         """
         text, _ = self._encode([instruction])
         state = self._model.shared_head.initial_state()
-        self._lanes[lane] = _Lane(self._lanes[lane].rule, state, instruction, text)
+        prepared = self._model.shared_head.prepare(state)
+        self._lanes[lane] = _Lane(self._lanes[lane].rule, state, prepared, instruction, text)
         return text.tokens
 
     def step(self, observation: Observation) -> PolicyStep:
@@ -119,8 +124,8 @@ class DeerPolicy:
         """Decides as `step` does, from `features` of an observation. Many rules can use the same features."""
         watch, lane = _Stopwatch(self._model.device), self._lanes[0]
         climb = lane.climb()
-        for layer, feature in enumerate(features[:, None, None]):
-            if climb.reads(layer) and climb.ends(layer, self._model.shared_head(feature, lane.state)):
+        for layer, feature in enumerate(features):
+            if climb.reads(layer) and climb.ends(layer, self._read([feature], [lane.prepared])[0]):
                 break
         return self._conclude([lane], [climb], watch)[0]
 
@@ -154,16 +159,21 @@ class DeerPolicy:
         """Runs the layers until every climb has ended. A lane whose climb has ended leaves the batch."""
         text, padding = self._texts(lanes)
         hidden, rows = text.embedding, list(range(len(lanes)))  # rows: the lane of each row of the batch
+        waiting: dict[int, Tensor] = {}  # by lane: a feature that is read together with the next one
         for index, layer in enumerate(self._model.layers):
             hidden = layer(hidden, visual, text)
             readers = [row for row, lane in enumerate(rows) if climbs[lane].reads(index)]
             if not readers:
                 continue
             tokens = hidden if padding is None else hidden.masked_fill(padding, float("-inf"))
-            features = pool(_rows(tokens, readers))
+            features = {rows[row]: feature for row, feature in zip(readers, pool(_rows(tokens, readers)))}
+            kept = [lane for lane in features if climbs[lane].waits(index)]
+            waiting |= {lane: features.pop(lane) for lane in kept}
+            if not features:
+                continue
             watch.lap("language")
-            outputs = self._read(features, [lanes[rows[row]].state for row in readers])
-            ended = {row for row, output in zip(readers, outputs) if climbs[rows[row]].ends(index, output)}
+            ended = self._ended(lanes, climbs, index, features, waiting)
+            ended = {row for row in readers if rows[row] in ended}
             watch.lap("head")
             if not ended:
                 continue
@@ -193,9 +203,34 @@ class DeerPolicy:
         ids, mask = (tensor.to(self._model.device) for tensor in self._tokenizer.encode(instructions))
         return self._model.encode_text(ids, mask, self._tokenizer.image_token), mask
 
-    def _read(self, features: Tensor, states: Sequence[HeadState]) -> Sequence[HeadOutput]:
-        """The shared head's output for each row of features (N, width), from the state of its lane."""
-        return self._model.shared_head(features[:, None], HeadState.joined(states)).split()
+    def _ended(
+        self,
+        lanes: Sequence[_Lane],
+        climbs: Sequence[Climb],
+        layer: int,
+        features: Mapping[int, Tensor],
+        waiting: dict[int, Tensor],
+    ) -> set[int]:
+        """Reads the head after a layer, as one batch. Returns the lanes whose climb ends there.
+
+        features, waiting: by lane, the feature (width,) after this layer, and after the layer before, if that
+            still has to be read. `waiting` loses what is read.
+        """
+        before = [lane for lane in features if lane in waiting]
+        order = [*before, *features]
+        outputs = self._read(
+            [*(waiting.pop(lane) for lane in before), *features.values()],
+            [lanes[lane].prepared for lane in order],
+        )
+        for lane, output in zip(before, outputs):
+            climbs[lane].ends(layer - 1, output)
+        return {
+            lane for lane, output in zip(features, outputs[len(before) :]) if climbs[lane].ends(layer, output)
+        }
+
+    def _read(self, features: Sequence[Tensor], prepared: Sequence[PreparedState]) -> Sequence[HeadOutput]:
+        """The shared head's output for each feature (width,), from the state of its lane."""
+        return self._model.shared_head.probe(torch.stack(features), PreparedState.joined(prepared)).split()
 
     def _conclude(
         self, lanes: Sequence[_Lane], climbs: Sequence[Climb], watch: _Stopwatch
@@ -209,7 +244,9 @@ class DeerPolicy:
             step = climb.report(action, lane.text.tokens, times)
             steps.append(step)
             if action.is_finite:
+                # The action has left the device already, so this does not delay it.
                 lane.state, lane.last_exit_layer = climb.chosen.state, step.exit_layer
+                lane.prepared = self._model.shared_head.prepare(lane.state)
                 lane.episode_step += 1
         return steps
 

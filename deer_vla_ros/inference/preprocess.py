@@ -30,7 +30,7 @@ smaller blocks are too small for a fast matrix product."""
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) uint8: scales the shortest side to `size` and cuts out the centre."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
     return scaled_and_cropped(pixels, size).permute(1, 2, 0).contiguous().numpy()
 
 
@@ -155,7 +155,8 @@ class ImagePreprocessor:
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """Images (H, W, 3) uint8 of any sizes -> (1, cameras, 3, size, size)."""
         pixels = [
-            torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1) for image in images
+            torch.from_numpy(np.require(image, requirements="CW")).to(self.device).permute(2, 0, 1)
+            for image in images
         ]
         cropped = torch.stack([scaled_and_cropped(each, self.size) for each in pixels])
         return normalised(cropped, self.dtype)[None]

@@ -18,11 +18,6 @@ class HeadState(NamedTuple):
     hidden: Tensor
     cell: Tensor
 
-    @staticmethod
-    def joined(states: Sequence[HeadState]) -> HeadState:
-        """The states of several episodes as one batch. A single state is returned as it is."""
-        return states[0] if len(states) == 1 else HeadState(*(torch.cat(parts, 1) for parts in zip(*states)))
-
 
 class PreparedState(NamedTuple):
     """The part of one step of the LSTMs that does not depend on the feature, for each episode of a batch.
@@ -33,6 +28,14 @@ class PreparedState(NamedTuple):
 
     gates: Tensor
     cell: Tensor
+
+    @staticmethod
+    def joined(states: Sequence[PreparedState]) -> PreparedState:
+        """The states of several probes as one batch. If all are the same one, it is returned as it is, since
+        `ActionHead.probe` uses one state for any number of features."""
+        if all(state is states[0] for state in states):
+            return states[0]
+        return PreparedState(*(torch.cat(parts, 1) for parts in zip(*states)))
 
 
 class HeadOutput(NamedTuple):

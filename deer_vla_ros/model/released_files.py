@@ -198,14 +198,17 @@ def _torch_file(path: Path, option: str) -> Any:
     if _is_torchscript(path):
         raise UserError(f"{option} {path} is a TorchScript archive, such as CLIP's: give it as --clip")
     try:
+        with zipfile.ZipFile(path) as file:
+            for name in file.namelist():
+                if name.endswith("/data.pkl"):
+                    file.read(name)  # This compares its checksum, which torch does not.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{option} {path} holds more than tensors and plain values ({cause(error)}): it is not loaded, "
-            "because "
-            "a pickle can run any program; save its tensors alone"
+            "because a pickle can run any program; save its tensors alone"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{option} {path} is damaged ({cause(error)}): download it again") from error
 
 

@@ -57,7 +57,7 @@ def poses(checkpoint: Checkpoint) -> list[list[float]]:
 
 
 def test_what_was_saved_is_what_is_loaded(folder):
-    saved, loaded = Checkpoint(INFO, small_model(), small_tokenizer()), load(folder)
+    saved, loaded = Checkpoint(INFO, small_model(), small_tokenizer()), load(folder, for_training=True)
     assert loaded.info == INFO
     before, after = saved.model.state_dict(), loaded.model.state_dict()
     assert before.keys() == after.keys()
