@@ -11,9 +11,9 @@ from deer_vla_ros.model.head import HeadOutput
 
 class Climb:
     """One step of one episode. The caller runs the layers in turn and asks after each whether the climb
-    `reads` it. If so, the caller passes the shared head's output after this layer to `ends`. If the climb also
-    `waits` there, the caller may keep the feature and have both outputs computed as one batch after the next
-    layer: the climb cannot end before that.
+    `reads` it. If so, the caller passes the shared head's output after this layer to `ends`. If the climb
+    also `waits` there, it cannot end before the next layer, so the caller may keep the feature and compute
+    both outputs as one batch.
 
     A probing step compares each exit with the exit before it, and the first exit with the layer before it. It
     stops at the first exit where the two agree, or at the deepest exit. A step between two probing steps

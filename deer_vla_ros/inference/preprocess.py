@@ -29,7 +29,7 @@ smaller blocks are too small for a fast matrix product."""
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) uint8: scales the shortest side to `size` and cuts out the centre."""
+    """(H, W, 3) uint8 -> (size, size, 3) uint8: scales the shortest side to `size`, cuts out the centre."""
     pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
     return scaled_and_cropped(pixels, size).permute(1, 2, 0).contiguous().numpy()
 

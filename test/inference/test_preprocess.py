@@ -16,7 +16,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def through_pillow(image: np.ndarray, size: int) -> np.ndarray:
     """The same with Pillow alone: scales the shortest side to `size`, the other in proportion (rounded down),
-    and cuts out the centre. The width comes first in every release of Pillow, because it is asked for first."""
+    and cuts out the centre. The width comes first in every release of Pillow: it is asked for first."""
     picture = Image.fromarray(image)
     width, height = picture.size
     if width <= height:
