@@ -9,7 +9,7 @@ from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run
 from shared import made_once
 
 
-@pytest.fixture(scope="module", params=["copied", pytest.param("linked", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["copied", "linked"])
 def workspace(request, tmp_path_factory):
     """The folder of an installation, its sources, and whether it was installed as links.
 
@@ -35,6 +35,7 @@ def workspace(request, tmp_path_factory):
         yield root / base, root / "deer_vla_ros", base == "linked"
 
 
+@pytest.mark.long
 def test_messages_and_code_are_importable_from_elsewhere(workspace, tmp_path):
     folder, sources, _ = workspace
     package = run_sourced(
@@ -43,6 +44,7 @@ def test_messages_and_code_are_importable_from_elsewhere(workspace, tmp_path):
     assert package.startswith(str(folder)), "the installation is used, not the sources"
 
 
+@pytest.mark.long
 def test_messages_are_importable_beside_the_live_sources(workspace):
     folder, sources, _ = workspace
     package = run_sourced(
@@ -51,6 +53,7 @@ def test_messages_are_importable_beside_the_live_sources(workspace):
     assert package == str(sources / "deer_vla_ros")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("executable", ["deer_vla_node", "table_node"])
 def test_executables_of_ros2_run_start(workspace, executable, tmp_path):
     folder, _, _ = workspace
@@ -59,6 +62,7 @@ def test_executables_of_ros2_run_start(workspace, executable, tmp_path):
     assert "usage: python -m deer_vla_ros" in text
 
 
+@pytest.mark.long
 def test_every_source_file_is_installed_and_links_are_live(workspace):
     folder, sources, as_links = workspace
     installed = next(folder.glob("**/*-packages/deer_vla_ros"))

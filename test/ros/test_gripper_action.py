@@ -102,11 +102,12 @@ def steady_policy(client, environment: dict[str, str], namespace: str) -> Iterat
     ("interface", "action", "parameters", "goal"),
     [
         ("gripper_command", "GripperCommand", {"gripper_max_effort": 12.0}, "[{}, 12.0]"),
-        (
+        pytest.param(
             "parallel_gripper_command",
             "ParallelGripperCommand",
             {"gripper_joint": "finger"},
             "[['finger'], {}]",
+            marks=pytest.mark.long,
         ),
     ],
 )

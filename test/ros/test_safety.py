@@ -149,7 +149,8 @@ def test_an_inference_that_keeps_the_interpreters_lock_is_held_for_by_the_watchd
         )
         assert sum(map(moves, rig.twists[begin:])) <= 2
         late = wait_until(lambda: rig.steps[before:], what="the step that took so long")[0]
-        assert late.verdict == late.VERDICT_HELD and "TOO_SLOW" in late.reasons, (
+        # The frames that came meanwhile are either heard before this step is judged, or they are not.
+        assert late.verdict == late.VERDICT_HELD and {"TOO_SLOW", "STATIC_STALE"} & set(late.reasons), (
             "what it decided in the end is told, and not done"
         )
         rig.await_steps(3)

@@ -112,7 +112,12 @@ def test_relations_are_asked_for_as_often_as_other_tasks_though_they_seldom_make
 
 
 @pytest.mark.parametrize(
-    "task", ["place_in_drawer", "stack_block", "take_out_of_drawer", "push_red_block_left"]
+    "task",
+    [
+        "place_in_drawer",
+        "take_out_of_drawer",
+        *(pytest.param(task, marks=pytest.mark.long) for task in ("stack_block", "push_red_block_left")),
+    ],
 )
 def test_a_single_instruction_can_be_followed_after_what_led_to_it(task, tables):
     single = draw_single(tables[0], task, single_seed(0, task, 0), "held-out")

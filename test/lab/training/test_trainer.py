@@ -66,6 +66,7 @@ def test_a_run_that_is_killed_continues_the_same_curve_to_the_same_weights(undis
         assert torch.equal(value, weights[name]), name
 
 
+@pytest.mark.long
 def test_a_recorder_ends_with_the_training_that_was_killed(tmp_path):
     config = recipe_file(tmp_path, JOINT)
     values = yaml.safe_load(config.read_text())
