@@ -1,11 +1,16 @@
 """Tests of the conversion of released files: exact, whole or not at all, and every fault named."""
 
 import math
+import re
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from full_size import write_full_size
 from paths import GOLDEN_COMPACT
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -14,7 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.parity.reference_tensors import model_config, read_arrays, read_json, read_model
-from deer_vla_ros.model.checkpoint import load
+from deer_vla_ros.model.checkpoint import load, load_info
+from deer_vla_ros.model.config import PRESETS
 from deer_vla_ros.model.convert_released import THRESHOLDS, convert
 from deer_vla_ros.model.text import END_OF_CHUNK, IMAGE, PAD
 
@@ -359,3 +365,21 @@ def test_the_9b_names_the_final_norm_that_only_mpt_brings(tmp_path):
     nine.mpt.rename(folder / "pytorch_model-00002-of-00002.bin")
     torch.save({"transformer.wte.weight": torch.zeros(2, 2)}, folder / "pytorch_model-00001-of-00002.bin")
     assert nine.convert(mpt=folder).tensors > 0
+
+
+@pytest.mark.long  # It writes 14 GB.
+def test_a_network_of_the_full_size_needs_little_memory(tmp_path):
+    deer, clip, tokenizer = write_full_size(tmp_path)
+    arguments = ("--deer", deer, "--clip", clip, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    running = subprocess.Popen([sys.executable, "-m", "deer_vla_ros", "convert", *map(str, arguments)])
+    peak = 0
+    while running.poll() is None:
+        # The pages of mapped files do not count: Linux drops them when it needs the memory.
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{running.pid}/status").read_text())
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.01)
+    assert running.returncode == 0
+    assert load_info(tmp_path / "out").model == PRESETS["openflamingo_3b"]()
+    assert 0 < peak < 1.5 * 2**30
+    for path in (deer, clip, tmp_path / "out" / "model.safetensors"):
+        path.unlink()  # pytest would keep them
