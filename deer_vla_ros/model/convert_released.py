@@ -62,7 +62,7 @@ LEAST_FREE = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedRelease:
     """What was written. unused: the number of tensors of DeeR's file that the folder does not need."""
 
     info: CheckpointInfo
@@ -84,7 +84,7 @@ def convert(
     for_training: bool = False,
     like: ModelConfig | None = None,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Converted:
+) -> ConvertedRelease:
     """Writes the checkpoint folder `out`: all of it, or nothing under that name.
 
     mpt: MPT's file or folder, for what DeeR's file lacks. thresholds: a key of THRESHOLDS, or none: every
@@ -127,7 +127,7 @@ def convert(
                 f"convert: {out} cannot be written ({error.strerror}), {size / 2**30:.2f} GiB are needed: "
                 "give another --out"
             ) from error
-    return Converted(info, len(names), size, len(released.tensors) - sources.used, released.has_values)
+    return ConvertedRelease(info, len(names), size, len(released.tensors) - sources.used, released.has_values)
 
 
 class _Sources:

@@ -125,7 +125,11 @@ DECLARATIONS = (
         choices=("auto", "cpu", "cuda"),
     ),
     Declaration(
-        "model.dtype", "float32", "Number type of the weights.", choices=("float32", "bfloat16", "float16")
+        "model.dtype",
+        "auto",
+        "Number type of the weights. auto: float16 on a GPU, float32 on a CPU. bfloat16 changes the deltas "
+        "by 0.002 in the median: it does not go with thresholds below 0.01.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     ),
     Declaration(
         "model.cpu_threads",
