@@ -331,7 +331,7 @@ def test_a_second_node_holds_without_disturbing_the_first_and_goes_on_when_it_ma
                 "the second to say so",
             )
             begin = len(rig.twists)
-            rig.await_steps(20)
+            rig.await_steps(20, START_TIMEOUT)
             told = rig.twists[begin:]
             assert sum(map(moves, told)) > 0.75 * len(told), (
                 "the second one's holds would be every other command"
