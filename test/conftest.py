@@ -6,10 +6,8 @@ import random
 import pytest
 from hypothesis import settings
 
-# Property tests that name no number of examples run this many; `make test-all` runs ten times as many.
-settings.register_profile("quick", max_examples=50)
+# `make test-all` runs five times as many examples of property tests that name no number of their own.
 settings.register_profile("thorough", max_examples=500)
-settings.load_profile("quick")
 
 # Every test process has a ROS domain of its own, so that runs on one machine do not disturb each other.
 # Each worker of a run draws one of ten domains. Linux may give the ports of domains above 101 to others.

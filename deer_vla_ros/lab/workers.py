@@ -14,12 +14,32 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
 from deer_vla_ros.errors import UserError
 
 Job = TypeVar("Job")
 Work = Callable[[Any, Callable[[], None]], Any]
 """Does one job and returns its result. It calls its second argument whenever a part of the job is
 finished."""
+
+
+def progress_bar() -> Progress:
+    """A progress bar for the parts of jobs that are finished, with the time so far and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
 
 
 def spread(

@@ -1,7 +1,5 @@
 """Tests of `colcon build`: the installed code, messages and executables work in any folder."""
 
-import fcntl
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,30 +7,19 @@ from builds import ROOT, USE_MESSAGES, clean_environment, copy_sources, run, run
 from shared import made_once
 
 
-@pytest.fixture(scope="module", params=["copied", "linked"])
+@pytest.fixture(scope="module", params=[[], ["--symlink-install"]], ids=["copied", "linked"])
 def workspace(request, tmp_path_factory):
     """The folder of an installation, its sources, and whether it was installed as links.
 
-    What was compiled stays between runs, so that unchanged messages are not compiled again. CMake's settings
-    do not stay: they hold the choice of links. ament replaces neither copied Python files by links nor links
-    by copies, so these are removed before each build.
+    It is built once for all tests.
     """
-    root = (ROOT / "build").resolve() / "test_workspace"
-    build, base = root / "build/deer_vla_ros", request.param
 
-    def make(_: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        for left in (root / "deer_vla_ros", root / base, build / "ament_cmake_python"):
-            shutil.rmtree(left, ignore_errors=True)
-        (build / "CMakeCache.txt").unlink(missing_ok=True)
-        copy_sources(root)
-        options = ("--symlink-install",) if base == "linked" else ()
-        run("colcon", "build", "--install-base", base, *options, cwd=root, env=clean_environment())
+    def make(folder: Path) -> None:
+        copy_sources(folder)
+        run("colcon", "build", *request.param, cwd=folder, env=clean_environment())
 
-    with (ROOT / "build" / "test_workspace.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # both kinds are built in one folder
-        made_once(tmp_path_factory, f"workspace_{base}", make)
-        yield root / base, root / "deer_vla_ros", base == "linked"
+    folder = made_once(tmp_path_factory, "workspace" + "".join(request.param), make)
+    return folder / "install", folder / "deer_vla_ros", bool(request.param)
 
 
 @pytest.mark.long

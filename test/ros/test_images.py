@@ -474,7 +474,7 @@ def damaged_files(draw) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.one_of(damaged_files(), st.binary(max_size=500)), st.one_of(st.just("jpeg"), st.text()))
 def test_any_compressed_message_is_a_frame_or_refused(data, format):
     is_frame_or_refused(images.compressed_frame, compressed(data, format))
@@ -505,7 +505,7 @@ def damaged_headers(draw) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(damaged_headers())
 def test_any_file_with_a_damaged_header_is_a_frame_or_refused(data):
     is_frame_or_refused(images.compressed_frame, compressed(data))

@@ -9,14 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.demonstrations import Demonstration, demonstrations
@@ -29,7 +21,7 @@ from deer_vla_ros.lab.demonstrations.record_store import (
 )
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.lab.training.frames import FORMAT
-from deer_vla_ros.lab.workers import Work, spread
+from deer_vla_ros.lab.workers import Work, progress_bar, spread
 
 DEMOS_PER_SHARD = 100
 SEEDS_PER_RUN = 1_000
@@ -123,7 +115,7 @@ def record(request: DemoRequest, jobs: int) -> tuple[int, int]:
     _check(request, shards, found)
     missing = [shard for shard in shards if found.get(shard.number, {}).get("episodes") != shard.demos]
     kept, frames = request.demos - sum(shard.demos for shard in missing), 0
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("recording", total=request.demos, completed=kept)
         for _, recorded in spread(
             _worker, (store, request.policy), missing, jobs, lambda: progress.advance(bar)
@@ -180,13 +172,3 @@ def _policy_driver() -> ModuleType:
     from deer_vla_ros.lab.demonstrations import policy_driver
 
     return policy_driver
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )

@@ -12,14 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from deer_vla_ros.budget.calibration import CALIBRATION
 from deer_vla_ros.errors import UserError
@@ -39,7 +31,7 @@ from deer_vla_ros.lab.scoring.network_driver import ExitChoice, NetworkDriver
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.tasks import TASKS
-from deer_vla_ros.lab.workers import Work, spread
+from deer_vla_ros.lab.workers import Work, progress_bar, spread
 from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load
 
 Results = list[tuple[Attempt, ...]]
@@ -197,7 +189,7 @@ def evaluate(
     done = dict(resume.done) if resume else {}
     left = [group for group in groups if group.key not in done]
     lanes = max(len(group.indices) for group in groups)
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("evaluating", total=sum(len(group.indices) for group in groups))
         progress.advance(bar, sum(len(group.indices) for group in groups if group.key in done))
         arguments = (folder, choice, seed, phrasings, step_limit, lanes)
@@ -214,16 +206,6 @@ def evaluate(
     }
     chains = [attempts for group, results in found.items() if not group.task for attempts in results]
     return chains, [attempts for group, results in found.items() if group.task for attempts in results]
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
 
 
 def _worker(folder: Path, choice: ExitChoice, seed: int, phrasings: str, step_limit: int, lanes: int) -> Work:
