@@ -13,10 +13,11 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.climb import Climb
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.preprocess import ImagePreprocessor
+from deer_vla_ros.inference.reading import Reading, packed, values_compared
 from deer_vla_ros.inference.types import Observation, PolicyStep, StageTimes
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.decoder import TextContext
-from deer_vla_ros.model.head import HeadOutput, HeadState, PreparedState, pool
+from deer_vla_ros.model.head import HeadState, PreparedState, pool
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
 
@@ -33,8 +34,24 @@ class _Lane:
     last_exit_layer: int = -1
     episode_step: int = 0
 
-    def climb(self) -> Climb:
-        return Climb(self.rule, self.episode_step, self.last_exit_layer)
+    def ascent(self) -> _Ascent:
+        return _Ascent(self, Climb(self.rule, self.episode_step, self.last_exit_layer))
+
+
+@dataclass(eq=False)
+class _Ascent:
+    """One climb of one lane, with what it needs on the device.
+
+    waiting: (width,) the feature of the layer before, if the head is to be read for it together with the next
+    one. before: the values of the output before, which the next one is compared with. state: after the chosen
+    exit.
+    """
+
+    lane: _Lane
+    climb: Climb
+    waiting: Tensor | None = None
+    before: Tensor | None = None
+    state: HeadState | None = None
 
 
 class DeerPolicy:
@@ -102,16 +119,17 @@ class DeerPolicy:
     def step_lanes(self, observations: Mapping[int, Observation]) -> dict[int, PolicyStep]:
         """Decides one step of every lane that has an observation, as `step` does; images may differ in size.
 
-        The times of a lane are its equal share of the times of the batch.
+        The rules of all these lanes use the same delta. The times of a lane are its equal share of the times
+        of the batch.
         """
         if not observations:
             return {}
         watch = _Stopwatch(self._model.device)
         visual = self._look(observations, watch)
-        lanes = [self._lanes[index] for index in observations]
-        climbs = [lane.climb() for lane in lanes]
-        self._climb(lanes, climbs, visual, watch)
-        return dict(zip(observations, self._conclude(lanes, climbs, watch)))
+        ascents = [self._lanes[index].ascent() for index in observations]
+        assert len({ascent.lane.rule.delta for ascent in ascents}) == 1, "one batch, one delta"
+        self._climb(ascents, visual, watch)
+        return dict(zip(observations, self._conclude(ascents, watch)))
 
     @torch.inference_mode()
     def features(self, observation: Observation) -> Tensor:
@@ -122,12 +140,11 @@ class DeerPolicy:
     @torch.inference_mode()
     def step_on_features(self, features: Tensor) -> PolicyStep:
         """Decides as `step` does, from `features` of an observation. Many rules can use the same features."""
-        watch, lane = _Stopwatch(self._model.device), self._lanes[0]
-        climb = lane.climb()
+        watch, ascent = _Stopwatch(self._model.device), self._lanes[0].ascent()
         for layer, feature in enumerate(features):
-            if climb.reads(layer) and climb.ends(layer, self._read([feature], [lane.prepared])[0]):
+            if ascent.climb.reads(layer) and self._read(layer, {ascent: feature}):
                 break
-        return self._conclude([lane], [climb], watch)[0]
+        return self._conclude([ascent], watch)[0]
 
     def _look(self, observations: Mapping[int, Observation], watch: _Stopwatch) -> Tensor:
         """The visual tokens (N, visual tokens, vision width) of the observations of N lanes."""
@@ -153,36 +170,32 @@ class DeerPolicy:
         poses = [torch.as_tensor(each.tcp, dtype=torch.float32) for each in observations]
         return torch.stack(poses).to(self._model.device)
 
-    def _climb(
-        self, lanes: Sequence[_Lane], climbs: Sequence[Climb], visual: Tensor, watch: _Stopwatch
-    ) -> None:
+    def _climb(self, ascents: Sequence[_Ascent], visual: Tensor, watch: _Stopwatch) -> None:
         """Runs the layers until every climb has ended. A lane whose climb has ended leaves the batch."""
-        text, padding = self._texts(lanes)
-        hidden, rows = text.embedding, list(range(len(lanes)))  # rows: the lane of each row of the batch
-        waiting: dict[int, Tensor] = {}  # by lane: a feature that is read together with the next one
+        text, padding = self._texts([ascent.lane for ascent in ascents])
+        hidden, going = text.embedding, list(ascents)  # going: the ascent of each row of the batch
         for index, layer in enumerate(self._model.layers):
             hidden = layer(hidden, visual, text)
-            readers = [row for row, lane in enumerate(rows) if climbs[lane].reads(index)]
+            readers = [row for row, ascent in enumerate(going) if ascent.climb.reads(index)]
             if not readers:
                 continue
             tokens = hidden if padding is None else hidden.masked_fill(padding, float("-inf"))
-            features = {rows[row]: feature for row, feature in zip(readers, pool(_rows(tokens, readers)))}
-            kept = [lane for lane in features if climbs[lane].waits(index)]
-            waiting |= {lane: features.pop(lane) for lane in kept}
-            if not features:
+            features = pool(_rows(tokens, readers))
+            if all(going[row].climb.waits(index) for row in readers):
+                for row, feature in zip(readers, features):
+                    going[row].waiting = feature
                 continue
             watch.lap("language")
-            ended = self._ended(lanes, climbs, index, features, waiting)
-            ended = {row for row in readers if rows[row] in ended}
+            ended = self._read(index, {going[row]: feature for row, feature in zip(readers, features)})
             watch.lap("head")
             if not ended:
                 continue
-            going = [row for row in range(len(rows)) if row not in ended]
-            if not going:
+            rows = [row for row, ascent in enumerate(going) if ascent not in ended]
+            if not rows:
                 return
-            rows = [rows[row] for row in going]
-            hidden, visual, text = hidden[going], visual[going], text.rows(going)
-            padding = None if padding is None else padding[going]
+            going = [going[row] for row in rows]
+            hidden, visual, text = hidden[rows], visual[rows], text.rows(rows)
+            padding = None if padding is None else padding[rows]
 
     def _texts(self, lanes: Sequence[_Lane]) -> tuple[TextContext, Tensor | None]:
         """The texts of a batch, and where they are padding (N, S, 1); None: nowhere.
@@ -203,49 +216,53 @@ class DeerPolicy:
         ids, mask = (tensor.to(self._model.device) for tensor in self._tokenizer.encode(instructions))
         return self._model.encode_text(ids, mask, self._tokenizer.image_token), mask
 
-    def _ended(
-        self,
-        lanes: Sequence[_Lane],
-        climbs: Sequence[Climb],
-        layer: int,
-        features: Mapping[int, Tensor],
-        waiting: dict[int, Tensor],
-    ) -> set[int]:
-        """Reads the head after a layer, as one batch. Returns the lanes whose climb ends there.
+    def _read(self, layer: int, features: Mapping[_Ascent, Tensor]) -> set[_Ascent]:
+        """Reads the head after a layer, as one batch. Returns the ascents that end there.
 
-        features, waiting: by lane, the feature (width,) after this layer, and after the layer before, if that
-            still has to be read. `waiting` loses what is read.
+        features: (width,) of each ascent that reads here. One that waits only keeps its feature.
         """
-        before = [lane for lane in features if lane in waiting]
-        order = [*before, *features]
-        outputs = self._read(
-            [*(waiting.pop(lane) for lane in before), *features.values()],
-            [lanes[lane].prepared for lane in order],
+        reads = []
+        for ascent, feature in features.items():
+            if ascent.climb.waits(layer):
+                ascent.waiting = feature
+            else:
+                reads.append(ascent)
+        if not reads:
+            return set()
+        waited = [ascent for ascent in reads if ascent.waiting is not None]
+        order = [*waited, *reads]
+        output = self._model.shared_head.probe(
+            torch.stack([*(ascent.waiting for ascent in waited), *(features[ascent] for ascent in reads)]),
+            PreparedState.joined([ascent.lane.prepared for ascent in order]),
         )
-        for lane, output in zip(before, outputs):
-            climbs[lane].ends(layer - 1, output)
-        return {
-            lane for lane, output in zip(features, outputs[len(before) :]) if climbs[lane].ends(layer, output)
-        }
+        delta = reads[0].lane.rule.delta
+        values = values_compared(delta, output)
+        for ascent, value in zip(waited, values):
+            ascent.waiting, ascent.before = None, value
+        now, first = values[len(waited) :], len(waited)
+        nothing = torch.full_like(now[0], float("nan"))
+        before = torch.stack([nothing if ascent.before is None else ascent.before for ascent in reads])
+        numbers = packed(delta, output.rows(first), now, before).cpu().numpy()
+        ended = set()
+        for row, ascent in enumerate(reads):
+            ascent.before = now[row]
+            if ascent.climb.ends(layer, Reading.of(numbers[row])):
+                ascent.state = output.state.row(first + row)
+                ended.add(ascent)
+        return ended
 
-    def _read(self, features: Sequence[Tensor], prepared: Sequence[PreparedState]) -> Sequence[HeadOutput]:
-        """The shared head's output for each feature (width,), from the state of its lane."""
-        return self._model.shared_head.probe(torch.stack(features), PreparedState.joined(prepared)).split()
-
-    def _conclude(
-        self, lanes: Sequence[_Lane], climbs: Sequence[Climb], watch: _Stopwatch
-    ) -> list[PolicyStep]:
+    def _conclude(self, ascents: Sequence[_Ascent], watch: _Stopwatch) -> list[PolicyStep]:
         """The decisions of climbs that have ended. A lane remembers its own, if the action is finite."""
-        actions = [climb.action() for climb in climbs]
         watch.lap("head")
-        times = watch.times().shared(len(lanes))
+        times = watch.times().shared(len(ascents))
         steps = []
-        for lane, climb, action in zip(lanes, climbs, actions):
-            step = climb.report(action, lane.text.tokens, times)
+        for ascent in ascents:
+            lane, action = ascent.lane, ascent.climb.action()
+            step = ascent.climb.report(action, lane.text.tokens, times)
             steps.append(step)
             if action.is_finite:
                 # The action has left the device already, so this does not delay it.
-                lane.state, lane.last_exit_layer = climb.chosen.state, step.exit_layer
+                lane.state, lane.last_exit_layer = ascent.state, step.exit_layer
                 lane.prepared = self._model.shared_head.prepare(lane.state)
                 lane.episode_step += 1
         return steps

@@ -18,6 +18,10 @@ class HeadState(NamedTuple):
     hidden: Tensor
     cell: Tensor
 
+    def row(self, index: int) -> HeadState:
+        """The state of one episode of the batch, as a batch of one."""
+        return HeadState(self.hidden[:, index : index + 1], self.cell[:, index : index + 1])
+
 
 class PreparedState(NamedTuple):
     """The part of one step of the LSTMs that does not depend on the feature, for each episode of a batch.
@@ -50,19 +54,12 @@ class HeadOutput(NamedTuple):
     state: HeadState
     feature: Tensor
 
-    def split(self) -> list[HeadOutput]:
-        """The output of each episode of the batch, as batches of one."""
-        if len(self.pose) == 1:
-            return [self]
-        return [
-            HeadOutput(
-                self.pose[i : i + 1],
-                self.gripper_logit[i : i + 1],
-                HeadState(*(part[:, i : i + 1] for part in self.state)),
-                self.feature[i : i + 1],
-            )
-            for i in range(len(self.pose))
-        ]
+    def rows(self, first: int) -> HeadOutput:
+        """The outputs of the batch from number `first` on."""
+        if first == 0:
+            return self
+        state = HeadState(self.state.hidden[:, first:], self.state.cell[:, first:])
+        return HeadOutput(self.pose[first:], self.gripper_logit[first:], state, self.feature[first:])
 
 
 def pool(hidden: Tensor) -> Tensor:

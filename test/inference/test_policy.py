@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_model import INSTRUCTION, SMALL, observations, small_model, small_tokenizer
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.preprocess import ImagePreprocessor
 from deer_vla_ros.inference.types import Observation, PolicyStep, StopReason
@@ -91,7 +91,7 @@ def test_the_first_exit_is_compared_with_the_layer_just_before_it_and_the_others
         model.shared_head(pool(state)[:, None], model.shared_head.initial_state()).pose[0, 0]
         for state in hidden
     ]
-    expected = [NEVER.measure(poses[i], poses[before]) for i, before in ((1, 0), (3, 1), (5, 3))]
+    expected = [DELTAS[NEVER.delta](poses[i], poses[before]).item() for i, before in ((1, 0), (3, 1), (5, 3))]
     assert step.deltas == pytest.approx(expected, abs=1e-6)  # probes of one batch are rounded differently
 
 
