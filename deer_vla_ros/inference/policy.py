@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.backends import Backend
 from deer_vla_ros.inference.climb import Climb
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.preprocess import ImagePreprocessor
 from deer_vla_ros.inference.reading import Reading, packed, values_compared
+from deer_vla_ros.inference.static_step import PreparedGroups, StaticStep
 from deer_vla_ros.inference.types import Observation, PolicyStep, StageTimes
 from deer_vla_ros.model.config import ModelConfig
-from deer_vla_ros.model.decoder import TextContext
+from deer_vla_ros.model.decoder import Layer, TextContext
 from deer_vla_ros.model.head import HeadState, PreparedState, pool
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import InstructionTokenizer
@@ -64,7 +66,20 @@ class DeerPolicy:
     causes, and leaves the batch at its exit.
     """
 
-    def __init__(self, model: MultiExitVLA, tokenizer: InstructionTokenizer, rule: ExitRule, lanes: int = 1):
+    def __init__(
+        self,
+        model: MultiExitVLA,
+        tokenizer: InstructionTokenizer,
+        rule: ExitRule,
+        lanes: int = 1,
+        backend: Backend | None = None,
+    ):
+        """backend: runs the steps of a policy with one lane whose rule allows the first exits of the network
+        and probes in every step. Other steps run without it, operator by operator."""
+        assert backend is None or lanes == 1, "a backend is for one lane"
+        # Whether a backend's step launches the next exit before it has read the last one. The device then has
+        # no pause, but the last launch of a step is in vain. It changes no result.
+        self.launches_early = False
         self._model = model
         self._tokenizer = tokenizer
         self._preprocess = ImagePreprocessor(model.config.vision.image_size, model.device, model.dtype)
@@ -73,6 +88,7 @@ class DeerPolicy:
             state = model.shared_head.initial_state()
             prepared = model.shared_head.prepare(state)
         self._lanes = [_Lane(rule, state, prepared) for _ in range(lanes)]
+        self._static = StaticStep(model, rule.delta, backend) if backend else None
         self._batch_texts: tuple[tuple[str, ...], TextContext, Tensor] | None = None
 
     @property
@@ -102,18 +118,65 @@ class DeerPolicy:
 
         Returns the number of the instruction's tokens, special tokens included.
         """
-        text, _ = self._encode([instruction])
-        state = self._model.shared_head.initial_state()
-        prepared = self._model.shared_head.prepare(state)
+        text, mask = self._encode([instruction])
+        if self._static is not None:
+            self._static.reset(text, mask)
+            state, prepared = self._static.state, self._static.prepared
+        else:
+            state = self._model.shared_head.initial_state()
+            prepared = self._model.shared_head.prepare(state)
         self._lanes[lane] = _Lane(self._lanes[lane].rule, state, prepared, instruction, text)
         return text.tokens
+
+    def prepare_layers(self, first: int, layers: Sequence[Layer]) -> PreparedGroups:
+        """Prepares steps that use `layers`, the ones from number `first` on. Any thread may call it."""
+        return self._static.prepare(first, layers) if self._static is not None else {}
+
+    def use_layers(self, prepared: PreparedGroups) -> None:
+        """The layers for which `prepare_layers` returned `prepared` are part of the network now."""
+        if self._static is not None:
+            self._static.use(prepared)
+
+    def forget_layers(self, count: int) -> None:
+        """Only the first `count` layers are part of the network now."""
+        if self._static is not None:
+            self._static.forget(count)
 
     def step(self, observation: Observation) -> PolicyStep:
         """Decides one step. Raises UserError before the first `reset`.
 
         An exception or an action that is not finite leaves the memory as it was.
         """
-        return self.step_lanes({0: observation})[0]
+        if self._static is None or not self._static.fits(self.rule):
+            return self.step_lanes({0: observation})[0]
+        return self._static_step(observation)
+
+    @torch.inference_mode()
+    def _static_step(self, observation: Observation) -> PolicyStep:
+        lane, static = self._lanes[0], self._static
+        self._check_instructions([0])
+        climb = Climb(lane.rule, lane.episode_step, lane.last_exit_layer)
+        static.start()
+        static.begin(
+            self._preprocess([observation.static, observation.gripper]),
+            self._model.pose_values(self._tcp([observation]), 1),
+        )
+        static.launch(0)
+        for index, layer in enumerate(lane.rule.exits):
+            is_early = self.launches_early and index + 1 < len(lane.rule.exits)
+            if is_early:
+                static.launch(index + 1)
+            if climb.ends(layer, static.read(index)):
+                break
+            if not is_early:
+                static.launch(index + 1)
+        action = climb.action()
+        step = climb.report(action, lane.text.tokens, static.times(index))
+        if action.is_finite:
+            static.keep(index)
+            lane.last_exit_layer = layer
+            lane.episode_step += 1
+        return step
 
     @torch.inference_mode()
     def step_lanes(self, observations: Mapping[int, Observation]) -> dict[int, PolicyStep]:
@@ -148,7 +211,17 @@ class DeerPolicy:
 
     def _look(self, observations: Mapping[int, Observation], watch: _Stopwatch) -> Tensor:
         """The visual tokens (N, visual tokens, vision width) of the observations of N lanes."""
-        missing = [index for index in observations if self._lanes[index].text is None]
+        self._check_instructions(observations)
+        seen = list(observations.values())
+        images = self._preprocess([image for each in seen for image in (each.static, each.gripper)])
+        watch.lap("preprocess")
+        visual = self._model.see(images.unflatten(1, (len(seen), -1))[0], self._tcp(seen)).visual
+        watch.lap("vision")
+        return visual
+
+    def _check_instructions(self, lanes: Iterable[int]) -> None:
+        """Raises UserError if a lane has no instruction yet."""
+        missing = [index for index in lanes if self._lanes[index].text is None]
         if missing and len(self._lanes) == 1:
             raise UserError("policy: no instruction yet: call reset(instruction) before step(observation)")
         if missing:
@@ -156,12 +229,6 @@ class DeerPolicy:
                 f"policy: lanes {missing} have no instruction yet: "
                 "call reset(instruction, lane) before step_lanes(observations)"
             )
-        seen = list(observations.values())
-        images = self._preprocess([image for each in seen for image in (each.static, each.gripper)])
-        watch.lap("preprocess")
-        visual = self._model.see(images.unflatten(1, (len(seen), -1))[0], self._tcp(seen)).visual
-        watch.lap("vision")
-        return visual
 
     def _tcp(self, observations: Sequence[Observation]) -> Tensor | None:
         """(N, 7) poses for a network that uses them; None if an observation has none."""
@@ -262,9 +329,12 @@ class DeerPolicy:
             steps.append(step)
             if action.is_finite:
                 # The action has left the device already, so this does not delay it.
-                lane.state, lane.last_exit_layer = ascent.state, step.exit_layer
-                lane.prepared = self._model.shared_head.prepare(lane.state)
+                lane.last_exit_layer = step.exit_layer
                 lane.episode_step += 1
+                if self._static is not None:
+                    self._static.remember(ascent.state)
+                else:
+                    lane.state, lane.prepared = ascent.state, self._model.shared_head.prepare(ascent.state)
         return steps
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.policy import DeerPolicy
+from deer_vla_ros.inference.static_step import PreparedGroups
 from deer_vla_ros.model.checkpoint import WEIGHTS
 from deer_vla_ros.model.decoder import Layer
 from deer_vla_ros.model.network import MultiExitVLA
@@ -30,8 +34,9 @@ class ResidentLayers:
     steps.
     """
 
-    def __init__(self, model: MultiExitVLA, folder: Path | None):
-        self._model = model
+    def __init__(self, model: MultiExitVLA, folder: Path | None, policy: DeerPolicy | None = None):
+        """policy: the one that uses these layers."""
+        self._model, self._policy = model, policy
         self._folder = folder
         self._identity = None if folder is None else _identity(folder / WEIGHTS)
         present = [not next(layer.parameters()).is_meta for layer in model.layers]
@@ -70,6 +75,10 @@ class ResidentLayers:
             return
         read = self._end_load()
         self._wanted = count
+        if self._policy is not None:
+            self._policy.forget_layers(count)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()  # a layer that was launched early may still run
         for index in range(count, self._count):
             layers[index] = _empty_layer(self._model, index)
         self._count = min(count, self._count)
@@ -77,7 +86,7 @@ class ResidentLayers:
         if count > self._count:
             assert self._folder is not None, "missing layers were dropped, which needs a folder"
             self._load = _Load(
-                self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read
+                self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read, self._policy
             )
             self._load.start()
         _give_back_memory(self._model.device)
@@ -95,6 +104,8 @@ class ResidentLayers:
             raise load.error
         for index, layer in enumerate(load.layers, self._count):
             self._model.layers[index] = layer
+        if self._policy is not None:
+            self._policy.use_layers(load.prepared)
         self._count = self._wanted
         return True
 
@@ -123,11 +134,18 @@ class _Load(threading.Thread):
     """Reads the layers `indices` into `layers`, which may hold the first already. A failure sets `error`."""
 
     def __init__(
-        self, model: MultiExitVLA, path: Path, identity: tuple[int, ...], indices: range, layers: list[Layer]
+        self,
+        model: MultiExitVLA,
+        path: Path,
+        identity: tuple[int, ...],
+        indices: range,
+        layers: list[Layer],
+        policy: DeerPolicy | None,
     ):
         super().__init__(name="load_layers", daemon=True)
         self._model, self._path, self._identity, self._indices = model, path, identity, indices
-        self.layers = layers
+        self.layers, self._policy = layers, policy
+        self.prepared: PreparedGroups = {}
         self.error: Exception | None = None
         self.cancelled = threading.Event()
 
@@ -138,12 +156,14 @@ class _Load(threading.Thread):
                     "the file is another one than the network was loaded from: "
                     "configure the node again to use it"
                 )
-            with safe_open(self._path, framework="pt") as file:
+            with _copy_stream(self._model.device), safe_open(self._path, framework="pt") as file:
                 for index in self._indices[len(self.layers) :]:
                     layer = self._read(file, index)
                     if layer is None:
                         return
                     self.layers.append(layer)
+            if self._policy is not None:
+                self.prepared = self._policy.prepare_layers(self._indices.start, self.layers)
         except (UserError, OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: out of memory
             self.layers.clear()
             reason, first, last = " ".join(str(error).split()), self._indices[0], self._indices[-1]
@@ -190,6 +210,18 @@ def _empty_layer(model: MultiExitVLA, index: int) -> Layer:
     """Layer `index` on the meta device, without memory."""
     with torch.device("meta"):
         return Layer(model.config.decoder, index, model.config.vision.width)
+
+
+@contextlib.contextmanager
+def _copy_stream(device: torch.device) -> Iterator[None]:
+    """Copies to a GPU in a stream of their own, beside the steps. They are complete at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+        stream.synchronize()
 
 
 def _own_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

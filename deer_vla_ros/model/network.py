@@ -90,15 +90,24 @@ class MultiExitVLA(nn.Module):
 
         Raises UserError if the network needs a measured pose and `tcp` is None.
         """
+        return self.see_from(images, self.pose_values(tcp, len(images)))
+
+    def pose_values(self, tcp: Tensor | None, batch: int) -> Tensor:
+        """(B, POSE_VALUES) from `tcp` as in `see`, on the device of `tcp`; zeros for a network that does not
+        use the pose. Raises UserError as `see` does."""
+        if self.proprioception is None:
+            return torch.zeros(batch, POSE_VALUES, dtype=self.dtype, device=self.device)
+        if tcp is None:
+            raise UserError(
+                "this network takes the measured TCP pose as an input, and the observation has none: "
+                "give Observation.tcp"
+            )
+        return self.proprioception.values(tcp.float()).to(self.dtype)
+
+    def see_from(self, images: Tensor, pose: Tensor) -> Sight:
+        """As `see`, from the values (B, POSE_VALUES) of the measured pose."""
         visual = self.encode_images(images)
-        pose = visual.new_zeros(visual.shape[0], POSE_VALUES)
         if self.proprioception is not None:
-            if tcp is None:
-                raise UserError(
-                    "this network takes the measured TCP pose as an input, and the observation has none: "
-                    "give Observation.tcp"
-                )
-            pose = self.proprioception.values(tcp.float()).to(self.dtype)
             visual = torch.cat([visual, self.proprioception(pose)], 1)
         if self.grounding is None:
             return Sight(visual, None)
