@@ -118,9 +118,10 @@ class DeerPolicy:
 
         Returns the number of the instruction's tokens, special tokens included.
         """
-        text, mask = self._encode([instruction])
+        ids, mask = self._tokenised([instruction])
+        text = self._model.encode_text(ids, mask, self._tokenizer.image_token)
         if self._static is not None:
-            self._static.reset(text, mask)
+            self._static.reset(ids, mask, self._tokenizer.image_token)
             state, prepared = self._static.state, self._static.prepared
         else:
             state = self._model.shared_head.initial_state()
@@ -278,9 +279,14 @@ class DeerPolicy:
             self._batch_texts = instructions, text, (mask == 0)[..., None]
         return self._batch_texts[1:]
 
+    def _tokenised(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (N, S) on the device."""
+        ids, mask = self._tokenizer.encode(instructions)
+        return ids.to(self._model.device), mask.to(self._model.device)
+
     def _encode(self, instructions: Sequence[str]) -> tuple[TextContext, Tensor]:
         """The texts of instructions, and the mask (N, S) of their tokens: 0 where a text is padded."""
-        ids, mask = (tensor.to(self._model.device) for tensor in self._tokenizer.encode(instructions))
+        ids, mask = self._tokenised(instructions)
         return self._model.encode_text(ids, mask, self._tokenizer.image_token), mask
 
     def _read(self, layer: int, features: Mapping[_Ascent, Tensor]) -> set[_Ascent]:

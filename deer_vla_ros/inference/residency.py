@@ -86,7 +86,12 @@ class ResidentLayers:
         if count > self._count:
             assert self._folder is not None, "missing layers were dropped, which needs a folder"
             self._load = _Load(
-                self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read, self._policy
+                self._model,
+                self._folder / WEIGHTS,
+                self._identity,
+                range(self._count, count),
+                read,
+                self._policy,
             )
             self._load.start()
         _give_back_memory(self._model.device)

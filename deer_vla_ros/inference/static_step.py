@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deer_vla_ros.inference.backends import Backend
@@ -134,18 +135,18 @@ class StaticStep:
 
     # --- an episode
 
-    def reset(self, text: TextContext, mask: Tensor) -> None:
-        """Begins an episode with an encoded instruction; mask: (1, S) all ones, as many as tokens."""
-        tokens = self._backend.tokens_for(text.tokens)
+    def reset(self, ids: Tensor, mask: Tensor, image_token: int) -> None:
+        """Begins an episode. ids, mask: (1, S), the token ids of its instruction and as many ones."""
+        count = ids.shape[1]
+        tokens = self._backend.tokens_for(count)
         if tokens not in self._texts:  # then functions need no preparation, and only the newest is kept
             self._texts, self._groups = {tokens: self._new_text(tokens)}, {}
         self._text = self._texts[tokens]
-        context = self._text.context
-        context.embedding.copy_(text.embedding)
-        context.attention_bias.copy_(text.attention_bias)
-        context.sees_image.copy_(text.sees_image)
+        padded = (F.pad(values, (0, tokens - count)) for values in (ids, mask))
+        for own, given in zip(self._text.context, self._model.encode_text(*padded, image_token)):
+            own.copy_(given)
         if self._text.padding is not None:
-            self._text.padding.copy_((mask == 0)[..., None])
+            self._text.padding[0, :, 0] = torch.arange(tokens, device=self._model.device) >= count
         self.remember(self._model.shared_head.initial_state())
 
     def remember(self, state: HeadState) -> None:

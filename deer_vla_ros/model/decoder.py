@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +30,12 @@ class TextContext:
     def tokens(self) -> int:
         return self.embedding.shape[1]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.embedding, self.attention_bias, self.sees_image))
+
     def rows(self, rows: list[int]) -> TextContext:
         """The texts of some rows of the batch."""
-        return TextContext(self.embedding[rows], self.attention_bias[rows], self.sees_image[rows])
+        return TextContext(*(part[rows] for part in self))
 
 
 def alibi_slopes(heads: int, bias_max: int) -> Tensor:

@@ -50,9 +50,7 @@ def test_two_equal_poses_have_no_delta(kind):
 def test_poses_in_half_precision_are_compared_in_full(kind):
     poses = torch.tensor([[0.1, -0.2, 0.3, -0.4, 0.5, -0.6], [0.11, -0.2, 0.3, -0.4, 0.5, -0.59]]).half()
     measured = DELTAS[kind](*(compared(kind, pose, pose) for pose in poses)).item()
-    assert measured == pytest.approx(
-        NUMPY_DELTAS[kind](*poses.numpy().astype(np.float64)), abs=1e-6
-    )
+    assert measured == pytest.approx(NUMPY_DELTAS[kind](*poses.numpy().astype(np.float64)), abs=1e-6)
 
 
 def test_a_delta_equal_to_its_threshold_agrees():
