@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deer_vla_ros.budget.cost import layers_within
+from deer_vla_ros.budget.cost import GIB, layers_within
 from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, Budget, BudgetStatus, StepCost
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.backend_check import EAGER, choose
 from deer_vla_ros.inference.exit_rule import ExitRule
-from deer_vla_ros.inference.policy import DeerPolicy
-from deer_vla_ros.inference.residency import ResidentLayers
+from deer_vla_ros.inference.residency import ResidentLayers, bytes_held, present_layers
 from deer_vla_ros.inference.types import Observation, PolicyStep
 from deer_vla_ros.model.checkpoint import Checkpoint
 
@@ -39,17 +39,22 @@ class BudgetedPolicy:
     """A policy whose exit rule always comes from the budget.
 
     Any thread may call `check` and read `status`, `budget_id` and `problem`. All else belongs to one thread.
-    problem: why the network is less deep than the budget allows; empty if it is not.
+    chosen: what the steps run with. problem: why the network is less deep than the budget allows; empty if it is not.
     """
 
-    def __init__(self, checkpoint: Checkpoint, latencies: LatencyTable | None = None):
-        """latencies: replace the measured latencies of every step."""
+    def __init__(
+        self, checkpoint: Checkpoint, latencies: LatencyTable | None = None, backend: str = EAGER
+    ):
+        """latencies: replace the measured latencies of every step. backend: what steps run with, as in
+        `backend_check.choose`; it is compared with eager steps here."""
         info = checkpoint.info
         self._model, self._bytes_per_weight = info.model, checkpoint.model.dtype.itemsize
+        self._device = checkpoint.model.device
         self._keeper = BudgetKeeper.of(checkpoint)
-        self._layers = ResidentLayers(checkpoint.model, checkpoint.folder)
-        self._keeper.set_resident(self._layers.count)
-        self._policy = DeerPolicy(checkpoint.model, checkpoint.tokenizer, self._keeper.rule)
+        self._keeper.set_resident(present_layers(checkpoint.model))
+        self.chosen = choose(backend, checkpoint.model, checkpoint.tokenizer, self._keeper.rule)
+        self._policy = self.chosen.policy
+        self._layers = ResidentLayers(checkpoint.model, checkpoint.folder, self._policy)
         self._can_reload = checkpoint.folder is not None
         if latencies is not None:
             self._keeper.latency.use(latencies)
@@ -57,7 +62,7 @@ class BudgetedPolicy:
 
     @property
     def status(self) -> BudgetStatus:
-        return self._keeper.status()
+        return dataclasses.replace(self._keeper.status(), device_gib=bytes_held(self._device) / GIB)
 
     @property
     def budget_id(self) -> int:

@@ -83,11 +83,13 @@ class Controller:
         settings: ControllerSettings,
         action_space: ActionSpace | None = None,
         latencies: LatencyTable | None = None,
+        backend: str = "eager",
     ):
         """action_space: this robot's units, frame and gripper values; None: those of the checkpoint.
-        latencies: replace the measured latencies of every step (for a replay)."""
+        latencies: replace the measured latencies of every step (for a replay). backend: what the steps run
+        with, as in BudgetedPolicy."""
         self.action_space = action_space or checkpoint.info.action_space
-        self.policy = BudgetedPolicy(checkpoint, latencies)
+        self.policy = BudgetedPolicy(checkpoint, latencies, backend)
         self.gate = InputGate(settings.inputs, self.action_space.frame)
         self.steps = 0
         self.serious: tuple[HoldReason, ...] = ()

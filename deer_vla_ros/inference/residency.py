@@ -39,8 +39,7 @@ class ResidentLayers:
         self._model, self._policy = model, policy
         self._folder = folder
         self._identity = None if folder is None else _identity(folder / WEIGHTS)
-        present = [not next(layer.parameters()).is_meta for layer in model.layers]
-        self._count = self._wanted = present.index(False) if False in present else len(present)
+        self._count = self._wanted = present_layers(model)
         self._load: _Load | None = None
 
     @property
@@ -133,6 +132,20 @@ class ResidentLayers:
         load.cancelled.set()
         load.join()
         return load.layers
+
+
+def present_layers(model: MultiExitVLA) -> int:
+    """The number of a network's first layers that are on its device."""
+    present = [not next(layer.parameters()).is_meta for layer in model.layers]
+    return present.index(False) if False in present else len(present)
+
+
+def bytes_held(device: torch.device) -> int:
+    """The memory that this process holds on a device: on a GPU all that torch has reserved for it, on a CPU
+    the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 class _Load(threading.Thread):

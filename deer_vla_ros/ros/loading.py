@@ -40,7 +40,11 @@ def warm_controller(given: dict[str, Any], log: Log, latencies: LatencyTable | N
     resident = layers_within(checkpoint.load_info(folder).model, dtype.itemsize, budget.memory_gib)
     loaded = checkpoint.load(folder, device, dtype, resident)
     space = parameters.action_space(given, loaded.info.action_space)
-    controller = Controller(loaded, parameters.controller_settings(given), space, latencies)
+    settings = parameters.controller_settings(given)
+    controller = Controller(loaded, settings, space, latencies, given["model.backend"])
+    chosen = controller.policy.chosen
+    if chosen.report:
+        (log.warning if chosen.is_refused else log.info)(chosen.report)
     controller.warm_up()
     controller.policy.check(budget)
     controller.policy.set(budget)

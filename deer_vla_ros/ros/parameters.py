@@ -132,6 +132,14 @@ DECLARATIONS = (
         choices=("auto", "float32", "bfloat16", "float16"),
     ),
     Declaration(
+        "model.backend",
+        "auto",
+        "What steps run with. eager: operator by operator. compiled: torch.compile, which takes minutes at the "
+        "first start on a machine. graphs: CUDA graphs. auto: graphs on a GPU, eager on a CPU. A backend whose "
+        "decisions differ from eager ones is refused with a warning, and steps run eagerly.",
+        choices=("auto", "eager", "compiled", "graphs"),
+    ),
+    Declaration(
         "model.cpu_threads",
         1,
         "Threads of the network on a CPU. The embedded network is fastest with 1. 0: torch chooses.",

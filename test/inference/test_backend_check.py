@@ -9,6 +9,7 @@ from deer_vla_ros.inference import backend_check
 from deer_vla_ros.inference.backend_check import choose
 from deer_vla_ros.inference.backends import Captured
 from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.ros.parameters import DECLARATIONS
 
 RULE = ExitRule(SMALL.exits, (0.3, 0.3, 1e8))
 
@@ -61,6 +62,11 @@ def test_a_backend_that_fails_is_refused_in_one_line(monkeypatch):
     found = chosen(monkeypatch, Failing)
     assert (found.backend, found.is_refused) == ("eager", True)
     assert "failed (RuntimeError: out of memory): steps run eagerly" in found.report
+
+
+def test_the_parameter_offers_these_backends():
+    (declared,) = (each for each in DECLARATIONS if each.name == "model.backend")
+    assert declared.choices == backend_check.NAMES
 
 
 def test_on_a_cpu_auto_is_eager_and_graphs_are_an_error():
