@@ -326,13 +326,14 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
 
     with Progress() as bar:
         task = bar.add_task("", total=1.0)
-        report = model_benchmark.measure(
-            make,
-            torch.device(args.device),
-            _dtype(args),
-            args.minutes,
-            lambda what, share: bar.update(task, completed=share, description=what),
-        )
+
+        def on_progress(what: str, share: float) -> None:
+            if what != bar.tasks[task].description:  # also where there is no terminal for the bar
+                print(f"{share:4.0%} of {args.minutes:g} minutes: {what}", flush=True)
+            bar.update(task, completed=share, description=what)
+
+        device = torch.device(args.device)
+        report = model_benchmark.measure(make, device, _dtype(args), args.minutes, on_progress)
     report["command"] = shlex.join(["python", "-m", "deer_vla_ros", *sys.argv[1:]])
     print("\n".join(model_benchmark.text(report)))
     if args.plot:

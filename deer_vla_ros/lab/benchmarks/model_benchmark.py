@@ -213,7 +213,7 @@ def measure(
     rounds = 0
     while rounds < FEWEST_STEPS or time.monotonic() + sum(row.last_s for row in kept) < until:
         for row in kept:
-            tell(f"round {rounds + 1}: {row.name}")
+            tell(f"measuring {len(kept)} rows in turns")
             row.measure(next(seen))
         rounds += 1
     sizes = {name: tensor.nbytes for name, tensor in subject.model.state_dict().items()}

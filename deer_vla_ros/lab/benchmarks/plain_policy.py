@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class PlainPolicy:
 
     It resizes the images with Pillow on the host and runs the vision transformer once for each camera. It
     calls nn.LSTM at each exit and waits for the result there. The weights are float32, under torch.autocast
-    where that is asked for. It uses the modules of the network that it is given, without a copy.
+    where that is asked for; the head is always computed in float32, since not every CPU has an LSTM of
+    another type. It uses the modules of the network that it is given. Only of the head it has a copy, because
+    nn.LSTM on a GPU wants its weights in one piece.
     """
 
     def __init__(
@@ -58,15 +61,18 @@ class PlainPolicy:
             raise UserError(f"plain policy: the weights are {model.dtype}: give a network in torch.float32")
         self.rule = rule
         self._model, self._tokenizer, self._autocast = model, tokenizer, autocast
+        self._head = copy.deepcopy(model.shared_head)
+        for lstm in self._head.lstms:
+            lstm.flatten_parameters()
         self._text: TextContext | None = None
-        self._state = model.shared_head.initial_state()
+        self._state = self._head.initial_state()
 
     @torch.inference_mode()
     def reset(self, instruction: str) -> None:
         """Starts an episode: clears the memory and encodes the instruction."""
         ids, mask = (tensor.to(self._model.device) for tensor in self._tokenizer.encode([instruction]))
         self._text = self._model.encode_text(ids, mask, self._tokenizer.image_token)
-        self._state = self._model.shared_head.initial_state()
+        self._state = self._head.initial_state()
 
     @torch.inference_mode()
     def step(self, observation: Observation) -> PlainStep:
@@ -119,7 +125,8 @@ class PlainPolicy:
             if index not in read:
                 continue
             clock.ends("language")
-            output = self._model.shared_head(pool(hidden)[:, None], self._state)
+            with torch.autocast(self._model.device.type, enabled=False):
+                output = self._head(pool(hidden)[:, None].float(), self._state)
             if rule is None:
                 break
             if index in rule.exits:
