@@ -43,7 +43,8 @@ from deer_vla_ros.model.config import PRESETS, ModelConfig
 from deer_vla_ros.model.network import MultiExitVLA, build, state_shapes
 from deer_vla_ros.model.text import InstructionTokenizer
 
-WARM_UP = 2
+WARM_UP = {"cuda": 2, "cpu": 0}
+"""Steps of a row before it is counted and timed. On a CPU the counted step is enough."""
 FEWEST_STEPS = 3
 """The steps of a row that are always measured; a row that has no time for them is left out."""
 STAGES = ("preprocess", "vision", "language", "head")
@@ -137,9 +138,9 @@ class _Row:
 
     def prepare(self, device: torch.device, observation: Observation) -> None:
         """Warms up, and counts what a step asks of the device."""
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP[device.type]):
             self.timed(observation)
-        self.counts = counted(device, lambda: self.step(observation))
+        self.counts = counted(device, lambda: self.timed(observation))
 
     def measure(self, observation: Observation) -> None:
         """Adds the times of one step."""
@@ -188,7 +189,8 @@ def measure(
     def prepare(row: _Row) -> None:
         """Keeps a row if there is time for it and for the rows before."""
         slowest = max((each.last_s for each in kept), default=0.0)
-        rest = (WARM_UP + 3) * slowest + FEWEST_STEPS * (sum(each.last_s for each in kept) + slowest)
+        rest = FEWEST_STEPS * (sum(each.last_s for each in kept) + slowest)
+        rest += (WARM_UP[device.type] + 2) * slowest
         if kept and time.monotonic() + rest > until:
             skipped.append(f"{row.name}: no time in {minutes:g} minutes")
             return
@@ -201,6 +203,7 @@ def measure(
         subject = make(device, dtype)
         policy = DeerPolicy(subject.model, subject.tokenizer, _rule(subject, 1))
         tokens, rows = policy.reset(INSTRUCTION), _rows(policy, subject)
+        policy.step(next(seen))  # the first step of an episode, which the static row would probe in
         for row in rows[:2]:
             prepare(row)
     tell("measuring the device")
@@ -216,6 +219,7 @@ def measure(
             tell(f"measuring {len(kept)} rows in turns")
             row.measure(next(seen))
         rounds += 1
+    rates = rates.best(measured_rates(device, dtype))
     sizes = {name: tensor.nbytes for name, tensor in subject.model.state_dict().items()}
     work = StepWork(cost_table(subject.model.config, tokens), sizes)
     return {

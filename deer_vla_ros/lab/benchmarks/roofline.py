@@ -34,6 +34,10 @@ class Rates:
     bytes_per_s: float
     macs_per_s: float
 
+    def best(self, other: Rates) -> Rates:
+        """The better of two measurements of one device."""
+        return Rates(max(self.bytes_per_s, other.bytes_per_s), max(self.macs_per_s, other.macs_per_s))
+
     def bound_ms(self, weight_bytes: float, gmac: float) -> float:
         """The shortest time [ms] that reads this many bytes and does this many GMAC."""
         return max(weight_bytes / self.bytes_per_s, gmac * GIGA / self.macs_per_s) * 1e3
