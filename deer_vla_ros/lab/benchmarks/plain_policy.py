@@ -84,9 +84,9 @@ class PlainPolicy:
             visual = self._see(images, observation)
             clock.ends("vision")
             output, layers = self._climb(visual, clock)
-        pose, probability = output.pose[0, 0].float(), output.gripper_logit[0, 0, 0].float().sigmoid()
-        action = Action(pose.cpu().numpy(), probability.item())
+        pose, probability = output.pose[0, 0], output.gripper_logit[0, 0, 0].sigmoid()
         clock.ends("head")
+        action = Action(pose.cpu().numpy(), probability.item())
         self._state = output.state
         return PlainStep(action, layers, clock.times())
 
@@ -150,7 +150,7 @@ def _scaled_and_cropped(image: np.ndarray, size: int) -> np.ndarray:
 
 
 class _StageClock:
-    """The time of each stage. On a GPU it records events and does not wait for them before `times`."""
+    """The time of each stage. On a GPU it records events and never waits for them."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -161,10 +161,8 @@ class _StageClock:
         self._marks.append((stage, self._now()))
 
     def times(self) -> StageTimes:
-        """Adds up the milliseconds of each stage. Waits for the last one on a GPU."""
+        """Adds up the milliseconds of each stage. On a GPU, call it after the results were read."""
         found = {"preprocess": 0.0, "vision": 0.0, "language": 0.0, "head": 0.0}
-        if self._on_gpu:
-            self._marks[-1][1].synchronize()
         for (_, begin), (stage, end) in zip(self._marks, self._marks[1:]):
             found[stage] += begin.elapsed_time(end) if self._on_gpu else (end - begin) * 1e3
         return StageTimes(**found)
