@@ -38,11 +38,12 @@ class Gpu:
 
 
 GPUS = (
-    # NVIDIA Jetson AGX Orin Series Technical Brief v1.2: 204.8 GB/s; 170 TOPS of sparse INT8 on the GPU alone,
-    # of which dense float16 is a quarter.
+    # NVIDIA Jetson AGX Orin Series Technical Brief v1.2: 204.8 GB/s; 170 TOPS of sparse INT8 on the GPU
+    # alone, of which dense float16 is a quarter.
     Gpu("Jetson AGX Orin 64GB", 204.8, 170 / 4),
-    # 273 GB/s; 2070 TFLOPS of sparse FP4, of which dense float16 is an eighth (sparsity, FP8 and float16 halve
-    # it): https://developer.ridgerun.com/wiki/index.php/NVIDIA_Jetson_AGX_Thor/Introduction/SoM_Overview
+    # 273 GB/s; 2070 TFLOPS of sparse FP4, of which dense float16 is an eighth: without sparsity, in FP8 and
+    # in float16 it is half each time.
+    # https://developer.ridgerun.com/wiki/index.php/NVIDIA_Jetson_AGX_Thor/Introduction/SoM_Overview
     Gpu("Jetson AGX Thor (T5000)", 273.0, 2070 / 8),
     # NVIDIA Ada GPU Architecture, appendix A: 1008 GB/s; 165.2 TFLOPS of float16 that is summed in float32.
     # The same at https://waredb.com/processor/nvidia-geforce-rtx-4090

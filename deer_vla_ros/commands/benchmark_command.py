@@ -151,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers",
         type=int,
         metavar="N",
-        help="model: layers of the preset's network (default: 24, 32, 12, as many as the static network has)",
+        help="model: layers of the preset's network (default: all that the paper's static one has, 24 or 32)",
     )
     parser.add_argument(
         "--minutes", type=positive, default=5.0, help="model: time of the run (default: %(default)s)"

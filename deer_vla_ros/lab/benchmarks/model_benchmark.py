@@ -461,7 +461,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         below += heights
     bounds = [sum(row["bound_ms"].values()) for row in rows]
     axes.scatter(places, bounds, marker="_", s=300, color="black", label="roofline", zorder=3)
-    names = {"exit": "{}", "static": "{}\nstatic", "plain": "{}\nplain way"}
+    names = {"exit": "{}", "static": "{}\nstatic", "plain": "{}\nplain"}
     axes.set_xticks(places, [names[row["kind"]].format(row["layers"]) for row in rows])
     axes.set(
         xlabel="layers run",
@@ -470,7 +470,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     )
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=len(STAGES) + 1, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
