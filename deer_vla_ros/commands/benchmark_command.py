@@ -1,4 +1,4 @@
-"""Times the node, checks that budgets are kept, and shows what depth buys in closed loop.
+"""Times the node and the network, checks that budgets are kept, and shows what depth buys in closed loop.
 
 Example: the commands behind the figures of the documentation, and two quick ones:
 
@@ -7,6 +7,9 @@ Example: the commands behind the figures of the documentation, and two quick one
     python -m deer_vla_ros benchmark budgets --json out/budgets.json
     python -m deer_vla_ros benchmark budgets --episodes 20
     python -m deer_vla_ros benchmark latency --json out/latency.json
+    python -m deer_vla_ros benchmark model --preset openflamingo_3b --random-weights --device cuda \\
+        --json out/model.json --plot out/model.png
+    python -m deer_vla_ros benchmark model --minutes 1
     python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint \\
         --plot docs/images/curve.png
     python -m deer_vla_ros benchmark ablations --chains 200 --data out/train/data --json out/ablations.json
@@ -25,6 +28,13 @@ checks that no step passes a peak.
 
 latency: measures the milliseconds of every stage of a step on this machine. --json writes them as the table
 that `replay --latency-table` reads.
+
+model: measures a step of one network on one device, at every exit and at static full depth: MACs, bytes of
+weights, milliseconds of every stage, waits of the host, launches, memory, and the share of the roofline that
+the same run measures. It compares the step at the paper's mean depth with the plain way to run all layers
+(float32 weights under autocast, one pass of the vision transformer per camera, eager). --random-weights makes
+a network of a `--preset` in memory; without it, the network is that of --checkpoint. `--minutes` bounds the
+run; static full depth is always measured, and rows that found no time are named.
 
 curve: average length of `--chains` chains over the MACs of the language part: the dynamic network with its
 own thresholds, with several budgets and at each fixed exit, and every `--static` network at its full depth,
@@ -46,7 +56,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -70,9 +82,9 @@ ENOUGH_SAMPLES = 300
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=("node", "budgets", "latency", "curve", "ablations", *PARTS),
+        choices=("node", "budgets", "latency", "model", "curve", "ablations", *PARTS),
         metavar="WHAT",
-        help=f"node, budgets, latency, curve, ablations; {', '.join(PARTS)}: see above",
+        help=f"node, budgets, latency, model, curve, ablations; {', '.join(PARTS)}: see above",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument(
@@ -82,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="",
         metavar="DIR",
-        help="budgets, latency, curve: checkpoint folder (default: the embedded one); ablations: see above",
+        help="budgets, latency, model, curve: checkpoint folder (default: embedded); ablations: see above",
     )
     parser.add_argument(
         "--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)"
@@ -115,16 +127,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="curve: wordings of the instructions, both: half and half (default: %(default)s)",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="latency: default %(default)s"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="latency, model: default %(default)s"
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="latency: default %(default)s",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="latency, model: number type; auto: float16 on a GPU, float32 on a CPU (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="latency: of torch on a CPU (default: %(default)s)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="latency, model: of torch on a CPU (default: latency 1, model all cores)",
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="model: openflamingo_3b, openflamingo_9b or tabletop; see above"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="model: make the preset's network in memory"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="model: layers of the preset's network (default: all that the paper's static one has, 24 or 32)",
+    )
+    parser.add_argument(
+        "--minutes", type=positive, default=5.0, help="model: time of the run (default: %(default)s)"
     )
     parser.add_argument(
         "--recipe",
@@ -142,7 +172,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fraction", type=float, default=0.35, help="ablations: of full depth (default: %(default)s)"
     )
     parser.add_argument(
-        "--plot", type=Path, default=Path("out/curve.png"), metavar="PNG", help="curve: default %(default)s"
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="curve, model: the plot's file (default: curve out/curve.png, model none)",
     )
     parser.add_argument(
         "--out",
@@ -168,6 +201,7 @@ def run(args: argparse.Namespace) -> int:
         "budgets": _budgets,
         "curve": _curve,
         "latency": _latency,
+        "model": _model,
         "node": _node,
     }[args.what](args)
     if args.json:
@@ -247,15 +281,14 @@ def _latency(args: argparse.Namespace) -> dict[str, object]:
     from deer_vla_ros.lab.benchmarks.latency_benchmark import measure
     from deer_vla_ros.model.checkpoint import folder_of
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("benchmark: --device is cuda, but torch sees no GPU here: give cpu")
-    torch.set_num_threads(max(1, args.threads))
+    _check_device(args.device)
+    torch.set_num_threads(max(1, args.threads or 1))
     with Progress() as bar:
         task = bar.add_task("measuring", total=1.0)
         table = measure(
             folder_of(args.checkpoint),
             args.device,
-            getattr(torch, args.dtype),
+            _dtype(args),
             lambda share: bar.update(task, completed=share),
         )
     before, layer, probe = (sum(parts) / len(table.parts) for parts in zip(*table.parts))
@@ -266,12 +299,70 @@ def _latency(args: argparse.Namespace) -> dict[str, object]:
     return {"about": table.about, "parts": table.parts}
 
 
+def _model(args: argparse.Namespace) -> dict[str, object]:
+    """Measures a step of the network at every depth."""
+    import torch
+    from rich.progress import Progress
+
+    from deer_vla_ros.lab.benchmarks import model_benchmark
+    from deer_vla_ros.model.checkpoint import folder_of
+
+    if args.random_weights and args.checkpoint:
+        raise UserError("benchmark: --random-weights and --checkpoint were both given: give one of them")
+    if not args.random_weights and (args.preset or args.layers):
+        raise UserError(
+            "benchmark: --preset and --layers describe a network without a file: add --random-weights"
+        )
+    _check_device(args.device)
+    if args.threads:
+        torch.set_num_threads(max(1, args.threads))
+
+    def make(device: torch.device, dtype: torch.dtype) -> model_benchmark.Subject:
+        if args.random_weights:
+            return model_benchmark.random_subject(
+                args.preset or "openflamingo_3b", args.layers, device, dtype
+            )
+        return model_benchmark.checkpoint_subject(folder_of(args.checkpoint), device, dtype)
+
+    with Progress() as bar:
+        task = bar.add_task("", total=1.0)
+
+        def on_progress(what: str, share: float) -> None:
+            if what != bar.tasks[task].description:  # also where there is no terminal for the bar
+                print(f"{share:4.0%} of {args.minutes:g} minutes: {what}", flush=True)
+            bar.update(task, completed=share, description=what)
+
+        device = torch.device(args.device)
+        report = model_benchmark.measure(make, device, _dtype(args), args.minutes, on_progress)
+    report["command"] = shlex.join(["python", "-m", "deer_vla_ros", *sys.argv[1:]])
+    print("\n".join(model_benchmark.text(report)))
+    if args.plot:
+        model_benchmark.draw(report, args.plot)
+        print(f"plot: {args.plot}")
+    return report
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("benchmark: --device is cuda, but torch sees no GPU here: give cpu")
+
+
+def _dtype(args: argparse.Namespace):
+    """The torch number type that the arguments ask for."""
+    import torch
+
+    auto = "float16" if args.device == "cuda" else "float32"
+    return getattr(torch, auto if args.dtype == "auto" else args.dtype)
+
+
 def _curve(args: argparse.Namespace) -> dict[str, object]:
     """Measures the average length of chains over cost."""
     from deer_vla_ros.lab.benchmarks import depth_curve
     from deer_vla_ros.model.checkpoint import folder_of, load_info
 
-    folder = folder_of(args.checkpoint)
+    folder, plot = folder_of(args.checkpoint), args.plot or Path("out/curve.png")
     found = depth_curve.points(folder, args.static)
     rows = depth_curve.measure(
         found,
@@ -283,9 +374,7 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
         args.phrasings,
     )
     wording = "" if args.phrasings == "training" else f", {args.phrasings} wordings"
-    depth_curve.draw(
-        rows, f"{args.chains} chains of five{wording}, {load_info(folder).weights[:60]}", args.plot
-    )
+    depth_curve.draw(rows, f"{args.chains} chains of five{wording}, {load_info(folder).weights[:60]}", plot)
     print(f"\n{'':32}length   95%            MMAC per step")
     for row in rows:
         low, high = row["average_length_ci"]
@@ -306,7 +395,7 @@ def _curve(args: argparse.Namespace) -> dict[str, object]:
             f"its chains are longer by {each.difference:+.3f} (95%, chain by chain: {low:+.3f} to "
             f"{high:+.3f})"
         )
-    print(f"plot: {args.plot}")
+    print(f"plot: {plot}")
     return {"rows": rows, "headline": [dataclasses.asdict(each) for each in comparisons if each.dynamic]}
 
 
