@@ -42,9 +42,7 @@ class BudgetedPolicy:
     chosen: what the steps run with. problem: why the network is less deep than the budget allows; empty if it is not.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, latencies: LatencyTable | None = None, backend: str = EAGER
-    ):
+    def __init__(self, checkpoint: Checkpoint, latencies: LatencyTable | None = None, backend: str = EAGER):
         """latencies: replace the measured latencies of every step. backend: what steps run with, as in
         `backend_check.choose`; it is compared with eager steps here."""
         info = checkpoint.info

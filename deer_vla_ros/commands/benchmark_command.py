@@ -136,6 +136,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="latency, model: number type; auto: float16 on a GPU, float32 on a CPU (default: %(default)s)",
     )
     parser.add_argument(
+        "--backend",
+        choices=("auto", "eager", "compiled", "graphs"),
+        default="auto",
+        help="model: what our steps run with, as the parameter model.backend (default: %(default)s)",
+    )
+    parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
@@ -333,7 +339,7 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
             bar.update(task, completed=share, description=what)
 
         device = torch.device(args.device)
-        report = model_benchmark.measure(make, device, _dtype(args), args.minutes, on_progress)
+        report = model_benchmark.measure(make, device, _dtype(args), args.minutes, on_progress, args.backend)
     report["command"] = shlex.join(["python", "-m", "deer_vla_ros", *sys.argv[1:]])
     print("\n".join(model_benchmark.text(report)))
     if args.plot:

@@ -74,8 +74,8 @@ class DeerPolicy:
         lanes: int = 1,
         backend: Backend | None = None,
     ):
-        """backend: runs the steps of a policy with one lane whose rule allows the first exits of the network
-        and probes in every step. Other steps run without it, operator by operator."""
+        """backend: runs the steps of a policy with one lane whose rule allows the first exits of the network.
+        Other steps run without it, operator by operator."""
         assert backend is None or lanes == 1, "a backend is for one lane"
         # Whether a backend's step launches the next exit before it has read the last one. The device then has
         # no pause, but the last launch of a step is in vain. It changes no result.
@@ -167,7 +167,7 @@ class DeerPolicy:
             is_early = self.launches_early and index + 1 < len(lane.rule.exits)
             if is_early:
                 static.launch(index + 1)
-            if climb.ends(layer, static.read(index)):
+            if climb.reads(layer) and climb.ends(layer, static.read(index)):
                 break
             if not is_early:
                 static.launch(index + 1)

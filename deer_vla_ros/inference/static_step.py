@@ -126,12 +126,8 @@ class StaticStep:
         self._text = next(iter(self._texts.values()), None)
 
     def fits(self, rule: ExitRule) -> bool:
-        """Whether steps under this rule can run here: it allows the first exits, and probes in every step."""
-        return (
-            rule.exits == self._model.config.exits[: len(rule.exits)]
-            and rule.delta == self._delta
-            and rule.steps_per_stage == 1
-        )
+        """Whether steps under this rule can run here: it allows the first exits, none left out."""
+        return rule.exits == self._model.config.exits[: len(rule.exits)] and rule.delta == self._delta
 
     # --- an episode
 

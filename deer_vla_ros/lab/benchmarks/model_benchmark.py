@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deer_vla_ros.budget.cost import GIB, cost_table
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.backend_check import EAGER, choose
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation, StageTimes
@@ -171,12 +172,14 @@ def measure(
     dtype: torch.dtype,
     minutes: float,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
+    backend: str = EAGER,
 ) -> dict[str, Any]:
     """Measures all rows in about `minutes`, and returns the report.
 
     The static row always gets FEWEST_STEPS steps; other rows that have no time for as many are named in
     `skipped`. make: returns the network on a device in a number type. on_progress: gets what is being done,
-    and the share of the time that is over, 0..1.
+    and the share of the time that is over, 0..1. backend: what our steps run with, as in
+    `backend_check.choose`.
     """
     begin = time.monotonic()
     until = begin + minutes * 60
@@ -201,8 +204,11 @@ def measure(
     tell("making the network")
     with PeakMemory(device) as memory:
         subject = make(device, dtype)
-        policy = DeerPolicy(subject.model, subject.tokenizer, _rule(subject, 1))
+        every_exit = _rule(subject, len(subject.model.config.exits))
+        chosen = choose(backend, subject.model, subject.tokenizer, every_exit)
+        policy = chosen.policy
         tokens, rows = policy.reset(INSTRUCTION), _rows(policy, subject)
+        policy.rule = every_exit
         policy.step(next(seen))  # the first step of an episode, which the static row would probe in
         for row in rows[:2]:
             prepare(row)
@@ -228,6 +234,8 @@ def measure(
         "peak_memory_bytes": memory.bytes,
         "weight_bytes": sum(sizes.values()),
         "network": subject.about,
+        "backend": chosen.backend,
+        "backend_report": chosen.report,
         "tokens": tokens,
         "device": _name(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -262,7 +270,7 @@ def _rows(policy: DeerPolicy, subject: Subject) -> list[_Row]:
     ]
     beside = [row for row in rows if row.layers <= mean][-1:] + [row for row in rows if row.layers > mean][:1]
     rest = [row for row in reversed(rows[:-1]) if row not in beside]
-    never = ExitRule(exits[-1:], (NEVER,), subject.delta, steps_per_stage=ONLY_ONCE)
+    never = dataclasses.replace(_rule(subject, len(exits)), steps_per_stage=ONLY_ONCE)
     static = _Row("static", config.decoder.layers, 1, 1, through(never))
     return [static, rows[-1], *(row for row in beside if row is not rows[-1]), *rest]
 
@@ -422,7 +430,8 @@ def text(report: dict[str, Any]) -> list[str]:
     head = "".join(f"{title:>11}" for title in ("ms p50", "p95", *STAGES, "waits", "launches", "roofline"))
     lines = [
         f"{report['network']}; {report['device']}, {report['dtype']}, {report['threads']} threads; "
-        f"{report['tokens']} tokens",
+        f"{report['tokens']} tokens; backend {report['backend']}",
+        *([report["backend_report"]] if report["backend_report"] else []),
         f"device: {rates['bytes_per_s'] / 1e9:.1f} GB/s, {rates['macs_per_s'] / 1e9:.1f} GMAC/s (measured); "
         f"peak memory: {report['peak_memory_ratio']:.2f} x the weights",
         f"{'':42}{head}",

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.exit_rule import ExitRule, compared
+from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule, compared
 from deer_vla_ros.inference.preprocess import normalised
 from deer_vla_ros.inference.types import Action, Observation, StageTimes
 from deer_vla_ros.model.decoder import TextContext
@@ -131,7 +131,7 @@ class PlainPolicy:
                 break
             if index in rule.exits:
                 values = (compared(rule.delta, each.pose, each.feature)[0, 0] for each in (output, previous))
-                delta = rule.measure(*values)
+                delta = DELTAS[rule.delta](*values).item()
                 if index == rule.deepest or rule.agrees(rule.exits.index(index), delta):
                     break
             clock.ends("head")

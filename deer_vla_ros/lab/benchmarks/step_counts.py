@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WAIT = re.compile(r"cu(da)?(Stream|Event|Device|Ctx)Synchronize")
@@ -38,17 +40,31 @@ def counted(device: torch.device, step: Callable[[], object]) -> StepCounts:
     """Runs `step` on this device, twice on a GPU, and counts the last run. The step must be warmed up."""
     if device.type == "cuda":
         return from_profile(_profile(device, step))
-    with _Counter() as counter:
+    with _Reads() as reads, _Operators() as operators:
         step()
-    return StepCounts(counter.reads, counter.operators, counter.reads)
+    return StepCounts(reads.count, operators.count, reads.count)
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the operators that no other operator is made of, and those that take a value to the host."""
+class _Reads(TorchFunctionMode):
+    """Counts the calls that take values out of a tensor to the host. On a CPU they are no operators."""
+
+    CALLS = (Tensor.item, Tensor.tolist, Tensor.cpu)
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators = self.reads = 0
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.CALLS
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the operators that no other operator is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,17 +72,8 @@ class _Counter(TorchDispatchMode):
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-        self.operators += 1
-        result = func(*args, **kwargs)
-        self.reads += func is torch.ops.aten._local_scalar_dense.default or _leaves(args, result)
-        return result
-
-
-def _leaves(inputs: tuple, result: object) -> bool:
-    """Whether an operator copied a tensor from another device to the CPU."""
-    if not isinstance(result, torch.Tensor) or result.device.type != "cpu":
-        return False
-    return any(isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in inputs)
+        self.count += 1
+        return func(*args, **kwargs)
 
 
 class ProfileEvent(NamedTuple):
