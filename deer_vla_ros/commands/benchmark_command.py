@@ -23,8 +23,8 @@ governor off, over `--episodes` of 50 steps of the simulated table that the cali
 the same in a changed world, and reports the worst window of 200 steps with and without the governor. It also
 checks that no step passes a peak.
 
-latency: measures the milliseconds of every stage of a step on this machine. --json writes them as the table
-that `replay --latency-table` reads.
+latency: measures the milliseconds of every stage of a step on this machine, over 200 steps or for
+`--minutes`. --json writes them as the table that `replay --latency-table` reads.
 
 curve: average length of `--chains` chains over the MACs of the language part: the dynamic network with its
 own thresholds, with several budgets and at each fixed exit, and every `--static` network at its full depth,
@@ -125,6 +125,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", type=int, default=1, help="latency: of torch on a CPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        default=10.0,
+        metavar="M",
+        help="latency: the most time; with fewer than 20 timed steps there is no result "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--recipe",
@@ -242,21 +250,22 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
 def _latency(args: argparse.Namespace) -> dict[str, object]:
     """Measures a latency table."""
     import torch
-    from rich.progress import Progress
 
     from deer_vla_ros.lab.benchmarks.latency_benchmark import measure
+    from deer_vla_ros.lab.workers import progress_bar
     from deer_vla_ros.model.checkpoint import folder_of
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("benchmark: --device is cuda, but torch sees no GPU here: give cpu")
     torch.set_num_threads(max(1, args.threads))
-    with Progress() as bar:
-        task = bar.add_task("measuring", total=1.0)
+    with progress_bar() as bar:
+        task = bar.add_task("measuring", total=None)
         table = measure(
             folder_of(args.checkpoint),
             args.device,
             getattr(torch, args.dtype),
-            lambda share: bar.update(task, completed=share),
+            args.minutes * 60,
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
     before, layer, probe = (sum(parts) / len(table.parts) for parts in zip(*table.parts))
     print(
