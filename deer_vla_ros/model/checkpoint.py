@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import mmap
 import threading
 from collections.abc import Callable, Iterator

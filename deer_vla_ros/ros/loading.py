@@ -107,10 +107,10 @@ def _load(
     loaded = checkpoint.load(folder, device, dtype, layers, on_progress=progress)
     files_mb = sum((folder / name).stat().st_size for name in (checkpoint.CONFIG, checkpoint.TOKENIZER)) / MB
     log.info(f"config and tokenizer: {files_mb:.1f} MB in {progress.begin - begin:.1f} s")
-    seconds = time.monotonic() - progress.begin
+    read_mb, seconds = progress.total / MB, time.monotonic() - progress.begin
     own = sum(each.nbytes for each in loaded.model.state_dict().values() if not each.is_meta)
     log.info(
-        f"weights: {progress.total / MB:.0f} MB in {seconds:.1f} s, {progress.total / MB / seconds:.0f} MB/s; "
+        f"weights: {read_mb:.0f} MB in {seconds:.1f} s, {read_mb / seconds:.0f} MB/s; "
         f"{own / MB:.0f} MB in memory"
     )
     return loaded

@@ -102,9 +102,9 @@ class PolicyNode(LifecycleNode):
 
     Threads: the executor's thread runs the callbacks, which only hand messages over. A thread of configure
     loads the checkpoint; meanwhile the executor's thread waits, and looks for a signal or a request that ends
-    the load. The decoder's thread turns image messages into frames. The control thread ticks the controller when a pair of frames arrives
-    and every TICK_S. It sends beats to the watchdog process, which holds the arm when beats are missing. The
-    thread that receives a request to hold publishes the hold at once.
+    the load. The decoder's thread turns image messages into frames. The control thread ticks the controller
+    when a pair of frames arrives and every TICK_S. It sends beats to the watchdog process, which holds the
+    arm when beats are missing. The thread that receives a request to hold publishes the hold at once.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class PolicyNode(LifecycleNode):
     def _loaded(self, given: dict[str, Any]) -> Controller:
         """The controller for these parameter values. Raises Cancelled as soon as it must not go on."""
 
-        def load(check: Callable[[], None]) -> Controller:
+        def do(check: Callable[[], None]) -> Controller:
             # A late import: torch takes seconds, and other nodes can find this one meanwhile.
             from deer_vla_ros.ros import loading
 
@@ -227,11 +227,11 @@ class PolicyNode(LifecycleNode):
 
         if self._load is not None:
             self._wait_for(self._load)  # it was given up, and still does its last step
-        self._load = Work("load", load)
+        self._load = Work("load", do)
         self._load.start()
         self._wait_for(self._load)
-        load_that_ended, self._load = self._load, None
-        return load_that_ended.take_result()
+        load, self._load = self._load, None
+        return load.take_result()
 
     def _wait_for(self, load: Work[Controller]) -> None:
         """Waits until the load has ended. Gives it up and raises Cancelled if somebody asks for an end."""
@@ -359,7 +359,8 @@ class PolicyNode(LifecycleNode):
         self._outputs.close()
         gc.collect()
         torch = sys.modules.get("torch")  # configure may have failed before the import
-        if torch and self._load is None:  # a load that was given up may still import it
+        # A load that was given up may still import it.
+        if torch and (self._load is None or not self._load.is_alive()):
             torch.cuda.empty_cache()
 
     # --- control

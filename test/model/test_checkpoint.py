@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_model import INSTRUCTION, SMALL, observations, small_model, small_tokenizer, with_decoder
+from small_model import INFO, INSTRUCTION, SMALL, observations, small_model, small_tokenizer, with_decoder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from deer_vla_ros.errors import Cancelled, UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
-from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import (
     CONFIG,
     EMBEDDED,
@@ -27,22 +26,12 @@ from deer_vla_ros.model.checkpoint import (
     TOKENIZER,
     WEIGHTS,
     Checkpoint,
-    CheckpointInfo,
     folder_of,
     load,
     save,
 )
 from deer_vla_ros.model.config import tabletop
 from deer_vla_ros.model.network import state_shapes
-
-INFO = CheckpointInfo(
-    model=SMALL,
-    action_space=CALVIN,
-    weights="random",
-    trained=False,
-    delta="l2",
-    thresholds=(0.01, 0.02, 1e8),
-)
 
 
 @pytest.fixture

@@ -58,7 +58,9 @@ def test_a_request_ends_a_configure_at_once_and_the_node_lives_on(client, slow_c
             accepted = client.change_state(node, transition)
             assert not configured.result()
             assert client.state(node) == reached
-            assert accepted == (reached == State.PRIMARY_STATE_FINALIZED), "an unconfigured node has no cleanup"
+            assert accepted == (reached == State.PRIMARY_STATE_FINALIZED), (
+                "an unconfigured node has no cleanup"
+            )
         output = process.output()
         assert "configure is cancelled: cleanup was requested" in output
         assert "configure is cancelled: shutdown was requested" in output
