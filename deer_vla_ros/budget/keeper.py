@@ -301,6 +301,13 @@ class BudgetKeeper:
             resident_gib=float(self._gib[self._resident - 1]),
         )
 
+    @_locked
+    def longest_ms(self) -> float:
+        """Returns the expected time [ms] of a step to the deepest exit that the budget allows; NaN if no
+        latency was measured."""
+        costs = self._exit_costs().get("average_ms")
+        return math.nan if costs is None else float(costs[self._solution.count - 1])
+
     # --- solving
 
     def _exit_costs(self) -> dict[str, np.ndarray]:

@@ -26,8 +26,8 @@ governor off, over `--episodes` of 50 steps of the simulated table that the cali
 the same in a changed world, and reports the worst window of 200 steps with and without the governor. It also
 checks that no step passes a peak.
 
-latency: measures the milliseconds of every stage of a step on this machine. --json writes them as the table
-that `replay --latency-table` reads.
+latency: measures the milliseconds of every stage of a step on this machine, over 200 steps or for
+`--minutes`. --json writes them as the table that `replay --latency-table` reads.
 
 model: measures a step of one network on one device, at every exit and at static full depth: MACs, bytes of
 weights, milliseconds of every stage, waits of the host, launches, memory, and the share of the roofline that
@@ -160,7 +160,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model: layers of the preset's network (default: all that the paper's static one has, 24 or 32)",
     )
     parser.add_argument(
-        "--minutes", type=positive, default=5.0, help="model: time of the run (default: %(default)s)"
+        "--minutes",
+        type=positive,
+        default=10.0,
+        metavar="M",
+        help="latency: the most time; with fewer than 20 timed steps there is no result. model: the time of "
+        "the run (default: %(default)s)",
     )
     parser.add_argument(
         "--recipe",
@@ -282,20 +287,21 @@ def _budgets(args: argparse.Namespace) -> dict[str, object]:
 def _latency(args: argparse.Namespace) -> dict[str, object]:
     """Measures a latency table."""
     import torch
-    from rich.progress import Progress
 
     from deer_vla_ros.lab.benchmarks.latency_benchmark import measure
+    from deer_vla_ros.lab.workers import progress_bar
     from deer_vla_ros.model.checkpoint import folder_of
 
     _check_device(args.device)
     torch.set_num_threads(max(1, args.threads or 1))
-    with Progress() as bar:
-        task = bar.add_task("measuring", total=1.0)
+    with progress_bar() as bar:
+        task = bar.add_task("measuring", total=None)
         table = measure(
             folder_of(args.checkpoint),
             args.device,
             _dtype(args),
-            lambda share: bar.update(task, completed=share),
+            args.minutes * 60,
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
     before, layer, probe = (sum(parts) / len(table.parts) for parts in zip(*table.parts))
     print(

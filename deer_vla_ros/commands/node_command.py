@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
         from deer_vla_ros.ros.policy_node import PolicyNode
 
-        node = PolicyNode(args.ros_args, on_failure=stop.set)
+        node = PolicyNode(args.ros_args, on_failure=stop.set, is_ending=stop.is_set)
         nodes.append(node)
         executor = SingleThreadedExecutor()
         executor.add_node(node)

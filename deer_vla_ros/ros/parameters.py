@@ -147,6 +147,15 @@ DECLARATIONS = (
         high=256,
     ),
     Declaration(
+        "model.warm_up_s",
+        10.0,
+        "configure runs every exit a few times, the deepest first, and starts no more runs after this time. "
+        "One run always takes place.",
+        "s",
+        0.0,
+        3600.0,
+    ),
+    Declaration(
         "control.rate_hz",
         10.0,
         "Most steps per second of ROS time. A hold is repeated at this rate.",

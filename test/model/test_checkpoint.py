@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_model import INSTRUCTION, SMALL, observations, small_model, small_tokenizer
+from small_model import INFO, INSTRUCTION, SMALL, observations, small_model, small_tokenizer, with_decoder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import Cancelled, UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
-from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import (
     CONFIG,
     EMBEDDED,
@@ -24,27 +26,32 @@ from deer_vla_ros.model.checkpoint import (
     TOKENIZER,
     WEIGHTS,
     Checkpoint,
-    CheckpointInfo,
     folder_of,
     load,
     save,
 )
 from deer_vla_ros.model.config import tabletop
-
-INFO = CheckpointInfo(
-    model=SMALL,
-    action_space=CALVIN,
-    weights="random",
-    trained=False,
-    delta="l2",
-    thresholds=(0.01, 0.02, 1e8),
-)
+from deer_vla_ros.model.network import state_shapes
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     save(tmp_path, Checkpoint(INFO, small_model(), small_tokenizer()), "made by a test\n")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory) -> Path:
+    """A checkpoint of about 170 MB, as float16."""
+    folder = tmp_path_factory.mktemp("large")
+    config = with_decoder(SMALL, width=1024, heads=8, mlp_ratio=4)
+    save(folder, Checkpoint(INFO, small_model(), small_tokenizer()), "made by a test\n")
+    change_config(folder, lambda values: values.update(model=config.to_dict()))
+    shapes = state_shapes(config, for_training=False)
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, folder / WEIGHTS
+    )
+    return folder
 
 
 def poses(checkpoint: Checkpoint) -> list[list[float]]:
@@ -226,6 +233,38 @@ def test_a_pickle_is_never_loaded(folder, name, write):
     write(folder / name, Bomb(trace))
     refusal_of(folder)
     assert not trace.exists()
+
+
+def test_a_load_tells_its_bytes_and_ends_where_it_is_told_to(folder):
+    told = []
+    load(folder, on_progress=lambda done, total: told.append((done, total)))
+    (total,) = {total for _, total in told}
+    heads = ("last_head.", "auxiliary_heads.")
+    stored = {name: t for name, t in load_file(folder / WEIGHTS).items() if not name.startswith(heads)}
+    assert total == sum(tensor.nbytes for tensor in stored.values())
+    assert len(told) == len(stored) + 1 and told[0][0] == 0 and told[-1][0] == total
+    assert told == sorted(told)
+
+    def end(done: int, total: int) -> None:
+        if done:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        load(folder, on_progress=end)
+    assert "read_ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_load_needs_no_more_memory_than_the_loaded_weights(large_folder, dtype):
+    measured = subprocess.run(
+        [sys.executable, Path(__file__).with_name("measure_load.py"), large_folder, dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    figures = json.loads(measured.stdout)
+    assert figures["weights_mib"] > 150
+    assert figures["peak_over_weights"] <= 1.1, figures
 
 
 def test_a_refused_checkpoint_can_be_repaired(folder):
