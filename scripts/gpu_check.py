@@ -1,4 +1,4 @@
-"""Checks the steps of a full-size network on a GPU against eager steps and against goals. See gpu_check.sh."""
+"""Checks the steps of a full-size network on a GPU against eager steps and goals. See gpu_check.sh."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ class BudgetedPolicy:
     """A policy whose exit rule always comes from the budget.
 
     Any thread may call `check` and read `status`, `budget_id` and `problem`. All else belongs to one thread.
-    chosen: what the steps run with. problem: why the network is less deep than the budget allows; empty if it is not.
+    chosen: what the steps run with. problem: why the network is less deep than the budget allows; empty if it
+    is not.
     """
 
     def __init__(self, checkpoint: Checkpoint, latencies: LatencyTable | None = None, backend: str = EAGER):

@@ -23,16 +23,16 @@ OBSERVATIONS = 20
 WITHIN_S = 20.0
 """The comparison ends this many seconds after it has compared each exit once."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
-"""The most by which a pose, a delta or a probability may differ. Above the rounding of the number type: on the
-released sizes, float16 changes deltas by up to 0.0014, bfloat16 by up to 0.017."""
+"""The most by which a pose, a delta or a probability may differ. It is above the rounding of the number type:
+on the released sizes, float16 changes deltas by up to 0.0014, bfloat16 by up to 0.017."""
 
 
 @dataclass(frozen=True)
 class Chosen:
     """A policy, and what its steps run with: one of NAMES without `auto`.
 
-    report: how that was found, in one line; empty if nothing was to be found. is_refused: the backend that was
-    asked for is not used.
+    report: how that was found, in one line; empty if nothing was to be found. is_refused: the backend that
+    was asked for is not used.
     """
 
     policy: DeerPolicy
@@ -52,7 +52,8 @@ def choose(name: str, model: MultiExitVLA, tokenizer: InstructionTokenizer, rule
         name = "graphs" if device.type == "cuda" else EAGER
     if name == "graphs" and device.type != "cuda":
         raise UserError(
-            f"model.backend is 'graphs', which are CUDA graphs, and the network is on {device.type}: use 'auto'"
+            f"model.backend is 'graphs', which are CUDA graphs, and the network is on {device.type}: "
+            "use 'auto'"
         )
     eager = DeerPolicy(model, tokenizer, rule)
     if name == EAGER:

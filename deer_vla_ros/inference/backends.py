@@ -119,7 +119,8 @@ class _CudaMark:
 class Compiled(Direct):
     """Compiles the functions with torch.compile, for any number of tokens.
 
-    The result is kept on the disk, in `cache_folder`, so that only the first start on a machine takes minutes.
+    The result is kept on the disk, in `cache_folder`, so that only the first start on a machine takes
+    minutes.
     """
 
     def __init__(self, device: torch.device):
@@ -148,9 +149,9 @@ class Captured(Direct):
 class CudaGraphs(Captured):
     """Records the functions as CUDA graphs: a step is then a few launches instead of hundreds.
 
-    torch.compile(mode="reduce-overhead") also makes graphs. It is not used because its outputs are overwritten
-    by its next run, it records anew for each path through the exits, and it compiles for minutes at a start.
-    Images are scaled by plain operators before the first graph, because a graph would have to be recorded
+    torch.compile(mode="reduce-overhead") also makes graphs. It is not used because its outputs are
+    overwritten by its next run, it records anew for each path through the exits, and it compiles for minutes
+    at a start. Images are scaled by plain operators before the first graph, because a graph would have to be recorded
     for each image size, and a camera's size is only known when its first image is there.
     """
 

@@ -134,9 +134,9 @@ DECLARATIONS = (
     Declaration(
         "model.backend",
         "auto",
-        "What steps run with. eager: operator by operator. compiled: torch.compile, which takes minutes at the "
-        "first start on a machine. graphs: CUDA graphs. auto: graphs on a GPU, eager on a CPU. A backend whose "
-        "decisions differ from eager ones is refused with a warning, and steps run eagerly.",
+        "What steps run with. eager: operator by operator. compiled: torch.compile, which takes minutes at "
+        "the first start on a machine. graphs: CUDA graphs. auto: graphs on a GPU, eager on a CPU. A backend "
+        "whose decisions differ from eager ones is refused with a warning, and steps run eagerly.",
         choices=("auto", "eager", "compiled", "graphs"),
     ),
     Declaration(
