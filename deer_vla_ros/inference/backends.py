@@ -151,8 +151,8 @@ class CudaGraphs(Captured):
 
     torch.compile(mode="reduce-overhead") also makes graphs. It is not used because its outputs are
     overwritten by its next run, it records anew for each path through the exits, and it compiles for minutes
-    at a start. Images are scaled by plain operators before the first graph, because a graph would have to be recorded
-    for each image size, and a camera's size is only known when its first image is there.
+    at a start. Images are scaled by plain operators before the first graph: a graph would have to be recorded
+    for each size of an image, which is only known when the first image of a camera is there.
     """
 
     def __init__(self, device: torch.device):

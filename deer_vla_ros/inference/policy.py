@@ -13,7 +13,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.backends import Backend
 from deer_vla_ros.inference.climb import Climb
 from deer_vla_ros.inference.exit_rule import ExitRule
-from deer_vla_ros.inference.preprocess import ImagePreprocessor
+from deer_vla_ros.inference.preprocess import ImagePreprocessor, uploaded
 from deer_vla_ros.inference.reading import Reading, packed, values_compared
 from deer_vla_ros.inference.static_step import PreparedGroups, StaticStep
 from deer_vla_ros.inference.types import Observation, PolicyStep, StageTimes
@@ -158,10 +158,10 @@ class DeerPolicy:
         self._check_instructions([0])
         climb = Climb(lane.rule, lane.episode_step, lane.last_exit_layer)
         static.start()
-        static.begin(
-            self._preprocess([observation.static, observation.gripper]),
-            self._model.pose_values(self._tcp([observation]), 1),
-        )
+        images = self._preprocess([observation.static, observation.gripper])
+        # Computed on the host: the few numbers take one copy to the device, not a dozen operators there.
+        pose = self._model.pose_values(self._tcp([observation]), 1)
+        static.begin(images, uploaded(pose, self._model.device))
         static.launch(0)
         for index, layer in enumerate(lane.rule.exits):
             is_early = self.launches_early and index + 1 < len(lane.rule.exits)
@@ -216,7 +216,9 @@ class DeerPolicy:
         seen = list(observations.values())
         images = self._preprocess([image for each in seen for image in (each.static, each.gripper)])
         watch.lap("preprocess")
-        visual = self._model.see(images.unflatten(1, (len(seen), -1))[0], self._tcp(seen)).visual
+        tcp = self._tcp(seen)
+        tcp = None if tcp is None else uploaded(tcp, self._model.device)
+        visual = self._model.see(images.unflatten(1, (len(seen), -1))[0], tcp).visual
         watch.lap("vision")
         return visual
 
@@ -232,11 +234,11 @@ class DeerPolicy:
             )
 
     def _tcp(self, observations: Sequence[Observation]) -> Tensor | None:
-        """(N, 7) poses for a network that uses them; None if an observation has none."""
+        """(N, 7) poses on the host for a network that uses them; None if an observation has none."""
         if self._model.proprioception is None or any(each.tcp is None for each in observations):
             return None
         poses = [torch.as_tensor(each.tcp, dtype=torch.float32) for each in observations]
-        return torch.stack(poses).to(self._model.device)
+        return torch.stack(poses)
 
     def _climb(self, ascents: Sequence[_Ascent], visual: Tensor, watch: _Stopwatch) -> None:
         """Runs the layers until every climb has ended. A lane whose climb has ended leaves the batch."""

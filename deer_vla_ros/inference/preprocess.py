@@ -146,6 +146,13 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(values, device=device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 
 
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. The host does not wait for a copy to a GPU."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class ImagePreprocessor:
     """Turns raw images into one normalised batch on the device."""
 
@@ -155,7 +162,7 @@ class ImagePreprocessor:
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """Images (H, W, 3) uint8 of any sizes -> (1, cameras, 3, size, size)."""
         pixels = [
-            torch.from_numpy(np.require(image, requirements="CW")).to(self.device).permute(2, 0, 1)
+            uploaded(torch.from_numpy(np.require(image, requirements="CW")), self.device).permute(2, 0, 1)
             for image in images
         ]
         cropped = torch.stack([scaled_and_cropped(each, self.size) for each in pixels])
