@@ -91,10 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=positive, default=15.0, help="node: time of each condition (default: %(default)s)"
     )
     parser.add_argument(
+        "--goal",
+        action="store_true",
+        help="node: end with 1 if the overhead, idle with 1 thread, is above 2 x the relay's time at p50 or 3 x at "
+        "p99, or if there are fewer steps than frames",
+    )
+    parser.add_argument(
         "--checkpoint",
         default="",
         metavar="DIR",
-        help="budgets, latency, model, curve: checkpoint folder (default: embedded); ablations: see above",
+        help="node, budgets, latency, model, curve: checkpoint folder (default: embedded); ablations: see above",
     )
     parser.add_argument(
         "--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)"
@@ -198,8 +204,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 after all measurements, whatever the figures. UserError otherwise. It ends all its
-    processes."""
+    """Returns 0 after all measurements, and 1 if `--goal` asks for a goal that is missed. UserError otherwise.
+    It ends all its processes."""
     if args.what in PARTS:
         # A late import: the process that starts the others must not have a thread of rclpy when it forks.
         from deer_vla_ros.lab.benchmarks import node_parts as benchmark_parts
@@ -218,21 +224,26 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, report)
     print(f"measured in {time.monotonic() - started:.0f} s")
-    return 0
+    missed = report.get("missed_goals", []) if args.goal else []
+    for goal in missed:
+        print(f"missed: {goal}")
+    return 1 if missed else 0
 
 
 def _node(args: argparse.Namespace) -> dict[str, object]:
     """Measures the latency of the policy node."""
+    from deer_vla_ros.lab.benchmarks.node_figures import missed_goals
     from deer_vla_ros.lab.benchmarks.node_run import measure
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the processes in order
     args.out.mkdir(parents=True, exist_ok=True)
     keep_off_other_robots()
-    rows = measure(args.seconds, args.out)
+    rows = measure(args.seconds, args.out, args.checkpoint)
     quiet = rows[0]
     report = {
         "p50_ratio": quiet.p50_ratio,
         "p99_ratio": quiet.p99_ratio,
+        "missed_goals": missed_goals(quiet),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     print(

@@ -66,6 +66,25 @@ class LatencyRow:
     camera_gap_ms: float
 
 
+GOAL_RATIOS = {"p50": 2.0, "p99": 3.0}
+"""The most overhead that the node may have, as a multiple of the relay's time."""
+GOAL_STEPS = 0.98
+"""The least share of the frames on which the node must step."""
+
+
+def missed_goals(row: LatencyRow) -> list[str]:
+    """What a row misses of the goal, in words."""
+    ratios = {"p50": row.p50_ratio, "p99": row.p99_ratio}
+    missed = [
+        f"the overhead at {name} is {ratio:.2f} x the relay's time, at most {GOAL_RATIOS[name]:g} x is the goal"
+        for name, ratio in ratios.items()
+        if not ratio <= GOAL_RATIOS[name]
+    ]
+    if not row.step_rate_hz >= GOAL_STEPS * row.camera_rate_hz:
+        missed.append(f"{row.step_rate_hz:.1f} steps per second of {row.camera_rate_hz:.1f} frames")
+    return missed
+
+
 def read(log: Path) -> Heard:
     """Reads the listener's log so far.
 

@@ -37,11 +37,11 @@ HEAD = (
 )
 
 
-def measure(seconds: float, out: Path) -> list[LatencyRow]:
+def measure(seconds: float, out: Path, checkpoint: str = "") -> list[LatencyRow]:
     """Measures all conditions, `seconds` each, and prints a line after each one. Raises UserError if a
     process fails.
 
-    out: the folder for logs. There is no progress bar: it would use the cores whose latency is measured.
+    out: the folder for logs. checkpoint: the node's folder; empty: the embedded one. There is no progress bar: it would use the cores whose latency is measured.
     """
     os.environ.setdefault(PROFILES, str(_config("fastdds_large_images.xml")))
     cores = len(os.sched_getaffinity(0))
@@ -60,7 +60,7 @@ def measure(seconds: float, out: Path) -> list[LatencyRow]:
         _await(log, "relay", parts)
         alone = {name: _window(seconds, parts, spinning, out) for name, spinning in conditions.items()}
         for threads in CPU_THREADS:
-            node = _node(threads, out)
+            node = _node(threads, out, checkpoint)
             with kept(node):
                 _await(log, "step", [node, *parts])
                 for name, spinning in conditions.items():
@@ -93,14 +93,17 @@ def _window(seconds: float, processes: list[ChildProcess], spinning: int, out: P
     return begin_ns, end_ns
 
 
-def _node(threads: int, out: Path) -> ChildProcess:
+def _node(threads: int, out: Path, checkpoint: str) -> ChildProcess:
     settings = {
+        "model.path": checkpoint,
         "control.rate_hz": RATE_HZ,
         "control.rehearsal": True,
         "model.cpu_threads": threads,
         "action.frame": FRAME,
     }
-    parameters = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
+    parameters = [
+        word for name, value in settings.items() if value != "" for word in ("-p", f"{name}:={value}")
+    ]
     return ChildProcess(
         "policy node", ["node", "--ros-args", "-r", f"__ns:=/{NAMESPACE}", *parameters], out / "node.log"
     )

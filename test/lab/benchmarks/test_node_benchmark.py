@@ -1,5 +1,6 @@
 """Tests of the latency benchmark with real processes: plausible figures, and no process is left."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_figures_are_matched_by_stamp_and_taken_from_their_windows(tmp_path):
     assert row.samples == 2
     assert row.overhead_ms == {"p50": 8.0, "p99": 8.0}
     assert (row.arriving_ms["p50"], row.leaving_ms["p50"]) == (6.0, 2.0)
+
+    good = dataclasses.replace(row, p50_ratio=2.0, p99_ratio=3.0, step_rate_hz=29.5, camera_rate_hz=30.0)
+    assert benchmark_figures.missed_goals(good) == []
+    bad = dataclasses.replace(good, p50_ratio=2.01, p99_ratio=3.01, step_rate_hz=29.0)
+    p50, p99, steps = benchmark_figures.missed_goals(bad)
+    assert ("p50 is 2.01 x" in p50, "p99 is 3.01 x" in p99, "29.0 steps" in steps) == (True, True, True)
     assert row.p50_ratio == pytest.approx(8 / 5)
     assert row.p50_ratio_alone == pytest.approx(8 / 4)
     assert row.camera_rate_hz == pytest.approx(2 / 0.2)
