@@ -93,14 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--goal",
         action="store_true",
-        help="node: end with 1 if the overhead, idle with 1 thread, is above 2 x the relay's time at p50 or 3 x at "
-        "p99, or if there are fewer steps than frames",
+        help="node: end with 1 if the overhead, idle with 1 thread, is above 2 x the relay's time at p50 or "
+        "3 x at p99, or if there are fewer steps than frames",
     )
     parser.add_argument(
         "--checkpoint",
         default="",
         metavar="DIR",
-        help="node, budgets, latency, model, curve: checkpoint folder (default: embedded); ablations: see above",
+        help="all but ablations: checkpoint folder (default: embedded); ablations: see above",
     )
     parser.add_argument(
         "--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)"
@@ -204,8 +204,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 after all measurements, and 1 if `--goal` asks for a goal that is missed. UserError otherwise.
-    It ends all its processes."""
+    """Returns 0 after all measurements, and 1 if `--goal` asks for a goal that is missed. UserError
+    otherwise. It ends all its processes."""
     if args.what in PARTS:
         # A late import: the process that starts the others must not have a thread of rclpy when it forks.
         from deer_vla_ros.lab.benchmarks import node_parts as benchmark_parts
