@@ -15,7 +15,7 @@ from deer_vla_ros.model.network import MultiExitVLA
 def save_slow(folder: Path, image_size: int, layers: int = 2) -> Path:
     """Writes a checkpoint whose vision tower looks at images of so many pixels, in patches of 4.
 
-    A step takes about 0.6 s for 256 pixels, and about 8 s for 512. Returns the folder.
+    A step takes about 0.6 s for 256 pixels, and about 3 s for 384. Returns the folder.
     """
     embedded = load(EMBEDDED)
     model = embedded.info.model

@@ -20,8 +20,8 @@ def client():
 
 @pytest.fixture(scope="module")
 def slow_checkpoint(tmp_path_factory) -> Path:
-    """A checkpoint of which one step takes about eight seconds."""
-    return save_slow(tmp_path_factory.mktemp("slow"), 512)
+    """A checkpoint of which one step takes about three seconds."""
+    return save_slow(tmp_path_factory.mktemp("slow"), 384)
 
 
 def await_warm_up(process: Process, count: int = 1) -> None:
