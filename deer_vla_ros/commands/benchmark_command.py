@@ -63,7 +63,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from deer_vla_ros.commands.arguments import PHRASINGS, positive
+from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS, positive
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_json
 from deer_vla_ros.processes import keep_off_other_robots
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", *DTYPES),
         default="auto",
         help="latency, model: number type; auto: float16 on a GPU, float32 on a CPU (default: %(default)s)",
     )
@@ -299,7 +299,7 @@ def _latency(args: argparse.Namespace) -> dict[str, object]:
         table = measure(
             folder_of(args.checkpoint),
             args.device,
-            _dtype(args),
+            args.dtype,
             args.minutes * 60,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -318,6 +318,7 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
 
     from deer_vla_ros.lab.benchmarks import model_benchmark
     from deer_vla_ros.model.checkpoint import folder_of
+    from deer_vla_ros.model.quantisation import types_of
 
     if args.random_weights and args.checkpoint:
         raise UserError("benchmark: --random-weights and --checkpoint were both given: give one of them")
@@ -329,12 +330,14 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
     if args.threads:
         torch.set_num_threads(max(1, args.threads))
 
+    dtype, bits = types_of(args.dtype, args.device)
+
     def make(device: torch.device, dtype: torch.dtype) -> model_benchmark.Subject:
         if args.random_weights:
             return model_benchmark.random_subject(
-                args.preset or "openflamingo_3b", args.layers, device, dtype
+                args.preset or "openflamingo_3b", args.layers, device, dtype, bits=bits
             )
-        return model_benchmark.checkpoint_subject(folder_of(args.checkpoint), device, dtype)
+        return model_benchmark.checkpoint_subject(folder_of(args.checkpoint), device, dtype, bits)
 
     with Progress() as bar:
         task = bar.add_task("", total=1.0)
@@ -345,7 +348,7 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
             bar.update(task, completed=share, description=what)
 
         device = torch.device(args.device)
-        report = model_benchmark.measure(make, device, _dtype(args), args.minutes, on_progress, args.backend)
+        report = model_benchmark.measure(make, device, dtype, args.minutes, on_progress, args.backend)
     report["command"] = shlex.join(["python", "-m", "deer_vla_ros", *sys.argv[1:]])
     print("\n".join(model_benchmark.text(report)))
     if args.plot:
@@ -359,14 +362,6 @@ def _check_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("benchmark: --device is cuda, but torch sees no GPU here: give cpu")
-
-
-def _dtype(args: argparse.Namespace):
-    """The torch number type that the arguments ask for."""
-    import torch
-
-    auto = "float16" if args.device == "cuda" else "float32"
-    return getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 
 def _curve(args: argparse.Namespace) -> dict[str, object]:
