@@ -23,7 +23,7 @@ ROWS = 16
 """The number of rows is a multiple of this, which torch's operator for 4 bits needs on a CPU."""
 ROWS_PACKED = 64
 """In 4 bits, a CPU stores the codes of so many rows together."""
-PIECE = 2**18
+PIECE = 2**17
 """How many weights are quantised at once. It bounds the memory that this takes in addition."""
 TINY = torch.finfo(torch.bfloat16).tiny
 
