@@ -21,7 +21,7 @@ from deer_vla_ros.inference.static_step import PreparedGroups
 from deer_vla_ros.model.checkpoint import WEIGHTS
 from deer_vla_ros.model.decoder import Layer
 from deer_vla_ros.model.network import MultiExitVLA, state_shapes
-from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise, quantise_linear_maps
+from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise
 
 PIECE_BYTES = 4 * 2**20
 """The size of the pieces in which weights are copied. A cancelled load ends after the current piece."""
@@ -235,10 +235,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 def _empty_layer(model: MultiExitVLA, index: int) -> Layer:
     """Layer `index` on the meta device, without memory."""
     with torch.device("meta"):
-        layer = Layer(model.config.decoder, index, model.config.vision.width)
-        if model.bits is not None:
-            quantise_linear_maps(layer, model.bits)
-        return layer
+        return Layer(model.config.decoder, index, model.config.vision.width, model.bits)
 
 
 def _copy(mapped: Tensor, own: Tensor) -> Iterator[None]:

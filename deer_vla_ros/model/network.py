@@ -16,7 +16,6 @@ from deer_vla_ros.model.config import CAMERAS, ModelConfig
 from deer_vla_ros.model.decoder import Layer, TextContext, attention_bias
 from deer_vla_ros.model.grounding import POSE_VALUES, Found, Grounding, Proprioception, cell_centres
 from deer_vla_ros.model.head import ActionHead
-from deer_vla_ros.model.quantisation import quantise_linear_maps
 from deer_vla_ros.model.resampler import PerceiverResampler
 from deer_vla_ros.model.vision import VisionTower
 
@@ -45,8 +44,7 @@ class MultiExitVLA(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, for_training: bool = True, bits: int | None = None):
-        """for_training: False leaves out the heads that only training uses. bits: of a weight in the layers'
-        matrices, 8 or 4; None: they have the number type of all weights."""
+        """for_training: False leaves out the heads that only training uses. bits: as in Layer."""
         super().__init__()
         self.config, self.bits = config, bits
         decoder, visual_width = config.decoder, config.vision.width
@@ -61,9 +59,7 @@ class MultiExitVLA(nn.Module):
             else None
         )
         self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
-        self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
-        if bits is not None:
-            quantise_linear_maps(self.layers, bits)
+        self.layers = nn.ModuleList(Layer(decoder, i, visual_width, bits) for i in range(decoder.layers))
         self.final_norm = nn.LayerNorm(decoder.width, bias=False) if decoder.final_norm else None
         self.shared_head = ActionHead(decoder.width, config.head)
         if for_training:
@@ -142,8 +138,8 @@ class MultiExitVLA(nn.Module):
 def build(config: ModelConfig, state: Mapping[str, Tensor], bits: int | None = None) -> MultiExitVLA:
     """A network that uses the tensors of `state` without a copy and is ready for inference.
 
-    bits: as in MultiExitVLA.
-    Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so in a clear message.
+    bits: as in Layer. Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so
+    in a clear message.
     """
     model = _without_values(config, has_heads_of_training(state), bits)
     model.load_state_dict(state, strict=True, assign=True)
