@@ -238,7 +238,7 @@ def measure(
         prepare(row)
     rounds = 0
     while rounds < FEWEST_STEPS or time.monotonic() + sum(row.last_s for row in kept) < until:
-        for row in kept:
+        for row in sorted(kept, key=_in_report):  # a static step keeps the depth of the deepest exit's step
             tell(f"measuring {len(kept)} rows in turns")
             row.measure(next(seen))
         rounds += 1
