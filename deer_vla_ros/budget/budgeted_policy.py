@@ -59,7 +59,7 @@ class BudgetedPolicy:
         """latencies: replace the measured latencies of every step. backend: what steps run with, as in
         `backend_check.choose`; it is compared with eager steps here."""
         info = checkpoint.info
-        self._model, self._bytes_per_weight = info.model, checkpoint.model.dtype.itemsize
+        self._model, self._layer_bytes = info.model, checkpoint.model.layer_bytes
         self._device = checkpoint.model.device
         self._keeper = BudgetKeeper.of(checkpoint)
         self._keeper.set_resident(present_layers(checkpoint.model))
@@ -101,7 +101,7 @@ class BudgetedPolicy:
         Layers that exceed the memory budget leave the device now. Layers that fit again are loaded in the
         background; until then, steps go only as deep as before.
         """
-        self._layers.keep(layers_within(self._model, self._bytes_per_weight, budget.memory_gib))
+        self._layers.keep(layers_within(self._model, self._layer_bytes, budget.memory_gib))
         self.problem = ""
         self._keeper.set(budget)
         self._use_layers()

@@ -10,6 +10,7 @@ Example: the commands behind the figures of the documentation, and two quick one
     python -m deer_vla_ros benchmark model --preset openflamingo_3b --random-weights --device cuda \\
         --json out/model.json --plot out/model.png
     python -m deer_vla_ros benchmark model --minutes 1
+    python -m deer_vla_ros benchmark quantisation --episodes 20 --json out/quantisation.json
     python -m deer_vla_ros benchmark curve --chains 500 --static out/train/static_24/checkpoint \\
         --plot docs/images/curve.png
     python -m deer_vla_ros benchmark ablations --chains 200 --data out/train/data --json out/ablations.json
@@ -35,6 +36,11 @@ the same run measures. It compares the step at the paper's mean depth with the p
 (float32 weights under autocast, one pass of the vision transformer per camera, eager). --random-weights makes
 a network of a `--preset` in memory; without it, the network is that of --checkpoint. `--minutes` bounds the
 run; static full depth is always measured, and rows that found no time are named.
+
+quantisation: loads one network with each number type of the weights, and shows all of them the same
+`--episodes` of 50 steps of the simulated table. It compares the bytes of the layers; the milliseconds of the
+language part and of a step through all layers; how far poses (at the same exit) and deltas are from those in
+full precision; and how many steps take the same exit with the checkpoint's thresholds.
 
 curve: average length of `--chains` chains over the MACs of the language part: the dynamic network with its
 own thresholds, with several budgets and at each fixed exit, and every `--static` network at its full depth,
@@ -63,7 +69,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from deer_vla_ros.commands.arguments import PHRASINGS, positive
+from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS, positive
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_json
 from deer_vla_ros.processes import keep_off_other_robots
@@ -82,9 +88,9 @@ ENOUGH_SAMPLES = 300
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=("node", "budgets", "latency", "model", "curve", "ablations", *PARTS),
+        choices=("node", "budgets", "latency", "model", "quantisation", "curve", "ablations", *PARTS),
         metavar="WHAT",
-        help=f"node, budgets, latency, model, curve, ablations; {', '.join(PARTS)}: see above",
+        help=f"node, budgets, latency, model, quantisation, curve, ablations; {', '.join(PARTS)}: see above",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument(
@@ -103,7 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all but ablations: checkpoint folder (default: embedded); ablations: see above",
     )
     parser.add_argument(
-        "--episodes", type=int, default=200, help="budgets: episodes of 50 steps (default: %(default)s)"
+        "--episodes",
+        type=int,
+        default=200,
+        help="budgets, quantisation: episodes of 50 steps (default: %(default)s)",
     )
     parser.add_argument("--budgets", type=int, default=12, help="budgets: how many (default: %(default)s)")
     parser.add_argument(
@@ -133,13 +142,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="curve: wordings of the instructions, both: half and half (default: %(default)s)",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="latency, model: default %(default)s"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="latency, model, quantisation: default %(default)s",
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", *DTYPES),
         default="auto",
-        help="latency, model: number type; auto: float16 on a GPU, float32 on a CPU (default: %(default)s)",
+        help="latency, model: number type of the weights, as model.dtype (default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -151,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="latency, model: of torch on a CPU (default: latency 1, model all cores)",
+        help="latency, model, quantisation: of torch on a CPU (default: model all cores, others 1)",
     )
     parser.add_argument(
         "--preset", metavar="NAME", help="model: openflamingo_3b, openflamingo_9b or tabletop; see above"
@@ -220,6 +232,7 @@ def run(args: argparse.Namespace) -> int:
         "latency": _latency,
         "model": _model,
         "node": _node,
+        "quantisation": _quantisation,
     }[args.what](args)
     if args.json:
         write_json(args.json, report)
@@ -310,7 +323,7 @@ def _latency(args: argparse.Namespace) -> dict[str, object]:
         table = measure(
             folder_of(args.checkpoint),
             args.device,
-            _dtype(args),
+            args.dtype,
             args.minutes * 60,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -329,6 +342,7 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
 
     from deer_vla_ros.lab.benchmarks import model_benchmark
     from deer_vla_ros.model.checkpoint import folder_of
+    from deer_vla_ros.model.quantisation import types_of
 
     if args.random_weights and args.checkpoint:
         raise UserError("benchmark: --random-weights and --checkpoint were both given: give one of them")
@@ -340,12 +354,14 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
     if args.threads:
         torch.set_num_threads(max(1, args.threads))
 
+    dtype, bits = types_of(args.dtype, args.device)
+
     def make(device: torch.device, dtype: torch.dtype) -> model_benchmark.Subject:
         if args.random_weights:
             return model_benchmark.random_subject(
-                args.preset or "openflamingo_3b", args.layers, device, dtype
+                args.preset or "openflamingo_3b", args.layers, device, dtype, bits=bits
             )
-        return model_benchmark.checkpoint_subject(folder_of(args.checkpoint), device, dtype)
+        return model_benchmark.checkpoint_subject(folder_of(args.checkpoint), device, dtype, bits)
 
     with Progress() as bar:
         task = bar.add_task("", total=1.0)
@@ -356,7 +372,7 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
             bar.update(task, completed=share, description=what)
 
         device = torch.device(args.device)
-        report = model_benchmark.measure(make, device, _dtype(args), args.minutes, on_progress, args.backend)
+        report = model_benchmark.measure(make, device, dtype, args.minutes, on_progress, args.backend)
     report["command"] = shlex.join(["python", "-m", "deer_vla_ros", *sys.argv[1:]])
     print("\n".join(model_benchmark.text(report)))
     if args.plot:
@@ -365,19 +381,39 @@ def _model(args: argparse.Namespace) -> dict[str, object]:
     return report
 
 
+def _quantisation(args: argparse.Namespace) -> dict[str, object]:
+    """Compares the number types of the weights."""
+    import torch
+
+    from deer_vla_ros.lab.benchmarks import quantisation_benchmark
+    from deer_vla_ros.lab.scoring.table_episodes import table_episodes
+    from deer_vla_ros.lab.workers import progress_bar
+    from deer_vla_ros.model.checkpoint import folder_of
+
+    if args.episodes < 1:
+        raise UserError(f"benchmark: --episodes is {args.episodes}: give 1 or more")
+    _check_device(args.device)
+    torch.set_num_threads(max(1, args.threads or 1))
+    seeds = range(FIRST_SEED, FIRST_SEED + args.episodes)
+    number_types = (("float16",) if args.device == "cuda" else ("float32", "bfloat16")) + ("int8", "int4")
+    with progress_bar() as bar:
+        task = bar.add_task("steps", total=args.episodes * STEPS)
+        rows = quantisation_benchmark.measure(
+            folder_of(args.checkpoint),
+            args.device,
+            table_episodes(seeds, STEPS),
+            number_types,
+            lambda: bar.advance(task),
+        )
+    print("\n".join(quantisation_benchmark.text(rows)))
+    return {"rows": rows, "seeds": [seeds.start, seeds.stop - 1], "torch": torch.__version__}
+
+
 def _check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("benchmark: --device is cuda, but torch sees no GPU here: give cpu")
-
-
-def _dtype(args: argparse.Namespace):
-    """The torch number type that the arguments ask for."""
-    import torch
-
-    auto = "float16" if args.device == "cuda" else "float32"
-    return getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 
 def _curve(args: argparse.Namespace) -> dict[str, object]:

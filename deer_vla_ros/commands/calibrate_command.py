@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=arguments.DTYPES,
+        default="float32",
+        help="number type of the weights on the CPU, as the node's model.dtype (default: %(default)s)",
+    )
     parser.add_argument("--episodes", type=int, default=144, help="table: sessions (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="table: steps of each (default: %(default)s)")
     parser.add_argument(
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     from deer_vla_ros.budget.calibration import CALIBRATION
     from deer_vla_ros.lab.scoring.table_episodes import table_episodes
-    from deer_vla_ros.model.checkpoint import folder_of, load
+    from deer_vla_ros.model.checkpoint import folder_of, load_as
 
     if "table" in args.source and len(args.source) > 1:
         raise UserError(
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"calibrate: --{name} is {getattr(args, name)}: give 1 or more")
     folder = folder_of(args.checkpoint)
-    checkpoint = load(folder)
+    checkpoint = load_as(args.dtype, folder)
     left_out: list[str] = []
     if args.source == ["table"]:
         seeds = range(args.seed, args.seed + args.episodes)
@@ -102,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         source = f"recordings {', '.join(Path(name).name for name in args.source)}"
         episodes = _recorded(args, checkpoint.info.action_space, left_out)
     stored = _stored(folder)
-    calibration = _measured(args, checkpoint, episodes, steps, {"source": source})
+    calibration = _measured(args, checkpoint, episodes, steps, {"source": source, "dtype": args.dtype})
     if limit := calibration.provenance.get("time limit"):
         of_all = f", {steps} were asked for" if steps else ""
         left_out.append(f"what came later: the time limit was {limit}{of_all}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.static_step import PreparedGroups
 from deer_vla_ros.model.checkpoint import WEIGHTS
 from deer_vla_ros.model.decoder import Layer
-from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.network import MultiExitVLA, state_shapes
+from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise
 
 PIECE_BYTES = 4 * 2**20
 """The size of the pieces in which weights are copied. A cancelled load ends after the current piece."""
@@ -196,8 +198,12 @@ class _Load(threading.Thread):
 
     def _read(self, file: safe_open, index: int) -> Layer | None:
         """Layer `index` on the network's device, in memory of its own; None if the load was cancelled."""
-        layer, prefix = _empty_layer(self._model, index), f"layers.{index}."
-        expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        prefix = f"layers.{index}."
+        expected = {
+            name.removeprefix(prefix): shape
+            for name, shape in state_shapes(self._model.config, for_training=False).items()
+            if name.startswith(prefix)
+        }
         keys = [key for key in file.keys() if key.startswith(prefix)]
         found = {key.removeprefix(prefix): tuple(file.get_slice(key).get_shape()) for key in keys}
         for name in sorted(expected.keys() | found.keys()):
@@ -205,15 +211,17 @@ class _Load(threading.Thread):
                 raise UserError(
                     f"tensor {prefix}{name}: shape is {found.get(name)}, the network's {expected.get(name)}"
                 )
+        device, dtype, bits = self._model.device, self._model.dtype, self._model.bits
         state: dict[str, Tensor] = {}
         for name, shape in expected.items():
-            mapped = file.get_tensor(prefix + name)
-            state[name] = _own_memory(shape, self._model.device, self._model.dtype)
-            rows = max(1, PIECE_BYTES * shape[0] // mapped.nbytes)
-            for own, piece in zip(state[name].split(rows), mapped.split(rows)):
+            new = functools.partial(_own_memory, device)
+            own = empty_tensors(prefix + name, shape, dtype, bits, new)
+            fill = quantise if is_quantised(prefix + name, shape, bits) else _copy
+            for _ in fill(file.get_tensor(prefix + name), *own.values()):
                 if self.cancelled.is_set():
                     return None
-                own.copy_(piece)
+            state |= {key.removeprefix(prefix): tensor for key, tensor in own.items()}
+        layer = _empty_layer(self._model, index)
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
 
@@ -227,7 +235,15 @@ def _identity(path: Path) -> tuple[int, ...]:
 def _empty_layer(model: MultiExitVLA, index: int) -> Layer:
     """Layer `index` on the meta device, without memory."""
     with torch.device("meta"):
-        return Layer(model.config.decoder, index, model.config.vision.width)
+        return Layer(model.config.decoder, index, model.config.vision.width, model.bits)
+
+
+def _copy(mapped: Tensor, own: Tensor) -> Iterator[None]:
+    """Copies a tensor of a file. Yields after each piece."""
+    rows = max(1, PIECE_BYTES * len(mapped) // mapped.nbytes)
+    for to, piece in zip(own.split(rows), mapped.split(rows)):
+        to.copy_(piece)
+        yield
 
 
 @contextlib.contextmanager
@@ -242,7 +258,7 @@ def _copy_stream(device: torch.device) -> Iterator[None]:
         stream.synchronize()
 
 
-def _own_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _own_memory(device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An empty tensor whose memory returns to the system as soon as the tensor is dropped."""
     if device.type != "cpu":
         return torch.empty(shape, device=device, dtype=dtype)

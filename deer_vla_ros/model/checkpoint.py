@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import mmap
 import threading
@@ -28,6 +29,7 @@ from deer_vla_ros.model.network import (
     check_shapes,
     has_heads_of_training,
 )
+from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise, types_of
 from deer_vla_ros.model.text import InstructionTokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -110,6 +112,7 @@ def load(
     layers: int | None = None,
     for_training: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    bits: int | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint folder onto `device` and casts the weights to `dtype`.
 
@@ -120,8 +123,10 @@ def load(
     for_training: also load the heads that only training uses.
     on_progress: called before each tensor and after the last one, with the bytes of the weights that were
         read and those that will be read in all. What it raises ends the load.
+    bits: of a weight in the layers' matrices, 8 or 4; each is quantised while it is read. None: as `dtype`.
 
-    Raises a UserError that names a missing file, a missing or unknown tensor, or a tensor of a wrong shape.
+    Raises a UserError that names a missing file, a missing or unknown tensor, a tensor of a wrong shape, or a
+    matrix that cannot have these `bits`.
     """
     info = load_info(folder)
     tokenizer = InstructionTokenizer.from_file(folder / TOKENIZER, info.model.max_tokens)
@@ -130,10 +135,15 @@ def load(
             f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, "
             f"the network embeds {info.model.decoder.vocabulary}: they are not of the same model"
         )
-    wanted = _Wanted(info.model, torch.device(device), dtype, layers, for_training)
-    return Checkpoint(
-        info, build(info.model, _read_weights(folder / WEIGHTS, wanted, on_progress)), tokenizer, folder
-    )
+    wanted = _Wanted(info.model, torch.device(device), dtype, layers, for_training, bits)
+    state = _read_weights(folder / WEIGHTS, wanted, on_progress)
+    return Checkpoint(info, build(info.model, state, bits), tokenizer, folder)
+
+
+def load_as(number_type: str, folder: Path, device: str = "cpu") -> Checkpoint:
+    """As `load`, for a value of the parameter `model.dtype`."""
+    dtype, bits = types_of(number_type, device)
+    return load(folder, device, dtype, bits=bits)
 
 
 def set_thresholds(folder: Path, thresholds: tuple[float, ...]) -> None:
@@ -149,6 +159,7 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
 
     The readme is written last: a folder that has one is complete.
     """
+    assert checkpoint.model.bits is None, "a checkpoint folder has weights in full precision"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / README).unlink(missing_ok=True)
     tensors = {
@@ -171,6 +182,22 @@ class _Wanted:
     dtype: torch.dtype
     layers: int | None
     for_training: bool
+    bits: int | None
+
+    def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
+        """The network's tensors, without values, for the tensor `name` of the file."""
+        return empty_tensors(
+            name, shape, self.dtype, self.bits, functools.partial(torch.empty, device=device)
+        )
+
+    def copy(self, name: str, mapped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same in memory of their own, with the values of a tensor of the file."""
+        if not is_quantised(name, mapped.shape, self.bits):
+            return {name: _own_copy(mapped, self.device, self.dtype)}
+        own = self.empty(name, mapped.shape, self.device)
+        for _ in quantise(mapped, *own.values()):
+            pass
+        return own
 
 
 def _read_weights(
@@ -195,17 +222,16 @@ def _read_weights(
                 )
             left_out = () if wanted.for_training else HEADS_OF_TRAINING
             names = [name for name in shapes if not name.startswith(left_out)]
-            state = {
-                name: torch.empty(shapes[name], dtype=wanted.dtype, device="meta")
-                for name in names
-                if name.startswith(absent)
-            }
-            mapped = {name: file.get_tensor(name) for name in names if name not in state}
+            state: dict[str, torch.Tensor] = {}
+            for name in names:
+                if name.startswith(absent):
+                    state |= wanted.empty(name, shapes[name], torch.device("meta"))
+            mapped = {name: file.get_tensor(name) for name in names if not name.startswith(absent)}
             done, total = 0, sum(tensor.nbytes for tensor in mapped.values())
             with _read_ahead(path):
                 for name, tensor in mapped.items():
                     on_progress(done, total)
-                    state[name] = _own_copy(tensor, wanted.device, wanted.dtype)
+                    state |= wanted.copy(name, tensor)
                     done += tensor.nbytes
             on_progress(done, total)
             return state

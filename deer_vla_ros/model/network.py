@@ -43,10 +43,10 @@ class MultiExitVLA(nn.Module):
     to train the layers: the auxiliary heads and, at the last layer, `last_head`.
     """
 
-    def __init__(self, config: ModelConfig, for_training: bool = True):
-        """for_training: False leaves out the heads that only training uses."""
+    def __init__(self, config: ModelConfig, for_training: bool = True, bits: int | None = None):
+        """for_training: False leaves out the heads that only training uses. bits: as in Layer."""
         super().__init__()
-        self.config = config
+        self.config, self.bits = config, bits
         decoder, visual_width = config.decoder, config.vision.width
         self.vision = VisionTower(config.vision)
         self.resampler = PerceiverResampler(visual_width, config.resampler)
@@ -59,7 +59,7 @@ class MultiExitVLA(nn.Module):
             else None
         )
         self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
-        self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
+        self.layers = nn.ModuleList(Layer(decoder, i, visual_width, bits) for i in range(decoder.layers))
         self.final_norm = nn.LayerNorm(decoder.width, bias=False) if decoder.final_norm else None
         self.shared_head = ActionHead(decoder.width, config.head)
         if for_training:
@@ -75,6 +75,11 @@ class MultiExitVLA(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.token_embedding.weight.dtype
+
+    @property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """The bytes of all tensors of each layer, also of one that is not on the device now."""
+        return layer_bytes(self.config, self.dtype, self.bits)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, cameras, 3, size, size) normalised images -> (B, cameras * latents, vision width) tokens.
@@ -130,12 +135,13 @@ class MultiExitVLA(nn.Module):
             yield hidden
 
 
-def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
+def build(config: ModelConfig, state: Mapping[str, Tensor], bits: int | None = None) -> MultiExitVLA:
     """A network that uses the tensors of `state` without a copy and is ready for inference.
 
-    Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so in a clear message.
+    bits: as in Layer. Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so
+    in a clear message.
     """
-    model = _without_values(config, has_heads_of_training(state))
+    model = _without_values(config, has_heads_of_training(state), bits)
     model.load_state_dict(state, strict=True, assign=True)
     restore_buffers(model)
     return model.eval().requires_grad_(False)
@@ -153,10 +159,20 @@ def state_shapes(config: ModelConfig, for_training: bool = True) -> Mapping[str,
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
-def _without_values(config: ModelConfig, for_training: bool) -> MultiExitVLA:
+@functools.cache
+def layer_bytes(config: ModelConfig, dtype: torch.dtype, bits: int | None = None) -> tuple[int, ...]:
+    """The bytes of all tensors of each layer. Raises UserError if the layers cannot have these `bits`."""
+    return tuple(
+        sum(parameter.numel() * dtype.itemsize for parameter in layer.parameters())
+        + sum(buffer.nbytes for buffer in layer.buffers())
+        for layer in _without_values(config, for_training=False, bits=bits).layers
+    )
+
+
+def _without_values(config: ModelConfig, for_training: bool, bits: int | None = None) -> MultiExitVLA:
     """A network on the meta device, without memory."""
     with torch.device("meta"), _NoRandomValues():
-        return MultiExitVLA(config, for_training)
+        return MultiExitVLA(config, for_training, bits)
 
 
 class _NoRandomValues(TorchFunctionMode):

@@ -17,6 +17,8 @@ from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.model import checkpoint
 from deer_vla_ros.model.action_space import ActionSpace
+from deer_vla_ros.model.network import layer_bytes
+from deer_vla_ros.model.quantisation import types_of
 from deer_vla_ros.ros import parameters
 
 LEAST_OF_BFLOAT16 = 0.01
@@ -50,11 +52,13 @@ def warm_controller(
     if given["model.cpu_threads"] > 0:
         torch.set_num_threads(given["model.cpu_threads"])
     device = _device(given["model.device"])
-    folder, dtype = checkpoint.folder_of(given["model.path"]), _dtype(given["model.dtype"], device)
+    folder = checkpoint.folder_of(given["model.path"])
+    dtype, bits = types_of(given["model.dtype"], device)
     budget = parameters.budget(given)
     budget.check()
-    resident = layers_within(checkpoint.load_info(folder).model, dtype.itemsize, budget.memory_gib)
-    loaded = _load(folder, device, dtype, resident, log, check)
+    model = checkpoint.load_info(folder).model
+    resident = layers_within(model, layer_bytes(model, dtype, bits), budget.memory_gib)
+    loaded = _load(folder, device, dtype, resident, bits, log, check)
     space = parameters.action_space(given, loaded.info.action_space)
     controller = _controller(loaded, given, space, latencies, log)
     _warm_up(controller, given["model.warm_up_s"], log, check)
@@ -62,7 +66,8 @@ def warm_controller(
     controller.policy.set(budget)
     log.info(f"configured in {time.monotonic() - begin:.1f} s")
     log.info(
-        f"weights: {loaded.info.weights}; on {device} as {str(dtype).removeprefix('torch.')}; {space}; "
+        f"weights: {loaded.info.weights}; on {device} as {str(dtype).removeprefix('torch.')}"
+        f"{f', layers in {bits} bits' if bits else ''}; {space}; "
         f"{controller.settings.guard}"
     )
     least = min(loaded.info.thresholds[:-1], default=math.inf)
@@ -97,14 +102,20 @@ def warn_of_slow_steps(controller: Controller, log: Log) -> None:
 
 
 def _load(
-    folder: Path, device: str, dtype: torch.dtype, layers: int, log: Log, check: Callable[[], None]
+    folder: Path,
+    device: str,
+    dtype: torch.dtype,
+    layers: int,
+    bits: int | None,
+    log: Log,
+    check: Callable[[], None],
 ) -> checkpoint.Checkpoint:
     """The checkpoint's network and tokenizer. Logs the time of config and tokenizer, and that of the weights.
 
-    layers: as in checkpoint.load."""
+    layers, bits: as in checkpoint.load."""
     begin = time.monotonic()
     progress = _Progress("weights", "MB", MB, log, check)
-    loaded = checkpoint.load(folder, device, dtype, layers, on_progress=progress)
+    loaded = checkpoint.load(folder, device, dtype, layers, on_progress=progress, bits=bits)
     files_mb = sum((folder / name).stat().st_size for name in (checkpoint.CONFIG, checkpoint.TOKENIZER)) / MB
     log.info(f"config and tokenizer: {files_mb:.1f} MB in {progress.begin - begin:.1f} s")
     read_mb, seconds = progress.total / MB, time.monotonic() - progress.begin
@@ -186,13 +197,6 @@ class _Progress:
                 f"{self._what}: {done / self._scale:.0f} of {total / self._scale:.0f} {self._unit}, "
                 f"about {left:.0f} s left"
             )
-
-
-def _dtype(wanted: str, device: str) -> torch.dtype:
-    """The number type of a parameter value; `auto` depends on the device."""
-    if wanted == "auto":
-        return torch.float16 if device == "cuda" else torch.float32
-    return getattr(torch, wanted)
 
 
 def _device(wanted: str) -> str:

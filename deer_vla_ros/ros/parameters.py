@@ -128,8 +128,10 @@ DECLARATIONS = (
         "model.dtype",
         "auto",
         "Number type of the weights. auto: float16 on a GPU, float32 on a CPU. bfloat16 changes the deltas "
-        "by 0.002 in the median: it does not go with thresholds below 0.01.",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "by 0.002 in the median: it does not go with thresholds below 0.01. int8, int4: the matrices of the "
+        "language model's layers are quantised to 8 or 4 bits while they are read, all else is as with auto. "
+        "They change the deltas as well: run calibrate again with the same --dtype.",
+        choices=("auto", "float32", "bfloat16", "float16", "int8", "int4"),
     ),
     Declaration(
         "model.backend",

@@ -1,4 +1,4 @@
-"""Measures the memory and the rate of a load: `python test/model/measure_load.py FOLDER [float16|float32]`.
+"""Measures the memory and the rate of a load: `python test/model/measure_load.py FOLDER [NUMBER TYPE]`.
 
 The file is read from the disk if the caller may empty the page cache (root may), else from the page cache.
 Beside the load it prints the rate at which the disk alone delivers the file: the faster one of a read before
@@ -14,9 +14,8 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-
 from deer_vla_ros.model.checkpoint import WEIGHTS, load
+from deer_vla_ros.model.quantisation import types_of
 
 POLL_S = 0.005
 MIB = 2**20
@@ -46,7 +45,7 @@ def read_rate(path: Path) -> float:
     return path.stat().st_size / 1e6 / (time.monotonic() - begin)
 
 
-def measure(folder: Path, dtype: torch.dtype) -> dict[str, object]:
+def measure(folder: Path, number_type: str) -> dict[str, object]:
     """One load on a CPU: peak of anonymous memory over the weights, and MB/s of the weights."""
     before, is_cold = read_rate(folder / WEIGHTS), empty_page_cache()
     begin_memory, is_over, peak = own_memory(), threading.Event(), 0
@@ -59,8 +58,13 @@ def measure(folder: Path, dtype: torch.dtype) -> dict[str, object]:
 
     thread = threading.Thread(target=watch)
     thread.start()
+    dtype, bits = types_of(number_type, "cpu")
     loaded = load(
-        folder, "cpu", dtype, on_progress=lambda done, total: marks.append((time.monotonic(), total))
+        folder,
+        "cpu",
+        dtype,
+        on_progress=lambda done, total: marks.append((time.monotonic(), total)),
+        bits=bits,
     )
     peak = max(peak, own_memory())
     is_over.set()
@@ -68,7 +72,7 @@ def measure(folder: Path, dtype: torch.dtype) -> dict[str, object]:
     weights = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
     (begin, total), (end, _) = marks[0], marks[-1]
     return {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": number_type,
         "from_disk": is_cold,
         "weights_mib": weights / MIB,
         "peak_mib": (peak - begin_memory) / MIB,
@@ -80,4 +84,4 @@ def measure(folder: Path, dtype: torch.dtype) -> dict[str, object]:
 
 if __name__ == "__main__":
     kind = sys.argv[2] if len(sys.argv) > 2 else "float32"
-    print(json.dumps(measure(Path(sys.argv[1]), getattr(torch, kind)), indent=2))
+    print(json.dumps(measure(Path(sys.argv[1]), kind), indent=2))

@@ -1,5 +1,6 @@
 """Tests of checkpoint folders: saving, loading, and messages for damaged folders."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -44,7 +45,13 @@ def folder(tmp_path) -> Path:
 def large_folder(tmp_path_factory) -> Path:
     """A checkpoint of about 170 MB, as float16."""
     folder = tmp_path_factory.mktemp("large")
-    config = with_decoder(SMALL, width=1024, heads=8, mlp_ratio=4)
+    config = with_decoder(
+        dataclasses.replace(SMALL, vision=dataclasses.replace(SMALL.vision, width=32)),
+        width=1024,
+        heads=8,
+        mlp_ratio=4,
+        cross_attention_head_width=16,
+    )
     save(folder, Checkpoint(INFO, small_model(), small_tokenizer()), "made by a test\n")
     change_config(folder, lambda values: values.update(model=config.to_dict()))
     shapes = state_shapes(config, for_training=False)
@@ -254,7 +261,7 @@ def test_a_load_tells_its_bytes_and_ends_where_it_is_told_to(folder):
     assert "read_ahead" not in {thread.name for thread in threading.enumerate()}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int4"])
 def test_a_load_needs_no_more_memory_than_the_loaded_weights(large_folder, dtype):
     measured = subprocess.run(
         [sys.executable, Path(__file__).with_name("measure_load.py"), large_folder, dtype],
@@ -263,7 +270,7 @@ def test_a_load_needs_no_more_memory_than_the_loaded_weights(large_folder, dtype
         check=True,
     )
     figures = json.loads(measured.stdout)
-    assert figures["weights_mib"] > 150
+    assert figures["weights_mib"] > {"int8": 75, "int4": 45}.get(dtype, 150)
     assert figures["peak_over_weights"] <= 1.1, figures
 
 

@@ -9,6 +9,9 @@ import torch
 
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.errors import Cancelled, UserError
+from deer_vla_ros.model.config import tabletop
+from deer_vla_ros.model.network import layer_bytes
+from deer_vla_ros.model.quantisation import types_of
 from deer_vla_ros.ros import loading, parameters
 
 
@@ -84,8 +87,21 @@ def test_a_step_that_is_older_than_a_frame_may_be_is_warned_of_with_both_numbers
 
 
 def test_on_a_gpu_auto_is_float16_and_a_named_type_is_that_type_anywhere():
-    assert loading._dtype("auto", "cuda") is torch.float16
-    assert loading._dtype("bfloat16", "cpu") is loading._dtype("bfloat16", "cuda") is torch.bfloat16
+    assert types_of("auto", "cuda") == (torch.float16, None)
+    assert types_of("bfloat16", "cpu") == types_of("bfloat16", "cuda") == (torch.bfloat16, None)
+    assert types_of("int8", "cpu") == (torch.float32, 8)
+    assert types_of("int4", "cuda") == (torch.float16, 4)
+
+
+def test_int8_layers_are_priced_and_told_as_they_are(caplog):
+    sizes = layer_bytes(tabletop(), torch.float32, 8)
+    caplog.set_level(logging.INFO)
+    given = {"model.device": "cpu", "model.dtype": "int8", "budget.memory_gib": sum(sizes[:6]) / 2**30}
+    values = parameters.with_defaults(given, "test")
+    controller = loading.warm_controller(values, logging.getLogger("test"))
+    assert "on cpu as float32, layers in 8 bits;" in caplog.text
+    status = controller.policy.status
+    assert status.resident_layers == 6 and status.resident_gib == sum(sizes[:6]) / 2**30
 
 
 def test_bfloat16_with_small_thresholds_is_warned_of_with_both_numbers(caplog):

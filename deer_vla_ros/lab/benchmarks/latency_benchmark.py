@@ -20,7 +20,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation, PolicyStep
-from deer_vla_ros.model.checkpoint import load
+from deer_vla_ros.model.checkpoint import load_as
 
 INSTRUCTION = "place the grasped block on top of another block"
 WARM_UP = 3
@@ -32,17 +32,18 @@ ENOUGH = 20
 def measure(
     folder: Path,
     device: str,
-    dtype: torch.dtype,
+    dtype: str,
     seconds: float = math.inf,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatencyTable:
     """Measures WINDOW steps on random images, 200 x 200 and 84 x 84 pixels, every depth in turn.
 
+    dtype: of the weights, as the parameter `model.dtype`.
     seconds: no step starts after this time. The table then says how many steps it is made of.
     on_progress: called before each step and after the last one, with the number of steps so far and in all.
     Raises UserError if there are fewer than ENOUGH timed steps.
     """
-    checkpoint = load(folder, device, dtype)
+    checkpoint = load_as(dtype, folder, device)
     config, random = checkpoint.info.model, np.random.default_rng(0)
     rules = [
         ExitRule(config.exits[: n + 1], (-1.0,) * (n + 1), checkpoint.info.delta)

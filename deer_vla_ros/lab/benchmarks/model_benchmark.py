@@ -7,6 +7,7 @@ alike and the ratios between rows hold.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import platform
 import time
@@ -41,7 +42,8 @@ from deer_vla_ros.lab.benchmarks.step_counts import StepCounts, counted
 from deer_vla_ros.lab.percentiles import percentiles
 from deer_vla_ros.model.checkpoint import EMBEDDED, TOKENIZER, load, load_info
 from deer_vla_ros.model.config import PRESETS, ModelConfig
-from deer_vla_ros.model.network import MultiExitVLA, build, state_shapes
+from deer_vla_ros.model.network import MultiExitVLA, build, layer_bytes, state_shapes
+from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise
 from deer_vla_ros.model.text import InstructionTokenizer
 
 WARM_UP = {"cuda": 2, "cpu": 0}
@@ -68,38 +70,53 @@ class Subject:
 
 
 def random_subject(
-    preset: str, layers: int | None, device: torch.device, dtype: torch.dtype, seed: int = 0
+    preset: str,
+    layers: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    bits: int | None = None,
 ) -> Subject:
     """A network of a preset with random weights, made on the device in its number type, tensor by tensor.
 
-    layers: the number of layers; None: as many as the static network of that size has. Its instructions are
-    encoded by the embedded checkpoint's tokenizer. Raises UserError for an unknown preset, a wrong number of
-    layers, and a network that does not fit into the free memory.
+    layers: the number of layers; None: as many as the static network of that size has. bits: of the layers'
+    matrices, as in `load`. Its instructions are encoded by the embedded checkpoint's tokenizer. Raises
+    UserError for an unknown preset, a wrong number of layers, and a network that does not fit into the free
+    memory.
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset '{preset}': use one of {', '.join(PRESETS)}")
     layers = FULL_DEPTH.get(preset) if layers is None else layers
     config = PRESETS[preset]() if layers is None else PRESETS[preset](layers)
     shapes = state_shapes(config, for_training=False)
-    needed = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    others = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("layers."))
+    needed = others * dtype.itemsize + sum(layer_bytes(config, dtype, bits))
     if needed * MARGIN > free_bytes(device):
         raise UserError(
             f"{preset} with {config.decoder.layers} layers needs {needed / GIB:.1f} GiB in {dtype}, "
             f"and {free_bytes(device) / GIB:.1f} GiB are free: give fewer --layers or a smaller --dtype"
         )
     generator = torch.Generator(device).manual_seed(seed)
-    state = {
-        name: _random_values(name, torch.empty(shape, dtype=dtype, device=device), generator)
-        for name, shape in shapes.items()
-    }
+    state: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        values = _random_values(name, torch.empty(shape, dtype=dtype, device=device), generator)
+        if is_quantised(name, shape, bits):
+            own = empty_tensors(name, shape, dtype, bits, functools.partial(torch.empty, device=device))
+            for _ in quantise(values, *own.values()):
+                pass
+            state |= own
+        else:
+            state[name] = values
     tokenizer = InstructionTokenizer.from_file(EMBEDDED / TOKENIZER, config.max_tokens)
     about = f"{preset}, {config.decoder.layers} layers, random weights"
-    return Subject(build(config, state), tokenizer, "l2", about)
+    return Subject(build(config, state, bits), tokenizer, "l2", about)
 
 
-def checkpoint_subject(folder: Path, device: torch.device, dtype: torch.dtype) -> Subject:
+def checkpoint_subject(
+    folder: Path, device: torch.device, dtype: torch.dtype, bits: int | None = None
+) -> Subject:
     """The network of a checkpoint folder. Raises UserError as `load` does."""
-    checkpoint = load(folder, device, dtype)
+    checkpoint = load(folder, device, dtype, bits=bits)
     info = load_info(folder)
     return Subject(checkpoint.model, checkpoint.tokenizer, info.delta, f"{folder}: {info.weights}")
 
@@ -221,7 +238,7 @@ def measure(
         prepare(row)
     rounds = 0
     while rounds < FEWEST_STEPS or time.monotonic() + sum(row.last_s for row in kept) < until:
-        for row in kept:
+        for row in sorted(kept, key=_in_report):  # a static step keeps the depth of the deepest exit's step
             tell(f"measuring {len(kept)} rows in turns")
             row.measure(next(seen))
         rounds += 1
@@ -239,6 +256,8 @@ def measure(
         "tokens": tokens,
         "device": _name(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "layers_bits": subject.model.bits,
+        "layers_bytes": sum(subject.model.layer_bytes),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
@@ -283,6 +302,8 @@ def _rule(subject: Subject, count: int) -> ExitRule:
 def _plain(subject: Subject, device: torch.device) -> tuple[_Row | None, str]:
     """The row of the plain way and how it computes; or None and why it is left out."""
     model = subject.model
+    if model.bits is not None:
+        return None, "it has no quantised weights"
     if model.dtype != torch.float32:
         needed = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
         if needed * MARGIN > free_bytes(device):
@@ -427,9 +448,10 @@ def text(report: dict[str, Any]) -> list[str]:
         return "not measured" if ratio is None else f"{ratio:.2f} x"
 
     rates = report["rates"]
+    bits = f", layers in {report['layers_bits']} bits" if report["layers_bits"] else ""
     head = "".join(f"{title:>11}" for title in ("ms p50", "p95", *STAGES, "waits", "launches", "roofline"))
     lines = [
-        f"{report['network']}; {report['device']}, {report['dtype']}, {report['threads']} threads; "
+        f"{report['network']}; {report['device']}, {report['dtype']}{bits}, {report['threads']} threads; "
         f"{report['tokens']} tokens; backend {report['backend']}",
         *([report["backend_report"]] if report["backend_report"] else []),
         f"device: {rates['bytes_per_s'] / 1e9:.1f} GB/s, {rates['macs_per_s'] / 1e9:.1f} GMAC/s (measured); "

@@ -214,6 +214,20 @@ def test_a_run_measures_every_row_within_its_minutes(ticking):
     assert shares == sorted(shares) and shares[-1] <= 1 and told[0][0] == "making the network"
 
 
+def test_every_static_step_runs_all_layers(ticking, monkeypatch):
+    reached, step = [], DeerPolicy.step
+
+    def noted(policy: DeerPolicy, observation):
+        done = step(policy, observation)
+        if policy.rule.steps_per_stage > 1:
+            reached.append(done.layers_run)
+        return done
+
+    monkeypatch.setattr(DeerPolicy, "step", noted)
+    model_benchmark.measure(lambda device, dtype: small_subject(dtype), CPU, torch.float32, 20)
+    assert len(reached) > FEWEST_STEPS and set(reached) == {6}
+
+
 def test_without_time_only_the_static_row_is_measured_and_the_others_are_named(ticking):
     report = model_benchmark.measure(lambda device, dtype: small_subject(dtype), CPU, torch.float32, 0.01)
     (row,) = report["rows"]

@@ -1,0 +1,167 @@
+"""Matrices of the layers in 8 or 4 bits: how they are made from numbers, and how they multiply.
+
+8 bits: weight = code * scale, with one scale for each row. 4 bits: weight = (code - 8) * scale + zero, with a
+scale and a zero for each group of 32 weights of a row. Products take inputs in bfloat16 and add in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deer_vla_ros.errors import UserError
+
+BITS = {"int8": 8, "int4": 4}
+"""The bits of a weight, by the name of the number type."""
+GROUP = 32
+"""The weights of a row that have a common scale and zero in 4 bits. In 8 bits as well, the number of columns is
+a multiple of it: torch's operator on a CPU reads past the end of other rows."""
+ROWS = 16
+"""The number of rows is a multiple of this, which torch's operator for 4 bits needs on a CPU."""
+ROWS_PACKED = 64
+"""In 4 bits, a CPU stores the codes of so many rows together."""
+PIECE = 2**17
+"""How many weights are quantised at once. It bounds the memory that this takes in addition."""
+TINY = torch.finfo(torch.bfloat16).tiny
+
+
+def types_of(wanted: str, device: str) -> tuple[torch.dtype, int | None]:
+    """The number type of a network on `device` and the bits of its layers' matrices; None: as all others.
+
+    wanted: a value of the parameter `model.dtype`.
+    """
+    auto = torch.float16 if device == "cuda" else torch.float32
+    bits = BITS.get(wanted)
+    return (auto if bits or wanted == "auto" else getattr(torch, wanted)), bits
+
+
+def is_quantised(name: str, shape: Sequence[int], bits: int | None) -> bool:
+    """Whether the tensor `name` of a network's file has `bits` bits in the network: the layers' matrices."""
+    return bits is not None and name.startswith("layers.") and len(shape) == 2
+
+
+def empty_tensors(
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    bits: int | None,
+    new: Callable[..., Tensor] = torch.empty,
+) -> dict[str, Tensor]:
+    """The network's tensors, without values, for the tensor `name` of a file, by their names.
+
+    One of `dtype`; or, for a matrix (rows, columns) of the layers with 8 bits, int8 codes of its shape and
+    bfloat16 scales (rows,); with 4 bits, uint8 codes (rows, columns / 2) and bfloat16 scales and zeros
+    (columns / 32, rows, 2). new: makes a tensor from a shape and a dtype. Raises UserError for a size that
+    torch's operators do not take.
+    """
+    if not is_quantised(name, shape, bits):
+        return {name: new(shape, dtype=dtype)}
+    rows, columns = shape
+    if rows % ROWS or columns % GROUP:
+        raise UserError(
+            f"int{bits}: a matrix of the layers has {rows} rows and {columns} columns, and multiples of "
+            f"{ROWS} and {GROUP} are needed: use float32, float16 or bfloat16 for this network"
+        )
+    if bits == 8:
+        codes, scale = new((rows, columns), dtype=torch.int8), (rows,)
+    else:
+        codes, scale = new((rows, columns // 2), dtype=torch.uint8), (columns // GROUP, rows, 2)
+    return {name: codes, name.removesuffix("weight") + "scale": new(scale, dtype=torch.bfloat16)}
+
+
+class QuantisedLinear(nn.Module):
+    """A linear map without bias whose matrix has 8 or 4 bits for each weight.
+
+    On a CPU torch has operators for these products. On other devices the matrix is made in bfloat16 for each
+    product, which takes memory for one matrix.
+    """
+
+    def __init__(self, rows: int, columns: int, bits: int):
+        """The values have to be loaded. Raises UserError as `empty_tensors` does."""
+        super().__init__()
+        weight, scale = empty_tensors("layers.weight", (rows, columns), torch.float32, bits).values()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., columns) -> (..., rows), in the number type of `x`."""
+        product = product_on_cpu if x.device.type == "cpu" else product_anywhere
+        result = product(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
+        return result.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def quantise_linear_maps(module: nn.Module, bits: int) -> None:
+    """Replaces every nn.Linear inside `module` by a QuantisedLinear without values."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, QuantisedLinear(child.out_features, child.in_features, bits))
+
+
+def quantise(matrix: Tensor, weight: Tensor, scale: Tensor) -> Iterator[None]:
+    """Fills `weight` and `scale`, as `empty_tensors` makes them, from a matrix of any number type, on their
+    device. Yields after each piece. The result is the same to the bit each time on one machine."""
+    device, columns = weight.device, matrix.shape[1]
+    bits = 8 if weight.dtype == torch.int8 else 4
+    pack = packed_on_cpu if device.type == "cpu" else packed_anywhere
+    step = max(1, PIECE // (columns * ROWS_PACKED)) * ROWS_PACKED
+    for begin in range(0, len(matrix), step):
+        piece = slice(begin, begin + step)
+        codes, scales = quantised(matrix[piece].to(device).float(), bits)
+        if bits == 8:
+            weight[piece], scale[piece] = codes, scales
+        else:
+            weight[piece], scale[:, piece] = pack(codes), scales.transpose(0, 1)
+        yield
+
+
+def quantised(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The codes (rows, columns) of a float32 matrix, and its scales: (rows,) in 8 bits; in 4 bits (rows,
+    groups, 2), scale and zero. The codes are made for the scales as they are rounded to bfloat16."""
+    if bits == 8:
+        scale = (rows.abs().amax(1) / 127).clamp_min(TINY).bfloat16()
+        return (rows / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    groups = rows.unflatten(1, (-1, GROUP))
+    low, high = groups.aminmax(dim=2)
+    scale = ((high - low) / 15).clamp_min(TINY).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    codes = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15)
+    return codes.flatten(1).to(torch.uint8), torch.stack((scale, zero), 2)
+
+
+def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
+    """The float32 matrix (rows, columns) for what `quantised` returned."""
+    scale = scale.float()
+    if codes.dtype == torch.int8:
+        return codes.float() * scale[:, None]
+    groups = codes.float().unflatten(1, (-1, GROUP))
+    return ((groups - 8) * scale[..., :1] + scale[..., 1:]).flatten(1)
+
+
+def packed_on_cpu(codes: Tensor) -> Tensor:
+    """(rows, columns / 2) The 4-bit codes in the order that `product_on_cpu` takes on this machine."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+
+
+def packed_anywhere(codes: Tensor) -> Tensor:
+    """(rows, columns / 2) The 4-bit codes in the order that `product_anywhere` takes: the first of two in the
+    lower half of a byte."""
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """(n, columns) bfloat16 -> (n, rows) bfloat16, by torch's operators for a CPU."""
+    if weight.dtype == torch.int8:
+        return torch.ops.aten._weight_int8pack_mm(x, weight, scale)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, GROUP, scale)
+
+
+def product_anywhere(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """As `product_on_cpu`, by operators that every device has."""
+    if weight.dtype == torch.int8:
+        return F.linear(x, weight.bfloat16()) * scale
+    codes = torch.stack((weight & 15, weight >> 4), 2).flatten(1)
+    return F.linear(x, dequantised(codes, scale.transpose(0, 1)).bfloat16())
