@@ -178,9 +178,8 @@ def test_a_goal_that_is_aborted_is_sent_three_times_and_then_only_when_a_person_
         with server_of("GripperCommand", "aborted", "aborts", environment) as server:
             wait_until(lambda: "hand aborted the goal" in node.output(), START_TIMEOUT, "a warning")
             wait_until(lambda: "try 3 of 3: see the gripper" in node.output(), START_TIMEOUT, "an error")
-            # On a busy machine there may be one more: an answer was late, or the server was found in two parts.
-            sent = len(server.output().splitlines())
-            assert sent >= 3
+            # On a busy machine an answer may be lost. The node says so, and sends that goal once more.
+            sent = 3 + node.output().count("hand did not answer within")
             rig.await_steps(20)
             assert len(server.output().splitlines()) == sent
             rig.cameras_on = False  # A hold that ends by itself changes nothing.

@@ -324,6 +324,17 @@ def test_a_second_node_holds_without_disturbing_the_first_and_goes_on_when_it_ma
     rig = Rig(client, "doubled/")
     with node("doubled") as first, rig.running():
         await_moving(client, first, rig, "doubled")
+        # Until then the first one takes a hold of its own watchdog for another commander's, and holds too.
+        wait_until(
+            lambda: (
+                not any(
+                    "deer_vla" in each.node_name
+                    for each in client.node.get_subscriptions_info_by_topic("/doubled/target_pose")
+                )
+            ),
+            START_TIMEOUT,
+            "the first to end its search for other commanders",
+        )
         with node("doubled", "autostart:=true") as second:
             wait_until(
                 lambda: "another node commands the arm too" in second.output(),
@@ -331,7 +342,7 @@ def test_a_second_node_holds_without_disturbing_the_first_and_goes_on_when_it_ma
                 "the second to say so",
             )
             begin = len(rig.twists)
-            rig.await_steps(20, START_TIMEOUT)
+            rig.await_steps(20)
             told = rig.twists[begin:]
             assert sum(map(moves, told)) > 0.75 * len(told), (
                 "the second one's holds would be every other command"

@@ -40,25 +40,26 @@ the table."""
 
 def test_a_demo_leaves_its_steps_a_summary_and_a_picture(out):
     said = [part for text in INSTRUCTIONS for part in ("--instruction", text)]
-    with spawn("demo", "--seconds", "20", "--seed", "33", "--out", str(out), *said) as demo:
+    with spawn("demo", "--seconds", "14", "--seed", "33", "--out", str(out), *said) as demo:
         status = demo.wait(START_S)
         output = demo.output()
     summary = json.loads((out / "summary.json").read_text())
     rows = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
 
-    # A busy machine may do fewer steps than the demo asks for. The demo must then say so, and nothing else.
-    enough = len(rows) >= 0.9 * 10 * summary["seconds"]
-    assert summary["passed"] == enough, output
-    assert status == (0 if enough else 1), output
-    assert enough or f"error: {len(rows)} steps in" in output
+    assert status == (0 if summary["passed"] else 1), output
+    if summary["passed"]:
+        assert len(rows) >= 0.9 * 10 * summary["seconds"]
+        assert summary["rate_hz"] == pytest.approx(10, abs=1)
+    else:  # A busy machine may do too few steps. Then this is the only reason, and the demo tells it.
+        assert len(rows) < 0.9 * 10 * summary["seconds"]
+        assert summary["reason"].startswith(f"{len(rows)} steps in ")
+        assert f"error: {summary['reason']}" in output
     assert len(rows) == summary["steps"]
     assert [told["instruction"] for told in summary["instructions"]] == list(INSTRUCTIONS)
     assert [told["done"] for told in summary["instructions"]] == [True, True, False, False], output
     assert summary["done"] == 2
-    assert 0 < min(told["steps"] for told in summary["instructions"])
-    assert sum(told["steps"] for told in summary["instructions"]) <= 10 * summary["seconds"] + 1
+    assert all(0 < told["steps"] <= 60 for told in summary["instructions"])
     assert "2 of 4 instructions" in output
-    assert summary["rate_hz"] == pytest.approx(len(rows) / summary["seconds"], rel=0.1)
     assert sum(summary["exits"].values()) == summary["steps"]
     assert 0 < summary["macs_fraction"] <= 1
     assert all(stage["p50"] <= stage["p95"] for stage in summary["latency_ms"].values())
