@@ -4,7 +4,6 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-import torch
 from small_model import INFO, SMALL, small_model, small_tokenizer
 
 from deer_vla_ros.budget.latency import WINDOW
@@ -31,7 +30,7 @@ def measured(folder, monkeypatch):
         clock, told = itertools.count(), []
         fake = SimpleNamespace(monotonic=lambda: float(next(clock)))
         monkeypatch.setattr(latency_benchmark, "time", fake)
-        table = measure(folder, "cpu", torch.float32, seconds, lambda *progress: told.append(progress))
+        table = measure(folder, "cpu", "float32", seconds, lambda *progress: told.append(progress))
         return table, told
 
     return measured
