@@ -162,11 +162,14 @@ def state_shapes(config: ModelConfig, for_training: bool = True) -> Mapping[str,
 @functools.cache
 def layer_bytes(config: ModelConfig, dtype: torch.dtype, bits: int | None = None) -> tuple[int, ...]:
     """The bytes of all tensors of each layer. Raises UserError if the layers cannot have these `bits`."""
-    return tuple(
-        sum(parameter.numel() * dtype.itemsize for parameter in layer.parameters())
-        + sum(buffer.nbytes for buffer in layer.buffers())
-        for layer in _without_values(config, for_training=False, bits=bits).layers
-    )
+    found: dict[bool, int] = {}  # layers differ only in whether they have a cross-attention
+    kinds = [config.decoder.has_cross_attention(index) for index in range(config.decoder.layers)]
+    for kind in set(kinds):
+        with torch.device("meta"), _NoRandomValues():
+            layer = Layer(config.decoder, kinds.index(kind), config.vision.width, bits)
+        found[kind] = sum(parameter.numel() * dtype.itemsize for parameter in layer.parameters())
+        found[kind] += sum(buffer.nbytes for buffer in layer.buffers())
+    return tuple(found[kind] for kind in kinds)
 
 
 def _without_values(config: ModelConfig, for_training: bool, bits: int | None = None) -> MultiExitVLA:

@@ -16,9 +16,11 @@ from deer_vla_ros.errors import UserError
 
 BITS = {"int8": 8, "int4": 4}
 """The bits of a weight, by the name of the number type."""
+ON_CPU = {8: "_weight_int8pack_mm", 4: "_weight_int4pack_mm_for_cpu"}
+"""Torch's operator for a product on a CPU, by the bits."""
 GROUP = 32
-"""The weights of a row that have a common scale and zero in 4 bits. In 8 bits as well, the number of columns is
-a multiple of it: torch's operator on a CPU reads past the end of other rows."""
+"""The weights of a row that have a common scale and zero in 4 bits. In 8 bits as well, the number of columns
+is a multiple of it: torch's operator on a CPU reads past the end of other rows."""
 ROWS = 16
 """The number of rows is a multiple of this, which torch's operator for 4 bits needs on a CPU."""
 ROWS_PACKED = 64
@@ -31,10 +33,15 @@ TINY = torch.finfo(torch.bfloat16).tiny
 def types_of(wanted: str, device: str) -> tuple[torch.dtype, int | None]:
     """The number type of a network on `device` and the bits of its layers' matrices; None: as all others.
 
-    wanted: a value of the parameter `model.dtype`.
+    wanted: a value of the parameter `model.dtype`. Raises UserError if torch is too old for it.
     """
     auto = torch.float16 if device == "cuda" else torch.float32
     bits = BITS.get(wanted)
+    if bits and device == "cpu" and not hasattr(torch.ops.aten, ON_CPU[bits]):
+        raise UserError(
+            f"{wanted}: torch {torch.__version__} has no operator aten::{ON_CPU[bits]}: install torch 2.6 or "
+            "newer, or use float32"
+        )
     return (auto if bits or wanted == "auto" else getattr(torch, wanted)), bits
 
 

@@ -9,6 +9,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.backend_check import choose
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
+from deer_vla_ros.model import quantisation
 from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import EMBEDDED, Checkpoint, CheckpointInfo, load, load_as, save
 from deer_vla_ros.model.config import openflamingo_3b, tabletop
@@ -139,8 +140,15 @@ def test_a_batch_decides_as_one_alone():
 def test_a_network_whose_sizes_torch_does_not_take_is_refused(tmp_path, bits):
     info = CheckpointInfo(SMALL, CALVIN, "random", False, "l2", (0.01, 0.02, 1e8))
     save(tmp_path, Checkpoint(info, small_model(), small_tokenizer()), "")
-    with pytest.raises(UserError, match=rf"int{bits}: .*16 rows and 16 columns.*multiples of 16 and 32 are needed: use"):
+    with pytest.raises(UserError, match=f"int{bits}: .* 16 rows and 16 columns.* needed: use float32"):
         load(tmp_path, bits=bits)
+
+
+def test_a_torch_without_the_operator_is_told_to_be_replaced(monkeypatch):
+    monkeypatch.setitem(quantisation.ON_CPU, 4, "_no_such_operator")
+    with pytest.raises(UserError, match="int4: torch .* no operator .*: install torch 2.6 or newer"):
+        load_as("int4", EMBEDDED)
+    load_as("int8", EMBEDDED)
 
 
 def test_a_quantised_network_is_never_saved(tmp_path):
