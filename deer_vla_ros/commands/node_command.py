@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
     # Late imports: help needs neither rclpy nor torch. Signals are handled before the import of torch.
     from rclpy.executors import SingleThreadedExecutor
 
-    from deer_vla_ros.ros.process import end_now, ros_process, spin
+    from deer_vla_ros.ros.process import end_now, keep_freed_memory, ros_process, spin
 
     sys.setswitchinterval(SWITCH_S)
+    keep_freed_memory()
     nodes: list[PolicyNode] = []
     with ros_process(args.ros_args, END_WITHIN_S) as stop:
         # An inference or a load that hangs must not keep the process alive after a signal.
