@@ -115,34 +115,41 @@ def quantise(matrix: Tensor, weight: Tensor, scale: Tensor) -> Iterator[None]:
     bits = 8 if weight.dtype == torch.int8 else 4
     pack = packed_on_cpu if device.type == "cpu" else packed_anywhere
     step = max(1, PIECE // (columns * ROWS_PACKED)) * ROWS_PACKED
+    # One piece of memory, changed in place: what is freed between kept tensors would stay with malloc.
+    memory = torch.empty(min(step, len(matrix)), columns, device=device)
     for begin in range(0, len(matrix), step):
         piece = slice(begin, begin + step)
-        codes, scales = quantised(matrix[piece].to(device).float(), bits)
+        rows = memory[: len(matrix[piece])].copy_(matrix[piece])
         if bits == 8:
-            weight[piece], scale[piece] = codes, scales
+            scale[piece] = quantise_rows(rows, bits)
+            weight[piece] = rows
         else:
-            weight[piece], scale[:, piece] = pack(codes), scales.transpose(0, 1)
+            scale[:, piece] = quantise_rows(rows, bits).transpose(0, 1)
+            weight[piece] = pack(rows)
         yield
 
 
-def quantised(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The codes (rows, columns) of a float32 matrix, and its scales: (rows,) in 8 bits; in 4 bits (rows,
+def quantise_rows(rows: Tensor, bits: int) -> Tensor:
+    """Replaces a float32 matrix by its codes, and returns its scales: (rows,) in 8 bits; in 4 bits (rows,
     groups, 2), scale and zero. The codes are made for the scales as they are rounded to bfloat16."""
     if bits == 8:
-        scale = (rows.abs().amax(1) / 127).clamp_min(TINY).bfloat16()
-        return (rows / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+        low, high = rows.aminmax(dim=1)
+        scale = (torch.maximum(-low, high) / 127).clamp_min_(TINY).bfloat16()
+        rows.div_(scale[:, None]).round_().clamp_(-127, 127)
+        return scale
     groups = rows.unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=2)
-    scale = ((high - low) / 15).clamp_min(TINY).bfloat16()
+    scale = ((high - low) / 15).clamp_min_(TINY).bfloat16()
     zero = (low + 8 * scale.float()).bfloat16()
-    codes = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15)
-    return codes.flatten(1).to(torch.uint8), torch.stack((scale, zero), 2)
+    groups.sub_(zero[..., None]).div_(scale[..., None]).round_().add_(8).clamp_(0, 15)
+    return torch.stack((scale, zero), 2)
 
 
 def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
-    """The float32 matrix (rows, columns) for what `quantised` returned."""
+    """The float32 matrix (rows, columns) for codes of any number type, and scales as `quantise_rows` returns
+    them."""
     scale = scale.float()
-    if codes.dtype == torch.int8:
+    if scale.dim() == 1:
         return codes.float() * scale[:, None]
     groups = codes.float().unflatten(1, (-1, GROUP))
     return ((groups - 8) * scale[..., :1] + scale[..., 1:]).flatten(1)
@@ -156,6 +163,7 @@ def packed_on_cpu(codes: Tensor) -> Tensor:
 def packed_anywhere(codes: Tensor) -> Tensor:
     """(rows, columns / 2) The 4-bit codes in the order that `product_anywhere` takes: the first of two in the
     lower half of a byte."""
+    codes = codes.to(torch.uint8)
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 

@@ -21,7 +21,7 @@ from deer_vla_ros.model.quantisation import (
     packed_anywhere,
     product_anywhere,
     quantise,
-    quantised,
+    quantise_rows,
 )
 
 ROUNDING = 2**-7
@@ -35,6 +35,12 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     made[rows // 2] = 0
     made[0, :32] = 0.3
     return made
+
+
+def quantised(weights: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of a matrix, as numbers, and their scales."""
+    codes = weights.clone()
+    return codes, quantise_rows(codes, bits)
 
 
 def linear(weights: torch.Tensor, bits: int) -> QuantisedLinear:
@@ -62,7 +68,7 @@ def test_a_product_is_that_of_the_dequantised_matrix(bits, shape):
 def test_other_devices_compute_the_same_product(bits):
     weights = matrix(96, 64)
     codes, scale = quantised(weights, bits)
-    stored = (codes, scale) if bits == 8 else (packed_anywhere(codes), scale.transpose(0, 1))
+    stored = (codes.to(torch.int8), scale) if bits == 8 else (packed_anywhere(codes), scale.transpose(0, 1))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     size = x.abs().float() @ weights.abs().T
     assert ((product_anywhere(x, *stored) - linear(weights, bits)(x)).abs() <= ROUNDING * size + 1e-30).all()

@@ -30,9 +30,7 @@ print(faults(20))
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults of glibc's malloc")
 def test_a_step_takes_no_new_pages_from_the_kernel_once_freed_memory_is_kept():
     def faults_per_step(word: str) -> float:
-        done = subprocess.run(
-            [sys.executable, "-c", STEPS, word], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", STEPS, word], capture_output=True, text=True, check=True)
         return float(done.stdout)
 
     assert faults_per_step("given back") > 300  # else the setting is of no use any more
