@@ -16,11 +16,11 @@ Example: the commands behind the figures of the documentation, and two quick one
     python -m deer_vla_ros benchmark ablations --chains 200 --data out/train/data --json out/ablations.json
 
 node: measures the time from a camera's stamp to the command. The policy node and a bare rclpy relay run side
-by side, with two 640x480 rgb8 cameras at 30 Hz, as processes over DDS. The overhead is the node's
-stamp-to-command time without the policy's own compute time; the ratio is the overhead divided by the relay's
-stamp-to-pose time. It is measured on an idle machine and with every core loaded, with model.cpu_threads 1 and
-0 (torch's choice). p50_ratio and p99_ratio in the JSON are from the idle machine with 1. Logs of all
-processes are in `--out`.
+by side, with two 640x480 rgb8 cameras at 30 Hz, as processes over DDS. The cameras show a demonstration at
+the simulated table, or noise with --noise. The overhead is the node's stamp-to-command time without the
+policy's own compute time; the ratio is the overhead divided by the relay's stamp-to-pose time. It is measured
+on an idle machine and with every core loaded, with model.cpu_threads 1 and 0 (torch's choice). p50_ratio and
+p99_ratio in the JSON are from the idle machine with 1. Logs of all processes are in `--out`.
 
 budgets: compares requested and achieved means for `--budgets` averages across the feasible range, with the
 governor off, over `--episodes` of 50 steps of the simulated table that the calibration did not use. It does
@@ -101,6 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="node: end with 1 if the overhead, idle with 1 thread, is above 2 x the relay's time at p50 or "
         "3 x at p99, or if there are fewer steps than frames",
+    )
+    parser.add_argument(
+        "--noise",
+        action="store_true",
+        help="node, camera: the cameras show noise, so that every step takes the deepest exit",
     )
     parser.add_argument(
         "--checkpoint",
@@ -222,7 +227,10 @@ def run(args: argparse.Namespace) -> int:
         # A late import: the process that starts the others must not have a thread of rclpy when it forks.
         from deer_vla_ros.lab.benchmarks import node_parts as benchmark_parts
 
-        getattr(benchmark_parts, args.what)()
+        if args.what == "camera":
+            benchmark_parts.camera(args.noise)
+        else:
+            getattr(benchmark_parts, args.what)()
         return 0
     started = time.monotonic()
     report = {
@@ -251,7 +259,7 @@ def _node(args: argparse.Namespace) -> dict[str, object]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the processes in order
     args.out.mkdir(parents=True, exist_ok=True)
     keep_off_other_robots()
-    rows = measure(args.seconds, args.out, args.checkpoint)
+    rows = measure(args.seconds, args.out, args.checkpoint, args.noise)
     quiet = rows[0]
     report = {
         "p50_ratio": quiet.p50_ratio,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import math
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.static_step import PreparedGroups
 from deer_vla_ros.model.checkpoint import WEIGHTS
 from deer_vla_ros.model.decoder import Layer
+from deer_vla_ros.model.memory import own_memory
 from deer_vla_ros.model.network import MultiExitVLA, state_shapes
 from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise
 
@@ -214,7 +214,7 @@ class _Load(threading.Thread):
         device, dtype, bits = self._model.device, self._model.dtype, self._model.bits
         state: dict[str, Tensor] = {}
         for name, shape in expected.items():
-            new = functools.partial(_own_memory, device)
+            new = functools.partial(own_memory, device)
             own = empty_tensors(prefix + name, shape, dtype, bits, new)
             fill = quantise if is_quantised(prefix + name, shape, bits) else _copy
             for _ in fill(file.get_tensor(prefix + name), *own.values()):
@@ -256,15 +256,6 @@ def _copy_stream(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()
-
-
-def _own_memory(device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor whose memory returns to the system as soon as the tensor is dropped."""
-    if device.type != "cpu":
-        return torch.empty(shape, device=device, dtype=dtype)
-    # Not malloc: glibc keeps up to 64 MiB of what a second thread frees, even after malloc_trim.
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _give_back_memory(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.memory import own_memory
 
 BITS = {"int8": 8, "int4": 4}
 """The bits of a weight, by the name of the number type."""
@@ -115,17 +116,18 @@ def quantise(matrix: Tensor, weight: Tensor, scale: Tensor) -> Iterator[None]:
     bits = 8 if weight.dtype == torch.int8 else 4
     pack = packed_on_cpu if device.type == "cpu" else packed_anywhere
     step = max(1, PIECE // (columns * ROWS_PACKED)) * ROWS_PACKED
-    # One piece of memory, changed in place: what is freed between kept tensors would stay with malloc.
-    memory = torch.empty(min(step, len(matrix)), columns, device=device)
+    numbers, codes = (
+        own_memory(device, (min(step, len(matrix)), columns), dtype) for dtype in (torch.float32, torch.int32)
+    )
     for begin in range(0, len(matrix), step):
         piece = slice(begin, begin + step)
-        rows = memory[: len(matrix[piece])].copy_(matrix[piece])
+        rows = numbers[: len(matrix[piece])].copy_(matrix[piece])
+        scales = quantise_rows(rows, bits)
         if bits == 8:
-            scale[piece] = quantise_rows(rows, bits)
-            weight[piece] = rows
+            weight[piece], scale[piece] = rows, scales
         else:
-            scale[:, piece] = quantise_rows(rows, bits).transpose(0, 1)
-            weight[piece] = pack(rows)
+            weight[piece] = pack(codes[: len(rows)].copy_(rows))
+            scale[:, piece] = scales.transpose(0, 1)
         yield
 
 
@@ -156,13 +158,13 @@ def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def packed_on_cpu(codes: Tensor) -> Tensor:
-    """(rows, columns / 2) The 4-bit codes in the order that `product_on_cpu` takes on this machine."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    """(rows, columns / 2) The 4-bit codes, int32, in the order that `product_on_cpu` takes on this machine."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
 
 
 def packed_anywhere(codes: Tensor) -> Tensor:
-    """(rows, columns / 2) The 4-bit codes in the order that `product_anywhere` takes: the first of two in the
-    lower half of a byte."""
+    """(rows, columns / 2) The 4-bit codes, int32, in the order that `product_anywhere` takes: the first of two
+    in the lower half of a byte."""
     codes = codes.to(torch.uint8)
     return codes[:, ::2] | codes[:, 1::2] << 4
 

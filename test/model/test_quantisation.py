@@ -68,7 +68,9 @@ def test_a_product_is_that_of_the_dequantised_matrix(bits, shape):
 def test_other_devices_compute_the_same_product(bits):
     weights = matrix(96, 64)
     codes, scale = quantised(weights, bits)
-    stored = (codes.to(torch.int8), scale) if bits == 8 else (packed_anywhere(codes), scale.transpose(0, 1))
+    stored = (
+        (codes.to(torch.int8), scale) if bits == 8 else (packed_anywhere(codes.int()), scale.transpose(0, 1))
+    )
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     size = x.abs().float() @ weights.abs().T
     assert ((product_anywhere(x, *stored) - linear(weights, bits)(x)).abs() <= ROUNDING * size + 1e-30).all()

@@ -20,7 +20,7 @@ class Heard:
     first counts.
 
     relay, command, camera: the time of arrival [ns]. step: the time of arrival [ns], then the node's own
-    values of compute time and static_age [ms].
+    values of compute time and static_age [ms], and of the layers run.
     """
 
     relay: dict[int, list[float]]
@@ -41,8 +41,9 @@ class LatencyRow:
     the rest of that tick and the command's way to the listener.
 
     p50_ratio, p99_ratio: overhead_ms divided by relay_ms at the same percentile; those that end in `_alone`:
-    by relay_alone_ms. step_rate_hz, camera_rate_hz, camera_rate_heard_hz: steps, published frames, and frames
-    that the relay received, per second. camera_gap_ms: the longest time between two frames at the publisher.
+    by relay_alone_ms. layers: the mean of the layers that a step ran. step_rate_hz, camera_rate_hz,
+    camera_rate_heard_hz: steps, published frames, and frames that the relay received, per second.
+    camera_gap_ms: the longest time between two frames at the publisher.
     """
 
     condition: str
@@ -60,6 +61,7 @@ class LatencyRow:
     overhead_ms: dict[str, float]
     arriving_ms: dict[str, float]
     leaving_ms: dict[str, float]
+    layers: float
     step_rate_hz: float
     camera_rate_hz: float
     camera_rate_heard_hz: float
@@ -119,7 +121,7 @@ def row(
     relay_alone = np.array([heard.relay[stamp][0] - stamp for stamp in quiet]) / 1e6
     relay = np.array([heard.relay[stamp][0] - stamp for stamp in stamps]) / 1e6
     command = np.array([heard.command[stamp][0] - stamp for stamp in stamps]) / 1e6
-    compute, static_age = np.array([heard.step[stamp][1:] for stamp in stamps]).T
+    compute, static_age, layers = np.array([heard.step[stamp][1:] for stamp in stamps]).T
     overhead = command - compute
     p50, p99 = np.percentile(overhead, PERCENTILES) / np.percentile(relay, PERCENTILES)
     p50_alone, p99_alone = np.percentile(overhead, PERCENTILES) / np.percentile(relay_alone, PERCENTILES)
@@ -141,6 +143,7 @@ def row(
         overhead_ms=percentiles(overhead, PERCENTILES),
         arriving_ms=percentiles(static_age, PERCENTILES),
         leaving_ms=percentiles(overhead - static_age, PERCENTILES),
+        layers=float(layers.mean()),
         step_rate_hz=len(within(heard.step)) / seconds,
         camera_rate_hz=len(frames) / seconds,
         camera_rate_heard_hz=len(within(heard.relay)) / seconds,

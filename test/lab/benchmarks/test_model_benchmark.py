@@ -200,7 +200,7 @@ def test_a_run_measures_every_row_within_its_minutes(ticking):
         step = row["ms"]["step"]
         assert 0 < step["p50"] <= step["p95"]
         share = sum(row["bound_ms"].values()) / step["p50"]
-        assert row["roofline_share"] == pytest.approx(share, rel=0.2, abs=0.001)  # the report has three digits
+        assert row["roofline_share"] == pytest.approx(share, rel=0.2, abs=0.001)  # it has three digits
     mean, static, plain = rows[0], rows[-2], rows[-1]  # 6 / 5.2 layers is above the first exit
     assert report["whole_step_ratio"] == pytest.approx(
         plain["ms"]["step"]["p50"] / mean["ms"]["step"]["p50"], rel=0.01

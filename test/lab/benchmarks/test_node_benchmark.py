@@ -45,6 +45,7 @@ def test_a_short_run_measures_every_condition_and_leaves_no_process(tmp_path):
     assert (report["p50_ratio"], report["p99_ratio"]) == (rows[0]["p50_ratio"], rows[0]["p99_ratio"])
     for row in rows:
         assert row["samples"] > 0
+        assert 2 <= row["layers"] < 12  # a demonstration at the table, not noise
         assert all(0 < row[name]["p50"] <= row[name]["p99"] < 2000 for name in FIGURES), row
         assert row["command_ms"]["p50"] > row["compute_ms"]["p50"]
         assert all(
@@ -66,7 +67,7 @@ def test_figures_are_matched_by_stamp_and_taken_from_their_windows(tmp_path):
             ["camera", stamp * MILLISECOND, (stamp + 1) * MILLISECOND],
             ["relay", stamp * MILLISECOND, (stamp + relay) * MILLISECOND],
             ["command", stamp * MILLISECOND, (stamp + command) * MILLISECOND],
-            ["step", stamp * MILLISECOND, (stamp + command) * MILLISECOND, compute, 6.0],
+            ["step", stamp * MILLISECOND, (stamp + command) * MILLISECOND, compute, 6.0, 4],
         ]
     lines.insert(1, ["relay", 166 * MILLISECOND, 180 * MILLISECOND])
     text = "a library's warning\n" + "".join(json.dumps(line) + "\n" for line in lines)
@@ -78,7 +79,7 @@ def test_figures_are_matched_by_stamp_and_taken_from_their_windows(tmp_path):
 
     assert row.samples == 2
     assert row.overhead_ms == {"p50": 8.0, "p99": 8.0}
-    assert (row.arriving_ms["p50"], row.leaving_ms["p50"]) == (6.0, 2.0)
+    assert (row.arriving_ms["p50"], row.leaving_ms["p50"], row.layers) == (6.0, 2.0, 4.0)
 
     good = dataclasses.replace(row, p50_ratio=2.0, p99_ratio=3.0, step_rate_hz=29.5, camera_rate_hz=30.0)
     assert benchmark_figures.missed_goals(good) == []
