@@ -158,13 +158,13 @@ def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def packed_on_cpu(codes: Tensor) -> Tensor:
-    """(rows, columns / 2) The 4-bit codes, int32, in the order that `product_on_cpu` takes on this machine."""
+    """(rows, columns / 2) The 4-bit codes, int32, in the order of `product_on_cpu` on this machine."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
 
 
 def packed_anywhere(codes: Tensor) -> Tensor:
-    """(rows, columns / 2) The 4-bit codes, int32, in the order that `product_anywhere` takes: the first of two
-    in the lower half of a byte."""
+    """(rows, columns / 2) The 4-bit codes, int32, in the order of `product_anywhere`: the first of two in the
+    lower half of a byte."""
     codes = codes.to(torch.uint8)
     return codes[:, ::2] | codes[:, 1::2] << 4
 

@@ -70,7 +70,7 @@ def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Ex
 
 
 def keep_freed_memory() -> None:
-    """Lets malloc keep freed memory, up to KEPT_BYTES per heap. Does nothing where the C library is not glibc.
+    """Lets malloc keep freed memory, up to KEPT_BYTES per heap. Only glibc has this setting.
 
     By default glibc returns freed blocks of a megabyte to the kernel, and every step asks for them again: the
     kernel clears each page anew. With two images of 640x480 these were 1,000 page faults, 4 ms of a step on
