@@ -128,7 +128,7 @@ setup(
         "numpy>=1.26,<3",
         "pillow>=10.1",
         "pyyaml",
-        "safetensors>=0.4",
+        "safetensors>=0.6.2",
         "scipy>=1.11",
         "tokenizers",
         "torch>=2.4",

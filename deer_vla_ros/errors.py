@@ -1,4 +1,4 @@
-"""The error that a user can solve, and one line of text for any error."""
+"""The error that a user can solve, the end of cancelled work, and one line of text for any error."""
 
 
 class UserError(Exception):
@@ -7,6 +7,10 @@ class UserError(Exception):
     The message is one line and names the value, the limit and the remedy. The command line prints the message
     and exits with status 1. Any other exception is a defect of this package and keeps its traceback.
     """
+
+
+class Cancelled(Exception):
+    """Work was given up before its end, because somebody asked for that. The message says who."""
 
 
 def one_line(error: BaseException) -> str:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +39,8 @@ WINDOW = 12
 """Number of steps in a window, as in training."""
 REMEDY = "run `python -m deer_vla_ros calibrate` on the checkpoint folder"
 FEW_SAMPLES = 200
-"""With fewer samples, the status warns about the thresholds."""
+"""With fewer samples, the status warns about the thresholds. A measurement that a time limit ended has at
+least so many."""
 
 
 @dataclass(frozen=True)
@@ -171,16 +174,28 @@ STORED = {"poses": np.float16, "gripper": np.float16}
 
 
 def measure(
-    checkpoint: Checkpoint, episodes: Iterable[Episode], provenance: dict[str, str], seed: int = 0
+    checkpoint: Checkpoint,
+    episodes: Iterable[Episode],
+    provenance: dict[str, str],
+    seed: int = 0,
+    seconds: float = math.inf,
+    on_closed_loop: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Runs every exit on every observation, with one pass through the layers for each observation.
 
     Images are read once and not kept. The head's inputs are kept: (1 + exits) * width numbers per step.
-    Raises UserError if there are no observations, or if an action is not finite.
+    seconds: the most time. Half of it is for the observations, the rest for the closed loop. What was
+        measured then is the result, and the provenance says of how many steps.
+    on_closed_loop: called after each step of the closed loop with the number of steps so far and in all.
+
+    Raises UserError if there are no observations, if there are fewer than FEW_SAMPLES when the time is over,
+    or if an action is not finite.
     """
-    info = checkpoint.info
+    info, begin = checkpoint.info, time.monotonic()
     rows: dict[str, list] = {name: [] for name in ARRAYS}
     random, kept = np.random.default_rng(seed), []
+    limit = _Limit(begin + seconds / 2)
+    episodes = _within(limit, episodes)
     for number, (features, tokens) in enumerate(episode_features(checkpoint, episodes)):
         kept.append(columns(features, info.model.exits))
         for step, (deltas, poses, gripper) in enumerate(_random_walk(checkpoint, kept[-1], random)):
@@ -199,13 +214,22 @@ def measure(
         raise UserError(
             "calibration: no observation was given: name recordings with camera images and an instruction"
         )
+    samples = len(rows["deltas"])
+    if limit.was_met and samples < FEW_SAMPLES:
+        raise UserError(
+            f"calibration: {samples} steps were measured in half of {seconds / 60:g} minutes, and "
+            f"{FEW_SAMPLES} are needed: allow {math.ceil(seconds / 60 * FEW_SAMPLES / samples)} minutes, or "
+            "use a faster device; nothing was written"
+        )
     rows["window_deltas"] = rows["window_deltas"] or [np.empty((0, len(info.model.exits)))]
     arrays = {
         name: np.concatenate(values) if name == "window_deltas" else np.array(values)
         for name, values in rows.items()
     }
     arrays = {name: arrays[name].astype(kind) for name, kind in ARRAYS.items()}
-    about = {"samples": str(len(arrays["deltas"])), "seed": str(seed), **provenance}
+    about = {"samples": str(samples), "seed": str(seed), **provenance}
+    if limit.was_met:
+        about["time limit"] = f"{seconds / 60:g} minutes, over after {samples} steps"
     if checkpoint.folder is not None:
         about["weights"] = fingerprint(checkpoint.folder)
     calibration = Calibration(info.model.exits, info.delta, paths={}, provenance=about, **arrays)
@@ -213,40 +237,100 @@ def measure(
         raise UserError(
             "calibration: the network's actions are not all finite on these recordings: check the weights"
         )
-    return dataclasses.replace(calibration, paths=_measured_paths(checkpoint, calibration, kept))
+    paths, fewest = _measured_paths(checkpoint, calibration, kept, begin + seconds, on_closed_loop)
+    if fewest < samples:
+        about["closed loop"] = f"{fewest} steps"
+    return dataclasses.replace(calibration, paths=paths, provenance=about)
+
+
+class _Limit:
+    """Counts the steps of a measurement, and ends it at the moment `end` [s, time.monotonic].
+
+    was_met: whether it has ended the measurement. on_step: called after each step with the number of steps.
+    """
+
+    def __init__(self, end: float, on_step: Callable[[int], None] = lambda steps: None):
+        self._end, self._on_step = end, on_step
+        self.steps, self.was_met = 0, False
+
+    def goes_on(self) -> bool:
+        """Counts a step. Returns whether another one may follow."""
+        self.steps += 1
+        self._on_step(self.steps)
+        self.was_met = time.monotonic() >= self._end
+        return not self.was_met
+
+
+def _within(limit: _Limit, episodes: Iterable[Episode]) -> Iterator[Episode]:
+    """The episodes until the limit is met. The last one may have lost observations, but not its first."""
+
+    def observed(observations: Iterable[Observation]) -> Iterator[Observation]:
+        for observation in observations:
+            yield observation
+            if not limit.goes_on():
+                return
+
+    for episode in episodes:
+        if limit.was_met:
+            return
+        yield Episode(episode.instruction, observed(episode.observations))
 
 
 def _measured_paths(
-    checkpoint: Checkpoint, calibration: Calibration, episodes: list[Tensor]
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """For each number of exits: a path's levels, and the shares of its corners in closed loop."""
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    episodes: list[Tensor],
+    end: float,
+    on_progress: Callable[[int, int], None],
+) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], int]:
+    """For each number of exits: a path's levels, and the shares of its corners in closed loop. And how many
+    steps the shares cover at least.
+
+    end: of the time that they share [s, time.monotonic]. Each number of exits gets an equal part of what is
+    left.
+    """
     model = checkpoint.info.model
     layers = np.cumsum(cost_table(model, model.max_tokens // 2).layers)
-    paths = {}
-    for count in range(1, len(model.exits) + 1):
+    paths, fewest, samples, numbers = {}, len(calibration.deltas), len(calibration.deltas), len(model.exits)
+    for count in range(1, numbers + 1):
+        now, before = time.monotonic(), (count - 1) * samples
+        limit = _Limit(
+            now + (end - now) / (numbers + 1 - count),
+            lambda steps, before=before: on_progress(before + steps, numbers * samples),
+        )
         deltas, deviations = calibration.deltas[:, :count], calibration.deviations[:, :count]
         path = ThresholdPath.ordered(deltas, deviations, layers[list(model.exits[:count])])
         thresholds = np.array([path.thresholds(corner) for corner in range(len(path.levels))])
-        shares = closed_loop_shares(checkpoint.model.shared_head, episodes, thresholds, calibration.delta)
-        paths[count] = (path.levels, shares)
-    return paths
+        shares = closed_loop_shares(
+            checkpoint.model.shared_head, episodes, thresholds, calibration.delta, limit.goes_on
+        )
+        paths[count], fewest = (path.levels, shares), min(fewest, limit.steps)
+    return paths, fewest
 
 
 @torch.inference_mode()
 def closed_loop_shares(
-    head: ActionHead, episodes: list[Tensor], thresholds: np.ndarray, delta: str
+    head: ActionHead,
+    episodes: list[Tensor],
+    thresholds: np.ndarray,
+    delta: str,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> np.ndarray:
     """(P, exits) The share of the steps that each exit takes under each of P rules.
 
     episodes: features (T, 1 + exits or more, width) of each episode. thresholds (P, exits): one rule per row.
-    Each rule has its own memory; all rules run together as one batch per step.
+    Each rule has its own memory; all rules run together as one batch per step. goes_on: called after each
+    step; False ends the measurement.
     """
     rules, exits = thresholds.shape
     limits = torch.from_numpy(thresholds).to(episodes[0].device)
     limits[:, -1] = float("inf")
     counts = torch.zeros(rules, exits, dtype=torch.int64, device=limits.device)
     every = torch.arange(rules, device=limits.device)
+    going = True
     for features in episodes:
+        if not going:
+            break
         state = head.initial_state(rules)
         for step in features[:, : exits + 1]:
             batch = step[:, None].expand(-1, rules, -1).reshape(-1, 1, step.shape[-1])  # (1 + exits) * rules
@@ -257,6 +341,9 @@ def closed_loop_shares(
             counts[every, taken] += 1
             chosen = (taken + 1) * rules + every
             state = HeadState(*(part[:, chosen] for part in output.state))
+            going = goes_on()
+            if not going:
+                break
     return (counts / counts.sum(1, keepdim=True)).cpu().numpy()
 
 

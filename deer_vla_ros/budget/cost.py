@@ -6,6 +6,7 @@ operations are not counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,30 +137,19 @@ def head_macs(config: HeadConfig, width: int) -> int:
     return recurrent + 2 * hidden + mlp[-1] * (6 + 1)
 
 
-def layer_gib(config: ModelConfig, layer: int, bytes_per_weight: int) -> float:
-    """GiB of the weight matrices of one layer on the device."""
-    decoder = config.decoder
-    weights = _block_weights(decoder)
-    if decoder.has_cross_attention(layer):
-        inner = decoder.cross_attention_heads * decoder.cross_attention_head_width
-        weights += 2 * decoder.width * inner + 2 * config.vision.width * inner
-        weights += 2 * decoder.cross_attention_mlp_ratio * decoder.width**2
-    return weights * bytes_per_weight / GIB
+def cumulated_gib(layer_bytes: Sequence[int]) -> np.ndarray:
+    """(layers,) GiB of each layer and all layers before it. layer_bytes: as `network.layer_bytes`."""
+    return np.cumsum(layer_bytes) / GIB
 
 
-def cumulated_gib(config: ModelConfig, bytes_per_weight: int) -> np.ndarray:
-    """(layers,) GiB of the weight matrices of each layer and all layers before it."""
-    return np.cumsum([layer_gib(config, layer, bytes_per_weight) for layer in range(config.decoder.layers)])
-
-
-def layers_within(config: ModelConfig, bytes_per_weight: int, memory_gib: float) -> int:
+def layers_within(config: ModelConfig, layer_bytes: Sequence[int], memory_gib: float) -> int:
     """Number of layers that a memory budget keeps on the device: up to the deepest exit that fits.
 
-    At least the first exit stays. 0 GiB means no limit.
+    At least the first exit stays. 0 GiB means no limit. layer_bytes: as `network.layer_bytes`.
     """
     if memory_gib == 0:
         return config.decoder.layers
-    gib = cumulated_gib(config, bytes_per_weight)
+    gib = cumulated_gib(layer_bytes)
     return max((layer for layer in config.exits if gib[layer] <= memory_gib), default=config.exits[0]) + 1
 
 

@@ -13,7 +13,7 @@ import functools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -130,13 +130,13 @@ class BudgetKeeper:
         model: ModelConfig,
         delta: str,
         thresholds: tuple[float, ...],
-        bytes_per_weight: int,
+        layer_bytes: Sequence[int],
         calibration: Calibration | None = None,
         no_calibration: str = f"the checkpoint has no calibration: {REMEDY}",
     ):
         """model: the network's sizes. delta: how two exits' actions are compared (`ExitRule.delta`).
-        thresholds: one for each exit; they are used if no average budget is set. bytes_per_weight: of a
-        weight on the device. calibration: average budgets need it; one that does not fit the model is left
+        thresholds: one for each exit; they are used if no average budget is set. layer_bytes: of each
+        layer on the device. calibration: average budgets need it; one that does not fit the model is left
         out. no_calibration: the error text if an average budget is requested without a calibration."""
         self._lock = threading.RLock()
         self._model, self._delta, self._thresholds = model, delta, thresholds
@@ -147,7 +147,7 @@ class BudgetKeeper:
         except UserError as error:  # only a request for an average needs the calibration
             self._calibration, self._no_calibration = None, str(error)
         self._paths: dict[int, ThresholdPath] = {}
-        self._gib = cumulated_gib(model, bytes_per_weight)
+        self._gib = cumulated_gib(layer_bytes)
         # The latency model needs only the ratios of the layers' costs. They hardly depend on the tokens.
         self.latency = LatencyModel(cost_table(model, model.max_tokens // 2).layers)
         self._resident = model.decoder.layers
@@ -163,8 +163,8 @@ class BudgetKeeper:
         If the calibration is missing or unusable, no error is raised here. `check` raises it as UserError
         when an average budget is requested.
         """
-        info, folder, bytes_per_weight = checkpoint.info, checkpoint.folder, checkpoint.model.dtype.itemsize
-        arguments = info.model, info.delta, info.thresholds, bytes_per_weight
+        info, folder = checkpoint.info, checkpoint.folder
+        arguments = info.model, info.delta, info.thresholds, checkpoint.model.layer_bytes
         try:
             found = Calibration.load(folder) if folder else None
             if found is None:
@@ -300,6 +300,13 @@ class BudgetKeeper:
             resident_layers=self._resident,
             resident_gib=float(self._gib[self._resident - 1]),
         )
+
+    @_locked
+    def longest_ms(self) -> float:
+        """Returns the expected time [ms] of a step to the deepest exit that the budget allows; NaN if no
+        latency was measured."""
+        costs = self._exit_costs().get("average_ms")
+        return math.nan if costs is None else float(costs[self._solution.count - 1])
 
     # --- solving
 

@@ -118,7 +118,8 @@ class BudgetStatus:
     expected_gmac, expected_ms: mean cost on the calibration's deltas; NaN if unknown. binding: the average
     budget that decides the thresholds; empty for none. clamped: budgets below the cost of the first exit.
     correction: the factor by which the governor changes the binding budget. notes: texts for users about
-    unusual thresholds.
+    unusual thresholds. resident_gib: weights of the layers on the device. device_gib: all memory that this
+    process holds on that device; NaN if unknown.
     """
 
     budget_id: int
@@ -135,3 +136,4 @@ class BudgetStatus:
     notes: tuple[str, ...]
     resident_layers: int
     resident_gib: float
+    device_gib: float = float("nan")

@@ -44,6 +44,9 @@ COMMANDS = {
     "record-demos": CommandEntry(
         "deer_vla_ros.commands.record_demos_command", "demonstrations on the simulated table, for training"
     ),
+    "convert": CommandEntry(
+        "deer_vla_ros.commands.convert_command", "DeeR's released weights as a checkpoint folder"
+    ),
     "convert-bag": CommandEntry(
         "deer_vla_ros.commands.convert_bag_command", "recordings of a robot as a training dataset"
     ),

@@ -13,6 +13,8 @@ TABLE_GUARD = Path(deer_vla_ros.__file__).parent / "lab" / "sim" / "assets" / "g
 """Parameter file: the policy node's limits on the simulated table. It is found without importing MuJoCo."""
 PHRASINGS = ("training", "held-out", "both")
 """The wordings of the instructions; both: half of each."""
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+"""Number types of the weights, as the parameter `model.dtype` names them."""
 
 
 def positive(text: str) -> float:

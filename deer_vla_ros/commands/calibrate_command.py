@@ -12,12 +12,18 @@ policy node. The command writes calibration.safetensors, from which average budg
 replaced as a whole: after an interruption the old one is still there. The command also prints how far the new
 deltas are from the stored ones. A large distance means that the robot's scenes differ from those of the old
 calibration.
+
+With --minutes the measurement ends after this time, and what was measured is the result: half of the time is
+for the steps, the other half for the closed loop in which their costs are measured. The file says how many
+steps it has.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +33,9 @@ from deer_vla_ros.files import write_json
 
 if TYPE_CHECKING:
     from deer_vla_ros.budget.calibration import Calibration, Episode
+    from deer_vla_ros.inference.types import Observation
     from deer_vla_ros.model.action_space import ActionSpace
+    from deer_vla_ros.model.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=arguments.DTYPES,
+        default="float32",
+        help="number type of the weights on the CPU, as the node's model.dtype (default: %(default)s)",
+    )
     parser.add_argument("--episodes", type=int, default=144, help="table: sessions (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="table: steps of each (default: %(default)s)")
     parser.add_argument(
@@ -47,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         help="seed of the first session at the table, and of what is drawn (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=arguments.positive,
+        metavar="M",
+        help="the most time; with fewer than 200 steps nothing is written (default: no limit)",
     )
     parser.add_argument(
         "--default-fraction",
@@ -61,11 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when the file is written. Raises UserError for a wrong source or number."""
     import numpy as np
-    from rich.progress import track
 
-    from deer_vla_ros.budget.calibration import CALIBRATION, measure
+    from deer_vla_ros.budget.calibration import CALIBRATION
     from deer_vla_ros.lab.scoring.table_episodes import table_episodes
-    from deer_vla_ros.model.checkpoint import folder_of, load
+    from deer_vla_ros.model.checkpoint import folder_of, load_as
 
     if "table" in args.source and len(args.source) > 1:
         raise UserError(
@@ -75,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"calibrate: --{name} is {getattr(args, name)}: give 1 or more")
     folder = folder_of(args.checkpoint)
-    checkpoint = load(folder)
+    checkpoint = load_as(args.dtype, folder)
     left_out: list[str] = []
     if args.source == ["table"]:
         seeds = range(args.seed, args.seed + args.episodes)
@@ -83,15 +102,18 @@ def run(args: argparse.Namespace) -> int:
             f"simulated table, seeds {seeds.start} to {seeds.stop - 1}, "
             f"{args.steps} steps of the scripted expert each"
         )
-        sessions = track(seeds, description="calibrating")
-        episodes = (
-            episode for seed in sessions for episode in table_episodes(range(seed, seed + 1), args.steps)
-        )
+        steps, episodes = args.episodes * args.steps, table_episodes(seeds, args.steps)
     else:
+        steps = None
         source = f"recordings {', '.join(Path(name).name for name in args.source)}"
         episodes = _recorded(args, checkpoint.info.action_space, left_out)
     stored = _stored(folder)
-    calibration = measure(checkpoint, episodes, {"source": source}, args.seed)
+    calibration = _measured(args, checkpoint, episodes, steps, {"source": source, "dtype": args.dtype})
+    if limit := calibration.provenance.get("time limit"):
+        of_all = f", {steps} were asked for" if steps else ""
+        left_out.append(f"what came later: the time limit was {limit}{of_all}")
+    if closed_loop := calibration.provenance.get("closed loop"):
+        left_out.append(f"some of the closed loop, for the same reason: it covers {closed_loop}")
     differences = distances(calibration, stored)
     calibration.save(folder)
     if args.default_fraction is not None:
@@ -133,11 +155,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str]) -> Iterator[Episode]:
-    """Yields the episodes of the recordings, and fills left_out after the last one."""
-    from itertools import groupby
+def _measured(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    episodes: Iterator[Episode],
+    steps: int | None,
+    provenance: dict[str, str],
+) -> Calibration:
+    """Measures, and shows the progress. steps: how many there are; None if nobody knows that yet."""
+    from deer_vla_ros.budget.calibration import Episode, measure
+    from deer_vla_ros.lab.workers import progress_bar
 
-    from rich.progress import track
+    seconds = math.inf if args.minutes is None else args.minutes * 60
+    with progress_bar() as bar, contextlib.closing(episodes):
+        observing = bar.add_task("steps", total=steps)
+        closed_loop = bar.add_task("closed loop", total=None, visible=False)
+
+        def seen(observations: Iterable[Observation]) -> Iterator[Observation]:
+            for observation in observations:
+                yield observation
+                bar.advance(observing)
+
+        return measure(
+            checkpoint,
+            (Episode(episode.instruction, seen(episode.observations)) for episode in episodes),
+            provenance,
+            args.seed,
+            seconds,
+            lambda done, total: bar.update(closed_loop, completed=done, total=total, visible=True),
+        )
+
+
+def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str]) -> Iterator[Episode]:
+    """Yields the episodes of the recordings, and fills left_out at its end."""
+    from itertools import groupby
 
     from deer_vla_ros.bag.observed import Account, observed
     from deer_vla_ros.budget.calibration import Episode
@@ -146,20 +197,22 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
     given = parameters.from_file(args.params)
     settings, frame = parameters.controller_settings(given), parameters.action_space(given, space).frame
     account, topics = Account(), arguments.topics_of(args)
-    for path in track(args.source, description="calibrating"):
-        seen = observed(
-            Path(path),
-            account,
-            settings.rate_hz,
-            settings.inputs,
-            frame,
-            topics,
-            args.clock,
-            args.instruction,
-        )
-        for text, moments in groupby(seen, key=lambda moment: moment.instruction):
-            yield Episode(text, (moment.observation for moment in moments))
-    left_out += account.lines()
+    try:
+        for path in args.source:
+            seen = observed(
+                Path(path),
+                account,
+                settings.rate_hz,
+                settings.inputs,
+                frame,
+                topics,
+                args.clock,
+                args.instruction,
+            )
+            for text, moments in groupby(seen, key=lambda moment: moment.instruction):
+                yield Episode(text, (moment.observation for moment in moments))
+    finally:
+        left_out += account.lines()
 
 
 def _stored(folder: Path) -> Calibration | None:

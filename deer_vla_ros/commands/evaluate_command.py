@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deer_vla_ros.commands.arguments import PHRASINGS
+from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS
 from deer_vla_ros.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit at this layer until that step of the instruction, then at the next; "
         "after the last one at the last layer",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="number type of the weights on the CPU, as the parameter model.dtype (default: %(default)s)",
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures as JSON; makes the run resumable"
@@ -103,6 +109,7 @@ def asked_for(args: argparse.Namespace) -> Evaluation:
         args.steps,
         args.phrasings,
         args.jobs,
+        args.dtype,
     )
     asked.check()
     return asked

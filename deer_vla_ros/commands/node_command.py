@@ -13,6 +13,7 @@ Ctrl-C it publishes a hold and ends.
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -20,6 +21,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deer_vla_ros.ros.policy_node import PolicyNode
 
+SWITCH_S = 0.0005
+"""After this many seconds a thread hands Python's lock to another thread that waits for it. A step calls
+hundreds of operators, which release the lock each, and may wait this long to get it back while another thread
+takes an image. Python's default of 5 ms made the steps longer (docs/benchmarks/node-latency.md)."""
 END_SOON_S, END_WITHIN_S = 1.3, 1.8
 """Seconds after a signal until the process ends in spite of a main thread that hangs; until force."""
 
@@ -33,8 +38,10 @@ def run(args: argparse.Namespace) -> int:
     # Late imports: help needs neither rclpy nor torch. Signals are handled before the import of torch.
     from rclpy.executors import SingleThreadedExecutor
 
-    from deer_vla_ros.ros.process import end_now, ros_process, spin
+    from deer_vla_ros.ros.process import end_now, keep_freed_memory, ros_process, spin
 
+    sys.setswitchinterval(SWITCH_S)
+    keep_freed_memory()
     nodes: list[PolicyNode] = []
     with ros_process(args.ros_args, END_WITHIN_S) as stop:
         # An inference or a load that hangs must not keep the process alive after a signal.
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
         from deer_vla_ros.ros.policy_node import PolicyNode
 
-        node = PolicyNode(args.ros_args, on_failure=stop.set)
+        node = PolicyNode(args.ros_args, on_failure=stop.set, is_ending=stop.is_set)
         nodes.append(node)
         executor = SingleThreadedExecutor()
         executor.add_node(node)

@@ -6,11 +6,12 @@ The node and the bag replay both drive this class, so they cannot disagree. Time
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy, BudgetedStep
+from deer_vla_ros.budget.budgeted_policy import BudgetedPolicy, BudgetedStep, WarmUp
 from deer_vla_ros.budget.latency import LatencyTable
 from deer_vla_ros.control.following import Following
 from deer_vla_ros.control.guard import StepTiming, guard, is_beyond_workspace, is_near
@@ -30,6 +31,9 @@ from deer_vla_ros.control.types import (
 from deer_vla_ros.inference.types import Action, Observation, StageTimes
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.checkpoint import Checkpoint
+
+IMAGE_OF_WARM_UP = (200, 200)
+"""Height and width [pixels] of the images of the warm-up."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,13 @@ class Controller:
         settings: ControllerSettings,
         action_space: ActionSpace | None = None,
         latencies: LatencyTable | None = None,
+        backend: str = "eager",
     ):
         """action_space: this robot's units, frame and gripper values; None: those of the checkpoint.
-        latencies: replace the measured latencies of every step (for a replay)."""
+        latencies: replace the measured latencies of every step (for a replay). backend: what the steps run
+        with, as in BudgetedPolicy."""
         self.action_space = action_space or checkpoint.info.action_space
-        self.policy = BudgetedPolicy(checkpoint, latencies)
+        self.policy = BudgetedPolicy(checkpoint, latencies, backend)
         self.gate = InputGate(settings.inputs, self.action_space.frame)
         self.steps = 0
         self.serious: tuple[HoldReason, ...] = ()
@@ -141,10 +147,18 @@ class Controller:
         """
         return not self.has_moved and not COMMANDED_BY_OTHERS.isdisjoint(self.gate.snapshot().demands)
 
-    def warm_up(self, image_shape: tuple[int, int] = (200, 200)) -> None:
-        """Runs every exit a few times, so that the first real step is not slow. Only latencies stay."""
-        self.policy.warm_up(image_shape)
+    def warm_up(
+        self,
+        seconds: float = math.inf,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> WarmUp:
+        """Runs every exit a few times, so that the first real step is not slow. Only latencies stay.
+
+        seconds, on_progress: see BudgetedPolicy.warm_up.
+        """
+        done = self.policy.warm_up(IMAGE_OF_WARM_UP, seconds, on_progress)
         self._instruction = ""
+        return done
 
     def start(self) -> None:
         """Control starts, or starts again: every earlier motion, hold and time is forgotten."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
-from deer_vla_ros.inference.exit_rule import ExitRule, compared
+from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.reading import Reading
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason
-from deer_vla_ros.model.head import HeadOutput
 
 
 class Climb:
     """One step of one episode. The caller runs the layers in turn and asks after each whether the climb
-    `reads` it. If so, the caller passes the shared head's output after this layer to `ends`.
+    `reads` it. If so, the caller reads the shared head after this layer and passes the result to `ends`. If
+    the climb also `waits` there, it cannot end before the next layer: the caller keeps the feature, computes
+    the head's outputs after both layers as one batch, and passes only the later one.
 
     A probing step compares each exit with the exit before it, and the first exit with the layer before it. It
     stops at the first exit where the two agree, or at the deepest exit. A step between two probing steps
@@ -24,16 +26,13 @@ class Climb:
             None if rule.probes(episode_step) else rule.exits[rule.index_not_shallower(last_exit_layer)]
         )
         self._index = -1
-        self._probes = 0
-        self._previous: HeadOutput | None = None
-        self._chosen: HeadOutput | None = None
+        self._readings: list[Reading] = []
         self._deltas = [float("nan")] * len(rule.exits)
 
     @property
-    def chosen(self) -> HeadOutput:
-        """The head's output at the exit where the climb ended."""
-        assert self._chosen is not None, "asked before the climb ended"
-        return self._chosen
+    def probes(self) -> bool:
+        """Whether this step probes the exits."""
+        return self._stage is None
 
     def reads(self, layer: int) -> bool:
         """Whether the head must be read after this layer."""
@@ -41,37 +40,27 @@ class Climb:
             return layer == self._stage
         return layer in self._rule.exits or layer == self._rule.exits[0] - 1
 
-    def ends(self, layer: int, output: HeadOutput) -> bool:
-        """Takes the head's output (1, 1, ...) after `layer`. Returns whether the climb ends here."""
-        rule = self._rule
-        self._probes += 1
-        if layer in rule.exits:
-            self._index = rule.exits.index(layer)
-            if self._stage is None:
-                now, before = (
-                    compared(rule.delta, o.pose, o.feature)[0, 0] for o in (output, self._previous)
-                )
-                self._deltas[self._index] = rule.measure(now, before)
-            if (
-                self._stage is not None
-                or layer == rule.deepest
-                or rule.agrees(self._index, self._deltas[self._index])
-            ):
-                self._chosen = output
-                return True
-        self._previous = output
-        return False
+    def waits(self, layer: int) -> bool:
+        """Whether the output after this layer is only compared with the next layer's."""
+        return self._stage is None and layer == self._rule.exits[0] - 1
+
+    def ends(self, layer: int, reading: Reading) -> bool:
+        """Takes what was read after `layer`, an exit. Returns whether the climb ends here."""
+        self._index = self._rule.exits.index(layer)
+        self._readings.append(reading)
+        if self._stage is not None:
+            return True
+        self._deltas[self._index] = reading.delta
+        return layer == self._rule.deepest or self._rule.agrees(self._index, reading.delta)
 
     def action(self) -> Action:
         """The chosen exit's action; with `ensemble`, its mean with the previous exit's action."""
-        outputs = [self.chosen]
-        if self._rule.ensemble and self._stage is None and self._index > 0:
-            outputs.append(self._previous)
-        pose = torch.stack([output.pose[0, 0].float() for output in outputs]).mean(0)
-        probability = torch.stack(
-            [output.gripper_logit[0, 0, 0].float().sigmoid() for output in outputs]
-        ).mean(0)
-        return Action(pose.cpu().numpy(), probability.item())
+        _, pose, probability = self._readings[-1]
+        if self._rule.ensemble and len(self._readings) > 1:
+            before = self._readings[-2]
+            pose = np.mean([pose, before.pose], axis=0)
+            probability = (probability + before.gripper_probability) / 2
+        return Action(pose, probability)
 
     def report(self, action: Action, tokens: int, times: StageTimes) -> PolicyStep:
         """The decision with all that the climb measured."""
@@ -82,7 +71,8 @@ class Climb:
             stop=self._stop(),
             deltas=tuple(self._deltas),
             thresholds=self._rule.thresholds,
-            head_probes=self._probes,
+            # A probing step also reads the layer before the first exit.
+            head_probes=self._index + 2 if self.probes else 1,
             tokens=tokens,
             times=times,
         )

@@ -69,10 +69,6 @@ class ExitRule:
         """The deepest layer that a step may run."""
         return self.exits[-1]
 
-    def measure(self, read: Tensor, previous: Tensor) -> float:
-        """The delta of two vectors that `compared` returned. This call waits for the device."""
-        return DELTAS[self.delta](read.float(), previous.float()).item()
-
     def agrees(self, index: int, delta: float) -> bool:
         """Whether `delta` at exit number `index` stops the step. NaN does not."""
         return delta <= self.thresholds[index]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import math
+import functools
 import mmap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,9 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.inference.policy import DeerPolicy
+from deer_vla_ros.inference.static_step import PreparedGroups
 from deer_vla_ros.model.checkpoint import WEIGHTS
 from deer_vla_ros.model.decoder import Layer
-from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.model.memory import own_memory
+from deer_vla_ros.model.network import MultiExitVLA, state_shapes
+from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise
 
 PIECE_BYTES = 4 * 2**20
 """The size of the pieces in which weights are copied. A cancelled load ends after the current piece."""
@@ -30,12 +36,12 @@ class ResidentLayers:
     steps.
     """
 
-    def __init__(self, model: MultiExitVLA, folder: Path | None):
-        self._model = model
+    def __init__(self, model: MultiExitVLA, folder: Path | None, policy: DeerPolicy | None = None):
+        """policy: the one that uses these layers."""
+        self._model, self._policy = model, policy
         self._folder = folder
         self._identity = None if folder is None else _identity(folder / WEIGHTS)
-        present = [not next(layer.parameters()).is_meta for layer in model.layers]
-        self._count = self._wanted = present.index(False) if False in present else len(present)
+        self._count = self._wanted = present_layers(model)
         self._load: _Load | None = None
 
     @property
@@ -70,6 +76,10 @@ class ResidentLayers:
             return
         read = self._end_load()
         self._wanted = count
+        if self._policy is not None:
+            self._policy.forget_layers(count)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()  # a layer that was launched early may still run
         for index in range(count, self._count):
             layers[index] = _empty_layer(self._model, index)
         self._count = min(count, self._count)
@@ -77,7 +87,12 @@ class ResidentLayers:
         if count > self._count:
             assert self._folder is not None, "missing layers were dropped, which needs a folder"
             self._load = _Load(
-                self._model, self._folder / WEIGHTS, self._identity, range(self._count, count), read
+                self._model,
+                self._folder / WEIGHTS,
+                self._identity,
+                range(self._count, count),
+                read,
+                self._policy,
             )
             self._load.start()
         _give_back_memory(self._model.device)
@@ -95,6 +110,8 @@ class ResidentLayers:
             raise load.error
         for index, layer in enumerate(load.layers, self._count):
             self._model.layers[index] = layer
+        if self._policy is not None:
+            self._policy.use_layers(load.prepared)
         self._count = self._wanted
         return True
 
@@ -119,15 +136,36 @@ class ResidentLayers:
         return load.layers
 
 
+def present_layers(model: MultiExitVLA) -> int:
+    """The number of a network's first layers that are on its device."""
+    present = [not next(layer.parameters()).is_meta for layer in model.layers]
+    return present.index(False) if False in present else len(present)
+
+
+def bytes_held(device: torch.device) -> int:
+    """The memory that this process holds on a device: on a GPU all that torch has reserved for it, on a CPU
+    the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
 class _Load(threading.Thread):
     """Reads the layers `indices` into `layers`, which may hold the first already. A failure sets `error`."""
 
     def __init__(
-        self, model: MultiExitVLA, path: Path, identity: tuple[int, ...], indices: range, layers: list[Layer]
+        self,
+        model: MultiExitVLA,
+        path: Path,
+        identity: tuple[int, ...],
+        indices: range,
+        layers: list[Layer],
+        policy: DeerPolicy | None,
     ):
         super().__init__(name="load_layers", daemon=True)
         self._model, self._path, self._identity, self._indices = model, path, identity, indices
-        self.layers = layers
+        self.layers, self._policy = layers, policy
+        self.prepared: PreparedGroups = {}
         self.error: Exception | None = None
         self.cancelled = threading.Event()
 
@@ -138,12 +176,14 @@ class _Load(threading.Thread):
                     "the file is another one than the network was loaded from: "
                     "configure the node again to use it"
                 )
-            with safe_open(self._path, framework="pt") as file:
+            with _copy_stream(self._model.device), safe_open(self._path, framework="pt") as file:
                 for index in self._indices[len(self.layers) :]:
                     layer = self._read(file, index)
                     if layer is None:
                         return
                     self.layers.append(layer)
+            if self._policy is not None:
+                self.prepared = self._policy.prepare_layers(self._indices.start, self.layers)
         except (UserError, OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: out of memory
             self.layers.clear()
             reason, first, last = " ".join(str(error).split()), self._indices[0], self._indices[-1]
@@ -158,8 +198,12 @@ class _Load(threading.Thread):
 
     def _read(self, file: safe_open, index: int) -> Layer | None:
         """Layer `index` on the network's device, in memory of its own; None if the load was cancelled."""
-        layer, prefix = _empty_layer(self._model, index), f"layers.{index}."
-        expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        prefix = f"layers.{index}."
+        expected = {
+            name.removeprefix(prefix): shape
+            for name, shape in state_shapes(self._model.config, for_training=False).items()
+            if name.startswith(prefix)
+        }
         keys = [key for key in file.keys() if key.startswith(prefix)]
         found = {key.removeprefix(prefix): tuple(file.get_slice(key).get_shape()) for key in keys}
         for name in sorted(expected.keys() | found.keys()):
@@ -167,15 +211,17 @@ class _Load(threading.Thread):
                 raise UserError(
                     f"tensor {prefix}{name}: shape is {found.get(name)}, the network's {expected.get(name)}"
                 )
+        device, dtype, bits = self._model.device, self._model.dtype, self._model.bits
         state: dict[str, Tensor] = {}
         for name, shape in expected.items():
-            mapped = file.get_tensor(prefix + name)
-            state[name] = _own_memory(shape, self._model.device, self._model.dtype)
-            rows = max(1, PIECE_BYTES * shape[0] // mapped.nbytes)
-            for own, piece in zip(state[name].split(rows), mapped.split(rows)):
+            new = functools.partial(own_memory, device)
+            own = empty_tensors(prefix + name, shape, dtype, bits, new)
+            fill = quantise if is_quantised(prefix + name, shape, bits) else _copy
+            for _ in fill(file.get_tensor(prefix + name), *own.values()):
                 if self.cancelled.is_set():
                     return None
-                own.copy_(piece)
+            state |= {key.removeprefix(prefix): tensor for key, tensor in own.items()}
+        layer = _empty_layer(self._model, index)
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
 
@@ -189,16 +235,27 @@ def _identity(path: Path) -> tuple[int, ...]:
 def _empty_layer(model: MultiExitVLA, index: int) -> Layer:
     """Layer `index` on the meta device, without memory."""
     with torch.device("meta"):
-        return Layer(model.config.decoder, index, model.config.vision.width)
+        return Layer(model.config.decoder, index, model.config.vision.width, model.bits)
 
 
-def _own_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """An empty tensor whose memory returns to the system as soon as the tensor is dropped."""
-    if device.type != "cpu":
-        return torch.empty(shape, device=device, dtype=dtype)
-    # Not malloc: glibc keeps up to 64 MiB of what a second thread frees, even after malloc_trim.
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+def _copy(mapped: Tensor, own: Tensor) -> Iterator[None]:
+    """Copies a tensor of a file. Yields after each piece."""
+    rows = max(1, PIECE_BYTES * len(mapped) // mapped.nbytes)
+    for to, piece in zip(own.split(rows), mapped.split(rows)):
+        to.copy_(piece)
+        yield
+
+
+@contextlib.contextmanager
+def _copy_stream(device: torch.device) -> Iterator[None]:
+    """Copies to a GPU in a stream of their own, beside the steps. They are complete at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+        stream.synchronize()
 
 
 def _give_back_memory(device: torch.device) -> None:

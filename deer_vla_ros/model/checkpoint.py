@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+import mmap
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,21 @@ from deer_vla_ros.files import whole_file, write_json, write_text
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
 from deer_vla_ros.model.from_json import from_json
-from deer_vla_ros.model.network import MultiExitVLA, build, check_shapes
+from deer_vla_ros.model.network import (
+    HEADS_OF_TRAINING,
+    MultiExitVLA,
+    build,
+    check_shapes,
+    has_heads_of_training,
+)
+from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise, types_of
 from deer_vla_ros.model.text import InstructionTokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
 """The checkpoint that ships with the package."""
+BLOCK_BYTES = 4 * 2**20
+"""How much of a file is read ahead at once."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +110,23 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     layers: int | None = None,
+    for_training: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    bits: int | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint folder onto `device` and casts the weights to `dtype`.
 
+    It needs memory for the cast weights, and for one tensor of the file in addition.
+
     layers: the number of decoder layers to load; the others are on the meta device, without memory. None
         loads all layers.
+    for_training: also load the heads that only training uses.
+    on_progress: called before each tensor and after the last one, with the bytes of the weights that were
+        read and those that will be read in all. What it raises ends the load.
+    bits: of a weight in the layers' matrices, 8 or 4; each is quantised while it is read. None: as `dtype`.
 
-    Raises a UserError that names a missing file, a missing or unknown tensor, or a tensor of a wrong shape.
+    Raises a UserError that names a missing file, a missing or unknown tensor, a tensor of a wrong shape, or a
+    matrix that cannot have these `bits`.
     """
     info = load_info(folder)
     tokenizer = InstructionTokenizer.from_file(folder / TOKENIZER, info.model.max_tokens)
@@ -111,12 +135,15 @@ def load(
             f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, "
             f"the network embeds {info.model.decoder.vocabulary}: they are not of the same model"
         )
-    return Checkpoint(
-        info,
-        build(info.model, _read_weights(folder / WEIGHTS, info.model, device, dtype, layers)),
-        tokenizer,
-        folder,
-    )
+    wanted = _Wanted(info.model, torch.device(device), dtype, layers, for_training, bits)
+    state = _read_weights(folder / WEIGHTS, wanted, on_progress)
+    return Checkpoint(info, build(info.model, state, bits), tokenizer, folder)
+
+
+def load_as(number_type: str, folder: Path, device: str = "cpu") -> Checkpoint:
+    """As `load`, for a value of the parameter `model.dtype`."""
+    dtype, bits = types_of(number_type, device)
+    return load(folder, device, dtype, bits=bits)
 
 
 def set_thresholds(folder: Path, thresholds: tuple[float, ...]) -> None:
@@ -132,6 +159,7 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
 
     The readme is written last: a folder that has one is complete.
     """
+    assert checkpoint.model.bits is None, "a checkpoint folder has weights in full precision"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / README).unlink(missing_ok=True)
     tensors = {
@@ -145,27 +173,96 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
     write_text(folder / README, readme)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Which weights of a file are wanted, and where. See `load`."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    layers: int | None
+    for_training: bool
+    bits: int | None
+
+    def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
+        """The network's tensors, without values, for the tensor `name` of the file."""
+        return empty_tensors(
+            name, shape, self.dtype, self.bits, functools.partial(torch.empty, device=device)
+        )
+
+    def copy(self, name: str, mapped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same in memory of their own, with the values of a tensor of the file."""
+        if not is_quantised(name, mapped.shape, self.bits):
+            return {name: _own_copy(mapped, self.device, self.dtype)}
+        own = self.empty(name, mapped.shape, self.device)
+        for _ in quantise(mapped, *own.values()):
+            pass
+        return own
+
+
 def _read_weights(
-    path: Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype, layers: int | None
+    path: Path, wanted: _Wanted, on_progress: Callable[[int, int], None]
 ) -> dict[str, torch.Tensor]:
     """All tensors of the network. Names and shapes are checked before the first tensor is loaded.
 
     Each tensor is copied to its own memory, so that it can be freed alone: safetensors returns views of one
     mapped file.
     """
+    layers = wanted.config.decoder.layers
     absent = tuple(
-        f"layers.{index}."
-        for index in range(config.decoder.layers if layers is None else layers, config.decoder.layers)
+        f"layers.{index}." for index in range(layers if wanted.layers is None else wanted.layers, layers)
     )
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            check_shapes(config, shapes, str(path))
-            return {
-                name: torch.empty(shape, dtype=dtype, device="meta")
-                if name.startswith(absent)
-                else file.get_tensor(name).to(device, dtype, copy=True)
-                for name, shape in shapes.items()
-            }
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+            check_shapes(wanted.config, shapes, str(path))
+            if wanted.for_training and not has_heads_of_training(shapes):
+                raise UserError(
+                    f"{path}: it has no heads for training: make the checkpoint with `convert --training`"
+                )
+            left_out = () if wanted.for_training else HEADS_OF_TRAINING
+            names = [name for name in shapes if not name.startswith(left_out)]
+            state: dict[str, torch.Tensor] = {}
+            for name in names:
+                if name.startswith(absent):
+                    state |= wanted.empty(name, shapes[name], torch.device("meta"))
+            mapped = {name: file.get_tensor(name) for name in names if not name.startswith(absent)}
+            done, total = 0, sum(tensor.nbytes for tensor in mapped.values())
+            with _read_ahead(path):
+                for name, tensor in mapped.items():
+                    on_progress(done, total)
+                    state |= wanted.copy(name, tensor)
+                    done += tensor.nbytes
+            on_progress(done, total)
+            return state
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}): copy the checkpoint again") from error
+
+
+def _own_copy(mapped: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A copy in memory of its own. A GPU gets the bytes as they are in the file, and casts them itself."""
+    if device.type == "cpu":
+        return mapped.to(dtype, copy=True)
+    return mapped.to(device).to(dtype)
+
+
+@contextlib.contextmanager
+def _read_ahead(path: Path) -> Iterator[None]:
+    """Reads the file in large blocks in another thread, so that its bytes are in the page cache when a mapped
+    tensor needs them. A mapped file alone is read in small pieces, at about half of the disk's rate."""
+    over = threading.Event()
+
+    def read() -> None:
+        # An error of the file shows up where its bytes are used.
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            with mmap.mmap(-1, BLOCK_BYTES) as block:  # not malloc, which would keep it
+                while not over.is_set() and file.readinto(block):
+                    pass
+
+    thread = threading.Thread(target=read, name="read_ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deer_vla_ros.model.config import DecoderConfig
+from deer_vla_ros.model.quantisation import quantise_linear_maps
 from deer_vla_ros.model.resampler import FeedForward, merge_heads, split_heads
 
 
@@ -29,9 +31,12 @@ class TextContext:
     def tokens(self) -> int:
         return self.embedding.shape[1]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.embedding, self.attention_bias, self.sees_image))
+
     def rows(self, rows: list[int]) -> TextContext:
         """The texts of some rows of the batch."""
-        return TextContext(self.embedding[rows], self.attention_bias[rows], self.sees_image[rows])
+        return TextContext(*(part[rows] for part in self))
 
 
 def alibi_slopes(heads: int, bias_max: int) -> Tensor:
@@ -124,12 +129,15 @@ class DecoderBlock(nn.Module):
 class Layer(nn.Module):
     """One layer. Exits and budgets count these layers."""
 
-    def __init__(self, config: DecoderConfig, index: int, visual_width: int):
+    def __init__(self, config: DecoderConfig, index: int, visual_width: int, bits: int | None = None):
+        """bits: of a weight in the matrices, 8 or 4; None: they have the number type of all weights."""
         super().__init__()
         self.cross_attention = (
             GatedCrossAttention(config, visual_width) if config.has_cross_attention(index) else None
         )
         self.block = DecoderBlock(config)
+        if bits is not None:
+            quantise_linear_maps(self, bits)
 
     def forward(self, x: Tensor, visual: Tensor, text: TextContext) -> Tensor:
         """(B, S, width) hidden state -> the next hidden state. visual: (B, visual tokens, visual width)."""

@@ -18,10 +18,28 @@ class HeadState(NamedTuple):
     hidden: Tensor
     cell: Tensor
 
+    def row(self, index: int) -> HeadState:
+        """The state of one episode of the batch, as a batch of one."""
+        return HeadState(self.hidden[:, index : index + 1], self.cell[:, index : index + 1])
+
+
+class PreparedState(NamedTuple):
+    """The part of one step of the LSTMs that does not depend on the feature, for each episode of a batch.
+
+    gates: for each LSTM layer W_hh h + b_ih + b_hh, (lstm layers, B, 4 hidden). cell: (lstm layers, B,
+    hidden).
+    """
+
+    gates: Tensor
+    cell: Tensor
+
     @staticmethod
-    def joined(states: Sequence[HeadState]) -> HeadState:
-        """The states of several episodes as one batch. A single state is returned as it is."""
-        return states[0] if len(states) == 1 else HeadState(*(torch.cat(parts, 1) for parts in zip(*states)))
+    def joined(states: Sequence[PreparedState]) -> PreparedState:
+        """The states of several probes as one batch. If all are the same one, it is returned as it is, since
+        `ActionHead.probe` uses one state for any number of features."""
+        if all(state is states[0] for state in states):
+            return states[0]
+        return PreparedState(*(torch.cat(parts, 1) for parts in zip(*states)))
 
 
 class HeadOutput(NamedTuple):
@@ -36,19 +54,12 @@ class HeadOutput(NamedTuple):
     state: HeadState
     feature: Tensor
 
-    def split(self) -> list[HeadOutput]:
-        """The output of each episode of the batch, as batches of one."""
-        if len(self.pose) == 1:
-            return [self]
-        return [
-            HeadOutput(
-                self.pose[i : i + 1],
-                self.gripper_logit[i : i + 1],
-                HeadState(*(part[:, i : i + 1] for part in self.state)),
-                self.feature[i : i + 1],
-            )
-            for i in range(len(self.pose))
-        ]
+    def rows(self, first: int) -> HeadOutput:
+        """The outputs of the batch from number `first` on."""
+        if first == 0:
+            return self
+        state = HeadState(self.state.hidden[:, first:], self.state.cell[:, first:])
+        return HeadOutput(self.pose[first:], self.gripper_logit[first:], state, self.feature[first:])
 
 
 def pool(hidden: Tensor) -> Tensor:
@@ -101,6 +112,35 @@ class ActionHead(nn.Module):
                 x = F.dropout(x, self.dropout, self.training)
         after = HeadState(torch.cat(hiddens), torch.cat(cells)) if hiddens else state
         return HeadOutput(self.pose(x).tanh(), self.gripper(x), after, feature)
+
+    def prepare(self, state: HeadState) -> PreparedState:
+        """Computes what every probe of a step shares. It can be done before the step's feature is known."""
+        gates = [
+            F.linear(hidden, lstm.weight_hh_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0)
+            for lstm, hidden in zip(self.lstms, state.hidden)
+        ]
+        return PreparedState(torch.stack(gates) if gates else state.hidden, state.cell)
+
+    def probe(self, feature: Tensor, prepared: PreparedState) -> HeadOutput:
+        """The same as `forward` for one step, with plain linear maps in place of nn.LSTM.
+
+        feature: (B, width). prepared: of B episodes, or of one episode whose step all B features belong to.
+        nn.LSTM packs its weights again in every call, which takes most of a probe's time. There is no
+        dropout.
+        """
+        x, hiddens, cells = feature, [], []
+        for lstm, norm, gates, cell in zip(self.lstms, self.norms, prepared.gates, prepared.cell):
+            entry, forget, new, out = (gates + F.linear(x, lstm.weight_ih_l0)).chunk(4, -1)
+            cell = forget.sigmoid() * cell + entry.sigmoid() * new.tanh()
+            hidden = out.sigmoid() * cell.tanh()
+            hiddens.append(hidden)
+            cells.append(cell)
+            x = norm(hidden)
+        if hiddens:
+            after = HeadState(torch.stack(hiddens), torch.stack(cells))
+        else:  # a head without memory has states of no layers
+            after = HeadState(*(prepared.cell.expand(-1, len(x), -1) for _ in range(2)))
+        return HeadOutput(self.pose(x).tanh()[:, None], self.gripper(x)[:, None], after, feature[:, None])
 
     def initial_state(self, batch: int = 1) -> HeadState:
         """The state at the start of an episode: zeros."""

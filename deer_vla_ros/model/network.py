@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -32,6 +32,10 @@ class Sight:
     found: Found | None
 
 
+HEADS_OF_TRAINING = ("last_head.", "auxiliary_heads.")
+"""The beginnings of the names of tensors that only training uses."""
+
+
 class MultiExitVLA(nn.Module):
     """The network of DeeR-VLA (Yue et al., NeurIPS 2024, arXiv 2411.02359), at any size.
 
@@ -39,9 +43,10 @@ class MultiExitVLA(nn.Module):
     to train the layers: the auxiliary heads and, at the last layer, `last_head`.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, for_training: bool = True, bits: int | None = None):
+        """for_training: False leaves out the heads that only training uses. bits: as in Layer."""
         super().__init__()
-        self.config = config
+        self.config, self.bits = config, bits
         decoder, visual_width = config.decoder, config.vision.width
         self.vision = VisionTower(config.vision)
         self.resampler = PerceiverResampler(visual_width, config.resampler)
@@ -54,13 +59,14 @@ class MultiExitVLA(nn.Module):
             else None
         )
         self.token_embedding = nn.Embedding(decoder.vocabulary, decoder.width)
-        self.layers = nn.ModuleList(Layer(decoder, i, visual_width) for i in range(decoder.layers))
+        self.layers = nn.ModuleList(Layer(decoder, i, visual_width, bits) for i in range(decoder.layers))
         self.final_norm = nn.LayerNorm(decoder.width, bias=False) if decoder.final_norm else None
         self.shared_head = ActionHead(decoder.width, config.head)
-        self.last_head = ActionHead(decoder.width, config.head)
-        self.auxiliary_heads = nn.ModuleDict(
-            {str(exit_layer): ActionHead(decoder.width, config.head) for exit_layer in config.exits[:-1]}
-        )
+        if for_training:
+            self.last_head = ActionHead(decoder.width, config.head)
+            self.auxiliary_heads = nn.ModuleDict(
+                {str(exit_layer): ActionHead(decoder.width, config.head) for exit_layer in config.exits[:-1]}
+            )
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +75,11 @@ class MultiExitVLA(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.token_embedding.weight.dtype
+
+    @property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """The bytes of all tensors of each layer, also of one that is not on the device now."""
+        return layer_bytes(self.config, self.dtype, self.bits)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, cameras, 3, size, size) normalised images -> (B, cameras * latents, vision width) tokens.
@@ -84,15 +95,24 @@ class MultiExitVLA(nn.Module):
 
         Raises UserError if the network needs a measured pose and `tcp` is None.
         """
+        return self.see_from(images, self.pose_values(tcp, len(images)))
+
+    def pose_values(self, tcp: Tensor | None, batch: int) -> Tensor:
+        """(B, POSE_VALUES) from `tcp` as in `see`, on the device of `tcp`; zeros for a network that does not
+        use the pose. Raises UserError as `see` does."""
+        if self.proprioception is None:
+            return torch.zeros(batch, POSE_VALUES, dtype=self.dtype, device=self.device)
+        if tcp is None:
+            raise UserError(
+                "this network takes the measured TCP pose as an input, and the observation has none: "
+                "give Observation.tcp"
+            )
+        return self.proprioception.values(tcp.float()).to(self.dtype)
+
+    def see_from(self, images: Tensor, pose: Tensor) -> Sight:
+        """As `see`, from the values (B, POSE_VALUES) of the measured pose."""
         visual = self.encode_images(images)
-        pose = visual.new_zeros(visual.shape[0], POSE_VALUES)
         if self.proprioception is not None:
-            if tcp is None:
-                raise UserError(
-                    "this network takes the measured TCP pose as an input, and the observation has none: "
-                    "give Observation.tcp"
-                )
-            pose = self.proprioception.values(tcp.float()).to(self.dtype)
             visual = torch.cat([visual, self.proprioception(pose)], 1)
         if self.grounding is None:
             return Sight(visual, None)
@@ -115,28 +135,47 @@ class MultiExitVLA(nn.Module):
             yield hidden
 
 
-def build(config: ModelConfig, state: Mapping[str, Tensor]) -> MultiExitVLA:
+def build(config: ModelConfig, state: Mapping[str, Tensor], bits: int | None = None) -> MultiExitVLA:
     """A network that uses the tensors of `state` without a copy and is ready for inference.
 
-    Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so in a clear message.
+    bits: as in Layer. Raises RuntimeError if a name or shape does not fit. `check_shapes` tells the user so
+    in a clear message.
     """
-    model = _without_values(config)
+    model = _without_values(config, has_heads_of_training(state), bits)
     model.load_state_dict(state, strict=True, assign=True)
     restore_buffers(model)
     return model.eval().requires_grad_(False)
 
 
+def has_heads_of_training(names: Iterable[str]) -> bool:
+    """Whether the names of a network's tensors include those of the heads that only training uses."""
+    return any(name.startswith(HEADS_OF_TRAINING) for name in names)
+
+
 @functools.cache
-def state_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+def state_shapes(config: ModelConfig, for_training: bool = True) -> Mapping[str, tuple[int, ...]]:
     """The shape of each tensor of a network of this config, by name."""
-    tensors = _without_values(config).state_dict()
+    tensors = _without_values(config, for_training).state_dict()
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
-def _without_values(config: ModelConfig) -> MultiExitVLA:
+@functools.cache
+def layer_bytes(config: ModelConfig, dtype: torch.dtype, bits: int | None = None) -> tuple[int, ...]:
+    """The bytes of all tensors of each layer. Raises UserError if the layers cannot have these `bits`."""
+    found: dict[bool, int] = {}  # layers differ only in whether they have a cross-attention
+    kinds = [config.decoder.has_cross_attention(index) for index in range(config.decoder.layers)]
+    for kind in set(kinds):
+        with torch.device("meta"), _NoRandomValues():
+            layer = Layer(config.decoder, kinds.index(kind), config.vision.width, bits)
+        found[kind] = sum(parameter.numel() * dtype.itemsize for parameter in layer.parameters())
+        found[kind] += sum(buffer.nbytes for buffer in layer.buffers())
+    return tuple(found[kind] for kind in kinds)
+
+
+def _without_values(config: ModelConfig, for_training: bool, bits: int | None = None) -> MultiExitVLA:
     """A network on the meta device, without memory."""
     with torch.device("meta"), _NoRandomValues():
-        return MultiExitVLA(config)
+        return MultiExitVLA(config, for_training, bits)
 
 
 class _NoRandomValues(TorchFunctionMode):
@@ -152,11 +191,12 @@ class _NoRandomValues(TorchFunctionMode):
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises UserError unless `found` has exactly the names and shapes of a network of this config.
+    """Raises UserError unless `found` has exactly the names and shapes of a network of this config, with all
+    heads of training or with none of them.
 
     Messages begin with `where`.
     """
-    expected = state_shapes(config)
+    expected = state_shapes(config, has_heads_of_training(found))
     for kind, names in (
         ("missing", expected.keys() - found.keys()),
         ("unknown", found.keys() - expected.keys()),

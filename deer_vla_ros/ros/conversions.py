@@ -95,6 +95,7 @@ def budget_message(status: BudgetStatus, now_ns: int) -> msg.BudgetStatus:
         recent_miss_rate=done.recent_miss_rate,
         resident_layers=status.resident_layers,
         resident_gib=status.resident_gib,
+        device_gib=status.device_gib,
     )
     for name in (*AVERAGES, *PEAKS):
         setattr(message, f"requested_{name}", getattr(asked, name))

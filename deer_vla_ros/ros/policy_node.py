@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from geometry_msgs.msg import PoseStamped
+from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
@@ -23,8 +25,9 @@ from std_msgs.msg import Bool, String
 from std_srvs.srv import SetBool, Trigger
 
 from deer_vla_ros.control.types import Camera, Command, Frame, HoldReason
-from deer_vla_ros.errors import UserError, one_line
+from deer_vla_ros.errors import Cancelled, UserError, one_line
 from deer_vla_ros.ros import images, parameters
+from deer_vla_ros.ros.cancellable import Work
 from deer_vla_ros.ros.graph import OtherCommanders, watchdog_name
 from deer_vla_ros.ros.image_decoder import Decoder
 from deer_vla_ros.ros.messages import measured_pose
@@ -48,6 +51,19 @@ JOIN_S = 0.5
 """How long the end of control waits for an inference [s]."""
 ACK_S = 0.2
 """How long the end of the process waits until every subscriber has the last hold [s]."""
+LOOK_S = 0.05
+"""Period [s] of the check, while the checkpoint loads, for a signal or a request that ends the load."""
+SHUTDOWNS = {
+    Transition.TRANSITION_UNCONFIGURED_SHUTDOWN,
+    Transition.TRANSITION_INACTIVE_SHUTDOWN,
+    Transition.TRANSITION_ACTIVE_SHUTDOWN,
+}
+ENDS_OF_CONFIGURE = {
+    "cleanup": {Transition.TRANSITION_CLEANUP},
+    "deactivate": {Transition.TRANSITION_DEACTIVATE},
+    "shutdown": SHUTDOWNS,
+}
+"""The requests that end a configure in progress: their labels and ids."""
 
 
 def told(returns: TransitionCallbackReturn) -> Callable:
@@ -60,12 +76,16 @@ def told(returns: TransitionCallbackReturn) -> Callable:
     def decorated(transition: Callable) -> Callable:
         @functools.wraps(transition)
         def guarded(self: PolicyNode, state: LifecycleState) -> TransitionCallbackReturn:
+            name = transition.__name__.removeprefix("on_")
             try:
                 return transition(self, state)
             except (KeyboardInterrupt, SystemExit):
                 raise
+            except Cancelled as cancelled:
+                self.get_logger().warning(f"{name} is cancelled: {cancelled}")
+                self._release()
+                return returns
             except BaseException as error:  # a panic of Rust code is not an Exception
-                name = transition.__name__.removeprefix("on_")
                 self.get_logger().error(f"{name} failed: {one_line(error)}")
                 self._stop_control()
                 if name != "activate":  # activation may be tried again
@@ -80,18 +100,23 @@ def told(returns: TransitionCallbackReturn) -> Callable:
 class PolicyNode(LifecycleNode):
     """configure loads the checkpoint, activate starts the control thread, deactivate ends it with a hold.
 
-    Threads: the executor's thread runs the callbacks, which only hand messages over. The decoder's thread
-    turns image messages into frames. The control thread ticks the controller when a pair of frames arrives
-    and every TICK_S. It sends beats to the watchdog process, which holds the arm when beats are missing. The
-    thread that receives a request to hold publishes the hold at once.
+    Threads: the executor's thread runs the callbacks, which only hand messages over. A thread of configure
+    loads the checkpoint; meanwhile the executor's thread waits, and looks for a signal or a request that ends
+    the load. The decoder's thread turns image messages into frames. The control thread ticks the controller
+    when a pair of frames arrives and every TICK_S. It sends beats to the watchdog process, which holds the
+    arm when beats are missing. The thread that receives a request to hold publishes the hold at once.
     """
 
     def __init__(
-        self, ros_args: list[str] | None = None, on_failure: Callable[[], None] = lambda: None
+        self,
+        ros_args: list[str] | None = None,
+        on_failure: Callable[[], None] = lambda: None,
+        is_ending: Callable[[], bool] = lambda: False,
     ) -> None:
         """ros_args: those of the process; the watchdog takes the security enclave from them.
 
         on_failure: called in the control thread when control has failed. The process has to end then.
+        is_ending: whether the process has to end; then configure gives up.
         """
         super().__init__(parameters.NODE_NAME, automatically_declare_parameters_from_overrides=True)
         parameters.declare(self)
@@ -104,6 +129,9 @@ class PolicyNode(LifecycleNode):
         self._changes: dict[str, Callable[[Controller], None]] = {}
         self._changes_lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._load: Work[Controller] | None = None
+        self._is_ending = is_ending
+        self._waiting: deque[tuple[ChangeState.Request, Any]] = deque()  # requests that came during a load
         self._output_lock = threading.Lock()  # held while a command is published; guards _running
         self._running = False
         self._instruction = ""
@@ -167,7 +195,7 @@ class PolicyNode(LifecycleNode):
 
     @told(TransitionCallbackReturn.FAILURE)
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Starts the watchdog, loads the checkpoint, and runs every exit once."""
+        """Starts the watchdog, loads the checkpoint, and runs every exit a few times."""
         self._watchdog.start()  # first, so that it starts while the checkpoint loads
         self._others.listen()
         given = parameters.values(self)
@@ -176,10 +204,7 @@ class PolicyNode(LifecycleNode):
                 "control.rehearsal is on: for recordings and onlookers, never with an arm"
             )
         self._outputs.open(given)
-        # A late import: torch takes seconds, and other nodes can find this one meanwhile.
-        from deer_vla_ros.ros import loading
-
-        controller = loading.warm_controller(given, self.get_logger())
+        controller = self._loaded(given)
         controller.gate.put_instruction(self._instruction)
         if self._hold_requested:
             controller.gate.request_hold(True)
@@ -188,6 +213,35 @@ class PolicyNode(LifecycleNode):
         self._controller = controller
         self._reports.open(controller)
         return super().on_configure(state)
+
+    def _loaded(self, given: dict[str, Any]) -> Controller:
+        """The controller for these parameter values. Raises Cancelled as soon as it must not go on."""
+
+        def do(check: Callable[[], None]) -> Controller:
+            # A late import: torch takes seconds, and other nodes can find this one meanwhile.
+            from deer_vla_ros.ros import loading
+
+            controller = loading.warm_controller(given, self.get_logger(), check=check)
+            loading.warn_of_slow_steps(controller, self.get_logger())
+            return controller
+
+        if self._load is not None:
+            self._wait_for(self._load)  # it was given up, and still does its last step
+        self._load = Work("load", do)
+        self._load.start()
+        self._wait_for(self._load)
+        load, self._load = self._load, None
+        return load.take_result()
+
+    def _wait_for(self, load: Work[Controller]) -> None:
+        """Waits until the load has ended. Gives it up and raises Cancelled if somebody asks for an end."""
+        while load.is_alive():
+            load.join(LOOK_S)
+            self._take_requests()
+            asked = [label for request, _ in self._waiting if (label := _ends_configure(request))]
+            if why := "the process ends" if self._is_ending() else asked and f"{asked[0]} was requested":
+                load.give_up(why)
+                raise Cancelled(why)
 
     @told(TransitionCallbackReturn.FAILURE)
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -233,18 +287,39 @@ class PolicyNode(LifecycleNode):
 
         def answer(request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
             try:
-                return change_state(request, response)
+                response = change_state(request, response)
             except Exception as error:
                 self.get_logger().error(f"transition {request.transition.id} is refused: {one_line(error)}")
                 response.success = False
-                return response
+            self._answer_waiting()
+            return response
 
         service.callback = answer
+        self._change_state = service
+
+    def _take_requests(self) -> None:
+        """Takes the requests for transitions that have arrived. Only the executor's thread may call it, which
+        takes them itself when no transition runs."""
+        handle = self._change_state.handle
+        with handle:
+            while (taken := handle.service_take_request(ChangeState.Request))[1] is not None:
+                self._waiting.append(taken)
+
+    def _answer_waiting(self) -> None:
+        """Carries out the requests that came during a load, in their order."""
+        while self._waiting:
+            request, header = self._waiting.popleft()
+            if request.transition.id in SHUTDOWNS:
+                # Whoever asks during configure cannot know the state that configure ends in.
+                request.transition.label = "shutdown"
+            response = self._change_state.callback(request, ChangeState.Response())
+            self._change_state.send_response(response, header)
 
     def autostart(self) -> None:
         """Configures and activates the node if the parameter `autostart` is true."""
         if self._value("autostart") and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             self.trigger_activate()
+        self._answer_waiting()
 
     def close(self) -> None:
         """Publishes a last hold and releases everything, in any state of the node."""
@@ -283,7 +358,9 @@ class PolicyNode(LifecycleNode):
         self._reports.close()
         self._outputs.close()
         gc.collect()
-        if torch := sys.modules.get("torch"):  # configure may have failed before the import
+        torch = sys.modules.get("torch")  # configure may have failed before the import
+        # A load that was given up may still import it.
+        if torch and (self._load is None or not self._load.is_alive()):
             torch.cuda.empty_cache()
 
     # --- control
@@ -525,6 +602,12 @@ class PolicyNode(LifecycleNode):
 
     def _now_ns(self) -> int:
         return self.get_clock().now().nanoseconds
+
+
+def _ends_configure(request: ChangeState.Request) -> str:
+    """The label of a request that ends a configure in progress; empty for another request."""
+    label, number = request.transition.label, request.transition.id
+    return next((name for name, ids in ENDS_OF_CONFIGURE.items() if label == name or number in ids), "")
 
 
 def enclave_of(ros_args: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ handles the signals.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -23,6 +24,11 @@ from deer_vla_ros.errors import UserError
 
 END_WITHIN_S = 10.0
 """How long a node that commands no arm may take from the signal to its end [s]."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of two settings of glibc's mallopt (malloc.h)."""
+KEPT_BYTES, KEPT_BLOCK_BYTES = 64 << 20, 32 << 20
+"""Freed memory that a process keeps for its next allocations; the longest block of it (glibc allows 32
+MiB)."""
 
 
 @contextmanager
@@ -61,6 +67,18 @@ def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Ex
             executor.spin_once(timeout_sec=0.1)
         except Exception as error:
             on_error(error)
+
+
+def keep_freed_memory() -> None:
+    """Lets malloc keep freed memory, up to KEPT_BYTES per heap. Only glibc has this setting.
+
+    By default glibc returns freed blocks of a megabyte to the kernel, and every step asks for them again: the
+    kernel clears each page anew. With two images of 640x480 these were 1,000 page faults, 4 ms of a step on
+    one core (docs/benchmarks/node-latency.md).
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def end_now(status: int) -> None:

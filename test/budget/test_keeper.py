@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import calibration, samples
@@ -17,6 +18,7 @@ from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason
 from deer_vla_ros.model.config import openflamingo_3b, openflamingo_9b, tabletop
+from deer_vla_ros.model.network import layer_bytes
 
 CONFIGS = (tabletop(), openflamingo_3b(), openflamingo_9b())
 
@@ -26,7 +28,11 @@ token_counts = st.integers(3, 32)
 
 def new_keeper(config=CONFIGS[0], tokens: int = 10, calibrated=None) -> BudgetKeeper:
     keeper = BudgetKeeper(
-        config, "l2", tuple(range(1, len(config.exits) + 1)), bytes_per_weight=4, calibration=calibrated
+        config,
+        "l2",
+        tuple(range(1, len(config.exits) + 1)),
+        layer_bytes(config, torch.float32),
+        calibration=calibrated,
     )
     keeper.set_tokens(tokens)
     return keeper
@@ -387,7 +393,7 @@ def test_memory_keeps_layers_up_to_the_deepest_exit_that_fits():
     low, high = feasible(keeper, "memory_gib")
 
     def within(memory_gib: float) -> int:
-        return layers_within(tabletop(), 4, memory_gib)
+        return layers_within(tabletop(), layer_bytes(tabletop(), torch.float32), memory_gib)
 
     assert within(0.0) == within(high) == 12
     assert within(low) == 2
@@ -431,7 +437,7 @@ def test_odd_thresholds_are_told():
 
 
 def test_before_the_first_instruction_a_budget_is_feasible_that_could_be():
-    keeper = BudgetKeeper(tabletop(), "l2", (0.1,) * 6, 4, CALIBRATION)
+    keeper = BudgetKeeper(tabletop(), "l2", (0.1,) * 6, layer_bytes(tabletop(), torch.float32), CALIBRATION)
     short = cost_table(tabletop(), 6).language(4)
     keeper.check(Budget(average_gmac=short))
     keeper.set(Budget(average_gmac=short))

@@ -81,6 +81,14 @@ def test_what_calibration_measures_is_what_the_policy_does():
         assert measured == pytest.approx(np.bincount(on_images, minlength=6) / 12)
 
 
+def test_a_calibration_without_enough_time_is_refused_and_leaves_the_old_one(folder, capsys):
+    before = (folder / CALIBRATION).read_bytes()
+    command = ["calibrate", "table", "--checkpoint", str(folder), "--episodes", "1", "--steps", "25"]
+    assert main([*command, "--minutes", "0.0001"]) == 1
+    assert "1 steps were measured in half of 0.0001 minutes, and 200 are needed" in capsys.readouterr().err
+    assert (folder / CALIBRATION).read_bytes() == before
+
+
 def test_a_calibration_of_another_depth_and_a_damaged_one_are_refused_with_the_remedy(folder, tmp_path):
     calibration = Calibration.load(folder)
     with pytest.raises(UserError, match="run `python -m deer_vla_ros calibrate`"):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule
+from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule, compared
 
 NUMPY_DELTAS = {
     "l2": lambda a, b: np.sqrt(np.mean((a - b) ** 2)),
@@ -36,23 +36,21 @@ def test_every_kind_of_delta_is_checked_here():
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_delta_is_what_its_formula_says(kind, seed):
     poses = np.random.default_rng(seed).uniform(-1, 1, (2, 6)).astype(np.float32)
-    measured = ExitRule((1,), (0.0,), kind).measure(*torch.from_numpy(poses))
+    measured = DELTAS[kind](*torch.from_numpy(poses)).item()
     assert measured == pytest.approx(NUMPY_DELTAS[kind](*poses.astype(np.float64)), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", DELTAS)
 def test_two_equal_poses_have_no_delta(kind):
     pose = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, -0.6])
-    assert ExitRule((1,), (0.0,), kind).measure(pose, pose.clone()) == pytest.approx(0, abs=1e-6)
+    assert DELTAS[kind](pose, pose.clone()).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", DELTAS)
 def test_poses_in_half_precision_are_compared_in_full(kind):
     poses = torch.tensor([[0.1, -0.2, 0.3, -0.4, 0.5, -0.6], [0.11, -0.2, 0.3, -0.4, 0.5, -0.59]]).half()
-    rule = ExitRule((1,), (0.0,), kind)
-    assert rule.measure(*poses) == pytest.approx(
-        NUMPY_DELTAS[kind](*poses.numpy().astype(np.float64)), abs=1e-6
-    )
+    measured = DELTAS[kind](*(compared(kind, pose, pose) for pose in poses)).item()
+    assert measured == pytest.approx(NUMPY_DELTAS[kind](*poses.numpy().astype(np.float64)), abs=1e-6)
 
 
 def test_a_delta_equal_to_its_threshold_agrees():

@@ -393,6 +393,23 @@ def test_layers_that_could_not_come_back_do_not_go():
     assert is_in_place(model, 6)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_layers_come_back_to_the_bit(big_folder, no_collector, bits):
+    checkpoint = load(big_folder, bits=bits)
+    before = {name: tensor.clone() for name, tensor in checkpoint.model.layers.state_dict().items()}
+    resident = ResidentLayers(checkpoint.model, checkpoint.folder)
+    low = resident_bytes() - sum(checkpoint.model.layer_bytes[2:])
+    for _ in range(4):
+        resident.keep(2)
+        assert resident_bytes() < low + 3 * SLACK, "the allocator keeps what quantising a piece takes"
+        resident.keep(12)
+        until(resident.absorb)
+        assert resident.count == 12
+    after = checkpoint.model.layers.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_come_back_in_the_precision_that_they_had(small_folder, dtype):
     checkpoint = load(small_folder, dtype=dtype)

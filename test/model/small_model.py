@@ -14,6 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.model.action_space import CALVIN
+from deer_vla_ros.model.checkpoint import CheckpointInfo
 from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
@@ -42,6 +44,15 @@ SMALL = ModelConfig(
     max_tokens=12,
 )
 """Exits at layers 1, 3 and 5."""
+
+INFO = CheckpointInfo(
+    model=SMALL,
+    action_space=CALVIN,
+    weights="random",
+    trained=False,
+    delta="l2",
+    thresholds=(0.01, 0.02, 1e8),
+)
 
 
 def with_decoder(config: ModelConfig, **changes) -> ModelConfig:

@@ -1,7 +1,11 @@
 """Tests of checkpoint folders: saving, loading, and messages for damaged folders."""
 
+import dataclasses
 import json
 import pickle
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_model import INSTRUCTION, SMALL, observations, small_model, small_tokenizer
+from small_model import INFO, INSTRUCTION, SMALL, observations, small_model, small_tokenizer, with_decoder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import Cancelled, UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
-from deer_vla_ros.model.action_space import CALVIN
 from deer_vla_ros.model.checkpoint import (
     CONFIG,
     EMBEDDED,
@@ -24,27 +27,38 @@ from deer_vla_ros.model.checkpoint import (
     TOKENIZER,
     WEIGHTS,
     Checkpoint,
-    CheckpointInfo,
     folder_of,
     load,
     save,
 )
 from deer_vla_ros.model.config import tabletop
-
-INFO = CheckpointInfo(
-    model=SMALL,
-    action_space=CALVIN,
-    weights="random",
-    trained=False,
-    delta="l2",
-    thresholds=(0.01, 0.02, 1e8),
-)
+from deer_vla_ros.model.network import state_shapes
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     save(tmp_path, Checkpoint(INFO, small_model(), small_tokenizer()), "made by a test\n")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory) -> Path:
+    """A checkpoint of about 170 MB, as float16."""
+    folder = tmp_path_factory.mktemp("large")
+    config = with_decoder(
+        dataclasses.replace(SMALL, vision=dataclasses.replace(SMALL.vision, width=32)),
+        width=1024,
+        heads=8,
+        mlp_ratio=4,
+        cross_attention_head_width=16,
+    )
+    save(folder, Checkpoint(INFO, small_model(), small_tokenizer()), "made by a test\n")
+    change_config(folder, lambda values: values.update(model=config.to_dict()))
+    shapes = state_shapes(config, for_training=False)
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, folder / WEIGHTS
+    )
+    return folder
 
 
 def poses(checkpoint: Checkpoint) -> list[list[float]]:
@@ -57,7 +71,7 @@ def poses(checkpoint: Checkpoint) -> list[list[float]]:
 
 
 def test_what_was_saved_is_what_is_loaded(folder):
-    saved, loaded = Checkpoint(INFO, small_model(), small_tokenizer()), load(folder)
+    saved, loaded = Checkpoint(INFO, small_model(), small_tokenizer()), load(folder, for_training=True)
     assert loaded.info == INFO
     before, after = saved.model.state_dict(), loaded.model.state_dict()
     assert before.keys() == after.keys()
@@ -226,6 +240,38 @@ def test_a_pickle_is_never_loaded(folder, name, write):
     write(folder / name, Bomb(trace))
     refusal_of(folder)
     assert not trace.exists()
+
+
+def test_a_load_tells_its_bytes_and_ends_where_it_is_told_to(folder):
+    told = []
+    load(folder, on_progress=lambda done, total: told.append((done, total)))
+    (total,) = {total for _, total in told}
+    heads = ("last_head.", "auxiliary_heads.")
+    stored = {name: t for name, t in load_file(folder / WEIGHTS).items() if not name.startswith(heads)}
+    assert total == sum(tensor.nbytes for tensor in stored.values())
+    assert len(told) == len(stored) + 1 and told[0][0] == 0 and told[-1][0] == total
+    assert told == sorted(told)
+
+    def end(done: int, total: int) -> None:
+        if done:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        load(folder, on_progress=end)
+    assert "read_ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int4"])
+def test_a_load_needs_no_more_memory_than_the_loaded_weights(large_folder, dtype):
+    measured = subprocess.run(
+        [sys.executable, Path(__file__).with_name("measure_load.py"), large_folder, dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    figures = json.loads(measured.stdout)
+    assert figures["weights_mib"] > {"int8": 75, "int4": 45}.get(dtype, 150)
+    assert figures["peak_over_weights"] <= 1.1, figures
 
 
 def test_a_refused_checkpoint_can_be_repaired(folder):

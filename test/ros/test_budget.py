@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from harness import Client, spawn, wait_until
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
@@ -15,6 +16,7 @@ from deer_vla_ros.budget.keeper import BudgetKeeper
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.inference.types import Action, PolicyStep, StageTimes, StopReason
 from deer_vla_ros.model.config import tabletop
+from deer_vla_ros.model.network import layer_bytes
 from deer_vla_ros.ros.telemetry import budget_problems
 
 NAMESPACE = "thrifty"
@@ -194,7 +196,7 @@ def test_diagnostics_carry_requested_and_achieved(client, rig):
 
 def test_a_deadline_that_is_missed_more_than_rarely_is_a_problem_and_one_miss_is_not():
     def problems(misses: int) -> list[str]:
-        keeper = BudgetKeeper(tabletop(), "l2", (0.1,) * 6, bytes_per_weight=4)
+        keeper = BudgetKeeper(tabletop(), "l2", (0.1,) * 6, layer_bytes(tabletop(), torch.float32))
         keeper.set(Budget(deadline_ms=10.0))
         for number in range(200):
             total = 20.0 if number < misses else 5.0

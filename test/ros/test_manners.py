@@ -1,6 +1,5 @@
 """Tests of a node's inputs, outputs and neighbours over real DDS, as a robotics engineer expects them."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from rclpy.time import Time
 from rig import Rig, moves
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
+from slow_network import save_slow
 from std_msgs.msg import String
 from std_srvs.srv import SetBool
 
-from deer_vla_ros.model.checkpoint import EMBEDDED, Checkpoint, load, save
-from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.ros.graph import type_name
 from deer_vla_ros.ros.interface import INPUTS, OUTPUTS, SERVICES
 from deer_vla_ros.ros.messages import nanoseconds
@@ -214,16 +212,7 @@ def test_two_nodes_in_two_namespaces_do_not_hear_each_other(rig, client, node):
 @pytest.fixture(scope="module")
 def slow_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint whose vision tower takes longer per step than the greatest allowed age of a frame."""
-    embedded = load(EMBEDDED)
-    config = dataclasses.replace(
-        embedded.info.model,
-        vision=dataclasses.replace(embedded.info.model.vision, image_size=256, patch_size=4),
-        decoder=dataclasses.replace(embedded.info.model.decoder, layers=2),
-    )
-    info = dataclasses.replace(embedded.info, model=config, thresholds=(1e8,))
-    folder = tmp_path_factory.mktemp("slow")
-    save(folder, Checkpoint(info, MultiExitVLA(config), embedded.tokenizer), "Too slow on purpose.")
-    return folder
+    return save_slow(tmp_path_factory.mktemp("slow"), 256)
 
 
 def test_a_step_that_takes_too_long_is_overruled_and_a_signal_still_holds_at_once(client, slow_checkpoint):

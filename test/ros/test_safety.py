@@ -219,7 +219,7 @@ def test_a_callback_that_raises_is_a_hold_and_those_after_it_run(client):
 def test_whatever_fails_in_a_transition_is_one_line_with_the_reason(client, error):
     code = f"""
 from deer_vla_ros.ros import loading
-def fails(*given):
+def fails(*given, **named):
     raise {error}
 loading.warm_controller = fails
 """

@@ -125,7 +125,7 @@ def _keeper(checkpoint: Checkpoint) -> BudgetKeeper:
         info.model,
         info.delta,
         info.thresholds,
-        checkpoint.model.dtype.itemsize,
+        checkpoint.model.layer_bytes,
         Calibration.load(checkpoint.folder),
     )
 

@@ -20,7 +20,7 @@ class Heard:
     first counts.
 
     relay, command, camera: the time of arrival [ns]. step: the time of arrival [ns], then the node's own
-    values of compute time and static_age [ms].
+    values of compute time and static_age [ms], and of the layers run.
     """
 
     relay: dict[int, list[float]]
@@ -41,8 +41,9 @@ class LatencyRow:
     the rest of that tick and the command's way to the listener.
 
     p50_ratio, p99_ratio: overhead_ms divided by relay_ms at the same percentile; those that end in `_alone`:
-    by relay_alone_ms. step_rate_hz, camera_rate_hz, camera_rate_heard_hz: steps, published frames, and frames
-    that the relay received, per second. camera_gap_ms: the longest time between two frames at the publisher.
+    by relay_alone_ms. layers: the mean of the layers that a step ran. step_rate_hz, camera_rate_hz,
+    camera_rate_heard_hz: steps, published frames, and frames that the relay received, per second.
+    camera_gap_ms: the longest time between two frames at the publisher.
     """
 
     condition: str
@@ -60,10 +61,30 @@ class LatencyRow:
     overhead_ms: dict[str, float]
     arriving_ms: dict[str, float]
     leaving_ms: dict[str, float]
+    layers: float
     step_rate_hz: float
     camera_rate_hz: float
     camera_rate_heard_hz: float
     camera_gap_ms: float
+
+
+GOAL_RATIOS = {"p50": 2.0, "p99": 3.0}
+"""The most overhead that the node may have, as a multiple of the relay's time."""
+GOAL_STEPS = 0.98
+"""The least share of the frames on which the node must step."""
+
+
+def missed_goals(row: LatencyRow) -> list[str]:
+    """What a row misses of the goal, in words."""
+    ratios = {"p50": row.p50_ratio, "p99": row.p99_ratio}
+    missed = [
+        f"the overhead at {name} is {ratio:.2f} x the relay's time, the goal is {GOAL_RATIOS[name]:g} x"
+        for name, ratio in ratios.items()
+        if not ratio <= GOAL_RATIOS[name]
+    ]
+    if not row.step_rate_hz >= GOAL_STEPS * row.camera_rate_hz:
+        missed.append(f"{row.step_rate_hz:.1f} steps per second of {row.camera_rate_hz:.1f} frames")
+    return missed
 
 
 def read(log: Path) -> Heard:
@@ -100,7 +121,7 @@ def row(
     relay_alone = np.array([heard.relay[stamp][0] - stamp for stamp in quiet]) / 1e6
     relay = np.array([heard.relay[stamp][0] - stamp for stamp in stamps]) / 1e6
     command = np.array([heard.command[stamp][0] - stamp for stamp in stamps]) / 1e6
-    compute, static_age = np.array([heard.step[stamp][1:] for stamp in stamps]).T
+    compute, static_age, layers = np.array([heard.step[stamp][1:] for stamp in stamps]).T
     overhead = command - compute
     p50, p99 = np.percentile(overhead, PERCENTILES) / np.percentile(relay, PERCENTILES)
     p50_alone, p99_alone = np.percentile(overhead, PERCENTILES) / np.percentile(relay_alone, PERCENTILES)
@@ -122,6 +143,7 @@ def row(
         overhead_ms=percentiles(overhead, PERCENTILES),
         arriving_ms=percentiles(static_age, PERCENTILES),
         leaving_ms=percentiles(overhead - static_age, PERCENTILES),
+        layers=float(layers.mean()),
         step_rate_hz=len(within(heard.step)) / seconds,
         camera_rate_hz=len(frames) / seconds,
         camera_rate_heard_hz=len(within(heard.relay)) / seconds,

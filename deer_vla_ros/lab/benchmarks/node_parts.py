@@ -7,6 +7,7 @@ SIGTERM.
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -17,14 +18,18 @@ from typing import Any
 import numpy as np
 import rclpy
 from geometry_msgs.msg import PoseStamped
+from PIL import Image as Picture
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
+from deer_vla_ros.control.types import Pose
+from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.lab.scoring.table_episodes import table_episodes
 from deer_vla_ros.msg import PolicyStep
-from deer_vla_ros.ros.messages import image_message, nanoseconds, stamp
+from deer_vla_ros.ros.messages import image_message, nanoseconds, pose_message, stamp
 from deer_vla_ros.ros.process import ros_process
 from deer_vla_ros.ros.qos import LATCHED, NEWEST
 
@@ -33,12 +38,17 @@ NAMESPACE = "deer_vla_benchmark"
 FRAME = "base"
 CAMERA_HZ = 30.0
 CAMERA_SIZE = (480, 640)
+SEED, STEPS = 500_000, 40
+"""Of the demonstration that the cameras show: its table was not used in training. Its first steps."""
 KEEP_ALL = 100
 """Depth of the listener's queues: it must not miss any message."""
 
 
-def camera() -> None:
+def camera(noise: bool = False) -> None:
     """Publishes both cameras' images, the measured pose and the instruction.
+
+    The cameras show a demonstration at the simulated table, forwards and backwards, one step per frame.
+    noise: they show the same random image in every frame, on which the network does not agree with itself.
 
     The gripper image goes first and has arrived when the static image comes. The node then waits for the same
     image as the relay, and still has the cost of receiving both. In the other order the figures would be too
@@ -51,26 +61,58 @@ def camera() -> None:
             name: node.create_publisher(Image, f"camera/{name}/image_raw", qos_profile_sensor_data)
             for name in ("gripper", "static")
         }
-        pixels = np.random.default_rng(0).integers(0, 255, (*CAMERA_SIZE, 3), dtype=np.uint8)
-        # The message is made once, as a camera driver passes on a buffer that the hardware has filled.
-        image = image_message(pixels, "camera", 0)
         poses = node.create_publisher(PoseStamped, "ee_pose", KEEP_ALL)
-        pose = PoseStamped()
-        pose.header.frame_id = FRAME
-        pose.pose.position.x, pose.pose.position.z, pose.pose.orientation.w = 0.4, 0.3, 1.0
         instructions = node.create_publisher(String, "instruction", LATCHED)
-        instructions.publish(String(data="lift the red block"))
+        instruction, seen = _noise() if noise else _demonstration()
+        # All messages are made before, as a camera driver passes on a buffer that the hardware has filled.
+        messages = [_messages(observation) for observation in (*seen, *seen[-2:0:-1])]
+        instructions.publish(String(data=instruction))
         period, due = 1 / CAMERA_HZ, time.monotonic()
-        while not stop.wait(max(0.0, due - time.monotonic())):
-            for publisher in images.values():
-                image.header.stamp = stamp(time.time_ns())
-                publisher.publish(image)
-            pose.header.stamp = image.header.stamp
+        for shown, pose in itertools.cycle(messages):
+            if stop.wait(max(0.0, due - time.monotonic())):
+                break
+            for name, publisher in images.items():
+                shown[name].header.stamp = stamp(time.time_ns())
+                publisher.publish(shown[name])
+            pose.header.stamp = shown["static"].header.stamp
             poses.publish(pose)
             due += period
             while due < time.monotonic():  # A late camera drops frames; it does not publish them later.
                 due += period
         node.destroy_node()
+
+
+def _noise() -> tuple[str, list[Observation]]:
+    """An instruction, and one observation of random images."""
+    pixels = np.random.default_rng(0).integers(0, 255, (*CAMERA_SIZE, 3), dtype=np.uint8)
+    return "lift the red block", [Observation(pixels, pixels, np.array([0.4, 0.0, 0.3, 0.0, 0.0, 0.0, 1.0]))]
+
+
+def _demonstration() -> tuple[str, list[Observation]]:
+    """The instruction and the observations of a demonstration, their images as a camera of CAMERA_SIZE would
+    see them."""
+    episode = next(iter(table_episodes(range(SEED, SEED + 1), STEPS)))
+    return episode.instruction, [
+        Observation(_framed(each.static), _framed(each.gripper), each.tcp) for each in episode.observations
+    ]
+
+
+def _framed(image: np.ndarray) -> np.ndarray:
+    """A square image, scaled to the height of CAMERA_SIZE, with black borders to its left and right."""
+    height, width = CAMERA_SIZE
+    framed = np.zeros((height, width, 3), np.uint8)
+    left = (width - height) // 2
+    framed[:, left : left + height] = Picture.fromarray(image).resize((height, height))
+    return framed
+
+
+def _messages(observation: Observation) -> tuple[dict[str, Image], PoseStamped]:
+    """The images, by camera, and the measured pose, without stamps."""
+    images = {"gripper": observation.gripper, "static": observation.static}
+    tcp = Pose(observation.tcp[:3], observation.tcp[3:])
+    return {name: image_message(image, "camera", 0) for name, image in images.items()}, pose_message(
+        tcp, FRAME, 0
+    )
 
 
 def relay() -> None:
@@ -112,7 +154,7 @@ def listener() -> None:
         node.create_subscription(
             PolicyStep,
             "deer_vla/step",
-            lambda step: write_line("step", step, step.total_ms, step.static_age_ms),
+            lambda step: write_line("step", step, step.total_ms, step.static_age_ms, step.layers_run),
             KEEP_ALL,
         )
 

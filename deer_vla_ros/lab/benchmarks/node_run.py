@@ -33,15 +33,18 @@ PROFILES = "FASTRTPS_DEFAULT_PROFILES_FILE"
 settings."""
 COLUMNS = ("relay alone", "relay", "command", "compute", "overhead")
 HEAD = (
-    " " * 17 + "".join(f"{column:>16}" for column in (*COLUMNS, "ratio")) + "   frames sent, heard; steps /s"
+    " " * 17
+    + "".join(f"{column:>16}" for column in (*COLUMNS, "ratio"))
+    + "   frames sent, heard; steps /s, layers"
 )
 
 
-def measure(seconds: float, out: Path) -> list[LatencyRow]:
+def measure(seconds: float, out: Path, checkpoint: str = "", noise: bool = False) -> list[LatencyRow]:
     """Measures all conditions, `seconds` each, and prints a line after each one. Raises UserError if a
     process fails.
 
-    out: the folder for logs. There is no progress bar: it would use the cores whose latency is measured.
+    out: the folder for logs. checkpoint: the node's folder; empty: the embedded one. noise: see
+    `node_parts.camera`. There is no progress bar: it would use the cores whose latency is measured.
     """
     os.environ.setdefault(PROFILES, str(_config("fastdds_large_images.xml")))
     cores = len(os.sched_getaffinity(0))
@@ -54,13 +57,14 @@ def measure(seconds: float, out: Path) -> list[LatencyRow]:
         flush=True,
     )
     log = out / "listener.log"
-    parts = [_part(name, out / f"{name}.log") for name in ("camera", "relay", "listener")]
+    parts = [_part("camera", out / "camera.log", *(["--noise"] if noise else []))]
+    parts += [_part(name, out / f"{name}.log") for name in ("relay", "listener")]
     rows = []
     with kept(*parts):
         _await(log, "relay", parts)
         alone = {name: _window(seconds, parts, spinning, out) for name, spinning in conditions.items()}
         for threads in CPU_THREADS:
-            node = _node(threads, out)
+            node = _node(threads, out, checkpoint)
             with kept(node):
                 _await(log, "step", [node, *parts])
                 for name, spinning in conditions.items():
@@ -93,21 +97,24 @@ def _window(seconds: float, processes: list[ChildProcess], spinning: int, out: P
     return begin_ns, end_ns
 
 
-def _node(threads: int, out: Path) -> ChildProcess:
+def _node(threads: int, out: Path, checkpoint: str) -> ChildProcess:
     settings = {
+        "model.path": checkpoint,
         "control.rate_hz": RATE_HZ,
         "control.rehearsal": True,
         "model.cpu_threads": threads,
         "action.frame": FRAME,
     }
-    parameters = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
+    parameters = [
+        word for name, value in settings.items() if value != "" for word in ("-p", f"{name}:={value}")
+    ]
     return ChildProcess(
         "policy node", ["node", "--ros-args", "-r", f"__ns:=/{NAMESPACE}", *parameters], out / "node.log"
     )
 
 
-def _part(name: str, log: Path) -> ChildProcess:
-    return ChildProcess(name, ["benchmark", name], log)
+def _part(name: str, log: Path, *words: str) -> ChildProcess:
+    return ChildProcess(name, ["benchmark", name, *words], log)
 
 
 def _await(log: Path, what: str, processes: Iterable[ChildProcess]) -> None:
@@ -140,7 +147,7 @@ def _line(row: LatencyRow) -> str:
     cells.append(pair({"p50": row.p50_ratio, "p99": row.p99_ratio}))
     rates = (
         f"{row.camera_rate_hz:.1f}, {row.camera_rate_heard_hz:.1f}; "
-        f"{row.step_rate_hz:.1f} ({row.samples} samples)"
+        f"{row.step_rate_hz:.1f}, {row.layers:.1f} ({row.samples} samples)"
     )
     return (
         f"{row.condition:<7}threads {row.cpu_threads:<2}"

@@ -32,7 +32,7 @@ from deer_vla_ros.lab.scoring.resume_file import ResumeFile
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.lab.workers import Work, progress_bar, spread
-from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load
+from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load_as
 
 Results = list[tuple[Attempt, ...]]
 LANES = 8
@@ -47,7 +47,7 @@ class Evaluation:
     folder: the checkpoint's folder. choice: what decides how many layers run. chains: the number of chains of
     five instructions. trials: the number of single instructions per task. seed: selects the set of chains.
     steps: the most steps per instruction. phrasings: "training", "held-out" or "both". jobs: the number of
-    processes; None: one per core.
+    processes; None: one per core. dtype: of the weights, as the parameter `model.dtype`.
     """
 
     folder: Path
@@ -58,6 +58,7 @@ class Evaluation:
     steps: int = 80
     phrasings: str = "training"
     jobs: int | None = None
+    dtype: str = "float32"
 
     def check(self) -> None:
         """Raises UserError if a number is out of range, or if there is nothing to evaluate."""
@@ -81,6 +82,7 @@ class Evaluation:
         """Everything that the figures depend on, ready for JSON."""
         return {
             "budget": self.choice.to_json(),
+            "dtype": self.dtype,
             **files_of(self.folder),
             "tasks_sha256": tasks_sha256(),
             "seed": self.seed,
@@ -98,7 +100,7 @@ def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any
     next run continues an interrupted one. Raises UserError if the checkpoint cannot follow the choice, or if
     the file beside is of another evaluation.
     """
-    checkpoint = load(asked.folder)
+    checkpoint = load_as(asked.dtype, asked.folder)
     asked.choice.rule_of(checkpoint)  # An error is raised here, before any process starts.
     about = asked.identity()
     resume = None
@@ -109,7 +111,15 @@ def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any
     groups = groups_of(asked.chains, asked.trials, LANES)
     jobs = asked.jobs or len(os.sched_getaffinity(0))
     chains, singles = evaluate(
-        asked.folder, asked.choice, asked.seed, asked.phrasings, asked.steps, groups, jobs, resume
+        asked.folder,
+        asked.choice,
+        asked.seed,
+        asked.phrasings,
+        asked.steps,
+        groups,
+        jobs,
+        resume,
+        asked.dtype,
     )
     report = {**summary(checkpoint.info.model, chains, singles), **about}
     if resume is not None:
@@ -180,6 +190,7 @@ def evaluate(
     groups: Sequence[Group],
     processes: int,
     resume: ResumeFile | None,
+    dtype: str = "float32",
 ) -> tuple[Results, Results]:
     """Runs all groups. Returns the attempts of every chain, and those of every single instruction.
 
@@ -192,7 +203,7 @@ def evaluate(
     with progress_bar() as progress:
         bar = progress.add_task("evaluating", total=sum(len(group.indices) for group in groups))
         progress.advance(bar, sum(len(group.indices) for group in groups if group.key in done))
-        arguments = (folder, choice, seed, phrasings, step_limit, lanes)
+        arguments = (folder, choice, seed, phrasings, step_limit, lanes, dtype)
         jobs = [(group, _drawn.get((seed, phrasings, group))) for group in left]
         for (group, _), (drawn, results) in spread(
             _worker, arguments, jobs, processes, lambda: progress.advance(bar)
@@ -208,10 +219,12 @@ def evaluate(
     return chains, [attempts for group, results in found.items() if group.task for attempts in results]
 
 
-def _worker(folder: Path, choice: ExitChoice, seed: int, phrasings: str, step_limit: int, lanes: int) -> Work:
+def _worker(
+    folder: Path, choice: ExitChoice, seed: int, phrasings: str, step_limit: int, lanes: int, dtype: str
+) -> Work:
     """Returns the function that runs one group in this process. The tables are made once, for all groups."""
     torch.set_num_threads(1)
-    checkpoint = load(folder)
+    checkpoint = load_as(dtype, folder)
     driver = NetworkDriver(checkpoint, choice.rule_of(checkpoint), lanes)
     tables = [Table() for _ in range(lanes)]
 

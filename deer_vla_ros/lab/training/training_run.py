@@ -155,7 +155,7 @@ class TrainingRun:
         network = self._recipe.network
         if network.from_checkpoint:
             network.check(load_info(folder_of(network.from_checkpoint)).model)
-            checkpoint = load(folder_of(network.from_checkpoint), self._device)
+            checkpoint = load(folder_of(network.from_checkpoint), self._device, for_training=True)
             self._model, self._tokenizer = checkpoint.model, checkpoint.tokenizer
             return
         config = network.config()

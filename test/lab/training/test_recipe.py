@@ -14,9 +14,9 @@ from deer_vla_ros.lab.training.recipe import Recipe
 
 SHIPPED = {
     "ablation": "45de6bcf2b7d9527",
-    "deer_3b_abc": "bf1a28abb2bc335d",
-    "deer_3b_abcd": "27f02fb6a6f1a5e0",
-    "deer_3b_d": "d1c381c9ba9ec514",
+    "deer_3b_abc": "0dfe516e61400d1d",
+    "deer_3b_abcd": "96634b4827dbd5a8",
+    "deer_3b_d": "5115755cc61895af",
     "static_12": "2f94ecb4eef3fd5a",
     "static_24": "06952ebad9f87a5f",
     "static_6": "b6c1ca9932ce2d2c",
