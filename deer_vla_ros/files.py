@@ -77,6 +77,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         number = old.name.rpartition("-")[2]
         # Of its own number, too: in a container the next process often has the same.
         if number == own or not Path("/proc", number).exists():
+            if (old / "before").exists() and not path.exists():  # it was killed between the two renames
+                (old / "before").rename(path)
             shutil.rmtree(old, ignore_errors=True)
     scratch = path.parent / f".{path.name}.partial-{own}"
     try:
@@ -85,8 +87,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be made ({error.strerror}): give another place") from error
     try:
         yield scratch / path.name
-        if path.exists():
-            path.rename(scratch / "before")  # it is removed once the new one stands in its place
-        (scratch / path.name).rename(path)
+        before = scratch / "before"  # it is removed once the new one stands in its place
+        try:
+            if path.exists():
+                path.rename(before)
+            (scratch / path.name).rename(path)
+        except OSError as error:
+            if before.exists():
+                before.rename(path)
+            raise UserError(f"{path} cannot be replaced ({error.strerror}): give another place") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -7,16 +7,18 @@
 # It writes OUT/steps.json (decisions against eager, waits, allocations, reloading of layers) and OUT/model.json
 # (`benchmark model`: stages, roofline, ratios to the plain way), and ends with 1 if a goal is missed.
 set -euo pipefail
+OUT=$(realpath -m "${1:-$(dirname "$0")/../out/gpu_check}")
 cd "$(dirname "$0")/.."
-OUT=${1:-out/gpu_check}
+PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 PRESET=${PRESET:-openflamingo_3b}
 MINUTES=${MINUTES:-4}
 mkdir -p "$OUT"
+rm -f "$OUT/steps.json" "$OUT/model.json"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
-python scripts/gpu_check.py --preset "$PRESET" --device "$DEVICE" --steps "${STEPS:-200}" --json "$OUT/steps.json" || failed=1
-python -m deer_vla_ros benchmark model --preset "$PRESET" --random-weights --device "$DEVICE" \
+"$PYTHON" scripts/gpu_check.py --preset "$PRESET" --device "$DEVICE" --steps "${STEPS:-200}" --json "$OUT/steps.json" || failed=1
+"$PYTHON" -m deer_vla_ros benchmark model --preset "$PRESET" --random-weights --device "$DEVICE" \
     --minutes "$MINUTES" --json "$OUT/model.json" --plot "$OUT/model.png" || failed=1
-python scripts/gpu_check.py --goals "$OUT/steps.json" "$OUT/model.json" || failed=1
+"$PYTHON" scripts/gpu_check.py --goals "$OUT/steps.json" "$OUT/model.json" || failed=1
 exit $failed

@@ -7,8 +7,8 @@ Example: the 3B network that was trained on CALVIN's split ABC:
 
 --deer is DeeR's own file (huggingface.co/Yang130/DeeR-VLA). OpenFlamingo's and MPT-1B's files are not needed.
 The 9B network also needs the final norm of mosaicml/mpt-7b (--mpt). --clip is ViT-L/14 as OpenAI's
-TorchScript archive, as open_clip's file, or as transformers' file. --tokenizer is tokenizer.json of
-EleutherAI/gpt-neox-20b.
+TorchScript archive, as open_clip's file of the same weights (others have the same names), or as transformers'
+file. --tokenizer is tokenizer.json of EleutherAI/gpt-neox-20b.
 
 No pickle is run, and the weights never lie in memory at once. The folder appears as a whole or not at all.
 docs/how-to/use-released-weights.md goes on from here.
@@ -24,14 +24,14 @@ from deer_vla_ros.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--deer", type=Path, required=True, metavar="FILE", help="DeeR's .pth file")
-    parser.add_argument("--clip", type=Path, required=True, metavar="FILE", help="CLIP ViT-L/14")
+    parser.add_argument("--deer", type=_path, required=True, metavar="FILE", help="DeeR's .pth file")
+    parser.add_argument("--clip", type=_path, required=True, metavar="FILE", help="CLIP ViT-L/14")
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json of the language model"
+        "--tokenizer", type=_path, required=True, metavar="FILE", help="tokenizer.json of the language model"
     )
     parser.add_argument(
         "--mpt",
-        type=Path,
+        type=_path,
         metavar="FILE_OR_DIR",
         help="weights of the language model, for tensors that DeeR's file lacks; the 9B needs mpt-7b",
     )
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the thresholds that the authors published for the 3B of this split; none: full depth, until a "
         "budget is set (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the checkpoint folder")
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -54,11 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--like",
-        type=Path,
+        type=_path,
         metavar="CONFIG",
         help="config.json of a network whose numbers of attention heads are used, for networks that do not "
         "have the released sizes",
     )
+
+
+def _path(text: str) -> Path:
+    """A path in which the shell has not replaced `~`, as in --deer=~/FILE."""
+    return Path(text).expanduser()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             args.deer,
             args.clip,
             args.tokenizer,
-            args.out.expanduser(),
+            args.out,
             mpt=args.mpt,
             thresholds=args.thresholds,
             dtype=getattr(torch, args.dtype),
@@ -103,4 +108,6 @@ def _network(path: Path):
     except (OSError, ValueError) as error:
         raise UserError(f"--like {path} cannot be read ({error}): give a checkpoint's config.json") from error
     values = values.get("model", values) if isinstance(values, dict) else {}
-    return ModelConfig.from_dict({**values})
+    if not isinstance(values, dict):
+        raise UserError(f"--like {path}: `model` is no mapping: give a checkpoint's config.json")
+    return ModelConfig.from_dict(values)

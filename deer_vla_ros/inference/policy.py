@@ -78,7 +78,7 @@ class DeerPolicy:
         Other steps run without it, operator by operator."""
         assert backend is None or lanes == 1, "a backend is for one lane"
         # Whether a backend's step launches the next exit before it has read the last one. The device then has
-        # no pause, but the last launch of a step is in vain. It changes no result.
+        # no pause, but the result of a step's last launch is not used. It changes no result.
         self.launches_early = False
         self._model = model
         self._tokenizer = tokenizer

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,11 @@ LEAST_FREE = 64 * 2**20
 
 @dataclass(frozen=True)
 class ConvertedRelease:
-    """What was written. unused: the number of tensors of DeeR's file that the folder does not need."""
+    """What was written: the number of tensors, and their bytes. has_values: see DeerFile."""
 
     info: CheckpointInfo
     tensors: int
     size: int
-    unused: int
     has_values: bool
 
 
@@ -94,9 +93,10 @@ def convert(
 
     Raises UserError that names the file, the fault and the remedy.
     """
+    _check_place(out, [path for path in (deer, clip, tokenizer, mpt) if path])
     released, vision = open_deer(deer), open_clip(clip)
     sources = _Sources(released, vision, open_mpt(mpt) if mpt else {}, clip, mpt)
-    config = network_config(released, vision, clip, like)
+    config = network_config(released, vision, clip, sources.is_mpt, like)
     names = {
         own: reference
         for own, reference in reference_names(config, sources.is_mpt).items()
@@ -127,7 +127,7 @@ def convert(
                 f"convert: {out} cannot be written ({error.strerror}), {size / 2**30:.2f} GiB are needed: "
                 "give another --out"
             ) from error
-    return ConvertedRelease(info, len(names), size, len(released.tensors) - sources.used, released.has_values)
+    return ConvertedRelease(info, len(names), size, released.has_values)
 
 
 class _Sources:
@@ -146,7 +146,6 @@ class _Sources:
         self.is_mpt = f"{_OLD_BLOCKS}0.norm_1.weight" in deer.tensors or (
             f"{_BLOCKS}0.decoder_layer.norm_1.weight" in mpt
         )
-        self.used = 0
 
     def find(self, own: str, reference: str) -> Tensor | None:
         """Returns a tensor of the network; None if no file has it."""
@@ -194,7 +193,6 @@ class _Sources:
     def _check_unknown(self, names: Mapping[str, str]) -> None:
         """Raises UserError if DeeR's file has tensors that no such network has."""
         config_names = {_stored_name(reference.partition("#")[0]) for reference in names.values()}
-        self.used = len(config_names & self._deer.tensors.keys())
         known = ("lm_head.", "lm_exit_modules.", _SECOND_NAMES, _OLD_BLOCKS, _BLOCKS)
         unknown = [
             name for name in self._deer.tensors if name not in config_names and not name.startswith(known)
@@ -218,10 +216,11 @@ def _stored_name(reference: str) -> str:
 
 
 def network_config(
-    deer: DeerFile, clip: Mapping[str, Tensor], clip_path: Path, like: ModelConfig | None
+    deer: DeerFile, clip: Mapping[str, Tensor], clip_path: Path, is_mpt: bool, like: ModelConfig | None
 ) -> ModelConfig:
     """Finds all sizes of the network: from the tensors where they tell, otherwise from `like`.
 
+    is_mpt: whether the language model's tensors have MPT's names (9B) or MosaicGPT's (3B).
     Raises UserError if a setting is not supported, or if the files do not fit together.
     """
     for name, value in REQUIRED.items():
@@ -232,7 +231,6 @@ def network_config(
                 "DeeR's released files"
             )
     tensors = deer.tensors
-    is_mpt = f"{_OLD_BLOCKS}0.norm_1.weight" in tensors
     base = like or PRESETS["openflamingo_9b" if is_mpt else "openflamingo_3b"]()
     width = _size(deer, "lang_encoder.transformer.wte.weight", 1)
     vision = _vision_config(clip, clip_path, base.vision, _size(deer, "perceiver.latents", 1))
@@ -315,7 +313,7 @@ def _vision_config(clip: Mapping[str, Tensor], path: Path, base: VisionConfig, w
         )
     patch_size = clip[prefix + patch].shape[-1]
     heads = base.heads if found == base.width else found // HEAD_WIDTH_OF_CLIP
-    return VisionConfig(
+    tower = VisionConfig(
         image_size=math.isqrt(clip[prefix + positions].shape[0] - 1) * patch_size,
         patch_size=patch_size,
         width=found,
@@ -323,6 +321,13 @@ def _vision_config(clip: Mapping[str, Tensor], path: Path, base: VisionConfig, w
         heads=heads,
         mlp_ratio=clip[prefix + up].shape[0] / found,
     )
+    if tower != base:
+        raise UserError(
+            f"--clip {path}: it takes images of {tower.image_size} pixels in patches of {tower.patch_size}, "
+            f"and has {tower.layers} layers; {base.image_size}, {base.patch_size} and {base.layers} are "
+            "expected: give ViT-L/14, on which OpenFlamingo was trained"
+        )
+    return tower
 
 
 def _numbers(names: Iterable[str], pattern: str) -> set[int]:
@@ -395,6 +400,23 @@ def read_tokenizer(path: Path, rows: int, max_tokens: int) -> InstructionTokeniz
 # --- Writing
 
 
+def _check_place(out: Path, inputs: Sequence[Path]) -> None:
+    """Raises UserError if a new folder `out` would take the place of something that is no checkpoint."""
+    for path in inputs:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"--out {out}: it holds {path}, which would be lost: give a new folder")
+    if out.is_mount():
+        raise UserError(f"--out {out}: a mounted disk cannot be replaced: give a folder on it")
+    if out.exists():
+        parts = {CONFIG, WEIGHTS, TOKENIZER, README}
+        others = sorted({part.name for part in out.iterdir()} - parts) if out.is_dir() else [out.name]
+        if others:
+            raise UserError(
+                f"--out {out}: {len(others)} other files would be lost ({', '.join(others[:5])}): give a new "
+                "folder"
+            )
+
+
 def _check_space(folder: Path, out: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + LEAST_FREE:
@@ -426,7 +448,7 @@ def _write_weights(
                 )
                 raise UserError(
                     f"convert: tensor {names[own]} {fault}: "
-                    + ("download the file again" if "finite" in fault else "give --dtype float32")
+                    + ("download the file again" if "finite" in fault else "give --dtype bfloat16 or float32")
                 )
             writer.write(own, written)
             done += written.nbytes

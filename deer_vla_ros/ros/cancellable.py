@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Work(threading.Thread, Generic[Result]):
-    """Runs `do(check)` in a daemon thread. `do` has to call `check` often, and to let pass what it raises.
+    """Runs `do(check)` in a daemon thread. `do` has to call `check` often, and not to catch what it raises.
 
     Work that is given up goes on until `do` calls `check` the next time. Nobody has to wait for that, and
     nothing that it made stays in memory afterwards.

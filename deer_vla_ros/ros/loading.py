@@ -70,7 +70,7 @@ def warm_controller(
         f"{f', layers in {bits} bits' if bits else ''}; {space}; "
         f"{controller.settings.guard}"
     )
-    least = min(loaded.info.thresholds[:-1], default=math.inf)
+    least = min((each for each in loaded.info.thresholds[:-1] if each > 0), default=math.inf)
     if dtype is torch.bfloat16 and least < LEAST_OF_BFLOAT16:
         log.warning(
             f"model.dtype is bfloat16, whose rounding changes the deltas by 0.002 in the median, and the "

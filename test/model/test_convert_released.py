@@ -45,7 +45,7 @@ class Files:
         torch.save(self.visual(), self.clip)
         self.write_tokenizer(self.keys["len_tokenizer"] - 3)
         norm = {
-            key.removeprefix("lang_encoder."): tensor
+            key.removeprefix("lang_encoder.").replace(".decoder_layer", ""): tensor
             for key, tensor in self.weights.items()
             if key.startswith("lang_encoder.transformer.norm_f")
         }
@@ -227,10 +227,10 @@ def with_large_value(files: Files) -> None:
 
 
 def of_nine(files: Files) -> None:
-    """DeeR's file of the 9B beside the tokenizer and MPT of the 3B."""
+    """DeeR's file of the 9B beside the tokenizer of the 3B. CLIP is the same for both released networks."""
     other = Files(files.folder / "nine", "9b") if (files.folder / "nine").mkdir() is None else None
     files.deer.write_bytes(other.deer.read_bytes())
-    files.like = other.like
+    files.like, files.clip = other.like, other.clip
 
 
 def wide_clip(files: Files) -> None:
@@ -244,6 +244,13 @@ class Program:
 
     def __reduce__(self):
         return (print, ("the pickle ran",))
+
+
+def clip_for_larger_images(files: Files) -> None:
+    """As ViT-L/14@336px: the tensors of ViT-L/14, but for more patches."""
+    visual, name = files.visual(), "visual.positional_embedding"
+    side = math.isqrt(len(visual[name]) - 1) + 2
+    torch.save({**visual, name: torch.zeros(side**2 + 1, visual[name].shape[1])}, files.clip)
 
 
 FAULTS = {
@@ -306,6 +313,7 @@ FAULTS = {
     ),
     "no settings": (lambda f: f.write_deer(early_exit_layer=None), "early_exit_layer is None"),
     "a wrong CLIP": (wide_clip, "tower has width 768, the resampler takes 32: give ViT-L/14"),
+    "a CLIP for larger images": (clip_for_larger_images, "takes images of .* give ViT-L/14"),
     "no CLIP": (
         lambda f: torch.save({"layer.weight": torch.zeros(2)}, f.clip),
         "no CLIP: .*give OpenAI's ViT-L-14.pt",
@@ -341,8 +349,37 @@ def test_one_of_several_shards_is_named(small):
 
 def test_a_value_too_large_for_the_number_type_is_named(small):
     with_large_value(small)
-    with pytest.raises(UserError, match="does not fit into torch.float16: give --dtype float32"):
+    with pytest.raises(UserError, match="does not fit into torch.float16: give --dtype bfloat16 or float32"):
         small.convert(dtype=torch.float16)
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(small):
+    out = small.folder / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="1 other files would be lost .thesis.tex."):
+        small.convert()
+    assert (out / "thesis.tex").read_text() == "years of work"
+    (out / "thesis.tex").unlink()
+    small.convert()  # an empty folder is replaced,
+    small.convert(thresholds="none")  # and so is a checkpoint,
+    small.deer = small.deer.rename(out / "deer.pth")  # but not with an input in it
+    with pytest.raises(UserError, match="it holds .*deer.pth, which would be lost"):
+        small.convert()
+    assert small.deer.is_file() and load_info(out)
+
+
+def test_a_9b_without_second_names_takes_its_blocks_from_mpt(tmp_path):
+    nine = Files(tmp_path, "9b")
+    whole = nine.convert()
+    blocks = {
+        key.removeprefix("lang_encoder.").replace(".decoder_layer", ""): tensor
+        for key, tensor in nine.weights.items()
+        if ".decoder_layer." in key or "norm_f" in key
+    }
+    torch.save(blocks, nine.mpt)
+    without(nine, "old_decoder_blocks.", ".decoder_layer.")
+    assert nine.convert().info.model == whole.info.model
 
 
 def test_a_full_disk_is_named(small, monkeypatch):

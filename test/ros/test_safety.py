@@ -342,10 +342,11 @@ def test_a_second_node_holds_without_disturbing_the_first_and_goes_on_when_it_ma
                 "the second to say so",
             )
             begin = len(rig.twists)
-            rig.await_steps(20)
-            told = rig.twists[begin:]
-            assert sum(map(moves, told)) > 0.75 * len(told), (
-                "the second one's holds would be every other command"
+            # The first one itself may hold for a moment, if a busy machine delays its frames.
+            wait_until(
+                lambda: sum(map(moves, rig.twists[begin:][-20:])) > 15,
+                START_TIMEOUT,
+                "20 commands with at least 16 motions: the second one's holds would be every other command",
             )
             assert "controlling" not in second.output()
             assert first.stop() == 0

@@ -468,8 +468,8 @@ def text(report: dict[str, Any]) -> list[str]:
         *lines,
         f"the plain way: {report['plain']}",
         f"a step at the paper's mean depth, {report['mean_layers']:.1f} layers, is faster than the plain way "
-        f"at static full depth: whole step {times(report['whole_step_ratio'])}, "
-        f"language part {times(report['language_ratio'])}",
+        f"at static depth {max(row['layers'] for row in report['rows'])}: "
+        f"whole step {times(report['whole_step_ratio'])}, language part {times(report['language_ratio'])}",
         "than its own static full depth: "
         f"whole step {times(report['whole_step_ratio_to_own_static'])}, "
         f"language part {times(report['language_ratio_to_own_static'])}",

@@ -96,7 +96,7 @@ def mean_layers(config: ModelConfig) -> float:
     """
     layers = config.decoder.layers
     for name, full in FULL_DEPTH.items():
-        if PRESETS[name](layers) == config:
+        if PRESETS[name](layers).decoder == config.decoder:
             return full / SAVED
     return layers / SAVED
 
@@ -104,8 +104,9 @@ def mean_layers(config: ModelConfig) -> float:
 def at_depth(depth: float, values: Mapping[int, float]) -> float | None:
     """A figure of a step at a mean depth, by linear interpolation between the measured depths.
 
-    That is the mean over steps that stop at the two neighbouring exits. Above the shallowest exit it is the
-    figure of that exit. None if the deepest measured exit is shallower. values: the figure by layers run.
+    That is the mean over steps that stop at the two neighbouring exits. For a depth less than the shallowest
+    exit it is the figure of that exit. None if the deepest measured exit is shallower. values: the figure by
+    layers run.
     """
     if not values or depth > max(values):
         return None
