@@ -128,8 +128,8 @@ class ResidentLayers:
         _give_back_memory(self._model.device)
 
     def _end_load(self) -> list[Layer]:
-        """Cancels a load in progress, at the latest after one piece or one recorded function. Returns the layers
-        that it has read."""
+        """Cancels a load in progress, at the latest after one piece or one recorded function. Returns the
+        layers that it has read."""
         load, self._load = self._load, None
         if load is None:
             return []
