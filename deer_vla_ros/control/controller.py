@@ -289,6 +289,7 @@ class Controller:
 
     def _begin_episode(self, inputs: Inputs) -> None:
         """Clears the policy's memory and makes the exit rule for the instruction's length."""
+        self._instruction = ""  # after a reset that failed, no instruction goes on with what is left of it
         self.policy.reset(inputs.instruction)
         self._instruction, self._resets = inputs.instruction, inputs.resets
         self._episode += 1

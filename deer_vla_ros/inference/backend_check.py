@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.inference.backends import Backend, Compiled, CudaGraphs
+from deer_vla_ros.inference.backends import Compiled, CudaGraphs
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation, PolicyStep
@@ -60,7 +60,7 @@ def choose(name: str, model: MultiExitVLA, tokenizer: InstructionTokenizer, rule
         return Chosen(eager, EAGER)
     began = time.monotonic()
     try:
-        policy = DeerPolicy(model, tokenizer, rule, backend=_new(name, device))
+        policy = DeerPolicy(model, tokenizer, rule, backend=BACKENDS[name](device))
         difference, count = compare(policy, eager)
     except Exception as error:  # a compiler or a driver may fail in any way; eager operators remain
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -81,12 +81,22 @@ def choose(name: str, model: MultiExitVLA, tokenizer: InstructionTokenizer, rule
 def compare(policy: DeerPolicy, eager: DeerPolicy) -> tuple[float, int]:
     """The largest difference of any number of two policies' decisions, and for how many random observations.
 
-    Every exit in turn is forced. The rules are restored, and the episodes of both are over.
+    Every exit in turn is forced. The rules are restored, also after an error. Give both policies their
+    instruction again afterwards.
     """
-    rule, random = eager.rule, np.random.default_rng(0)
-    exits, worst, count = rule.exits, 0.0, 0
+    rule = eager.rule
     for each in (policy, eager):
         each.reset("compare the backends")
+    try:
+        return _largest_difference(policy, eager, rule)
+    finally:
+        for each in (policy, eager):
+            each.rule = rule
+
+
+def _largest_difference(policy: DeerPolicy, eager: DeerPolicy, rule: ExitRule) -> tuple[float, int]:
+    random = np.random.default_rng(0)
+    exits, worst, count = rule.exits, 0.0, 0
     while count < max(OBSERVATIONS, len(exits)):
         if count == len(exits):  # what was to be compiled is compiled
             begun = time.monotonic()
@@ -98,13 +108,7 @@ def compare(policy: DeerPolicy, eager: DeerPolicy) -> tuple[float, int]:
             each.rule = ExitRule(exits[:depth], (-1.0,) * depth, rule.delta)
         worst = np.maximum(worst, _difference(policy.step(observation), eager.step(observation)))
         count += 1
-    for each in (policy, eager):
-        each.rule = rule
     return float(worst), count
-
-
-def _new(name: str, device: torch.device) -> Backend:
-    return BACKENDS[name](device)
 
 
 def _random_observation(random: np.random.Generator) -> Observation:

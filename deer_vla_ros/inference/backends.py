@@ -32,7 +32,7 @@ class Mark(Protocol):
 class Backend(Protocol):
     """Runs functions whose inputs and outputs stay at the same place.
 
-    is_immediate: whether a function needs no preparation, so that it may be new in a step. pads: whether
+    is_immediate: whether a function needs no preparation, so that it can be made during a step. pads: whether
     texts are padded to few lengths.
     """
 
@@ -157,15 +157,19 @@ class CudaGraphs(Captured):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
+        self._warm_up, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._warm_up.wait_stream(torch.cuda.current_stream(self._device))
+        # Libraries make their handles and choose their kernels, which a capture does not allow. This has a
+        # stream of its own: cuBLAS has scratch memory for each stream, and a step that another thread runs
+        # meanwhile uses the one of the graphs.
+        with torch.cuda.stream(self._warm_up):
+            run()
+            self._warm_up.synchronize()
         with torch.cuda.stream(self._stream):
-            run()  # Libraries make their handles and choose their kernels, which a capture does not allow.
-            self._stream.synchronize()
             # Not `torch.cuda.graph`, which waits for the whole device. Another thread may run a step now; its
             # calls are no errors of this capture ("thread_local"). All graphs share their scratch memory:
             # none runs while another does, and what they return is not in it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,9 +129,14 @@ class DeerPolicy:
         self._lanes[lane] = _Lane(self._lanes[lane].rule, state, prepared, instruction, text)
         return text.tokens
 
-    def prepare_layers(self, first: int, layers: Sequence[Layer]) -> PreparedGroups:
-        """Prepares steps that use `layers`, the ones from number `first` on. Any thread may call it."""
-        return self._static.prepare(first, layers) if self._static is not None else {}
+    def prepare_layers(
+        self, first: int, layers: Sequence[Layer], is_over: Callable[[], bool] = lambda: False
+    ) -> PreparedGroups:
+        """Prepares steps that use `layers`, the ones from number `first` on. Any thread may call it.
+
+        is_over: once it is true, the rest is not prepared.
+        """
+        return self._static.prepare(first, layers, is_over) if self._static is not None else {}
 
     def use_layers(self, prepared: PreparedGroups) -> None:
         """The layers for which `prepare_layers` returned `prepared` are part of the network now."""

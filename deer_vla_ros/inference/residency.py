@@ -76,14 +76,15 @@ class ResidentLayers:
             return
         read = self._end_load()
         self._wanted = count
-        if self._policy is not None:
-            self._policy.forget_layers(count)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize()  # a layer that was launched early may still run
+        if self._policy is not None:
+            self._policy.forget_layers(count)
         for index in range(count, self._count):
             layers[index] = _empty_layer(self._model, index)
         self._count = min(count, self._count)
         del read[count - self._count :]
+        _give_back_memory(self._model.device)  # before a load begins, which may record CUDA graphs at once
         if count > self._count:
             assert self._folder is not None, "missing layers were dropped, which needs a folder"
             self._load = _Load(
@@ -95,7 +96,6 @@ class ResidentLayers:
                 self._policy,
             )
             self._load.start()
-        _give_back_memory(self._model.device)
 
     def absorb(self) -> bool:
         """Puts the loaded layers in place, once all are loaded. Never waits. Returns whether `count` changed.
@@ -107,6 +107,7 @@ class ResidentLayers:
         load, self._load = self._load, None
         if load.error is not None:
             self._wanted = self._count
+            _give_back_memory(self._model.device)
             raise load.error
         for index, layer in enumerate(load.layers, self._count):
             self._model.layers[index] = layer
@@ -127,7 +128,8 @@ class ResidentLayers:
         _give_back_memory(self._model.device)
 
     def _end_load(self) -> list[Layer]:
-        """Cancels a load in progress, at the latest after one piece. Returns the layers that it has read."""
+        """Cancels a load in progress, at the latest after one piece or one recorded function. Returns the
+        layers that it has read."""
         load, self._load = self._load, None
         if load is None:
             return []
@@ -183,7 +185,8 @@ class _Load(threading.Thread):
                         return
                     self.layers.append(layer)
             if self._policy is not None:
-                self.prepared = self._policy.prepare_layers(self._indices.start, self.layers)
+                start, is_over = self._indices.start, self.cancelled.is_set
+                self.prepared = self._policy.prepare_layers(start, self.layers, is_over)
         except (UserError, OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: out of memory
             self.layers.clear()
             reason, first, last = " ".join(str(error).split()), self._indices[0], self._indices[-1]

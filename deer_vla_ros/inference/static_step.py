@@ -135,7 +135,7 @@ class StaticStep:
         """Begins an episode. ids, mask: (1, S), the token ids of its instruction and as many ones."""
         count = ids.shape[1]
         tokens = self._backend.tokens_for(count)
-        if tokens not in self._texts:  # then functions need no preparation, and only the newest is kept
+        if tokens not in self._texts:  # the backend needs no preparation: only the newest text is kept
             self._texts, self._groups = {tokens: self._new_text(tokens)}, {}
         self._text = self._texts[tokens]
         padded = (F.pad(values, (0, tokens - count)) for values in (ids, mask))
@@ -192,9 +192,14 @@ class StaticStep:
     # --- layers that come and go
 
     @torch.inference_mode()
-    def prepare(self, first: int, layers: Sequence[Layer]) -> PreparedGroups:
+    def prepare(
+        self, first: int, layers: Sequence[Layer], is_over: Callable[[], bool] = lambda: False
+    ) -> PreparedGroups:
         """Prepares the functions of the exits that need `layers`, the ones from number `first` on. Any thread
-        may call it. It changes only the outputs of these exits, which no step may use before `use`."""
+        may call it. It changes only the outputs of these exits, which no step may use before `use`.
+
+        is_over: once it is true, the rest is left out.
+        """
         if self._backend.is_immediate:
             return {}
         all_layers = [*self._model.layers[:first], *layers]
@@ -203,7 +208,7 @@ class StaticStep:
             (tokens, index): self._backend.capture(self._climbing(index, tokens, all_layers))
             for tokens in self._texts
             for index, exit_layer in enumerate(exits)
-            if first <= exit_layer < len(all_layers)
+            if first <= exit_layer < len(all_layers) and not is_over()
         }
 
     def use(self, prepared: PreparedGroups) -> None:

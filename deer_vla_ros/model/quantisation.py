@@ -83,8 +83,8 @@ def empty_tensors(
 class QuantisedLinear(nn.Module):
     """A linear map without bias whose matrix has 8 or 4 bits for each weight.
 
-    On a CPU torch has operators for these products. On other devices the matrix is made in bfloat16 for each
-    product, which takes memory for one matrix.
+    On a CPU torch has operators for these products. On other devices the matrix is made in full for each
+    product, which takes memory for one matrix in bfloat16 (8 bits) or several in float32 (4 bits).
     """
 
     def __init__(self, rows: int, columns: int, bits: int):

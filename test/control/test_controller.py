@@ -429,6 +429,23 @@ def test_an_inference_that_fails_holds_until_a_person_has_cleared_it(controller,
     assert robot.tick().holds == () == controller.serious
 
 
+def test_after_a_reset_that_failed_the_old_instruction_begins_a_new_episode(controller, monkeypatch):
+    robot, told, reset = Robot(controller), [], controller.policy.reset
+    robot.tick()
+
+    def half_done(instruction: str) -> int:
+        reset(instruction)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(controller.policy, "reset", half_done)
+        controller.gate.put_instruction("open the drawer")
+        assert robot.tick().holds == (HoldReason.INFERENCE_FAILED,)
+    monkeypatch.setattr(controller.policy, "reset", lambda text: (told.append(text), reset(text)))
+    controller.gate.put_instruction("lift the red block")
+    assert robot.tick().holds == () and told == ["lift the red block"]
+
+
 def test_rust_code_that_panics_is_an_inference_that_fails(controller, monkeypatch):
     class PanicException(BaseException):
         """Stands for the exception that pyo3 raises."""

@@ -122,6 +122,8 @@ class World:
         self.continuity = Continuity()
         self.before: Command | None = None
         self.words = self.motions = 0
+        self.until_anew = 0
+        """Commands until one starts at the measured pose because limits were loosened; 0: none will."""
         self.controller.gate.put_instruction("lift the red block")
         original = self.controller.policy.step
         self._templates = original
@@ -194,6 +196,8 @@ class World:
             controller.gate.request_reset()
         if request in ("demand", "lift"):
             controller.gate.demand_hold(HoldReason.NOT_ENABLED, request == "demand")
+        if request == "looser" and self.limits is LIMITS:
+            self.until_anew = 2  # the command of this tick was made before
         if request in ("looser", "tighter"):
             self.limits = (
                 dataclasses.replace(LIMITS, leash_m=0.3, max_translation_m=0.1)
@@ -224,7 +228,8 @@ class World:
             self.motions += 1
             assert np.linalg.norm(twist.linear) <= limits.max_linear_speed_m_s + EPSILON
             assert np.linalg.norm(twist.angular) <= limits.max_angular_speed_rad_s + EPSILON
-            start = before.target if before is not None and not before.holds else self.heard
+            starts_anew = before is None or before.holds or self.until_anew == 1
+            start = self.heard if starts_anew else before.target
             outside = [outside_by(limits, each.position) for each in (start, target)]
             assert (outside[1] <= outside[0] + EPSILON).all(), "never further out"
             if before is None or before.holds or limits is self.last_limits:
@@ -233,6 +238,7 @@ class World:
         if before is not None and HoldReason.CLOCK_JUMPED not in command.holds:
             assert command.stamp_ns >= before.stamp_ns
         self.before, self.last_limits = command, limits
+        self.until_anew = max(self.until_anew - 1, 0)
 
 
 def drive(given_events: list[tuple]) -> None:

@@ -9,6 +9,7 @@ from deer_vla_ros.inference import backend_check
 from deer_vla_ros.inference.backend_check import choose
 from deer_vla_ros.inference.backends import Captured
 from deer_vla_ros.inference.exit_rule import ExitRule
+from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.ros.parameters import DECLARATIONS
 
 RULE = ExitRule(SMALL.exits, (0.3, 0.3, 1e8))
@@ -23,6 +24,13 @@ class Wrong(Captured):
 
     def compiled(self, function):
         return lambda *given: _raised(function(*given))
+
+
+class FailingInAStep(Captured):
+    """Fails when a step runs, as a compiler may that begins its work then."""
+
+    def compiled(self, function):
+        return lambda *given: 1 / 0
 
 
 class Failing(Captured):
@@ -58,10 +66,23 @@ def test_a_backend_that_decides_otherwise_is_refused_in_one_line(monkeypatch):
     assert found.policy.step(observations(1)[0]).action.is_finite
 
 
-def test_a_backend_that_fails_is_refused_in_one_line(monkeypatch):
-    found = chosen(monkeypatch, Failing)
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [(Failing, "RuntimeError: out of memory"), (FailingInAStep, "ZeroDivisionError: division by zero")],
+)
+def test_a_backend_that_fails_is_refused_in_one_line(monkeypatch, backend, reason):
+    found = chosen(monkeypatch, backend)
     assert (found.backend, found.is_refused) == ("eager", True)
-    assert "failed (RuntimeError: out of memory): steps run eagerly" in found.report
+    assert f"failed ({reason}): steps run eagerly" in found.report
+    assert found.policy.rule == RULE
+
+
+def test_an_error_during_the_comparison_leaves_the_rules_as_they_were(monkeypatch):
+    policies = [DeerPolicy(small_model(), small_tokenizer(), RULE) for _ in range(2)]
+    monkeypatch.setattr(policies[0], "step", lambda observation: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backend_check.compare(*policies)
+    assert [policy.rule for policy in policies] == [RULE, RULE]
 
 
 def test_the_parameter_offers_these_backends():

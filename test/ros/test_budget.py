@@ -169,8 +169,11 @@ def test_a_longer_instruction_clamps_a_budget_that_it_makes_infeasible_and_that_
 
 
 def test_every_step_ran_under_a_budget_that_was_told_before(client, rig):
-    low, high = feasible(rig, "deadline_ms")
-    assert ask(client, deadline_ms=(low + high) / 2, average_ms=(low + high) / 2).successful
+    def is_accepted() -> bool:
+        middle = sum(feasible(rig, "deadline_ms")) / 2
+        return ask(client, deadline_ms=middle, average_ms=middle).successful
+
+    wait_until(is_accepted, what="a budget in the range that was told; a busy machine moves the range")
     rig.await_steps(60)  # The node checks latencies again every 25 steps.
     told = {status.budget_id for status in rig.budgets}
     assert {step.budget_id for step in rig.steps} <= told
