@@ -41,23 +41,35 @@ def ros_process(args: list[str] | None, end_within_s: float | None = None) -> It
     """
     stop = threading.Event()
 
-    def end(*_) -> None:
-        stop.set()
-        if end_within_s is not None:
-            faulthandler.dump_traceback_later(end_within_s, exit=True)
+    def await_signals() -> None:
+        # In a thread of its own: a handler interrupts the main thread anywhere, also where that thread holds
+        # the lock of `stop`. A handler that calls `stop.set` would wait for this lock forever.
+        with os.fdopen(reader, "rb", buffering=0) as numbers:
+            while numbers.read(1):
+                if end_within_s is not None and not stop.is_set():
+                    faulthandler.dump_traceback_later(end_within_s, exit=True)
+                stop.set()
 
     try:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     except RuntimeError as error:  # rcl cannot read the arguments or a parameter file
         raise UserError(f"ROS arguments refused: {str(error).splitlines()[0]}") from error
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=await_signals, name="await_signals", daemon=True).start()
+    before = signal.set_wakeup_fd(
+        writer, warn_on_full_buffer=False
+    )  # the interpreter writes a signal's number
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+        signal.signal(number, lambda *_: None)
     try:
         yield stop
     except ParameterException as error:
         raise UserError(f"parameter refused: {error}") from error
     finally:
         rclpy.try_shutdown()
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 def spin(executor: Executor, is_over: Callable[[], bool], on_error: Callable[[Exception], None]) -> None:

@@ -1,7 +1,9 @@
-"""Settings of a node's process: memory."""
+"""Tests of a node's process: many signals at once, and memory."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -35,3 +37,30 @@ def test_a_step_takes_no_new_pages_from_the_kernel_once_freed_memory_is_kept():
 
     assert faults_per_step("given back") > 300  # else the setting is of no use any more
     assert faults_per_step("kept") < 30
+
+
+WAITING = """
+import time
+from deer_vla_ros.ros.process import ros_process
+
+with ros_process([]) as stop:
+    print("ready", flush=True)
+    while not stop.wait(1e-6):
+        pass
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        stop.wait(1e-6)
+"""
+
+
+def test_signals_one_after_another_never_leave_a_process_that_hangs():
+    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(200):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                process.send_signal(number)
+            time.sleep(0.0005)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()

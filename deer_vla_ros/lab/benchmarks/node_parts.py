@@ -12,7 +12,6 @@ import json
 import signal
 import sys
 import time
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -163,10 +162,10 @@ def listener() -> None:
 
 def load() -> None:
     """Keeps one core busy."""
-    stop = Event()
+    signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    while not stop.is_set():
+        signal.signal(number, lambda number, frame: signals.append(number))
+    while not signals:
         pass
 
 
