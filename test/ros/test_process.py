@@ -8,13 +8,12 @@ import time
 import pytest
 
 STEPS = """
-import resource, sys
+import resource
 import numpy as np, torch
 from deer_vla_ros.inference.preprocess import ImagePreprocessor
 from deer_vla_ros.ros.process import keep_freed_memory
 
-if sys.argv[1] == "kept":
-    keep_freed_memory()
+keep_freed_memory()
 preprocess = ImagePreprocessor(64, torch.device("cpu"), torch.float32)
 images = 2 * [np.zeros((480, 640, 3), np.uint8)]
 
@@ -31,12 +30,8 @@ print(faults(20))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults of glibc's malloc")
 def test_a_step_takes_no_new_pages_from_the_kernel_once_freed_memory_is_kept():
-    def faults_per_step(word: str) -> float:
-        done = subprocess.run([sys.executable, "-c", STEPS, word], capture_output=True, text=True, check=True)
-        return float(done.stdout)
-
-    assert faults_per_step("given back") > 300  # else the setting is of no use any more
-    assert faults_per_step("kept") < 30
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 30  # Without it there are up to 1,000, depending on what the heap looks like.
 
 
 WAITING = """
