@@ -45,10 +45,13 @@ def ros_process(args: list[str] | None, end_within_s: float | None = None) -> It
         # In a thread of its own: a handler interrupts the main thread anywhere, also where that thread holds
         # the lock of `stop`. A handler that calls `stop.set` would wait for this lock forever.
         with os.fdopen(reader, "rb", buffering=0) as numbers:
-            while numbers.read(1):
-                if end_within_s is not None and not stop.is_set():
-                    faulthandler.dump_traceback_later(end_within_s, exit=True)
-                stop.set()
+            if not numbers.read(1):
+                return
+            if end_within_s is not None:
+                faulthandler.dump_traceback_later(end_within_s, exit=True)
+            stop.set()
+            while numbers.read(1):  # more signals change nothing
+                pass
 
     try:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
@@ -57,9 +60,7 @@ def ros_process(args: list[str] | None, end_within_s: float | None = None) -> It
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=await_signals, name="await_signals", daemon=True).start()
-    before = signal.set_wakeup_fd(
-        writer, warn_on_full_buffer=False
-    )  # the interpreter writes a signal's number
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets the number of each signal
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     try:

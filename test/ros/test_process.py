@@ -24,7 +24,7 @@ def faults(count):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / count
 
 faults(20)
-print(faults(20))
+print(min(faults(20) for _ in range(6)))  # the kernel may take pages away in one of them
 """
 
 
