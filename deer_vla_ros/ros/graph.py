@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +75,12 @@ class OtherCommanders:
     message from it. A publisher that sends a message commands the arm.
     """
 
-    def __init__(self, node: Node, commands: Iterable[Publisher], our_stamps: Collection[int]):
+    def __init__(self, node: Node, commands: Iterable[Publisher], is_ours: Callable[[int], bool]):
         """Create it when the process joins the network. commands: our publishers of stamped commands.
 
-        our_stamps: stamps of our newest commands [ns]. A command with another stamp is another node's.
+        is_ours: whether this node or its watchdog has recently published a command with this stamp [ns].
         """
-        self._node, self._commands, self._our_stamps = node, list(commands), our_stamps
+        self._node, self._commands, self._is_ours = node, list(commands), is_ours
         self._subscriptions: list[Subscription] = []
         self._joined = time.monotonic()
         self._began = 0.0
@@ -129,7 +129,7 @@ class OtherCommanders:
         return None
 
     def _on_command(self, message: Any) -> None:
-        if nanoseconds(message.header.stamp) not in self._our_stamps:
+        if not self._is_ours(nanoseconds(message.header.stamp)):
             self._heard_at = time.monotonic()
 
 

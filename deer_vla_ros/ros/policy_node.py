@@ -149,7 +149,7 @@ class PolicyNode(LifecycleNode):
         self._outputs = Outputs(self, self._value("action.mode"), self._value("action.gripper_interface"))
         self._reports = Reports(self, self._outputs, self._value("overlay.rate_hz"), steady)
         commands = [publisher for publisher in (self._outputs.target, self._outputs.twist) if publisher]
-        self._others = OtherCommanders(self, commands, self._outputs.stamps)
+        self._others = OtherCommanders(self, commands, self._is_own_command)
         self._decoder = Decoder(self._on_frame, self._on_bad_image)
 
         self._camera_topics = {camera: self._listen_to_camera(camera) for camera in Camera}
@@ -430,6 +430,9 @@ class PolicyNode(LifecycleNode):
         listeners = self._outputs.listeners() - int(self._others.listens)
         self._is_heard = listeners > 0 or self._value("control.rehearsal")
         self._watchdog.revive()
+
+    def _is_own_command(self, stamp_ns: int) -> bool:
+        return stamp_ns in self._outputs.stamps or self._watchdog.has_published(stamp_ns)
 
     def _beat(self) -> None:
         """Tells the watchdog that the control thread lives, or that it does not command the arm."""

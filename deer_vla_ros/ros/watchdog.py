@@ -40,6 +40,9 @@ LOOK_S = 0.02
 """Period of the check for a missing beat [s]."""
 ANSWER_S = 0.1
 """Period of the messages which tell the node that the watchdog is alive [s]."""
+HELD = b"held "
+"""Begins the message that tells the node the stamp of a hold [ns], before the hold is published. With it, the
+node does not take the hold for another node's command."""
 HOLD_AFTER_DEATH_S = 2.0
 """How long the watchdog holds a dead node's arm [s]. Every controller receives the hold in this time."""
 
@@ -117,7 +120,7 @@ class Watchdog:
         while True:
             now = time.monotonic()
             if now - answered >= ANSWER_S:
-                self._answer()
+                self._tell(b"alive")
                 answered = now
             alive, ended = self._listen()
             if ended:
@@ -155,10 +158,10 @@ class Watchdog:
             self._gate = InputGate(limits, beat.frame)
         self._gate.limits = limits
 
-    def _answer(self) -> None:
+    def _tell(self, message: bytes) -> None:
         # A stopped node does not read, and `_listen` notices a dead one.
         with contextlib.suppress(BlockingIOError, TimeoutError, ConnectionError):
-            self._link.send(b"alive")
+            self._link.send(message)
 
     def _bury(self) -> None:
         """Holds the arm of a dead node for HOLD_AFTER_DEATH_S, at the control rate."""
@@ -177,6 +180,7 @@ class Watchdog:
         now_ns = self._node.get_clock().now().nanoseconds
         pose = self._pose_to_hold(now_ns)
         command = self._continuity.passed(Command(now_ns, pose, Twist.zero(), None, holds=(reason,)))
+        self._tell(HELD + str(command.stamp_ns).encode())
         if self._twist:
             self._twist.publish(twist_message(command.twist, self._beat.frame, command.stamp_ns))
         if self._target and command.target is not None:

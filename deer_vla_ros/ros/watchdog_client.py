@@ -6,9 +6,11 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 
-from deer_vla_ros.ros.watchdog import Beat, WatchdogSettings
+from deer_vla_ros.ros.watchdog import HELD, Beat, WatchdogSettings
 
 SILENCE_S = 1.0
 """A watchdog that has not answered for this time [s] is stopped, or has not started yet."""
@@ -17,13 +19,15 @@ RESTART_S, HOPELESS_S = 2.0, 10.0
 machine. HOPELESS_S: a watchdog that has been silent for this time is stopped or hangs, and is replaced."""
 END_S = 0.5
 """How long the watchdog may take to end after the request [s]."""
+REMEMBERED_HOLDS = 64
+"""How many stamps of the watchdog's holds are kept."""
 
 
 class WatchdogClient:
     """One watchdog process from `start` to `close`.
 
     The control thread calls `beat` and `is_alive`, and the thread that ends control calls `beat` once more.
-    Neither of them waits.
+    The executor's thread calls `has_published`. None of them waits for the watchdog.
     """
 
     def __init__(self, settings: WatchdogSettings, ros_args: list[str]):
@@ -33,6 +37,8 @@ class WatchdogClient:
         self._process: subprocess.Popen | None = None
         self._started = self._heard = -HOPELESS_S
         self._is_gone = False
+        self._reading = threading.Lock()  # a message that one thread has received is known to the other
+        self._holds: deque[int] = deque(maxlen=REMEMBERED_HOLDS)
 
     def start(self) -> None:
         """Starts the process, unless it runs already."""
@@ -46,16 +52,31 @@ class WatchdogClient:
 
     def is_alive(self) -> bool:
         """Whether the watchdog has answered within SILENCE_S."""
-        link, now = self._link, time.monotonic()
-        try:
-            while data := link.recv(64):
-                self._heard = now
-            self._is_gone = self._is_gone or (data == b"" and link is self._link)
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._is_gone = self._is_gone or link is self._link
-        return not self._is_gone and now - self._heard <= SILENCE_S
+        self._read()
+        return not self._is_gone and time.monotonic() - self._heard <= SILENCE_S
+
+    def has_published(self, stamp_ns: int) -> bool:
+        """Whether a command with this stamp [ns] is a hold of the watchdog. It tells each stamp before it
+        publishes the hold."""
+        self._read()
+        return stamp_ns in self._holds
+
+    def _read(self) -> None:
+        """Reads what the watchdog has sent."""
+        with self._reading:
+            link = self._link
+            if link is None:
+                return
+            try:
+                while data := link.recv(64):
+                    self._heard = time.monotonic()
+                    if data.startswith(HELD):
+                        self._holds.append(int(data.removeprefix(HELD)))
+                self._is_gone = self._is_gone or link is self._link
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._is_gone = self._is_gone or link is self._link
 
     def revive(self) -> None:
         """Replaces a watchdog that died or was silent for HOPELESS_S. The executor's thread calls it."""

@@ -47,7 +47,7 @@ def look(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(graph, "time", SimpleNamespace(monotonic=lambda: clock.now))
     node = Graph()
     publisher = SimpleNamespace(topic_name="/target_pose", msg_type=PoseStamped)
-    others = graph.OtherCommanders(node, [publisher], our_stamps=[5])
+    others = graph.OtherCommanders(node, [publisher], is_ours=lambda stamp_ns: stamp_ns == 5)
 
     def at(seconds: float) -> HoldReason | None:
         clock.now = seconds
