@@ -8,22 +8,16 @@ step, in units of the action space, and whether the gripper was then open. Value
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from deer_vla_ros.bag.calvin_files import (
-    SHAPES,
-    Annotation,
-    CalvinStep,
-    write_action_space,
-    write_annotations,
-    write_step,
-)
+from deer_vla_ros.bag.calvin_files import SHAPES, CalvinStep, CalvinWriter
 from deer_vla_ros.bag.observed import ObservedStep
 from deer_vla_ros.control.motion import euler_of, motion_between
 from deer_vla_ros.control.types import Pose
@@ -67,6 +61,19 @@ def episodes(seen: Iterable[ObservedStep], rate_hz: float) -> Iterator[Iterator[
     return (moments for _, moments in groupby(seen, key=number))
 
 
+class EpisodeWriter(Protocol):
+    """Writes a dataset, one step after another."""
+
+    def add(self, step: CalvinStep) -> None:
+        """Writes the next step of the present episode."""
+
+    def end_episode(self, text: str) -> None:
+        """The steps since the last call are one episode, which carries out the instruction `text`."""
+
+    def close(self) -> None:
+        """Completes the dataset."""
+
+
 def convert(
     recordings: Iterable[tuple[Path, Iterable[ObservedStep]]],
     out: Path,
@@ -74,41 +81,39 @@ def convert(
     rate_hz: float,
     source: str,
     shortest: int = 2,
+    writer: Callable[..., EpisodeWriter] = CalvinWriter,
 ) -> Converted:
-    """Writes `out`/training; it is complete or does not exist.
+    """Writes the dataset `out`; it is complete or does not exist.
 
     source: the end of a motion, "measured" pose or "target". shortest: least number of steps in an episode.
-    Raises UserError if the recordings hold no usable episode or no gripper command.
+    writer: makes the writer, from the dataset's folder, which does not exist yet, the action space, and
+    `actions` and `rate_hz` as facts on the dataset. Raises UserError if the recordings hold no usable episode
+    or no gripper command.
     """
     if out.exists():
         raise UserError(f"--out is {out}, which exists: give the dataset a new folder")
-    converted, annotations = Converted(), []
+    converted = Converted()
     with whole_folder(out) as made:
-        folder = made / "training"
-        folder.mkdir(parents=True)
+        dataset = writer(made, space, actions=source, rate_hz=rate_hz)
         for path, seen in recordings:
             for episode in episodes(seen, rate_hz):
                 beginning = list(islice(episode, shortest + 1))
                 if len(beginning) <= shortest:
                     converted.short += 1
                     continue
-                # The numbers have a gap between episodes because the recording has a break there.
-                first = number = converted.steps + converted.episodes
                 for now, following in pairwise(chain(beginning, episode)):
-                    write_step(folder, number, _step(path, now, following, space, source, converted))
-                    number += 1
+                    dataset.add(_step(path, now, following, space, source, converted))
+                    converted.steps += 1
                 text = beginning[0].instruction
-                annotations.append(Annotation(first, number, text.replace(" ", "_"), text))
+                dataset.end_episode(text)
                 converted.episodes += 1
-                converted.steps += number - first
                 converted.texts[text] += 1
-        if not annotations:
+        if not converted.episodes:
             raise UserError(
                 f"convert-bag: no episode of more than {shortest} steps in these recordings: "
                 "nothing is written"
             )
-        write_annotations(folder, annotations)
-        write_action_space(folder, space, actions=source, rate_hz=rate_hz, episodes=dict(converted.texts))
+        dataset.close()
     return converted
 
 
