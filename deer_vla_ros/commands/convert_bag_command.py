@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the dataset; DIR/training is written"
     )
+    parser.add_argument(
+        "--format",
+        choices=("calvin", "lerobot", "lerobot-png"),
+        default="calvin",
+        help="calvin: what `train` reads; lerobot: a LeRobotDataset v3.0 with H.264 videos; lerobot-png: one "
+        "with images without loss (default: %(default)s)",
+    )
     arguments.add_recording_arguments(parser)
     parser.add_argument(
         "--actions",
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for path in track(args.bag, description="converting")
     )
-    found = convert(recordings, args.out, space, settings.rate_hz, args.actions)
+    found = convert(recordings, args.out, space, settings.rate_hz, args.actions, writer=_writer(args.format))
     print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
     for text, count in found.texts.most_common():
         print(f"  {count} x {text}")
@@ -81,3 +88,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {**vars(found), "left_out": left_out})
     return 0
+
+
+def _writer(name: str):
+    """The class that writes the dataset: pyarrow and PyAV are needed for a LeRobotDataset alone."""
+    from functools import partial
+
+    from deer_vla_ros.bag.calvin_files import CalvinWriter
+
+    if name == "calvin":
+        return CalvinWriter
+    from deer_vla_ros.lab.lerobot.lerobot_writing import LerobotWriter
+
+    return partial(LerobotWriter, dtype="image" if name == "lerobot-png" else "video")
