@@ -134,8 +134,8 @@ def run(args: argparse.Namespace) -> int:
     print("left out:\n  " + "\n  ".join(left_out))
     if found.clipped:
         print(
-            f"{found.clipped} of {found.steps} steps moved further than an action can say, and were cut to it: give "
-            " a higher --rate-hz, or a larger action.translation_m or action.rotation_rad in --params"
+            f"{found.clipped} of {found.steps} steps moved further than an action can say, and were cut: "
+            "give a higher --rate-hz, or a larger action.translation_m or action.rotation_rad in --params"
         )
     if account.closed in (0, account.used):
         print(

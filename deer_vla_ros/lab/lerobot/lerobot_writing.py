@@ -41,7 +41,8 @@ THINNED = 4
 
 
 class LerobotWriter:
-    """An EpisodeWriter. dtype: "video" or "image". Only one episode is in memory, of videos only its numbers."""
+    """An EpisodeWriter. dtype: "video" or "image". Only one episode is in memory, without its
+    frames of videos."""
 
     def __init__(
         self, folder: Path, space: ActionSpace, *, rate_hz: float, dtype: str = "video", **about: Any
