@@ -25,40 +25,55 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.model.action_space import ActionSpace
 
-LONGEST_GAP = 2.5
-"""In control periods. A longer gap between two steps separates two episodes."""
+SHORTEST_MOTION, LONGEST_MOTION = 0.5, 1.5
+"""In control periods: the least and the most time from one step to the next in an episode."""
 
 
 @dataclass
 class Converted:
     """The result of a conversion.
 
+    seconds: the sum of the times from each step to the next. gaps: places where an episode was split, because the next step did not come after about one period.
     short: episodes that were too short. clipped: steps that moved further than an action can express.
     """
 
     episodes: int = 0
     steps: int = 0
+    seconds: float = 0.0
+    gaps: int = 0
     short: int = 0
     clipped: int = 0
     texts: Counter[str] = field(default_factory=Counter)
 
 
-def episodes(seen: Iterable[ObservedStep], rate_hz: float) -> Iterator[Iterator[ObservedStep]]:
-    """Splits the steps into episodes without a break and with one instruction each.
+def episodes(
+    seen: Iterable[ObservedStep], rate_hz: float, converted: Converted
+) -> Iterator[Iterator[ObservedStep]]:
+    """Splits the steps into episodes of one instruction each, whose steps are about one period apart.
 
-    Read each episode to its end before the next one. Only one step at a time is in memory.
+    A dataset says no time of a step, so an action has to be the motion of one control period. Where the next
+    step comes earlier or later than SHORTEST_MOTION to LONGEST_MOTION, or its pose was measured so, the
+    episode ends, and `converted` counts a gap. Read each episode to its end before the next one. Only one
+    step at a time is in memory.
     """
-    gap_ns = LONGEST_GAP * 1e9 / rate_hz
     episode, last = 0, None
 
     def number(moment: ObservedStep) -> int:
         nonlocal episode, last
-        if last and (moment.instruction != last[0] or not 0 < moment.stamp_ns - last[1] <= gap_ns):
-            episode += 1
-        last = moment.instruction, moment.stamp_ns
+        if last is not None:
+            is_gap = moment.instruction == last.instruction and not _follows(last, moment, rate_hz)
+            converted.gaps += is_gap
+            episode += is_gap or moment.instruction != last.instruction
+        last = moment
         return episode
 
     return (moments for _, moments in groupby(seen, key=number))
+
+
+def _follows(step: ObservedStep, following: ObservedStep, rate_hz: float) -> bool:
+    """Whether both the frames and the poses of two steps are about one period apart."""
+    spans = (following.stamp_ns - step.stamp_ns, following.pose_stamp_ns - step.pose_stamp_ns)
+    return all(SHORTEST_MOTION <= span * rate_hz / 1e9 <= LONGEST_MOTION for span in spans)
 
 
 class EpisodeWriter(Protocol):
@@ -96,7 +111,7 @@ def convert(
     with whole_folder(out) as made:
         dataset = writer(made, space, actions=source, rate_hz=rate_hz)
         for path, seen in recordings:
-            for episode in episodes(seen, rate_hz):
+            for episode in episodes(seen, rate_hz, converted):
                 beginning = list(islice(episode, shortest + 1))
                 if len(beginning) <= shortest:
                     converted.short += 1
@@ -104,14 +119,20 @@ def convert(
                 for now, following in pairwise(chain(beginning, episode)):
                     dataset.add(_step(path, now, following, space, source, converted))
                     converted.steps += 1
+                    converted.seconds += (following.stamp_ns - now.stamp_ns) / 1e9
                 text = beginning[0].instruction
                 dataset.end_episode(text)
                 converted.episodes += 1
                 converted.texts[text] += 1
         if not converted.episodes:
             raise UserError(
-                f"convert-bag: no episode of more than {shortest} steps in these recordings: "
-                "nothing is written"
+                f"no episode of more than {shortest} steps in these recordings"
+                + (
+                    f" ({converted.gaps} gaps: set control.rate_hz to the rate of cameras and poses)"
+                    if converted.gaps
+                    else ""
+                )
+                + ": nothing is written"
             )
         dataset.close()
     return converted

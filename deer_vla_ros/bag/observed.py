@@ -28,14 +28,15 @@ from deer_vla_ros.ros.messages import measured_pose
 
 @dataclass(frozen=True, eq=False)
 class ObservedStep:
-    """A moment at which the controller would have stepped. stamp_ns: of the static frame.
+    """A moment at which the controller would have stepped.
 
-    gripper, target: the newest recorded commands of gripper and arm; None before the first one.
+    stamp_ns, pose_stamp_ns: of the static frame and of the measured pose. gripper, target: the newest recorded commands of gripper and arm; None before the first one.
     """
 
     instruction: str
     observation: Observation
     stamp_ns: int
+    pose_stamp_ns: int
     gripper: float | None
     target: Pose | None
 
@@ -82,9 +83,14 @@ def observed(
         if instruction is not None:
             found.pop(INSTRUCTION, None)
             gate.put_instruction(instruction)
-        newest = _Newest()
+        newest, last_ns = _Newest(), 0
         heard = newest.watch(messages(recording, found, account.tally))
         for arrival in arrivals(heard, stamps, account.tally, lambda event: False):
+            if arrival.time_ns < last_ns - limits.max_skew_ns:  # as Controller.tick
+                account.holds[HoldReason.CLOCK_JUMPED] += 1
+                gate.forget()
+                pace.forget()
+            last_ns = arrival.time_ns
             if not arrival.put(gate):
                 continue
             inputs = gate.snapshot()
@@ -100,6 +106,7 @@ def observed(
                 inputs.instruction,
                 Observation(static.image, gripper.image, inputs.pose.pose.as_array()),
                 static.stamp_ns,
+                inputs.pose.stamp_ns,
                 newest.gripper,
                 newest.target,
             )

@@ -7,7 +7,9 @@ Example: convert a recording, and train the released network on it (its weights 
 
 Frames are paired and paced as in the policy node, at control.rate_hz. An action is the motion from one
 measured pose to the next in the checkpoint's action space; with --actions target, it is the motion to the
-recorded target. The command counts what it leaves out.
+recorded target. An episode ends where the next frame or its pose does not follow after about one control
+period (0.5 to 1.5), because a lost frame would make an action of two periods. The command counts these gaps,
+and what else it leaves out.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ import argparse
 from pathlib import Path
 
 from deer_vla_ros.commands import arguments
+
+GAPS = (
+    "gaps, where the next frame or pose did not follow after 0.5 to 1.5 control periods: episodes end there"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +77,16 @@ def run(args: argparse.Namespace) -> int:
         for path in track(args.bag, description="converting")
     )
     found = convert(recordings, args.out, space, settings.rate_hz, args.actions, writer=_writer(args.format))
-    print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
+    print(
+        f"{args.out}: {found.episodes} episodes with {found.steps} steps of {found.seconds / found.steps:.3f} s "
+        f"in the mean, actions in {space}"
+    )
     for text, count in found.texts.most_common():
         print(f"  {count} x {text}")
     left_out = [
         *account.lines(),
         f"{found.episodes} last steps of episodes, which have no next pose",
+        *([f"{found.gaps} {GAPS}"] if found.gaps else []),
         *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
     ]
     print("left out:\n  " + "\n  ".join(left_out))

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     folder = LerobotFolder(args.dataset)
     moments = LerobotMoments(folder, columns, space, rate_hz, args.instruction)
     counted = track(moments.episodes(), description="converting", total=folder.total or None)
-    found = convert(moments.pieces(counted), args.out, space, rate_hz, "measured")
+    found = convert(moments.recordings(counted), args.out, space, rate_hz, "measured")
     account = moments.account
     print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
     for text, count in found.texts.most_common():
@@ -129,6 +129,11 @@ def run(args: argparse.Namespace) -> int:
     left_out = [
         *account.lines(),
         f"{found.episodes} last steps of episodes, which have no next pose",
+        *(
+            [f"{found.gaps} places where an episode was split, for want of rows or frames"]
+            if found.gaps
+            else []
+        ),
         *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
     ]
     print("left out:\n  " + "\n  ".join(left_out))

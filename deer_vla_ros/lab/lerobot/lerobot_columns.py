@@ -91,12 +91,12 @@ class LerobotColumns:
         """A number of an action says what the gripper shall do from its row on; another was measured then."""
         return self.gripper_key.split(".")[0] in ("action", "actions")
 
-    def opening(self, values: np.ndarray) -> float:
-        """1 for a number nearer to open than to closed, else 0. Raises ValueError."""
+    def opening(self, values: np.ndarray) -> bool:
+        """Whether the gripper's number is nearer to open than to closed. Raises ValueError."""
         value = values[self.gripper_at]
         if not np.isfinite(value):
             raise ValueError(f"{self.gripper_key}[{self.gripper_at}] is {value}")
-        return float(abs(value - self.gripper_open) < abs(value - self.gripper_closed))
+        return bool(abs(value - self.gripper_open) < abs(value - self.gripper_closed))
 
     def pose(self, columns: Sequence[np.ndarray]) -> np.ndarray:
         """(7,) position [m] and unit quaternion xyzw, of the columns `state`.

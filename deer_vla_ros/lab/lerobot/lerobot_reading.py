@@ -21,6 +21,7 @@ from deer_vla_ros.lab.lerobot.lerobot_folder import LerobotEpisode, LerobotFolde
 from deer_vla_ros.lab.lerobot.video_frames import VideoFrames, decoded_image
 from deer_vla_ros.model.action_space import ActionSpace
 
+LONGEST_S = 1e7
 LARGEST_UNEVENNESS = 0.25
 """The time between two chosen rows may differ from a control period by this share of it."""
 
@@ -94,16 +95,14 @@ class LerobotMoments:
         """The episodes, without what is in them."""
         return self._folder.episodes(self._videos)
 
-    def pieces(self, episodes: Iterable[LerobotEpisode]) -> Iterator[tuple[Path, Iterator[ObservedStep]]]:
-        """Yields pieces of episodes without a break, with the file of their rows.
+    def recordings(self, episodes: Iterable[LerobotEpisode]) -> Iterator[tuple[Path, Iterator[ObservedStep]]]:
+        """Yields for each episode the file of its rows, and its moments. Read them before the next ones.
 
-        A row or a frame that is missing ends a piece. Read each piece to its end before the next one.
+        Where rows or frames are missing, the times of the moments have a gap.
         """
         try:
             for episode in episodes:
-                numbered = self._numbered(episode, self._rows(episode))
-                for _, piece in groupby(enumerate(numbered), key=lambda each: each[1][0] - each[0]):
-                    yield episode.rows, (moment for _, (_, moment) in piece)
+                yield episode.rows, self._moments(episode)
         finally:
             for frames in self._frames.values():
                 frames.close()
@@ -127,12 +126,12 @@ class LerobotMoments:
             for number in range(batch.num_rows):
                 yield _Row(batch, number)
 
-    def _numbered(self, episode: LerobotEpisode, rows: Iterator[_Row]) -> Iterator[tuple[int, ObservedStep]]:
-        """The chosen rows of an episode as moments, with their numbers in control periods."""
+    def _moments(self, episode: LerobotEpisode) -> Iterator[ObservedStep]:
+        """The rows that are chosen at the control rate, as moments at multiples of the control period."""
         start, before, wanted, taskless = None, None, 0, False
-        for row in rows:
+        for row in self._rows(episode):
             time = row.value("timestamp")
-            if not isinstance(time, float) or not np.isfinite(time) or abs(time) > 1e7:
+            if not isinstance(time, float) or not abs(time) < LONGEST_S:
                 raise UserError(
                     f"{episode.rows}: episode {episode.index} has the timestamp {time}: copy it again"
                 )
@@ -144,25 +143,38 @@ class LerobotMoments:
             if round(wanted * self._spacing) == number:
                 text = self._text(episode, row)
                 taskless = taskless or not text
-                moment = self._moment(episode, row, before or row, time, wanted) if text else None
-                if moment is not None:
-                    yield wanted, moment
+                images = self._images_at(episode, row, time) if text else None
+                if images is not None:
+                    pose, gripper = self._arm_at(episode, row, before or row, time)
+                    stamp = round(wanted * 1e9 / self._rate_hz)
+                    yield ObservedStep(text, Observation(*images, pose), stamp, stamp, gripper, None)
                 wanted += 1
             else:
                 self.account.between += 1
             before = row
         self.account.taskless += taskless
 
-    def _moment(
-        self, episode: LerobotEpisode, row: _Row, before: _Row, time: float, number: int
-    ) -> ObservedStep | None:
-        columns = self._columns
-        images = {}
-        for key in (columns.static, columns.gripper):
-            images[key] = self._image(episode, row, key, time)
-            if images[key] is None:
+    def _images_at(
+        self, episode: LerobotEpisode, row: _Row, time: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The images of both cameras; None, and counted, if one has no frame for this time."""
+        images = []
+        for key in (self._columns.static, self._columns.gripper):
+            image = self._image(episode, row, key, time)
+            if image is None:
                 self.account.lost_frames[key] += 1
                 return None
+            images.append(image)
+        return images[0], images[1]
+
+    def _arm_at(
+        self, episode: LerobotEpisode, row: _Row, before: _Row, time: float
+    ) -> tuple[np.ndarray, float]:
+        """The TCP pose, and the gripper as a value of the action space.
+
+        A command is that of the row before: what the gripper was told by the time of this row.
+        """
+        columns = self._columns
         try:
             pose = columns.pose([row.array(key) for key in columns.state])
             told = before if columns.gripper_is_command else row
@@ -173,13 +185,7 @@ class LerobotMoments:
             ) from error
         self.account.used += 1
         self.account.closed += not is_open
-        return ObservedStep(
-            self._text(episode, row),
-            Observation(images[columns.static], images[columns.gripper], pose),
-            round(number * 1e9 / self._rate_hz),
-            self._space.gripper_open if is_open else self._space.gripper_closed,
-            None,
-        )
+        return pose, self._space.gripper_open if is_open else self._space.gripper_closed
 
     def _text(self, episode: LerobotEpisode, row: _Row) -> str:
         if self._instruction is not None:

@@ -1,6 +1,8 @@
 """Tests that the conversion of a recording gives correct training data."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +10,13 @@ from bags import GRIPPER, INPUTS, INSTRUCTION, SECOND, STATIC, TABLE, records, w
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.bag.calvin_files import read_action_space, read_annotations, read_step
+from deer_vla_ros.bag.cdr import types
 from deer_vla_ros.bag.recording import decode
 from deer_vla_ros.control.motion import motion_of, moved
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.lab.training.calvin import CalvinWindows
 from deer_vla_ros.model.action_space import TABLETOP
+from deer_vla_ros.ros.messages import nanoseconds, stamp
 
 COMMANDS = ("/target_pose", "/gripper_command")
 
@@ -103,6 +107,101 @@ def test_breaks_and_short_pieces_are_counted_and_nothing_is_bridged(tmp_path):
     assert all(one.end + 1 == other.first for one, other in zip(pieces, pieces[1:])), (
         "a number is missing between episodes"
     )
+
+
+SECONDS = 4.0
+FRAMES = (STATIC, GRIPPER)
+
+
+def recording() -> list:
+    """The first seconds of the table's recording, which has frames and poses at 10 Hz."""
+    return records((*INPUTS, *COMMANDS), seconds=SECONDS)
+
+
+def without(topics, first: int, count: int = 1) -> list:
+    """The recording without the messages number `first` and later of each of these topics."""
+    left, seen = [], Counter()
+    for each in recording():
+        seen[each.topic] += 1
+        if each.topic not in topics or not first < seen[each.topic] <= first + count:
+            left.append(each)
+    return left
+
+
+def restamped(found, shift_ns, receive: bool = True) -> list:
+    """The recording with other stamps, and times of receipt if `receive`. shift_ns: of the time [ns]."""
+    begin, shifted = found[0].time_ns, []
+    for each in found:
+        message, shift = decode(each), shift_ns(each.time_ns - begin)
+        if hasattr(message, "header"):
+            now = stamp(nanoseconds(message.header.stamp) + shift)
+            message.header.stamp.sec, message.header.stamp.nanosec = now.sec, now.nanosec
+        data = bytes(types().serialize_cdr(message, each.type))
+        shifted.append(replace(each, data=data, time_ns=each.time_ns + shift * receive))
+    return shifted
+
+
+def jittered(found) -> list:
+    """Periods of 0.08 to 0.12 s."""
+    random = np.random.default_rng(0)
+    shifts = random.integers(-10_000_000, 10_000_001, 100)
+    return restamped(found, lambda ns: int(shifts[ns * 10 // SECOND]))
+
+
+def labels(out) -> list[tuple]:
+    """Position and motion of each step."""
+    steps = (np.load(each) for each in sorted((out / "training").glob("episode_*.npz")))
+    return [tuple(np.round([*step["robot_obs"][:3], *step["rel_actions"]], 9)) for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("make", "gaps"),
+    [
+        (lambda: without(FRAMES, 6), 1),
+        (lambda: without([GRIPPER], 6), 1),
+        (lambda: without([STATIC], 6, 2), 1),
+        (lambda: without(["/ee_pose"], 6), 2),
+        (lambda: without(FRAMES, 6, 8), 1),
+        (lambda: without([*FRAMES, "/ee_pose"], 6, 8), 1),
+        (lambda: jittered(recording()), 0),
+        (lambda: jittered(without(FRAMES, 6)), 1),
+    ],
+    ids=["pair", "gripper", "static", "pose", "pairs", "pause", "jitter", "pair-jitter"],
+)
+def test_no_step_has_the_motion_of_another_time_than_a_period(tmp_path, make, gaps):
+    whole = converted(write(tmp_path / "whole", recording()), tmp_path / "all")
+    told = converted(write(tmp_path / "bag", make()), tmp_path / "set")
+    assert told["gaps"] == gaps and whole["gaps"] == 0
+    assert set(labels(tmp_path / "set")) <= set(labels(tmp_path / "all"))
+    assert told["steps"] < whole["steps"] if gaps else told["steps"] == whole["steps"]
+    assert any("gaps, where the next frame or pose" in line for line in told["left_out"]) == bool(gaps)
+
+
+def test_a_clock_that_was_set_back_is_a_gap(tmp_path):
+    back = restamped(recording(), lambda ns: -5 * SECOND if ns > 1.2 * SECOND else 0, receive=False)
+    whole = converted(write(tmp_path / "whole", recording()), tmp_path / "all", "--clock", "header")
+    told = converted(write(tmp_path / "bag", back), tmp_path / "set", "--clock", "header")
+    assert told["gaps"] == 1 and whole["steps"] - 12 < told["steps"] < whole["steps"]
+    assert set(labels(tmp_path / "set")) <= set(labels(tmp_path / "all"))
+
+
+def with_rate(folder, rate_hz: float) -> list[str]:
+    """Arguments that set the control rate."""
+    (folder / "rate.yaml").write_text(f"deer_vla:\n  ros__parameters:\n    control.rate_hz: {rate_hz}\n")
+    return ["--params", str(folder / "rate.yaml")]
+
+
+def test_a_lost_frame_of_a_camera_three_times_as_fast_shifts_the_steps(tmp_path):
+    bag = write(tmp_path / "bag", without(FRAMES, 3))
+    told = converted(bag, tmp_path / "set", *with_rate(tmp_path, 10 / 3))
+    assert told["gaps"] == 0 and told["seconds"] / told["steps"] == pytest.approx(0.3, abs=0.02)
+
+
+def test_cameras_slower_than_the_control_rate_are_refused_with_the_remedy(tmp_path, capsys):
+    bag = write(tmp_path / "bag", recording())
+    assert main(["convert-bag", str(bag), "--out", str(tmp_path / "set"), *with_rate(tmp_path, 20.0)]) == 1
+    assert "gaps: set control.rate_hz to the rate of cameras and poses" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_recording_without_gripper_commands_or_episodes_is_refused_and_nothing_is_left(tmp_path, capsys):
