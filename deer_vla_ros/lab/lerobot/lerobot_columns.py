@@ -48,11 +48,12 @@ class LerobotColumns:
 
     def check(self, folder: LerobotFolder) -> None:
         """Raises UserError where the dataset cannot be read with these columns."""
+        why = "the network needs two cameras, one that looks at the scene and one on the gripper"
+        cameras = [key for key, feature in folder.features.items() if feature.is_image]
+        if len(cameras) == 1:
+            raise UserError(f"{folder.path}: has one camera, {cameras[0]}: {why}")
         if self.static == self.gripper:
-            raise UserError(
-                f"--static and --gripper are both {self.static}: the network needs two cameras, one that "
-                "looks at the scene and one on the gripper"
-            )
+            raise UserError(f"--static and --gripper are both {self.static}: {why}")
         for option, key in (("--static", self.static), ("--gripper", self.gripper)):
             folder.feature(option, key, image=True)
         state = [folder.feature("--state", key, image=False) for key in self.state]

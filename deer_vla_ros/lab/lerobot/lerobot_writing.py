@@ -214,18 +214,19 @@ class _VideoFiles:
 
     def __init__(self, folder: Path, key: str, rate_hz: float):
         self._folder, self._key, self._rate = folder, key, Fraction(rate_hz).limit_denominator(1000)
-        self._number, self._begun, self._frames = -1, 0, 0
+        self._number, self._begun, self._frames, self._bytes = -1, 0, 0, 0
         self._container: av.container.OutputContainer | None = None
-        self._path = folder
 
     def add(self, image: np.ndarray) -> None:
         """Encodes the next frame, (H, W, 3) uint8."""
         starts = self._begun == self._frames
-        if self._container is None or (starts and self._path.stat().st_size > VIDEO_MB * MB):
+        if self._container is None or (starts and self._bytes > VIDEO_MB * MB):
             self._start(image.shape)
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame.pts, frame.time_base = self._frames, 1 / self._rate
-        self._container.mux(self._stream.encode(frame))
+        packets = self._stream.encode(frame)
+        self._container.mux(packets)
+        self._bytes += sum(packet.size for packet in packets)
         self._frames += 1
 
     def end_episode(self) -> tuple[float, float, tuple[int, int]]:
@@ -243,9 +244,9 @@ class _VideoFiles:
 
     def _start(self, shape: tuple[int, ...]) -> None:
         self.close()
-        self._number, self._begun, self._frames = self._number + 1, 0, 0
-        self._path = _made(self._folder, VIDEO, self._number, video_key=self._key)
-        self._container = av.open(str(self._path), "w")
+        self._number, self._begun, self._frames, self._bytes = self._number + 1, 0, 0, 0
+        path = _made(self._folder, VIDEO, self._number, video_key=self._key)
+        self._container = av.open(str(path), "w")
         self._stream = self._container.add_stream(ENCODER, rate=self._rate, options=ENCODER_OPTIONS)
         self._stream.height, self._stream.width = shape[:2]
         self._stream.pix_fmt = _pixel_format(shape)
