@@ -37,6 +37,8 @@ BUFFER = 1 << 20
 ROWS = 64
 INDICES = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Columns that every dataset has beside its data."""
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading metadata raises whose values are not of the kind that they should be."""
 TEMPLATE = re.compile(
     r"(?:[\w.\-/]|\{(?:episode_chunk|episode_index|video_key|chunk_index|file_index)(?::0?\d{1,2}d)?\})+"
 )
@@ -66,7 +68,8 @@ class LerobotFeature:
 
     def __str__(self) -> str:
         names = f" [{' '.join(self.names)}]" if self.names and self.dtype not in ("video", "image") else ""
-        return f"{self.key} ({self.dtype} {'x'.join(map(str, self.shape))}{names})"
+        text = f"{self.key} ({self.dtype} {'x'.join(map(str, self.shape))}{names})"
+        return " ".join(text.split())[:300]
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class LerobotFolder:
                 f"{path}: no LeRobotDataset: it has no meta/info.json: give the folder above meta/"
             )
         info = _json(info_path, _start_of(info_path, LONGEST_TEXT))
-        self.format = str(info.get("codebase_version"))
+        self.format = _one_line(info.get("codebase_version")) or "(none)"
         if self.format not in FORMATS:
             raise UserError(
                 f"{path}: LeRobotDataset of format {self.format[:20]}: {' and '.join(FORMATS)} are read; "
@@ -106,11 +109,11 @@ class LerobotFolder:
             )
         try:
             self.fps = float(info["fps"])
-            self.total = int(info.get("total_episodes") or 0)
+            self.total = max(int(info.get("total_episodes") or 0), 0)
             self._chunk = int(info.get("chunks_size") or 1000)
             self._data, self._video = str(info["data_path"]), str(info.get("video_path") or "")
             self.features = {key: _feature(key, each) for key, each in info["features"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except DAMAGED as error:
             raise UserError(f"{info_path}: damaged ({error!r}): copy the dataset again") from error
         if not 0 < self.fps <= 1000 or self._chunk < 1:
             raise UserError(
@@ -146,7 +149,7 @@ class LerobotFolder:
         try:
             for row in rows:
                 yield self._episode(row, cameras)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except DAMAGED as error:
             raise UserError(f"{path}: damaged ({error!r}): copy the dataset again") from error
 
     def _episode_rows(self, folder: Path, cameras: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -178,7 +181,7 @@ class LerobotFolder:
             starts = {key: float(row[f"videos/{key}/from_timestamp"]) for key in cameras}
         return LerobotEpisode(
             index,
-            tuple(str(task) for task in row.get("tasks") or ()),
+            tuple(_one_line(task) for task in row.get("tasks") or ()),
             self.path / self._data.format(**place),
             {
                 key: VideoSpan(self.path / self._video.format(video_key=key, **places[key]), starts[key])
@@ -198,8 +201,8 @@ class LerobotFolder:
                 for row in batch.to_pylist()
             )
         try:
-            return {int(row["task_index"]): str(row["task"] or "").strip() for row in rows}
-        except (KeyError, TypeError, ValueError) as error:
+            return {int(row["task_index"]): _one_line(row["task"]) for row in rows}
+        except DAMAGED as error:
             raise UserError(f"{path}: damaged ({error!r}): copy the dataset again") from error
 
 
@@ -219,14 +222,12 @@ def batches(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) ->
                     )
             wanted = [*columns, *(name for name in optional if name in there)]
             yield from file.iter_batches(batch_size=ROWS, columns=wanted)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged or cut off ({cause(error)}): copy it again") from error
 
 
 def check_file(path: Path) -> None:
     """Raises UserError where a file of the dataset is missing, empty, or a pointer of Git LFS."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing, but the dataset speaks of it: download the whole dataset")
     begin = _start_of(path, 64)
     if not begin:
         raise UserError(f"{path} is empty: download it again")
@@ -244,6 +245,11 @@ def _feature(key: str, values: dict[str, Any]) -> LerobotFeature:
     return LerobotFeature(key, str(values["dtype"]), shape, tuple(_flat(values.get("names"))), is_depth)
 
 
+def _one_line(text: Any) -> str:
+    """A task's text without line breaks; empty if there is none."""
+    return " ".join(str(text or "").split())
+
+
 def _flat(names: Any) -> Iterator[str]:
     """Names stand in lists, lists of lists, or dicts of lists."""
     if isinstance(names, dict):
@@ -259,8 +265,10 @@ def _start_of(path: Path, size: int) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(size)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: download the whole dataset") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give another folder") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): download the dataset again") from error
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

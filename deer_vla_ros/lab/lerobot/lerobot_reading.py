@@ -53,7 +53,7 @@ class LerobotAccount:
 
 
 @dataclass(frozen=True, eq=False)
-class _Row:
+class _DataRow:
     """A row of the data, with its columns as they are in the file."""
 
     batch: pa.RecordBatch
@@ -88,7 +88,7 @@ class LerobotMoments:
         self._videos = tuple(key for key in cameras if folder.features[key].dtype == "video")
         self._images = tuple(key for key in cameras if key not in self._videos)
         self._frames = {key: VideoFrames(0.5 / folder.fps) for key in self._videos}
-        self._open: tuple[Path, Iterator[tuple[int, Iterator[_Row]]]] | None = None
+        self._open: tuple[Path, Iterator[tuple[int, Iterator[_DataRow]]]] | None = None
         self.account = LerobotAccount()
 
     def episodes(self) -> Iterator[LerobotEpisode]:
@@ -107,7 +107,7 @@ class LerobotMoments:
             for frames in self._frames.values():
                 frames.close()
 
-    def _rows(self, episode: LerobotEpisode) -> Iterator[_Row]:
+    def _rows(self, episode: LerobotEpisode) -> Iterator[_DataRow]:
         """The rows of an episode. Files that hold several are read once, in their order."""
         if self._open is None or self._open[0] != episode.rows:
             groups = groupby(self._file_rows(episode.rows), key=lambda row: row.value("episode_index"))
@@ -120,11 +120,11 @@ class LerobotMoments:
             "copy the dataset again"
         )
 
-    def _file_rows(self, path: Path) -> Iterator[_Row]:
+    def _file_rows(self, path: Path) -> Iterator[_DataRow]:
         columns = ["episode_index", "timestamp", *self._columns.numbers, *self._images]
         for batch in batches(path, columns, ["task_index"]):
             for number in range(batch.num_rows):
-                yield _Row(batch, number)
+                yield _DataRow(batch, number)
 
     def _moments(self, episode: LerobotEpisode) -> Iterator[ObservedStep]:
         """The rows that are chosen at the control rate, as moments at multiples of the control period."""
@@ -155,7 +155,7 @@ class LerobotMoments:
         self.account.taskless += taskless
 
     def _images_at(
-        self, episode: LerobotEpisode, row: _Row, time: float
+        self, episode: LerobotEpisode, row: _DataRow, time: float
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The images of both cameras; None, and counted, if one has no frame for this time."""
         images = []
@@ -168,7 +168,7 @@ class LerobotMoments:
         return images[0], images[1]
 
     def _arm_at(
-        self, episode: LerobotEpisode, row: _Row, before: _Row, time: float
+        self, episode: LerobotEpisode, row: _DataRow, before: _DataRow, time: float
     ) -> tuple[np.ndarray, float]:
         """The TCP pose, and the gripper as a value of the action space.
 
@@ -187,14 +187,14 @@ class LerobotMoments:
         self.account.closed += not is_open
         return pose, self._space.gripper_open if is_open else self._space.gripper_closed
 
-    def _text(self, episode: LerobotEpisode, row: _Row) -> str:
+    def _text(self, episode: LerobotEpisode, row: _DataRow) -> str:
         if self._instruction is not None:
             return self._instruction
         if "task_index" in row.batch.schema.names:
             return self._folder.tasks.get(row.value("task_index"), "")
-        return episode.tasks[0].strip() if episode.tasks else ""
+        return episode.tasks[0] if episode.tasks else ""
 
-    def _image(self, episode: LerobotEpisode, row: _Row, key: str, time: float) -> np.ndarray | None:
+    def _image(self, episode: LerobotEpisode, row: _DataRow, key: str, time: float) -> np.ndarray | None:
         if key in self._frames:
             span = episode.videos[key]
             return self._frames[key].at(span.path, span.start_s + time)

@@ -67,6 +67,8 @@ class VideoFrames:
         if not self._container.streams.video:
             raise ValueError("it has no video stream")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            raise ValueError("it has a codec that this PyAV does not know")
         self._stream.thread_type = "AUTO"
         if not 0 < self._stream.width * self._stream.height <= MAX_PIXELS:
             raise ValueError(f"{self._stream.width}x{self._stream.height} pixels")
