@@ -33,8 +33,9 @@ SHORTEST_MOTION, LONGEST_MOTION = 0.5, 1.5
 class Converted:
     """The result of a conversion.
 
-    seconds: the sum of the times from each step to the next. gaps: places where an episode was split, because the next step did not come after about one period.
-    short: episodes that were too short. clipped: steps that moved further than an action can express.
+    seconds: the sum of the times from each step to the next. gaps: places where an episode was split, because
+    the next step did not come after about one period. short: episodes that were too short. clipped: steps
+    that moved further than an action can express.
     """
 
     episodes: int = 0

@@ -41,19 +41,27 @@ that one is the clock."""
 
 @dataclass
 class Tally:
-    """How many messages were used, by topic, and how many could not be used, by topic and reason."""
+    """How many messages were used, by topic, and how many could not be used, by topic and reason.
+
+    noted: topics and what is unusual about all their messages.
+    """
 
     used: Counter[str] = field(default_factory=Counter)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    noted: set[tuple[str, str]] = field(default_factory=set)
 
     def skip(self, topic: str, reason: str) -> None:
         """Counts a message, or another fact, that could not be used."""
         self.skipped[topic, reason] += 1
 
     def lines(self) -> list[str]:
-        """One line for each topic and reason of messages that were left out."""
+        """One line for each topic and reason of messages that were left out, and for each note."""
         return [
-            f"{topic}: {count} left out: {reason}" for (topic, reason), count in sorted(self.skipped.items())
+            *(
+                f"{topic}: {count} left out: {reason}"
+                for (topic, reason), count in sorted(self.skipped.items())
+            ),
+            *(f"{topic}: {note}" for topic, note in sorted(self.noted)),
         ]
 
 

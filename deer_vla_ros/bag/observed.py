@@ -30,7 +30,8 @@ from deer_vla_ros.ros.messages import measured_pose
 class ObservedStep:
     """A moment at which the controller would have stepped.
 
-    stamp_ns, pose_stamp_ns: of the static frame and of the measured pose. gripper, target: the newest recorded commands of gripper and arm; None before the first one.
+    stamp_ns, pose_stamp_ns: of the static frame and of the measured pose. gripper, target: the newest
+    recorded commands of gripper and arm; None before the first one.
     """
 
     instruction: str

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     )
     found = convert(recordings, args.out, space, settings.rate_hz, args.actions)
     print(
-        f"{args.out}: {found.episodes} episodes with {found.steps} steps of {found.seconds / found.steps:.3f} s "
-        f"in the mean, actions in {space}"
+        f"{args.out}: {found.episodes} episodes with {found.steps} steps of "
+        f"{found.seconds / found.steps:.3f} s in the mean, actions in {space}"
     )
     for text, count in found.texts.most_common():
         print(f"  {count} x {text}")
