@@ -33,8 +33,9 @@ SHORTEST_MOTION, LONGEST_MOTION = 0.5, 1.5
 class Converted:
     """The result of a conversion.
 
-    seconds: the sum of the times from each step to the next. gaps: places where an episode was split, because the next step did not come after about one period.
-    short: episodes that were too short. clipped: steps that moved further than an action can express.
+    seconds: the sum of the times from each step to the next. gaps: places where an episode was split, because
+    the next step did not come after about one period. short: episodes that were too short. clipped: steps
+    that moved further than an action can express. open: steps after which the gripper was open.
     """
 
     episodes: int = 0
@@ -43,6 +44,7 @@ class Converted:
     gaps: int = 0
     short: int = 0
     clipped: int = 0
+    open: int = 0
     texts: Counter[str] = field(default_factory=Counter)
 
 
@@ -149,7 +151,8 @@ def _step(
     if following.gripper is None:
         raise UserError(
             f"{path}: no gripper command by {following.stamp_ns / 1e9:.3f} s: "
-            "name its topic with --topic gripper_command:=TOPIC, or start the recording before the first one"
+            "name its topic with --topic gripper_command:=TOPIC, start the recording before the first one, "
+            "or read the gripper's joint state with --gripper-range CLOSED OPEN"
         )
     start, end = _pose(now), _pose(following)
     if source == "target":
@@ -165,6 +168,7 @@ def _step(
     )
     converted.clipped += bool((np.abs(wanted) > 1).any())
     before, after = (_is_open(moment.gripper, space) for moment in (now, following))
+    converted.open += after > 0
     return CalvinStep(
         rgb_static=now.observation.static,
         rgb_gripper=now.observation.gripper,

@@ -10,6 +10,12 @@ measured pose to the next in the checkpoint's action space; with --actions targe
 recorded target. An episode ends where the next frame or its pose does not follow after about one control
 period (0.5 to 1.5), because a lost frame would make an action of two periods. The command counts these gaps,
 and what else it leaves out.
+
+An arm that was led by hand has no commands. Its gripper's joint state tells when the gripper closed and
+opened: by its motion, a tenth of its range or more, so that a wide object in the fingers counts as closed.
+
+    python -m deer_vla_ros convert-bag BAG --out out/dataset --instruction "lift the red block" \\
+        --topic gripper_state:=/franka_gripper/joint_states --gripper-range 0 0.08
 """
 
 from __future__ import annotations
@@ -43,6 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="measured",
         help="where a motion leads (default: %(default)s)",
     )
+    parser.add_argument(
+        "--gripper-range",
+        type=float,
+        nargs=2,
+        metavar=("CLOSED", "OPEN"),
+        help="read the gripper's joint state (topic gripper_state) in place of gripper commands; these are "
+        "its positions when it is closed and open",
+    )
+    parser.add_argument(
+        "--gripper-joint",
+        default="",
+        metavar="NAME",
+        help="its joint there (default: the only one, or the sum of two fingers)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts as JSON")
 
 
@@ -51,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from deer_vla_ros.bag.conversion import convert
+    from deer_vla_ros.bag.gripper_state import GripperState
+    from deer_vla_ros.bag.input_topics import GRIPPER_STATE
     from deer_vla_ros.bag.observed import Account, observed
+    from deer_vla_ros.errors import UserError
     from deer_vla_ros.files import write_json
     from deer_vla_ros.model.checkpoint import folder_of, load_info
     from deer_vla_ros.ros import parameters
@@ -60,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
     settings, account = parameters.controller_settings(given), Account()
     topics = arguments.topics_of(args)
+    if args.gripper_range is None and (args.gripper_joint or GRIPPER_STATE in topics):
+        raise UserError("--gripper-range CLOSED OPEN is missing: give the positions of the gripper's joint")
     recordings = (
         (
             path,
@@ -72,17 +97,19 @@ def run(args: argparse.Namespace) -> int:
                 topics,
                 args.clock,
                 args.instruction,
+                GripperState(space, *args.gripper_range, args.gripper_joint) if args.gripper_range else None,
             ),
         )
         for path in track(args.bag, description="converting")
     )
     found = convert(recordings, args.out, space, settings.rate_hz, args.actions, writer=_writer(args.format))
     print(
-        f"{args.out}: {found.episodes} episodes with {found.steps} steps of {found.seconds / found.steps:.3f} s "
-        f"in the mean, actions in {space}"
+        f"{args.out}: {found.episodes} episodes with {found.steps} steps of "
+        f"{found.seconds / found.steps:.3f} s in the mean, actions in {space}"
     )
     for text, count in found.texts.most_common():
         print(f"  {count} x {text}")
+    print(f"  the gripper is open after {found.open} of {found.steps} steps")
     left_out = [
         *account.lines(),
         f"{found.episodes} last steps of episodes, which have no next pose",

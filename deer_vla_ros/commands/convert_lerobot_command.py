@@ -5,7 +5,7 @@ command is the last number of the action, 0 open and 1 closed:
 
     python -m deer_vla_ros convert-lerobot ~/data/franka --out out/dataset \\
         --static observation.images.scene --gripper observation.images.wrist --state observation.state \\
-        --gripper-open 0 --gripper-closed 1
+        --gripper-range 1 0
     python -m deer_vla_ros train --config my_recipe.yaml --data out/dataset
 
 An action is the motion from one measured TCP pose to the next at --rate-hz, along and about the fixed axes of
@@ -62,9 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the number that says how open the gripper shall be (a column `action...`) or is (another one); "
         "negative: from the end (default: %(default)s)",
     )
-    parser.add_argument("--gripper-open", type=float, required=True, metavar="VALUE", help="its open value")
     parser.add_argument(
-        "--gripper-closed", type=float, required=True, metavar="VALUE", help="its closed value"
+        "--gripper-range",
+        type=float,
+        nargs=2,
+        required=True,
+        metavar=("CLOSED", "OPEN"),
+        help="that number when the gripper is closed and when it is open",
     )
     parser.add_argument(
         "--rate-hz", type=arguments.positive, help="steps per second (default: control.rate_hz of --params)"
@@ -108,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
         static=args.static,
         gripper=args.gripper,
         state=tuple(args.state),
-        gripper_open=args.gripper_open,
-        gripper_closed=args.gripper_closed,
+        gripper_closed=args.gripper_range[0],
+        gripper_open=args.gripper_range[1],
         pose_format=args.pose_format,
         position_at=args.pose_at[0],
         rotation_at=args.pose_at[1] if len(args.pose_at) == 2 else args.pose_at[0] + 3,
@@ -122,12 +126,12 @@ def run(args: argparse.Namespace) -> int:
     moments = LerobotMoments(folder, columns, space, rate_hz, args.instruction)
     counted = track(moments.episodes(), description="converting", total=folder.total or None)
     found = convert(moments.recordings(counted), args.out, space, rate_hz, "measured")
-    account = moments.account
     print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
     for text, count in found.texts.most_common():
         print(f"  {count} x {text}")
+    print(f"  the gripper is open after {found.open} of {found.steps} steps")
     left_out = [
-        *account.lines(),
+        *moments.account.lines(),
         f"{found.episodes} last steps of episodes, which have no next pose",
         *(
             [f"{found.gaps} places where an episode was split, for want of rows or frames"]
@@ -141,11 +145,6 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{found.clipped} of {found.steps} steps moved further than an action can say, and were cut: "
             "give a higher --rate-hz, or a larger action.translation_m or action.rotation_rad in --params"
-        )
-    if account.closed in (0, account.used):
-        print(
-            f"the gripper is {'open' if not account.closed else 'closed'} in every step: "
-            "check --gripper-from, --gripper-open and --gripper-closed"
         )
     if args.json:
         write_json(args.json, {**vars(found), "left_out": left_out})

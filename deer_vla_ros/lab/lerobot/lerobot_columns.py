@@ -79,7 +79,7 @@ class LerobotColumns:
             )
         if self.gripper_open == self.gripper_closed:
             raise UserError(
-                f"--gripper-open and --gripper-closed are both {self.gripper_open:g}: give two values"
+                f"--gripper-range is {self.gripper_closed:g} {self.gripper_open:g}: give two values"
             )
 
     @property

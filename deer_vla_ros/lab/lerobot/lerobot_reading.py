@@ -31,15 +31,12 @@ class LerobotAccount:
     """What was not used. between: rows between the chosen ones. lost_rows: rows that an episode lacks.
 
     lost_frames: by camera, times for which its video has no frame. taskless: episodes without a task text.
-    used: chosen rows. closed: those with a closed gripper.
     """
 
     between: int = 0
     lost_rows: int = 0
     lost_frames: Counter[str] = field(default_factory=Counter)
     taskless: int = 0
-    used: int = 0
-    closed: int = 0
 
     def lines(self) -> list[str]:
         """What was left out, one line for each reason."""
@@ -183,8 +180,6 @@ class LerobotMoments:
             raise UserError(
                 f"{episode.rows}: episode {episode.index} at {time:.3f} s: {cause(error)}"
             ) from error
-        self.account.used += 1
-        self.account.closed += not is_open
         return pose, self._space.gripper_open if is_open else self._space.gripper_closed
 
     def _text(self, episode: LerobotEpisode, row: _DataRow) -> str:

@@ -36,10 +36,11 @@ def run(folder, out, *changes: str) -> int:
         "--static": STATIC,
         "--gripper": GRIPPER,
         "--state": "observation.state",
-        "--gripper-open": "0",
-        "--gripper-closed": "1",
+        "--gripper-range": "1 0",
     }
-    given_options = [text for name, value in options.items() if name not in changes for text in (name, value)]
+    given_options = [
+        text for name, value in options.items() if name not in changes for text in (name, *value.split())
+    ]
     return main(["convert-lerobot", str(folder), "--out", str(out), *given_options, *changes])
 
 
@@ -214,8 +215,8 @@ def test_a_measured_gripper_is_that_of_the_next_step(tmp_path, capsys):
     converted(folder, tmp_path / "set", "--gripper-from", "observation.state:6", "--rate-hz", "10")
     for k, step in enumerate(steps_of(tmp_path / "set")[0][1]):
         assert step["rel_actions"][6] == (-1.0 if gripper(3 * k + 3) else 1.0)
-    converted(folder, tmp_path / "all_open", "--gripper-closed", "100")
-    assert "the gripper is open in every step" in capsys.readouterr().out
+    converted(folder, tmp_path / "all_open", "--gripper-range", "100", "0")
+    assert "the gripper is open after 16 of 16 steps" in capsys.readouterr().out
 
 
 JOINTS = DatasetPlan(
@@ -251,7 +252,7 @@ JOINTS = DatasetPlan(
         ),
         (DatasetPlan(), ["--gripper-from", "action:9"], "action:9: action .float32 7. has no such number"),
         (DatasetPlan(), ["--gripper-from", "action"], "give KEY:N"),
-        (DatasetPlan(), ["--gripper-closed", "0"], "both 0: give two values"),
+        (DatasetPlan(), ["--gripper-range", "0", "0"], "give two values"),
         (DatasetPlan(tasks=(None, None)), [], "no episode of more than 2 steps"),
         (DatasetPlan(version="v2.0"), [], "format v2.0: v2.1 and v3.0 are read"),
     ],

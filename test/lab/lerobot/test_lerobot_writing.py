@@ -16,7 +16,7 @@ from deer_vla_ros.lab.lerobot import lerobot_writing
 from deer_vla_ros.lab.lerobot.lerobot_folder import LerobotFolder
 
 COLUMNS = ["--static", "observation.images.static", "--gripper", "observation.images.gripper"]
-STATE = ["--state", "observation.state", "--gripper-open", "1", "--gripper-closed", "-1"]
+STATE = ["--state", "observation.state", "--gripper-range", "-1", "1"]
 MEAN_LOSS = 5.0
 """Of 255: mean difference that H.264 may make in an image; 3.2 was measured for the gripper camera."""
 
