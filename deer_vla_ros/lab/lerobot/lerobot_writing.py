@@ -126,7 +126,8 @@ class LerobotWriter:
         pq.write_table(pa.Table.from_pylist(self._episodes), episodes)
         pq.write_table(_task_table(self._tasks), meta / "tasks.parquet")
         write_json(
-            meta / "stats.json", {key: each.summary(key in CAMERAS) for key, each in self._statistics.items()}
+            meta / "stats.json",
+            {key: each.summary(key in CAMERAS, self._total) for key, each in self._statistics.items()},
         )
         write_json(meta / "info.json", self._info())
 
@@ -265,7 +266,8 @@ class _Statistics:
         self._squares = self._squares + (values**2).sum(0)
         self._low, self._high = np.minimum(self._low, values.min(0)), np.maximum(self._high, values.max(0))
 
-    def summary(self, of_image: bool) -> dict[str, Any]:
+    def summary(self, of_image: bool, rows: int) -> dict[str, Any]:
+        """As stats.json has it. rows: of the dataset."""
         mean = self._sum / self._count
         found = {
             "min": self._low,
@@ -274,7 +276,7 @@ class _Statistics:
             "std": np.sqrt(np.maximum(self._squares / self._count - mean**2, 0)),
         }
         shape = (3, 1, 1) if of_image else (-1,)
-        return {name: each.reshape(shape).tolist() for name, each in found.items()} | {"count": [self._count]}
+        return {name: each.reshape(shape).tolist() for name, each in found.items()} | {"count": [rows]}
 
 
 def _place(what: str, place: tuple[int, int]) -> dict[str, int]:
