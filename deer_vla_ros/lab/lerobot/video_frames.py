@@ -47,7 +47,7 @@ class VideoFrames:
         try:
             if path != self._path:
                 self._open(path)
-            elif not self._covers(seconds):
+            if not self._covers(seconds):
                 self._seek(seconds)
             while self._next is not None and self._next.time <= seconds:
                 self._step()

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lerobot_sets import GRIPPER, STATIC, DatasetPlan, gripper, make, number_in, pose
+from lerobot_sets import FPS, GRIPPER, STATIC, DatasetPlan, gripper, make, number_in, pose
 from scipy.spatial.transform import Rotation
 
 from deer_vla_ros.__main__ import main
@@ -24,6 +24,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
 from deer_vla_ros.lab.lerobot.lerobot_reading import spacing
+from deer_vla_ros.lab.lerobot.video_frames import VideoFrames
 from deer_vla_ros.lab.training.calvin import CalvinWindows
 from deer_vla_ros.model.action_space import ActionSpace
 
@@ -345,3 +346,14 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert run(tmp_path, tmp_path / "set") == 1
     assert "pip install pyarrow" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+def test_frames_are_found_in_any_order(tmp_path, codec):
+    plan = DatasetPlan("v3.0", lengths=(240,), codec=codec, tasks=("go",))
+    path = next(make(tmp_path / "lerobot", plan).glob(f"videos/{STATIC}/**/*.mp4"))
+    frames = VideoFrames(0.5 / FPS)
+    for row in (200, 3, 3, 4, 230, 100, 0, 239):
+        assert number_in(frames.at(path, row / FPS + 0.01)) == row
+    assert frames.at(path, 240.6 / FPS) is None and frames.at(path, -1.0) is None
+    frames.close()
