@@ -61,7 +61,8 @@ class LerobotColumns:
         names = [name for each in state for name in each.names]
         ends = {"position": self.position_at + 3, "rotation": self.rotation_at + self._rotation_numbers}
         where = " + ".join(map(str, state))
-        if len(names) == size and all(JOINT.search(name) for name in names[self.position_at :][:3]):
+        axes = names[self.position_at :][:3] if len(names) == size else []
+        if axes and all(JOINT.search(name) for name in axes):
             raise UserError(
                 f"--state is {where}: these are joints. An action of the network is a motion of the TCP, so "
                 "poses of the TCP are needed: name their column, or add one with the arm's forward kinematics"

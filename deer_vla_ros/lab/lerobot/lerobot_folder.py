@@ -68,8 +68,7 @@ class LerobotFeature:
 
     def __str__(self) -> str:
         names = f" [{' '.join(self.names)}]" if self.names and self.dtype not in ("video", "image") else ""
-        text = f"{self.key} ({self.dtype} {'x'.join(map(str, self.shape))}{names})"
-        return " ".join(text.split())[:300]
+        return _one_line(f"{self.key} ({self.dtype} {'x'.join(map(str, self.shape))}{names})")[:300]
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class LerobotFolder:
             self._data, self._video = str(info["data_path"]), str(info.get("video_path") or "")
             self.features = {key: _feature(key, each) for key, each in info["features"].items()}
         except DAMAGED as error:
-            raise UserError(f"{info_path}: damaged ({error!r}): copy the dataset again") from error
+            raise UserError(f"{info_path}: damaged ({error!r:.200}): copy the dataset again") from error
         if not 0 < self.fps <= 1000 or self._chunk < 1:
             raise UserError(
                 f"{info_path}: fps is {self.fps:g}, chunks_size {self._chunk}: damaged: copy it again"
@@ -150,7 +149,7 @@ class LerobotFolder:
             for row in rows:
                 yield self._episode(row, cameras)
         except DAMAGED as error:
-            raise UserError(f"{path}: damaged ({error!r}): copy the dataset again") from error
+            raise UserError(f"{path}: damaged ({error!r:.200}): copy the dataset again") from error
 
     def _episode_rows(self, folder: Path, cameras: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         files = sorted(folder.glob("*/*.parquet"))
@@ -203,7 +202,7 @@ class LerobotFolder:
         try:
             return {int(row["task_index"]): _one_line(row["task"]) for row in rows}
         except DAMAGED as error:
-            raise UserError(f"{path}: damaged ({error!r}): copy the dataset again") from error
+            raise UserError(f"{path}: damaged ({error!r:.200}): copy the dataset again") from error
 
 
 def batches(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) -> Iterator[pa.RecordBatch]:
@@ -218,7 +217,7 @@ def batches(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) ->
             for name in columns:
                 if name not in there:
                     raise UserError(
-                        f"{path}: has no column {name}, it has {', '.join(there)[:500]}: copy it again"
+                        f"{path}: has no column {name}, it has {_one_line(', '.join(there))[:500]}: copy it again"
                     )
             wanted = [*columns, *(name for name in optional if name in there)]
             yield from file.iter_batches(batch_size=ROWS, columns=wanted)
@@ -246,7 +245,7 @@ def _feature(key: str, values: dict[str, Any]) -> LerobotFeature:
 
 
 def _one_line(text: Any) -> str:
-    """A task's text without line breaks; empty if there is none."""
+    """The text without line breaks; empty if there is none."""
     return " ".join(str(text or "").split())
 
 

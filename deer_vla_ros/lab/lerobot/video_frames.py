@@ -12,8 +12,8 @@ from PIL import Image
 
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.lab.lerobot.lerobot_folder import check_file
+from deer_vla_ros.ros.images import MAX_PIXELS
 
-MAX_PIXELS = 12_500_000
 LEAP_S = 2.0
 """A frame that is further ahead is reached from the key frame before it; others by decoding on."""
 

@@ -238,6 +238,7 @@ JOINTS = DatasetPlan(
         ),
         (DatasetPlan(), ["--state", STATIC], "no such column of numbers"),
         (JOINTS, [], "these are joints.*poses of the TCP are needed"),
+        (DatasetPlan(), ["--pose-at", "8"], "position of --pose-format xyz_rpy would end at number 11"),
         (DatasetPlan(), ["--pose-at", "4"], "rotation of --pose-format xyz_rpy would end at number 10"),
         (DatasetPlan(), ["--pose-format", "xyz_quat_xyzw"], "has length .*give --pose-format"),
         (DatasetPlan(state=lambda i: [400.0] * 7), [], "further than 10 m: give --position-unit"),
