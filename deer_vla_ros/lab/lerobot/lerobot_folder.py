@@ -212,13 +212,12 @@ def batches(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) ->
     """
     check_file(path)
     try:
-        with pq.ParquetFile(path, buffer_size=BUFFER) as file:
+        with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
             there = file.schema_arrow.names
             for name in columns:
                 if name not in there:
-                    raise UserError(
-                        f"{path}: has no column {name}, it has {_one_line(', '.join(there))[:500]}: copy it again"
-                    )
+                    listed = _one_line(", ".join(there))[:500]
+                    raise UserError(f"{path}: has no column {name}, it has {listed}: copy it again")
             wanted = [*columns, *(name for name in optional if name in there)]
             yield from file.iter_batches(batch_size=ROWS, columns=wanted)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
