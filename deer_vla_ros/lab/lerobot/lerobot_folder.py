@@ -40,6 +40,7 @@ INDICES = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What reading metadata raises whose values are not of the kind that they should be."""
 TEMPLATE = re.compile(
+    r"(?!/)(?!.*\.\.)"  # it stays below the dataset's folder
     r"(?:[\w.\-/]|\{(?:episode_chunk|episode_index|video_key|chunk_index|file_index)(?::0?\d{1,2}d)?\})+"
 )
 
@@ -119,7 +120,7 @@ class LerobotFolder:
                 f"{info_path}: fps is {self.fps:g}, chunks_size {self._chunk}: damaged: copy it again"
             )
         for template in (self._data, self._video):
-            if template and (not TEMPLATE.fullmatch(template) or ".." in template or template[0] == "/"):
+            if template and not (TEMPLATE.fullmatch(template) and len(template) < 200):
                 raise UserError(f"{info_path}: {template[:80]!r} is no path in the folder: copy it again")
         self.tasks = self._read_tasks()
 
