@@ -89,6 +89,11 @@ def observed(
         said = (INSTRUCTION,) if instruction is None else ()
         state = (GRIPPER_STATE,) if gripper_state else ()
         found = find_topics(recording, topics, (*said, *state), account.tally)
+        if said and INSTRUCTION not in found:
+            raise UserError(
+                f"{path} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "
+                "or say with --instruction what is done"
+            )
         if gripper_state and GRIPPER_STATE not in found:
             raise UserError(
                 f"{path} has no topic {GRIPPER_STATE}: name the gripper's joint states with "

@@ -102,7 +102,14 @@ def run(args: argparse.Namespace) -> int:
         )
         for path in track(args.bag, description="converting")
     )
-    found = convert(recordings, args.out, space, settings.rate_hz, args.actions, writer=_writer(args.format))
+    writer = _writer(args.format)
+    try:
+        found = convert(recordings, args.out, space, settings.rate_hz, args.actions, writer=writer)
+    except UserError as error:
+        if account.seen or not account.holds:
+            raise
+        ((reason, _),) = account.holds.most_common(1)
+        raise UserError(f"{error}; the controller would only have held: {reason.value}") from error
     print(
         f"{args.out}: {found.episodes} episodes with {found.steps} steps of "
         f"{found.seconds / found.steps:.3f} s in the mean, actions in {space}"

@@ -319,6 +319,27 @@ def test_a_recording_without_gripper_commands_or_episodes_is_refused_and_nothing
     assert "which exists" in capsys.readouterr().err
 
 
+def test_a_recording_without_instructions_asks_for_one(tmp_path, capsys):
+    bag = write(tmp_path / "bag", [each for each in recording() if each.topic != INSTRUCTION])
+    assert main(["convert-bag", str(bag), "--out", str(tmp_path / "set")]) == 1
+    assert "has no topic instruction" in capsys.readouterr().err
+    told = converted(bag, tmp_path / "set", "--instruction", "tidy up")
+    assert told["texts"] == {"tidy up": told["episodes"]} and told["episodes"] == 1
+
+
+def test_grey_cameras_are_said_once(tmp_path):
+    def grey(each):
+        message = decode(each)
+        image = message.data.reshape(message.height, message.width, 3)[..., 0]
+        message = replace(message, encoding="mono8", step=message.width, data=image.ravel())
+        return replace(each, data=bytes(types().serialize_cdr(message, each.type)))
+
+    found = [grey(each) if each.topic == GRIPPER else each for each in recording()]
+    told = converted(write(tmp_path / "bag", found), tmp_path / "set")
+    lines = [line for line in told["left_out"] if "grey" in line]
+    assert lines == [f"{GRIPPER}: the camera is grey: its images have no colours"]
+
+
 def test_unpaired_frames_are_no_episode(tmp_path, capsys):
     found = records((*INPUTS, *COMMANDS), seconds=3)
     one_eyed = [each for each in found if each.topic != GRIPPER]
@@ -334,4 +355,6 @@ def test_unpaired_frames_are_no_episode(tmp_path, capsys):
         )
         == 1
     )
-    assert "no episode of more than 2 steps" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no episode of more than 2 steps" in said
+    assert "the controller would only have held: no frame of the gripper camera yet" in said
