@@ -186,7 +186,8 @@ class LerobotMoments:
         if self._instruction is not None:
             return self._instruction
         if "task_index" in row.batch.schema.names:
-            return self._folder.tasks.get(row.value("task_index"), "")
+            index = row.value("task_index")
+            return self._folder.tasks.get(index, "") if isinstance(index, int) else ""
         return episode.tasks[0] if episode.tasks else ""
 
     def _image(self, episode: LerobotEpisode, row: _DataRow, key: str, time: float) -> np.ndarray | None:
@@ -199,7 +200,7 @@ class LerobotMoments:
             if not isinstance(data, bytes):
                 raise ValueError("it has no bytes")
             return decoded_image(data)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # Pillow raises many kinds for damaged files
             raise UserError(
                 f"{episode.rows}: {key} at {time:.3f} s is no image ({cause(error)}): copy it again"
             ) from error

@@ -107,7 +107,7 @@ class VideoFrames:
 
 
 def decoded_image(data: bytes) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a PNG or JPEG file. Raises ValueError or OSError for another."""
+    """(H, W, 3) uint8 RGB of a PNG or JPEG file. Raises many kinds of exceptions for another."""
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels")

@@ -327,6 +327,18 @@ def test_damaged_files_are_named_in_one_line(tmp_path, capsys, whole_sets, versi
     assert [each.name for each in tmp_path.iterdir()] == ["lerobot"]
 
 
+def test_a_damaged_image_is_named_in_one_line(tmp_path, capsys):
+    folder = make(tmp_path / "lerobot", DatasetPlan(codec="image"))
+    path = next(folder.glob("data/*/*.parquet"))
+    rows = pq.read_table(path).to_pylist()
+    for damaged in (b"GIF89a", rows[3][STATIC]["bytes"][:80], b"", None):
+        rows[3][STATIC]["bytes"] = damaged
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        assert run(folder, tmp_path / "set") == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{STATIC} at 0.100 s is no image" in error
+
+
 def test_paths_that_lead_out_of_the_folder_are_refused(tmp_path, capsys, whole_sets):
     folder = shutil.copytree(whole_sets["v2.1"], tmp_path / "lerobot")
     info = json.loads((folder / "meta/info.json").read_text())
