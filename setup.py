@@ -136,17 +136,20 @@ setup(
     extras_require={
         # Without greenlet Optuna warns, and proposes trials more slowly.
         "search": ["greenlet", "optuna>=5"],
+        "lerobot": ["av>=14", "pyarrow>=15", "rich"],
         "sim": ["mujoco>=3.10"],
         "replay": ["matplotlib", "rich", "rosbags>=0.11"],
         "demo": ["matplotlib", "mujoco>=3.10", "rich"],
         "train": ["rich", "tensorboardX"],
         "test": [
+            "av>=14",
             "greenlet",
             "hypothesis",
             "import-linter",
             "matplotlib",
             "mujoco>=3.10",
             "optuna>=5",
+            "pyarrow>=15",
             "pytest",
             "pytest-xdist",
             "rich",

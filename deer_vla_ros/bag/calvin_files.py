@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,36 @@ def write_annotations(folder: Path, annotations: Iterable[Annotation]) -> None:
         np.array([(first, end - 1) for first, end in bounds], dtype=np.int64).reshape(-1, 2),
     )
     write_pickled(folder / ANNOTATIONS, {"language": language, "info": {"episodes": [], "indx": bounds}})
+
+
+class CalvinWriter:
+    """Writes episodes one after another into the new folder `training` of a dataset.
+
+    folder: the dataset. about: facts on how it was recorded, which recordings.json gets. The numbers of the
+    steps have a gap between two episodes.
+    """
+
+    def __init__(self, folder: Path, space: ActionSpace, **about: Any):
+        self._folder, self._space, self._about = folder / "training", space, about
+        self._annotations: list[Annotation] = []
+        self._first = self._next = 0
+        self._folder.mkdir(parents=True)
+
+    def add(self, step: CalvinStep) -> None:
+        """Writes the next step of the present episode."""
+        write_step(self._folder, self._next, step)
+        self._next += 1
+
+    def end_episode(self, text: str) -> None:
+        """The steps since the last call are one episode, which carries out the instruction `text`."""
+        self._annotations.append(Annotation(self._first, self._next, text.replace(" ", "_"), text))
+        self._first = self._next = self._next + 1
+
+    def close(self) -> None:
+        """Completes the dataset with the annotations and recordings.json."""
+        write_annotations(self._folder, self._annotations)
+        texts = Counter(each.text for each in self._annotations)
+        write_action_space(self._folder, self._space, **self._about, episodes=dict(texts))
 
 
 def read_annotations(folder: Path) -> list[Annotation]:

@@ -16,6 +16,7 @@ from deer_vla_ros.ros.messages import nanoseconds
 STATIC, GRIPPER = (f"camera/{camera.value}/image_raw" for camera in Camera)
 POSE, INSTRUCTION, STEPS, PARAMETERS = "ee_pose", "instruction", "deer_vla/step", "parameter_events"
 TARGET, GRIPPER_COMMAND = "target_pose", "gripper_command"
+GRIPPER_STATE = "gripper_state"
 CAMERAS = {STATIC: Camera.STATIC, GRIPPER: Camera.GRIPPER}
 COMPRESSED = "sensor_msgs/msg/CompressedImage"
 TYPES: dict[str, tuple[str, ...]] = {
@@ -26,8 +27,9 @@ TYPES: dict[str, tuple[str, ...]] = {
     PARAMETERS: ("rcl_interfaces/msg/ParameterEvent",),
     TARGET: ("geometry_msgs/msg/PoseStamped",),
     GRIPPER_COMMAND: ("std_msgs/msg/Float64MultiArray",),
+    GRIPPER_STATE: ("sensor_msgs/msg/JointState",),
 }
-"""The node's names of topics, and the types that it takes there."""
+"""The node's names of topics, and the types that it takes there. convert-bag alone reads GRIPPER_STATE."""
 NEEDED = (STATIC, GRIPPER, POSE)
 CLOCKS = ("receive", "header")
 OTHER_CLOCK_NS = 10_000_000_000
@@ -41,19 +43,27 @@ that one is the clock."""
 
 @dataclass
 class Tally:
-    """How many messages were used, by topic, and how many could not be used, by topic and reason."""
+    """How many messages were used, by topic, and how many could not be used, by topic and reason.
+
+    noted: topics and what is unusual about all their messages.
+    """
 
     used: Counter[str] = field(default_factory=Counter)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    noted: set[tuple[str, str]] = field(default_factory=set)
 
     def skip(self, topic: str, reason: str) -> None:
         """Counts a message, or another fact, that could not be used."""
         self.skipped[topic, reason] += 1
 
     def lines(self) -> list[str]:
-        """One line for each topic and reason of messages that were left out."""
+        """One line for each topic and reason of messages that were left out, and for each note."""
         return [
-            f"{topic}: {count} left out: {reason}" for (topic, reason), count in sorted(self.skipped.items())
+            *(
+                f"{topic}: {count} left out: {reason}"
+                for (topic, reason), count in sorted(self.skipped.items())
+            ),
+            *(f"{topic}: {note}" for topic, note in sorted(self.noted)),
         ]
 
 

@@ -3,13 +3,16 @@ controller sees them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deer_vla_ros.bag.gripper_state import GripperState
 from deer_vla_ros.bag.input_topics import (
     GRIPPER_COMMAND,
+    GRIPPER_STATE,
     INSTRUCTION,
     TARGET,
     Stamps,
@@ -22,20 +25,24 @@ from deer_vla_ros.bag.replay import arrivals
 from deer_vla_ros.control.inputs import InputGate, InputLimits
 from deer_vla_ros.control.pace import Pace
 from deer_vla_ros.control.types import HoldReason, Pose
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.ros.messages import measured_pose
 
 
 @dataclass(frozen=True, eq=False)
 class ObservedStep:
-    """A moment at which the controller would have stepped. stamp_ns: of the static frame.
+    """A moment at which the controller would have stepped.
 
-    gripper, target: the newest recorded commands of gripper and arm; None before the first one.
+    stamp_ns, pose_stamp_ns: of the static frame and of the measured pose. gripper, target: the newest
+    recorded commands of gripper and arm; None before the first one. If the gripper's state is read, `gripper`
+    is the command for it.
     """
 
     instruction: str
     observation: Observation
     stamp_ns: int
+    pose_stamp_ns: int
     gripper: float | None
     target: Pose | None
 
@@ -70,21 +77,41 @@ def observed(
     topics: dict[str, str],
     clock: str = "receive",
     instruction: str | None = None,
+    gripper_state: GripperState | None = None,
 ) -> Iterator[ObservedStep]:
     """Yields the moments of a recording at which a controller with these settings would step.
 
     account: its counts go on. frame: the action frame. topics: recorded topics by the node's names, if they
-    differ. Raises UserError for a recording that cannot be read or lacks an input.
+    differ. gripper_state: read in place of gripper commands. Moments before its first position are left out
+    and counted. Raises UserError for a recording that cannot be read or lacks an input.
     """
     with Recording(path) as recording:
-        found = find_topics(recording, topics, (INSTRUCTION,) if instruction is None else (), account.tally)
+        said = (INSTRUCTION,) if instruction is None else ()
+        state = (GRIPPER_STATE,) if gripper_state else ()
+        found = find_topics(recording, topics, (*said, *state), account.tally)
+        if said and INSTRUCTION not in found:
+            raise UserError(
+                f"{path} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "
+                "or say with --instruction what is done"
+            )
+        if gripper_state and GRIPPER_STATE not in found:
+            raise UserError(
+                f"{path} has no topic {GRIPPER_STATE}: name the gripper's joint states with "
+                f"--topic {GRIPPER_STATE}:=TOPIC"
+            )
+        found.pop(GRIPPER_COMMAND if gripper_state else GRIPPER_STATE, None)
         gate, pace, stamps = InputGate(limits, frame), Pace(rate_hz), Stamps(clock, path)
         if instruction is not None:
             found.pop(INSTRUCTION, None)
             gate.put_instruction(instruction)
-        newest = _Newest()
+        newest, last_ns = _Newest(path, gripper_state), 0
         heard = newest.watch(messages(recording, found, account.tally))
         for arrival in arrivals(heard, stamps, account.tally, lambda event: False):
+            if arrival.time_ns < last_ns - limits.max_skew_ns:  # as Controller.tick
+                account.holds[HoldReason.CLOCK_JUMPED] += 1
+                gate.forget()
+                pace.forget()
+            last_ns = arrival.time_ns
             if not arrival.put(gate):
                 continue
             inputs = gate.snapshot()
@@ -94,22 +121,39 @@ def observed(
             if reasons or not pace.admits(inputs.pair[0].stamp_ns):
                 continue
             pace.take(inputs.pair[0].stamp_ns)
+            if gripper_state and newest.gripper is None:
+                account.tally.skip(found[GRIPPER_STATE], "steps before the gripper's first position")
+                continue
             account.seen += 1
             static, gripper = inputs.pair
             yield ObservedStep(
                 inputs.instruction,
                 Observation(static.image, gripper.image, inputs.pose.pose.as_array()),
                 static.stamp_ns,
+                inputs.pose.stamp_ns,
                 newest.gripper,
                 newest.target,
             )
         account.dropped += gate.snapshot().dropped
+        if gripper_state:
+            with _named(path):
+                gripper_state.check()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the recording's name before a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 class _Newest:
     """The newest recorded commands of gripper and arm."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path, gripper_state: GripperState | None) -> None:
+        self._path, self._state = path, gripper_state
         self.gripper: float | None = None
         self.target: Pose | None = None
 
@@ -118,6 +162,10 @@ class _Newest:
         for name, record, message in heard:
             if name == GRIPPER_COMMAND and len(message.data) == 1:
                 self.gripper = float(message.data[0])
+            elif name == GRIPPER_STATE:
+                with _named(self._path):
+                    self._state.see(message)
+                self.gripper = self._state.command
             elif name == TARGET:
                 self.target = measured_pose(message).pose
             yield name, record, message

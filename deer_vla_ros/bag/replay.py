@@ -40,6 +40,7 @@ from deer_vla_ros.control.inputs import InputGate
 from deer_vla_ros.control.types import Command
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import StageTimes
+from deer_vla_ros.ros.images import GREY
 from deer_vla_ros.ros.messages import measured_pose, nanoseconds
 
 Messages = Iterator[tuple[str, Record, Any]]
@@ -120,6 +121,8 @@ def _put(
         except UserError as error:
             tally.skip(record.topic, str(error))
             return None
+        if frame.is_grey:
+            tally.noted.add((record.topic, GREY))
         return lambda gate: gate.put_frame(CAMERAS[name], frame)
     if name == POSE:
         pose = measured_pose(message)

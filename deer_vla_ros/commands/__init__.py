@@ -50,6 +50,9 @@ COMMANDS = {
     "convert-bag": CommandEntry(
         "deer_vla_ros.commands.convert_bag_command", "recordings of a robot as a training dataset"
     ),
+    "convert-lerobot": CommandEntry(
+        "deer_vla_ros.commands.convert_lerobot_command", "a LeRobotDataset as a training dataset"
+    ),
     "train": CommandEntry(
         "deer_vla_ros.commands.train_command",
         "makes a network by a recipe, from demonstrations to a checkpoint",

@@ -7,7 +7,15 @@ Example: convert a recording, and train the released network on it (its weights 
 
 Frames are paired and paced as in the policy node, at control.rate_hz. An action is the motion from one
 measured pose to the next in the checkpoint's action space; with --actions target, it is the motion to the
-recorded target. The command counts what it leaves out.
+recorded target. An episode ends where the next frame or its pose does not follow after about one control
+period (0.5 to 1.5), because a lost frame would make an action of two periods. The command counts these gaps,
+and what else it leaves out.
+
+An arm that was led by hand has no commands. Its gripper's joint state tells when the gripper closed and
+opened: by its motion, a tenth of its range or more, so that a wide object in the fingers counts as closed.
+
+    python -m deer_vla_ros convert-bag BAG --out out/dataset --instruction "lift the red block" \\
+        --topic gripper_state:=/franka_gripper/joint_states --gripper-range 0 0.08
 """
 
 from __future__ import annotations
@@ -17,11 +25,22 @@ from pathlib import Path
 
 from deer_vla_ros.commands import arguments
 
+GAPS = (
+    "gaps, where the next frame or pose did not follow after 0.5 to 1.5 control periods: episodes end there"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, nargs="+", metavar="BAG", help="rosbag2 folders or files")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the dataset; DIR/training is written"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("calvin", "lerobot", "lerobot-png"),
+        default="calvin",
+        help="calvin: what `train` reads; lerobot: a LeRobotDataset v3.0 with H.264 videos; lerobot-png: one "
+        "with images without loss (default: %(default)s)",
     )
     arguments.add_recording_arguments(parser)
     parser.add_argument(
@@ -29,6 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("measured", "target"),
         default="measured",
         help="where a motion leads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gripper-range",
+        type=float,
+        nargs=2,
+        metavar=("CLOSED", "OPEN"),
+        help="read the gripper's joint state (topic gripper_state) in place of gripper commands; these are "
+        "its positions when it is closed and open",
+    )
+    parser.add_argument(
+        "--gripper-joint",
+        default="",
+        metavar="NAME",
+        help="its joint there (default: the only one, or the sum of two fingers)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts as JSON")
 
@@ -38,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from deer_vla_ros.bag.conversion import convert
+    from deer_vla_ros.bag.gripper_state import GripperState
+    from deer_vla_ros.bag.input_topics import GRIPPER_STATE
     from deer_vla_ros.bag.observed import Account, observed
+    from deer_vla_ros.errors import UserError
     from deer_vla_ros.files import write_json
     from deer_vla_ros.model.checkpoint import folder_of, load_info
     from deer_vla_ros.ros import parameters
@@ -47,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
     settings, account = parameters.controller_settings(given), Account()
     topics = arguments.topics_of(args)
+    if args.gripper_range is None and (args.gripper_joint or GRIPPER_STATE in topics):
+        raise UserError("--gripper-range CLOSED OPEN is missing: give the positions of the gripper's joint")
     recordings = (
         (
             path,
@@ -59,17 +97,30 @@ def run(args: argparse.Namespace) -> int:
                 topics,
                 args.clock,
                 args.instruction,
+                GripperState(space, *args.gripper_range, args.gripper_joint) if args.gripper_range else None,
             ),
         )
         for path in track(args.bag, description="converting")
     )
-    found = convert(recordings, args.out, space, settings.rate_hz, args.actions)
-    print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
+    writer = _writer(args.format)
+    try:
+        found = convert(recordings, args.out, space, settings.rate_hz, args.actions, writer=writer)
+    except UserError as error:
+        if account.seen or not account.holds:
+            raise
+        ((reason, _),) = account.holds.most_common(1)
+        raise UserError(f"{error}; the controller would only have held: {reason.value}") from error
+    print(
+        f"{args.out}: {found.episodes} episodes with {found.steps} steps of "
+        f"{found.seconds / found.steps:.3f} s in the mean, actions in {space}"
+    )
     for text, count in found.texts.most_common():
         print(f"  {count} x {text}")
+    print(f"  the gripper is open after {found.open} of {found.steps} steps")
     left_out = [
         *account.lines(),
         f"{found.episodes} last steps of episodes, which have no next pose",
+        *([f"{found.gaps} {GAPS}"] if found.gaps else []),
         *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
     ]
     print("left out:\n  " + "\n  ".join(left_out))
@@ -81,3 +132,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {**vars(found), "left_out": left_out})
     return 0
+
+
+def _writer(name: str):
+    """The class that writes the dataset: pyarrow and PyAV are needed for a LeRobotDataset alone."""
+    from functools import partial
+
+    from deer_vla_ros.bag.calvin_files import CalvinWriter
+
+    if name == "calvin":
+        return CalvinWriter
+    from deer_vla_ros.lab.lerobot.lerobot_writing import LerobotWriter
+
+    return partial(LerobotWriter, dtype="image" if name == "lerobot-png" else "video")

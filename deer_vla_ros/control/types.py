@@ -106,10 +106,11 @@ class Limit(enum.Enum):
 
 @dataclass(frozen=True)
 class Frame:
-    """One camera image, (H, W, 3) uint8 RGB. stamp_ns: when it was taken."""
+    """One camera image, (H, W, 3) uint8 RGB. stamp_ns: when it was taken. is_grey: it had no colours."""
 
     image: np.ndarray
     stamp_ns: int
+    is_grey: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import io
 import re
 import struct
 from array import array
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +16,13 @@ from sensor_msgs.msg import CompressedImage, Image
 from deer_vla_ros.control.types import Frame
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.ros.messages import nanoseconds
+from deer_vla_ros.ros.raw_encodings import DEPTHS, ENCODINGS, Channels, eight_bits
 
 if TYPE_CHECKING:
     from cv_bridge import CvBridge
+
+GREY = "the camera is grey: its images have no colours"
+"""What users are told once of such a camera: a policy that was trained with colours needs them."""
 
 MAX_SIDE = 8192
 """Largest width or height in pixels. It is far above any camera of a policy."""
@@ -35,6 +38,8 @@ MAX_PIXEL_SCANS = 100_000_000
 This costs up to 9 ns per pixel. A progressive JPEG of a 4K camera has 10 scans: 83 million."""
 MAX_HEADER_BYTES, MAX_SEGMENTS = 1_000_000, 256
 """Bytes and segments of a JPEG before its first scan: Pillow reads these segments in Python."""
+MAX_SCAN_SEGMENTS = 4096
+"""Segments of a JPEG from its first scan to its end."""
 MAX_PNG_BYTES = 6_500_000
 """Noise of 1920 x 1080 fits. Inflating costs up to 140 ns per byte of a malicious file."""
 MAX_PNG_RAW_BYTES = 50_000_000
@@ -44,53 +49,16 @@ MAX_CHUNKS, MAX_OTHER_CHUNKS = 10_000, 32
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 """The first bytes of each file format."""
-MARKER = re.compile(rb"\xff([^\x00\xff])")
-SCAN = 0xDA
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+"""A marker of a JPEG. Restart markers (D0 to D7) are left out: they are part of a scan's data."""
+BEGIN, END, SCAN = 0xD8, 0xD9, 0xDA
 OTHER_CODINGS = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
 """JPEG frame markers that no camera sends: lossless, hierarchical, or slow (arithmetic coding)."""
-WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
-"""JPEG markers that no length field follows."""
+WITHOUT_LENGTH = {*range(0x01, 0xC0), BEGIN, END}
+"""JPEG markers that no length field follows, and reserved ones, which libjpeg does not skip."""
 CHUNK_NAME = re.compile(rb"\w{4}")
 CHANNELS_OF_PNG = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Number of channels, by the colour type in the PNG's header."""
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """An encoding of raw images. rgb: positions of red, green and blue among the `channels`.
-
-    bridged: whether cv_bridge, too, converts it to rgb8.
-    """
-
-    rgb: tuple[int, int, int]
-    channels: int
-    channel_bytes: int = 1
-    bridged: bool = True
-
-    @property
-    def pixel_bytes(self) -> int:
-        """Bytes of a pixel."""
-        return self.channels * self.channel_bytes
-
-
-RGB, BGR, MONO = (0, 1, 2), (2, 1, 0), (0, 0, 0)
-
-# 8UC3 and 8UC1 do not say which colours they contain, so cv_bridge refuses to convert them. These are
-# OpenCV's names of types, and OpenCV keeps colour images as BGR: a driver that publishes a cv::Mat sends BGR.
-ENCODINGS = {
-    "rgb8": Encoding(RGB, 3),
-    "bgr8": Encoding(BGR, 3),
-    "rgba8": Encoding(RGB, 4),
-    "bgra8": Encoding(BGR, 4),
-    "mono8": Encoding(MONO, 1),
-    "8UC3": Encoding(BGR, 3, bridged=False),
-    "8UC1": Encoding(MONO, 1, bridged=False),
-    "rgb16": Encoding(RGB, 3, 2),
-    "bgr16": Encoding(BGR, 3, 2),
-    "rgba16": Encoding(RGB, 4, 2),
-    "bgra16": Encoding(BGR, 4, 2),
-    "mono16": Encoding(MONO, 1, 2),
-}
 
 
 def frame(message: Image) -> Frame:
@@ -101,37 +69,46 @@ def frame(message: Image) -> Frame:
     _check_layout(message)
     bridged = BRIDGE is not None and bridgeable(message)
     image = BRIDGE.imgmsg_to_cv2(message, "rgb8") if bridged else by_numpy(message)
-    return Frame(image, nanoseconds(message.header.stamp))
+    return Frame(image, nanoseconds(message.header.stamp), ENCODINGS[message.encoding].is_grey)
 
 
 def compressed_frame(message: CompressedImage) -> Frame:
     """A JPEG or PNG as a frame; raises UserError.
 
-    The first bytes show the file format. `format` also names the encoding before compression, which does not
-    matter: both file formats store RGB.
+    The first bytes show the file format. `format` also names the encoding before compression. The order of
+    its channels does not matter: both file formats store RGB.
     """
     if "compresseddepth" in message.format.lower():
         raise UserError(
             f"format {_quoted(message.format)} is a depth image: remap to the camera's colour image"
         )
-    return Frame(_decoded(bytes(message.data), message.format), nanoseconds(message.header.stamp))
+    image, is_grey = _decoded(bytes(message.data), message.format)
+    return Frame(image, nanoseconds(message.header.stamp), is_grey)
 
 
 def by_numpy(message: Image) -> np.ndarray:
     """A message, whose layout was checked, as (H, W, 3) uint8 RGB. Packed rgb8 is not copied."""
-    encoding, height, width, step = ENCODINGS[message.encoding], message.height, message.width, message.step
-    rows = np.frombuffer(message.data, np.uint8, height * step).reshape(height, step)[
-        :, : width * encoding.pixel_bytes
-    ]
-    if encoding.channel_bytes == 2:
-        rows = _eight_bits(rows.view(">u2" if message.is_bigendian else "<u2"))
-    pixels = rows.reshape(height, width, encoding.channels)
-    if encoding.rgb == RGB and encoding.channels == 3:
-        return np.ascontiguousarray(pixels)
-    image = np.empty((height, width, 3), np.uint8)
-    for target, source in enumerate(encoding.rgb):  # three times as fast as copying a reversed view
-        image[..., target] = pixels[..., source]
-    return image
+    encoding, step = ENCODINGS[message.encoding], _step(message)
+    rows = encoding.rows(message.height)
+    return encoding.rgb(
+        np.frombuffer(message.data, np.uint8, rows * step).reshape(rows, step),
+        message.width,
+        message.height,
+        bool(message.is_bigendian),
+    )
+
+
+def _step(message: Image) -> int:
+    """The bytes from one row to the next.
+
+    Drivers that do not know planes (depthai-ros) divide the size of all planes by the number of rows of
+    pixels. This is corrected.
+    """
+    encoding, height = ENCODINGS[message.encoding], message.height
+    rows, row = encoding.rows(height), encoding.row_bytes(message.width)
+    size = len(message.data)
+    is_divided = rows > height and size < rows * message.step and size == height * message.step == rows * row
+    return row if is_divided else message.step
 
 
 def bridgeable(message: Image) -> bool:
@@ -141,7 +118,12 @@ def bridgeable(message: Image) -> bool:
     multiple of the pixel size. It only knows the byte orders 0 and 1.
     """
     encoding = ENCODINGS[message.encoding]
-    return encoding.bridged and message.step % encoding.pixel_bytes == 0 and message.is_bigendian in (0, 1)
+    return (
+        isinstance(encoding, Channels)
+        and encoding.bridged
+        and message.step % encoding.pixel_bytes == 0
+        and message.is_bigendian in (0, 1)
+    )
 
 
 def find_bridge() -> tuple[CvBridge | None, str]:
@@ -177,34 +159,53 @@ def find_bridge() -> tuple[CvBridge | None, str]:
 
 
 def _probes() -> list[Image]:
-    """Small images of every encoding and byte order, with padded rows."""
+    """Small images of every encoding and byte order that cv_bridge converts, with padded rows."""
     probes = []
     for name, encoding in ENCODINGS.items():
-        step = 4 * encoding.pixel_bytes
-        data = array("B", [37 * index % 256 for index in range(2 * step)])
-        for order in (0, 1):
-            probes.append(Image(height=2, width=3, step=step, encoding=name, is_bigendian=order, data=data))
+        if isinstance(encoding, Channels):
+            step = 4 * encoding.pixel_bytes
+            data = array("B", [37 * index % 256 for index in range(2 * step)])
+            for order in (0, 1):
+                probes.append(
+                    Image(height=2, width=3, step=step, encoding=name, is_bigendian=order, data=data)
+                )
     return list(filter(bridgeable, probes))
 
 
 def _check_layout(message: Image) -> None:
-    if message.encoding not in ENCODINGS:
-        raise UserError(
-            f"encoding {_quoted(message.encoding)} is not supported: publish one of {', '.join(ENCODINGS)}"
-        )
-    height, width, step = message.height, message.width, message.step
+    name, height, width, step = message.encoding, message.height, message.width, message.step
+    if name not in ENCODINGS:
+        what = f"{_quoted(name)} is {'a depth image and ' if name in DEPTHS else ''}not supported"
+        raise UserError(f"encoding {what}: publish one of {', '.join(ENCODINGS)}")
     _check_size(width, height)
-    row = width * ENCODINGS[message.encoding].pixel_bytes
-    if step < row or len(message.data) < height * step:
+    encoding = ENCODINGS[name]
+    if width % encoding.multiples[0] or height % encoding.multiples[1]:
         raise UserError(
-            f"{width} x {height} {message.encoding} with step {step} needs {height * max(step, row)} bytes "
+            f"the image is {width} x {height}, {name} needs multiples of {encoding.multiples[0]} x "
+            f"{encoding.multiples[1]}: mend the camera driver"
+        )
+    if min(width, height) < encoding.least_side:
+        raise UserError(
+            f"the image is {width} x {height}, a side of {name} has {encoding.least_side} pixels or more: "
+            "mend the camera driver"
+        )
+    rows, row, step = encoding.rows(height), encoding.row_bytes(width), _step(message)
+    if step < row or len(message.data) < rows * step:
+        raise UserError(
+            f"{width} x {height} {name} with step {step} needs {rows * max(step, row)} bytes "
             f"in rows of {row} or more, the message has {len(message.data)}: mend the camera driver"
         )
 
 
-def _decoded(data: bytes, name: str) -> np.ndarray:
+def _decoded(data: bytes, name: str) -> tuple[np.ndarray, bool]:
+    """The picture, and whether it is grey. Bytes that follow a JPEG's end are not looked at.
+
+    A camera driver may send its whole buffer, with what is left of an older frame or the begin of the next.
+    """
+    end = None
     if data.startswith(JPEG):
-        _check_jpeg(data)
+        end = _check_jpeg(data)
+        data = data[:end]
     elif data.startswith(PNG):
         _check_png(data)
     try:
@@ -216,21 +217,37 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
     _check_size(*picture.size)
     if data.startswith(JPEG):
         _check_scans(data, *picture.size)
+    is_grey = picture.mode[0] in "1LI"
+    if is_grey and _is_of_colours(name):
+        raise UserError(
+            f"format {_quoted(name)}: the compression has lost the camera's colours: publish raw images, or "
+            "convert them to rgb8 before they are compressed"
+        )
     try:
         if picture.format == "PNG":
             picture.verify()  # the checksums, which decoding skips; it makes a second open necessary
             picture = Picture.open(io.BytesIO(data), formats=("PNG",))
-        elif data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        elif end is None:
             # Pillow does not notice it if padding follows, or if a library has set LOAD_TRUNCATED_IMAGES.
             raise EOFError("no end of image after the last scan")
         if picture.mode.startswith("I"):  # grey of 16 bits: I, I;16 or I;16B, depending on Pillow's version
-            return np.repeat(_eight_bits(np.array(picture))[..., None], 3, axis=2)
-        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            return np.repeat(eight_bits(np.array(picture))[..., None], 3, axis=2), is_grey
+        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB")), is_grey
     except Exception as error:
         raise UserError(
             f"the {picture.format} image of {len(data)} bytes is corrupt ({cause(error)}): "
             "check the camera's link and driver"
         ) from error
+
+
+def _is_of_colours(name: str) -> bool:
+    """Whether a `format` says that the image had colours before its compression.
+
+    image_transport writes "ENCODING; jpeg compressed ENCODING", and keeps only the brightness of encodings
+    that it does not know, such as yuv422_yuy2. It compresses a Bayer pattern as if it were grey.
+    """
+    encoding, mark, _ = name.partition(";")
+    return bool(mark) and encoding in ENCODINGS and not ENCODINGS[encoding].is_grey
 
 
 def _check_size(width: int, height: int) -> None:
@@ -247,27 +264,39 @@ def _check_limit(what: str, value: int, limit: int, unit: str, remedy: str) -> N
         raise UserError(f"{what} {value} {unit}, at most {limit} are accepted: {remedy}")
 
 
-def _check_jpeg(data: bytes) -> None:
-    """Checks the length of the file, and the segments before its first scan, found as libjpeg finds them."""
+def _check_jpeg(data: bytes) -> int | None:
+    """Returns where the file's first picture ends; None if it does not end before another one begins.
+
+    Segments are found as libjpeg finds them, so a thumbnail's markers do not count. Raises UserError for a
+    file that is too long, and for a header that would keep the parser busy.
+    """
     _check_limit("the JPEG has", len(data), MAX_JPEG_BYTES, "bytes", "set a lower quality or resolution")
     remedy = "leave out what the camera driver adds"
-    position = len(JPEG)
-    for _ in range(MAX_SEGMENTS):
-        found = MARKER.search(data, position)
-        if found is None or found[1][0] == SCAN:
-            return  # if no marker was found, Pillow reports what is missing
+    position, in_header, left = len(JPEG), True, MAX_SEGMENTS
+    while found := MARKER.search(data, position):
         marker, position = found[1][0], found.end()
+        if marker == END:
+            return position
+        if marker == BEGIN:
+            return None
+        if marker == SCAN and in_header:
+            in_header, left = False, MAX_SCAN_SEGMENTS
         if marker in OTHER_CODINGS:
             coding = f"the JPEG is of coding SOF{marker - 0xC0}, only SOF0 to SOF2 are accepted"
             raise UserError(f"{coding}: publish a baseline JPEG")
         if marker not in WITHOUT_LENGTH:
             position += int.from_bytes(data[position : position + 2], "big")
-        _check_limit("the JPEG's header has", position, MAX_HEADER_BYTES, "bytes", remedy)
-    raise UserError(f"the JPEG's header has more than {MAX_SEGMENTS} segments: {remedy}")
+        if in_header:
+            _check_limit("the JPEG's header has", position, MAX_HEADER_BYTES, "bytes", remedy)
+        left -= 1
+        if left < 0:
+            part, limit = ("header", MAX_SEGMENTS) if in_header else ("scans", MAX_SCAN_SEGMENTS)
+            raise UserError(f"the JPEG's {part} has more than {limit} segments: {remedy}")
+    return None  # Pillow reports what is missing
 
 
 def _check_scans(data: bytes, width: int, height: int) -> None:
-    """Counts the scan markers anywhere in the file: libjpeg cannot find more scans than these."""
+    """Counts the scan markers anywhere in the picture: libjpeg cannot find more scans than these."""
     values = np.frombuffer(data, np.uint8)
     scans = np.count_nonzero(values[1:][values[:-1] == 0xFF] == SCAN)  # ten times as fast as bytes.count
     what = f"the JPEG of {width} x {height} in {scans} scans visits"
@@ -302,16 +331,6 @@ def _check_raw_bytes(width: int, height: int, depth: int, colours: int) -> None:
     row = 1 + (width * depth * CHANNELS_OF_PNG.get(colours, 4) + 7) // 8
     what = f"the PNG of {width} x {height} inflates to"
     _check_limit(what, row * height, MAX_PNG_RAW_BYTES, "bytes", "publish it with 8 bits for a colour")
-
-
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """0..65535 to 0..255, rounded to the nearest; no value is halfway. As OpenCV's convertTo(..., 255. /
-    65535.).
-
-    It divides by 257 within 16 bits. The plain division in 32 bits takes ten times as long.
-    """
-    values = values.astype(np.uint16, copy=False)
-    return ((values - (((values >> 1) + 64) >> 7) + 128) >> 8).astype(np.uint8)
 
 
 def _quoted(text: str) -> str:

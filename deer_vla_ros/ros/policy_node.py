@@ -141,6 +141,7 @@ class PolicyNode(LifecycleNode):
         self._is_heard = False
         self._other: HoldReason | None = None
         self._bad_image_told: dict[Camera, float] = {}
+        self._grey_told: set[Camera] = set()
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
 
@@ -492,6 +493,9 @@ class PolicyNode(LifecycleNode):
             self._decoder.put(camera, decode, message)
 
     def _on_frame(self, camera: Camera, frame: Frame) -> None:
+        if frame.is_grey and camera not in self._grey_told:
+            self._grey_told.add(camera)
+            self.get_logger().warning(f"{self._camera_topics[camera]}: {images.GREY}")
         controller = self._controller
         # Only for a pair: a tick for a single frame would only delay the decoding of the other one.
         if controller is not None and controller.gate.put_frame(camera, frame):

@@ -121,7 +121,7 @@ def encoded(encoding: str):
 @pytest.mark.parametrize(
     ("camera", "edit", "cause"),
     [
-        ("static", encoded("yuv422"), "encoding 'yuv422' is not supported"),
+        ("static", encoded("16UC1"), "encoding '16UC1' is a depth image and not supported"),
         ("gripper", encoded(""), "encoding '' is not supported"),
         ("static", truncated, "bytes"),
         ("gripper", resized(0, 0), "0"),
@@ -141,7 +141,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_cause_and_holds(rig, nod
 
 @pytest.mark.parametrize(
     ("encoding", "channels"),
-    [("rgb8", 3), ("bgr8", 3), ("rgba8", 4), ("bgra8", 4), ("mono8", 1), ("8UC3", 3)],
+    [("rgb8", 3), ("bgr8", 3), ("rgba8", 4), ("bgra8", 4), ("mono8", 1), ("8UC3", 3), ("yuv422_yuy2", 2)],
 )
 def test_images_of_every_encoding_with_padded_rows_in_both_byte_orders_are_acted_upon(
     rig, encoding, channels
@@ -156,6 +156,20 @@ def test_images_of_every_encoding_with_padded_rows_in_both_byte_orders_are_acted
     rig.edit_image = edit
     time.sleep(PERIOD_S)
     assert all(step.verdict != step.VERDICT_HELD for step in rig.await_steps(5))
+
+
+def test_a_grey_camera_is_named_once(rig, node):
+    def edit(name, image) -> None:
+        if name == "static":
+            image.encoding, image.step = "mono8", image.width
+            image.data = array.array("B", bytes(image.step * image.height))
+
+    begin = len(node.output())
+    rig.edit_image = edit
+    wait_until(lambda: "image_raw: the camera is grey" in node.output(), what="the line on the grey camera")
+    rig.await_steps(5)
+    told = [line for line in node.output()[begin:].splitlines() if "the camera is grey" in line]
+    assert all("camera/static/image_raw" in line for line in told) and len(told) <= 1, told
 
 
 def no_number(pose) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 import zlib
 from array import array
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ SMOOTH = np.stack(np.broadcast_arrays(np.arange(64) * 3, np.arange(48)[:, None] 
     np.uint8
 )
 """Colours that JPEG does not change."""
+OPENCV = Path(__file__).parents[1] / "data" / "opencv.npz"
 END_CHUNK, END_CHUNK_CHECKSUM = 12, 4
 """Bytes at the end of a PNG that do not describe the image."""
 
@@ -161,7 +163,7 @@ def test_packed_rgb8_is_not_copied():
     assert np.shares_memory(images.frame(message).image, np.frombuffer(message.data, np.uint8))
 
 
-@pytest.mark.parametrize("encoding", ["yuv422", "16UC1", "", "rgb8\nrgb8", "x" * 5000])
+@pytest.mark.parametrize("encoding", ["yuv444", "16UC1", "32FC1", "", "rgb8\nrgb8", "x" * 5000])
 def test_an_encoding_that_is_not_supported_is_named_with_those_that_are(encoding):
     text = refusal(images.frame, raw(encoding, 4, 4, bytes(64)))
     assert f"encoding {repr(encoding)[:-1][:40]}" in text and "rgb8, bgr8, rgba8" in text
@@ -190,6 +192,100 @@ def test_data_that_end_too_early_are_refused_with_both_sizes(missing):
 )
 def test_a_step_that_does_not_fit_is_refused(encoding, step):
     assert f"step {step} needs" in refusal(images.frame, raw(encoding, 4, 4, bytes(48), step))
+
+
+def test_a_depth_encoding_is_called_so():
+    assert "'16UC1' is a depth image and not supported" in refusal(
+        images.frame, raw("16UC1", 4, 4, bytes(32))
+    )
+
+
+def opencv(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A raw image and what OpenCV makes of it; see record_opencv.py."""
+    recorded = np.load(OPENCV)
+    return recorded[f"{name} raw"], recorded[f"{name} rgb"]
+
+
+def padded(encoding: str, rows: np.ndarray, width: int, height: int, padding: int = 0, is_bigendian: int = 0):
+    """A message of these rows of bytes, each with padding behind it."""
+    wide = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
+    return raw(encoding, width, height, wide.tobytes(), wide.shape[1], is_bigendian)
+
+
+@pytest.mark.parametrize("padding", [0, 10])
+@pytest.mark.parametrize(
+    ("names", "recorded"),
+    [
+        (("uyvy", "yuv422"), "uyvy"),
+        (("yuyv", "yuv422_yuy2"), "yuyv"),
+        (("nv12",), "nv12"),
+        (("nv21",), "nv21"),
+        *(((f"bayer_{each}8",), f"bayer_{each}8") for each in ("rggb", "bggr", "gbrg", "grbg")),
+    ],
+)
+def test_what_camera_drivers_send_becomes_what_opencv_makes_of_it(names, recorded, padding):
+    values, expected = opencv(recorded)
+    rows = values.reshape(len(values), -1)
+    for name in names:
+        frame = images.frame(padded(name, rows, *expected.shape[1::-1], padding))
+        assert np.array_equal(frame.image, expected) and frame.image.flags.c_contiguous
+        assert not frame.is_grey
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
+def test_a_bayer_pattern_of_16_bits_becomes_what_opencv_makes_of_it(pattern, order):
+    values, expected = opencv(f"bayer_{pattern}16")
+    rows = values.astype((">u2" if order else "<u2")).view(np.uint8)
+    frame = images.frame(padded(f"bayer_{pattern}16", rows, *expected.shape[1::-1], 6, order))
+    assert np.array_equal(frame.image, expected)
+
+
+def test_nv24_is_nv12_with_a_pair_of_colours_for_each_pixel():
+    values, expected = opencv("nv12")
+    height, width = expected.shape[:2]
+    pairs = values[height:].reshape(height // 2, width // 2, 2).repeat(2, 0).repeat(2, 1)
+    rows = np.concatenate([values[:height], pairs.reshape(2 * height, width)])
+    assert np.array_equal(images.frame(padded("nv24", rows, width, height)).image, expected)
+    wide = np.pad(pairs.reshape(height, 2 * width), ((0, 0), (0, 20))).reshape(2 * height, width + 10)
+    rows = np.concatenate([np.pad(values[:height], ((0, 0), (0, 10))), wide])
+    assert np.array_equal(images.frame(padded("nv24", rows, width, height)).image, expected)
+
+
+def test_planes_whose_size_was_divided_by_the_height_are_read():
+    values, expected = opencv("nv12")
+    height, width = expected.shape[:2]
+    message = raw("nv12", width, height, values.tobytes(), step=width * 3 // 2)
+    assert np.array_equal(images.frame(message).image, expected)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "width", "height", "expected"),
+    [
+        ("yuyv", 5, 4, "yuyv needs multiples of 2 x 1"),
+        ("nv12", 4, 5, "nv12 needs multiples of 2 x 2"),
+        ("bayer_rggb8", 2, 4, "a side of bayer_rggb8 has 3 pixels or more"),
+    ],
+)
+def test_a_size_that_an_encoding_cannot_have_is_refused(encoding, width, height, expected):
+    text = refusal(images.frame, raw(encoding, width, height, bytes(100), step=10))
+    assert f"{width} x {height}" in text and expected in text and "mend the camera driver" in text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "needed"), [("yuyv", 32), ("nv12", 24), ("nv24", 48), ("bayer_rggb16", 32)]
+)
+def test_data_of_planes_and_patterns_that_end_too_early_are_refused(encoding, needed):
+    step = 4 if encoding.startswith("nv") else 8
+    images.frame(raw(encoding, 4, 4, bytes(needed), step))
+    assert f"needs {needed} bytes" in refusal(images.frame, raw(encoding, 4, 4, bytes(needed - 1), step))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "is_grey"), [("mono8", True), ("mono16", True), ("8UC1", True), ("rgb8", False)]
+)
+def test_a_grey_camera_is_marked(encoding, is_grey):
+    assert images.frame(raw(encoding, 2, 2, bytes(12))).is_grey == is_grey
 
 
 def test_more_data_than_needed_is_accepted():
@@ -362,7 +458,7 @@ def test_the_checks_of_a_camera_sized_jpeg_cost_less_than_a_millisecond():
     seconds = []
     for _ in range(50):
         begin = time.perf_counter()
-        images._check_jpeg(data)
+        assert images._check_jpeg(data) == len(data)
         images._check_scans(data, 640, 480)
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 1e-3
@@ -417,6 +513,72 @@ def test_a_png_of_16_bits_for_a_colour_is_accepted_from_a_4k_camera():
     assert image.shape == (2160, 3840, 3)
 
 
+# --- What camera drivers send besides a picture.
+
+THUMBNAIL = segment(0xE1, b"Exif\0\0" + encoded(SMOOTH[::4, ::4], "JPEG"))
+NOISE = RNG.integers(0, 256, (96, 128, 3), dtype=np.uint8)
+PICTURES = {
+    "baseline": encoded(SMOOTH, "JPEG"),
+    "progressive": encoded(SMOOTH, "JPEG", progressive=True),
+    "restarts": encoded(NOISE, "JPEG", restart_marker_blocks=1),
+    "thumbnail": with_header(THUMBNAIL),
+    "fill": encoded(SMOOTH, "JPEG")
+    .replace(b"\xff\xda", b"\xff\xff\xff\xda")
+    .replace(b"\xff\xdb", b"\xff\xff\xdb"),
+}
+OTHER = encoded(NOISE, "JPEG", quality=90)
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize(
+    "tail",
+    [OTHER, OTHER[: len(OTHER) // 2], OTHER[len(OTHER) // 2 :], with_header(THUMBNAIL)[:900], bytes(9000)]
+    + [b"\xff\xda\0\2" * 9, b"\xff", b"\xff\xd9\xff\xd9", b"\xff\xd8"],
+    ids=["whole", "begin", "end", "begin-thumbnail", "zeros", "scans", "byte", "ends", "marker"],
+)
+def test_what_follows_a_picture_changes_nothing(kind, tail):
+    data = PICTURES[kind]
+    expected = np.asarray(Picture.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(images.compressed_frame(compressed(data + tail)).image, expected)
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize("tail", [b"", bytes(2000), OTHER, OTHER[: len(OTHER) // 2]])
+def test_a_picture_without_its_end_is_refused_whatever_follows(kind, tail):
+    data = PICTURES[kind]
+    scan = data.rfind(b"\xff\xda") + 20
+    for length in (scan, (scan + len(data)) // 2, len(data) - 2):
+        text = refusal(images.compressed_frame, compressed(data[:length] + tail))
+        assert "is corrupt (" in text
+
+
+def test_the_first_of_several_pictures_in_a_file_is_taken():
+    data = encoded(SMOOTH, "MPO", save_all=True, append_images=[Picture.fromarray(NOISE)])
+    image = images.compressed_frame(compressed(data)).image
+    assert image.shape == SMOOTH.shape and np.abs(image.astype(int) - SMOOTH).max() < 16
+
+
+@pytest.mark.parametrize(
+    ("format", "file"),
+    [
+        ("yuv422_yuy2; jpeg compressed mono8", "JPEG"),
+        ("uyvy; jpeg compressed ", "JPEG"),
+        ("bayer_rggb8; jpeg compressed ", "JPEG"),
+        ("bayer_rggb8; png compressed ", "PNG"),
+        ("rgb8; jpeg compressed mono8", "JPEG"),
+    ],
+)
+def test_a_picture_that_lost_its_colours_is_refused_by_the_name_of_its_format(format, file):
+    text = refusal(images.compressed_frame, compressed(encoded(SMOOTH[..., 0], file), format))
+    assert repr(format) in text and "lost the camera's colours: publish raw images" in text
+
+
+@pytest.mark.parametrize("format", ["jpeg", "mono8; jpeg compressed ", "mono8; jpeg compressed mono8", ""])
+def test_a_picture_of_a_grey_camera_is_marked(format):
+    assert images.compressed_frame(compressed(encoded(SMOOTH[..., 0], "JPEG"), format)).is_grey
+    assert not images.compressed_frame(compressed(encoded(SMOOTH, "JPEG"), format)).is_grey
+
+
 # --- Depth images.
 
 
@@ -450,7 +612,7 @@ SIDES = st.one_of(st.integers(0, 9), st.integers(0, 2**32 - 1))
 @given(
     st.builds(
         raw,
-        encoding=st.one_of(st.sampled_from(sorted(CHANNELS)), st.text()),
+        encoding=st.one_of(st.sampled_from(sorted(images.ENCODINGS)), st.text()),
         width=SIDES,
         height=SIDES,
         step=SIDES,

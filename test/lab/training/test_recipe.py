@@ -17,6 +17,7 @@ SHIPPED = {
     "deer_3b_abc": "0dfe516e61400d1d",
     "deer_3b_abcd": "96634b4827dbd5a8",
     "deer_3b_d": "5115755cc61895af",
+    "finetune_3b": "800f358b60c913b7",
     "static_12": "2f94ecb4eef3fd5a",
     "static_24": "06952ebad9f87a5f",
     "static_6": "b6c1ca9932ce2d2c",

@@ -1,0 +1,1 @@
+"""LeRobotDataset folders: reading them as episodes of training data, and writing them."""
