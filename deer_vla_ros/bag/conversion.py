@@ -20,13 +20,15 @@ from scipy.spatial.transform import Rotation
 from deer_vla_ros.bag.calvin_files import SHAPES, CalvinStep, CalvinWriter
 from deer_vla_ros.bag.observed import ObservedStep
 from deer_vla_ros.control.motion import euler_of, motion_between
+from deer_vla_ros.control.pace import JITTER
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.model.action_space import ActionSpace
 
-SHORTEST_MOTION, LONGEST_MOTION = 0.5, 1.5
-"""In control periods: the least and the most time from one step to the next in an episode."""
+SHORTEST_MOTION, LONGEST_MOTION = 1 - 2 * JITTER, 1 + 2 * JITTER
+"""In control periods: the least and the most time from one step to the next in an episode. Both stamps may
+jitter as much as the pace allows a frame to be early."""
 
 
 @dataclass

@@ -298,6 +298,14 @@ def test_a_lost_frame_of_a_camera_three_times_as_fast_shifts_the_steps(tmp_path)
     assert told["gaps"] == 0 and told["seconds"] / told["steps"] == pytest.approx(0.3, abs=0.02)
 
 
+def test_steps_that_are_further_apart_than_a_period_throughout_are_said(tmp_path, capsys):
+    bag = write(tmp_path / "bag", recording())
+    converted(bag, tmp_path / "set", *with_rate(tmp_path, 13.0))
+    assert "steps are 0.100 s apart, a control period is 0.077 s" in capsys.readouterr().out
+    converted(bag, tmp_path / "other")
+    assert "apart" not in capsys.readouterr().out
+
+
 def test_cameras_slower_than_the_control_rate_are_refused_with_the_remedy(tmp_path, capsys):
     bag = write(tmp_path / "bag", recording())
     assert main(["convert-bag", str(bag), "--out", str(tmp_path / "set"), *with_rate(tmp_path, 20.0)]) == 1
