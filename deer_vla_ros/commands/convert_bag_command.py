@@ -6,8 +6,8 @@ Example: convert a recording, and train the released network on it (its weights 
     python -m deer_vla_ros train --config config/training/deer_3b_d.yaml --data out/dataset
 
 Frames are paired and paced as in the policy node, at control.rate_hz. An action is the motion from one
-measured pose to the next in the checkpoint's action space; with --actions target, it is the motion to the
-recorded target. An episode ends where the next frame or its pose does not follow after about one control
+step's measured pose (the nearest to its frame) to the next one's in the checkpoint's action space; with
+--actions target, it is the motion to the recorded target. An episode ends where the next frame or its pose does not follow after about one control
 period (0.6 to 1.4), because a lost frame would make an action of two periods. The command counts these gaps,
 and what else it leaves out.
 
