@@ -1,8 +1,8 @@
 """Conversion of recordings into training data: episodes of one instruction each, in CALVIN's format.
 
 The action of a step is the motion from its measured pose to the measured pose (or the target) of the next
-step, about one control period later, in units of the action space, and whether the gripper was then open. Values that a robot does not know
-(scene_obs) are zero, and so are the joints.
+step, about one control period later, in units of the action space, and whether the gripper was then open.
+Values that a robot does not know (scene_obs) are zero, and so are the joints.
 """
 
 from __future__ import annotations

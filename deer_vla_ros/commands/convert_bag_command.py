@@ -7,9 +7,9 @@ Example: convert a recording, and train the released network on it (its weights 
 
 Frames are paired and paced as in the policy node, at control.rate_hz. An action is the motion from one
 step's measured pose (the nearest to its frame) to the next one's in the checkpoint's action space; with
---actions target, it is the motion to the recorded target. An episode ends where the next frame or its pose does not follow after about one control
-period (0.6 to 1.4), because a lost frame would make an action of two periods. The command counts these gaps,
-and what else it leaves out.
+--actions target, it is the motion to the recorded target. An episode ends where the next frame or its pose
+does not follow after about one control period (0.6 to 1.4), because a lost frame would make an action of two
+periods. The command counts these gaps, and what else it leaves out.
 
 An arm that was led by hand has no commands. Its gripper's joint state tells when the gripper closed and
 opened: by its motion, a tenth of its range or more, so that a wide object in the fingers counts as closed.
