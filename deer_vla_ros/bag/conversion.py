@@ -1,8 +1,8 @@
 """Conversion of recordings into training data: episodes of one instruction each, in CALVIN's format.
 
 The action of a step is the motion from its measured pose to the measured pose (or the target) of the next
-step, in units of the action space, and whether the gripper was then open. Values that a robot does not know
-(scene_obs) are zero, and so are the joints.
+step, about one control period later, in units of the action space, and whether the gripper was then open.
+Values that a robot does not know (scene_obs) are zero, and so are the joints.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from deer_vla_ros.bag.calvin_files import SHAPES, CalvinStep, CalvinWriter
 from deer_vla_ros.bag.observed import ObservedStep
 from deer_vla_ros.control.motion import euler_of, motion_between
-from deer_vla_ros.control.types import Pose
+from deer_vla_ros.control.pace import JITTER
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.model.action_space import ActionSpace
 
-SHORTEST_MOTION, LONGEST_MOTION = 0.5, 1.5
-"""In control periods: the least and the most time from one step to the next in an episode."""
+SHORTEST_MOTION, LONGEST_MOTION = 1 - 2 * JITTER, 1 + 2 * JITTER
+"""In control periods: the least and the most time from one step to the next in an episode. Both stamps may
+jitter as much as the pace allows a frame to be early."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ def episodes(
 
 def _follows(step: ObservedStep, following: ObservedStep, rate_hz: float) -> bool:
     """Whether both the frames and the poses of two steps are about one period apart."""
-    spans = (following.stamp_ns - step.stamp_ns, following.pose_stamp_ns - step.pose_stamp_ns)
+    spans = (following.stamp_ns - step.stamp_ns, following.pose.stamp_ns - step.pose.stamp_ns)
     return all(SHORTEST_MOTION <= span * rate_hz / 1e9 <= LONGEST_MOTION for span in spans)
 
 
@@ -154,7 +154,7 @@ def _step(
             "name its topic with --topic gripper_command:=TOPIC, start the recording before the first one, "
             "or read the gripper's joint state with --gripper-range CLOSED OPEN"
         )
-    start, end = _pose(now), _pose(following)
+    start, end = now.pose.pose, following.pose.pose
     if source == "target":
         if following.target is None:
             raise UserError(
@@ -179,10 +179,6 @@ def _step(
         ),
         scene_obs=np.zeros(SHAPES["scene_obs"]),
     )
-
-
-def _pose(seen: ObservedStep) -> Pose:
-    return Pose(seen.observation.tcp[:3], Rotation.from_quat(seen.observation.tcp[3:]).as_quat())
 
 
 def _is_open(command: float | None, space: ActionSpace) -> float:

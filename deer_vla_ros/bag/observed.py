@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deer_vla_ros.bag.gripper_state import GripperState
@@ -24,7 +24,7 @@ from deer_vla_ros.bag.recording import Recording
 from deer_vla_ros.bag.replay import arrivals
 from deer_vla_ros.control.inputs import InputGate, InputLimits
 from deer_vla_ros.control.pace import Pace
-from deer_vla_ros.control.types import HoldReason, Pose
+from deer_vla_ros.control.types import HoldReason, MeasuredPose, Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.ros.messages import measured_pose
@@ -34,15 +34,16 @@ from deer_vla_ros.ros.messages import measured_pose
 class ObservedStep:
     """A moment at which the controller would have stepped.
 
-    stamp_ns, pose_stamp_ns: of the static frame and of the measured pose. gripper, target: the newest
-    recorded commands of gripper and arm; None before the first one. If the gripper's state is read, `gripper`
-    is the command for it.
+    stamp_ns: of the static frame. pose: the measured pose whose stamp is nearest to it; that of `observation`
+    is the newest one that the controller would have had. gripper, target: the newest recorded commands of
+    gripper and arm; None before the first one. If the gripper's state is read, `gripper` is the command for
+    it.
     """
 
     instruction: str
     observation: Observation
     stamp_ns: int
-    pose_stamp_ns: int
+    pose: MeasuredPose
     gripper: float | None
     target: Pose | None
 
@@ -105,6 +106,7 @@ def observed(
             found.pop(INSTRUCTION, None)
             gate.put_instruction(instruction)
         newest, last_ns = _Newest(path, gripper_state), 0
+        step: ObservedStep | None = None
         heard = newest.watch(messages(recording, found, account.tally))
         for arrival in arrivals(heard, stamps, account.tally, lambda event: False):
             if arrival.time_ns < last_ns - limits.max_skew_ns:  # as Controller.tick
@@ -112,7 +114,9 @@ def observed(
                 gate.forget()
                 pace.forget()
             last_ns = arrival.time_ns
-            if not arrival.put(gate):
+            has_news = arrival.put(gate)
+            step = _with_nearest_pose(step, gate.snapshot().good_pose)
+            if not has_news:
                 continue
             inputs = gate.snapshot()
             reasons = gate.judge(inputs, arrival.time_ns)
@@ -125,19 +129,31 @@ def observed(
                 account.tally.skip(found[GRIPPER_STATE], "steps before the gripper's first position")
                 continue
             account.seen += 1
+            if step is not None:  # it waited for a pose that is nearer to its frame
+                yield step
             static, gripper = inputs.pair
-            yield ObservedStep(
+            step = ObservedStep(
                 inputs.instruction,
                 Observation(static.image, gripper.image, inputs.pose.pose.as_array()),
                 static.stamp_ns,
-                inputs.pose.stamp_ns,
+                inputs.pose,
                 newest.gripper,
                 newest.target,
             )
+        if step is not None:
+            yield step
         account.dropped += gate.snapshot().dropped
         if gripper_state:
             with _named(path):
                 gripper_state.check()
+
+
+def _with_nearest_pose(step: ObservedStep | None, pose: MeasuredPose | None) -> ObservedStep | None:
+    """The step with `pose`, if that is nearer to its frame than the pose that it has."""
+    if step is None or pose is None:
+        return step
+    now, other = (abs(each.stamp_ns - step.stamp_ns) for each in (step.pose, pose))
+    return replace(step, pose=pose) if other < now else step
 
 
 @contextlib.contextmanager

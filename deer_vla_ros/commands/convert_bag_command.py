@@ -6,10 +6,10 @@ Example: convert a recording, and train the released network on it (its weights 
     python -m deer_vla_ros train --config config/training/deer_3b_d.yaml --data out/dataset
 
 Frames are paired and paced as in the policy node, at control.rate_hz. An action is the motion from one
-measured pose to the next in the checkpoint's action space; with --actions target, it is the motion to the
-recorded target. An episode ends where the next frame or its pose does not follow after about one control
-period (0.5 to 1.5), because a lost frame would make an action of two periods. The command counts these gaps,
-and what else it leaves out.
+step's measured pose (the nearest to its frame) to the next one's in the checkpoint's action space; with
+--actions target, it is the motion to the recorded target. An episode ends where the next frame or its pose
+does not follow after about one control period (0.6 to 1.4), because a lost frame would make an action of two
+periods. The command counts these gaps, and what else it leaves out.
 
 An arm that was led by hand has no commands. Its gripper's joint state tells when the gripper closed and
 opened: by its motion, a tenth of its range or more, so that a wide object in the fingers counts as closed.
@@ -26,7 +26,7 @@ from pathlib import Path
 from deer_vla_ros.commands import arguments
 
 GAPS = (
-    "gaps, where the next frame or pose did not follow after 0.5 to 1.5 control periods: episodes end there"
+    "gaps, where the next frame or pose did not follow after 0.6 to 1.4 control periods: episodes end there"
 )
 
 
@@ -110,10 +110,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         ((reason, _),) = account.holds.most_common(1)
         raise UserError(f"{error}; the controller would only have held: {reason.value}") from error
-    print(
-        f"{args.out}: {found.episodes} episodes with {found.steps} steps of "
-        f"{found.seconds / found.steps:.3f} s in the mean, actions in {space}"
-    )
+    print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
     for text, count in found.texts.most_common():
         print(f"  {count} x {text}")
     print(f"  the gripper is open after {found.open} of {found.steps} steps")
@@ -124,6 +121,12 @@ def run(args: argparse.Namespace) -> int:
         *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
     ]
     print("left out:\n  " + "\n  ".join(left_out))
+    mean_s, period_s = found.seconds / found.steps, 1 / settings.rate_hz
+    if abs(mean_s - period_s) > 0.1 * period_s:
+        print(
+            f"steps are {mean_s:.3f} s apart, a control period is {period_s:.3f} s: an action is the motion "
+            "of the former; set control.rate_hz to a rate that cameras and poses keep"
+        )
     if found.clipped:
         print(
             f"{found.clipped} of {found.steps} steps moved further than an action can say, "

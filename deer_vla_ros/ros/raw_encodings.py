@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 BLOCK_PIXELS = 20_000
-"""YUV images are converted in blocks of rows with about so many pixels. An image of 1920 x 1080 as a whole takes
-twice as long, because its arrays do not stay in the processor's cache."""
+"""YUV images are converted in blocks of rows with about so many pixels. An image of 1920 x 1080 as a whole
+takes twice as long, because its arrays do not stay in the processor's cache."""
 
 
-class Encoding:
+class Encoding(ABC):
     """An encoding of raw images: rows of `step` bytes each, not always as many as rows of pixels."""
 
     is_grey: ClassVar[bool] = False
@@ -29,9 +30,9 @@ class Encoding:
         """The number of rows of bytes."""
         return height
 
+    @abstractmethod
     def rgb(self, rows: np.ndarray, width: int, height: int, is_bigendian: bool) -> np.ndarray:
         """rows (rows(height), step) uint8 as (height, width, 3) uint8 RGB."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

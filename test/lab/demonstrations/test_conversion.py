@@ -237,24 +237,24 @@ def without(topics, first: int, count: int = 1) -> list:
     return left
 
 
-def restamped(found, shift_ns, receive: bool = True) -> list:
+def restamped(found, shift_ns, receive: bool = True, topics=(*INPUTS, *COMMANDS)) -> list:
     """The recording with other stamps, and times of receipt if `receive`. shift_ns: of the time [ns]."""
     begin, shifted = found[0].time_ns, []
     for each in found:
-        message, shift = decode(each), shift_ns(each.time_ns - begin)
+        message, shift = decode(each), shift_ns(each.time_ns - begin) * (each.topic in topics)
         if hasattr(message, "header"):
             now = stamp(nanoseconds(message.header.stamp) + shift)
             message.header.stamp.sec, message.header.stamp.nanosec = now.sec, now.nanosec
         data = bytes(types().serialize_cdr(message, each.type))
         shifted.append(replace(each, data=data, time_ns=each.time_ns + shift * receive))
-    return shifted
+    return sorted(shifted, key=lambda each: each.time_ns)
 
 
-def jittered(found) -> list:
+def jittered(found, topics=(*INPUTS, *COMMANDS)) -> list:
     """Periods of 0.08 to 0.12 s."""
     random = np.random.default_rng(0)
     shifts = random.integers(-10_000_000, 10_000_001, 100)
-    return restamped(found, lambda ns: int(shifts[ns * 10 // SECOND]))
+    return restamped(found, lambda ns: int(shifts[ns * 10 // SECOND]), topics=topics)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,15 @@ def test_no_step_has_the_motion_of_another_time_than_a_period(tmp_path, whole, m
     assert any("gaps, where the next frame or pose" in line for line in told["left_out"]) == bool(gaps)
 
 
+def test_a_frame_that_comes_before_its_pose_has_it_all_the_same(tmp_path):
+    motions = []
+    for name, found in (("whole", recording()), ("jittered", jittered(recording(), FRAMES))):
+        told = converted(write(tmp_path / name, found), tmp_path / f"{name}_set", "--instruction", "tidy up")
+        assert told["gaps"] == 0
+        motions.append([label[:9] for label in labels(tmp_path / f"{name}_set")])
+    assert motions[0] == motions[1]
+
+
 def test_a_clock_that_was_set_back_is_a_gap(tmp_path, whole):
     back = restamped(recording(), lambda ns: -5 * SECOND if ns > 1.2 * SECOND else 0, receive=False)
     told = converted(write(tmp_path / "bag", back), tmp_path / "set", "--clock", "header")
@@ -296,6 +305,14 @@ def test_a_lost_frame_of_a_camera_three_times_as_fast_shifts_the_steps(tmp_path)
     bag = write(tmp_path / "bag", without(FRAMES, 3))
     told = converted(bag, tmp_path / "set", *with_rate(tmp_path, 10 / 3))
     assert told["gaps"] == 0 and told["seconds"] / told["steps"] == pytest.approx(0.3, abs=0.02)
+
+
+def test_steps_that_are_further_apart_than_a_period_throughout_are_said(tmp_path, capsys):
+    bag = write(tmp_path / "bag", recording())
+    converted(bag, tmp_path / "set", *with_rate(tmp_path, 13.0))
+    assert "steps are 0.100 s apart, a control period is 0.077 s" in capsys.readouterr().out
+    converted(bag, tmp_path / "other")
+    assert "apart" not in capsys.readouterr().out
 
 
 def test_cameras_slower_than_the_control_rate_are_refused_with_the_remedy(tmp_path, capsys):
