@@ -16,7 +16,7 @@ from deer_vla_ros.files import read_yaml
 
 METADATA = "metadata.yaml"
 STORAGES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd")
-NAME = re.compile(r"(?P<name>.*)_(?P<number>\d+)|(?P<first>\d+)_(?P<rest>.*)_\d{4}(_\d\d){2}-\d\d(_\d\d){2}")
+NAME = re.compile(r"(?P<first>\d+)_(?P<rest>.*)_\d{4}(_\d\d){2}-\d\d(_\d\d){2}|(?P<name>.*)_(?P<number>\d+)")
 """Names of split files without their ending: NAME_0, or 0_NAME_2026_01_31-12_00_00 since Lyrical."""
 MCAP, SQLITE, ZSTD = "mcap", "sqlite3", "zstd"
 BEGINNINGS = {

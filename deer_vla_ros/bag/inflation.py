@@ -13,7 +13,7 @@ from lz4.frame import LZ4FrameDecompressor
 from deer_vla_ros.errors import UserError, cause
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-LARGEST = 2**28
+LARGEST = 2**27
 """The most bytes of one chunk or message, decompressed."""
 FILE_RATIO = 1000
 """A file may grow to this many times its size, or to LARGEST if that is more."""
@@ -22,12 +22,15 @@ RESERVE = 2**30
 BLOCK = 2**20
 
 
-def inflated(data: bytes | memoryview, compression: str = "zstd", limit: int = LARGEST) -> bytes | memoryview:
+def inflated(
+    data: bytes | memoryview, compression: str = "zstd", limit: int | None = None
+) -> bytes | memoryview:
     """The decompressed bytes. compression: "zstd", "lz4" or "" for none.
 
-    Raises ValueError for more than `limit` bytes and for an unknown compression, and ValueError or an error
-    of the library for damaged data.
+    Raises ValueError for more than `limit` (or LARGEST) bytes and for an unknown compression, and ValueError
+    or an error of the library for damaged data.
     """
+    limit = LARGEST if limit is None else limit
     if not compression:
         whole = data
     elif compression in ("zstd", "lz4"):

@@ -6,10 +6,10 @@ without a message index, and has no limit for the size of a chunk.
 
 from __future__ import annotations
 
-import heapq
 import os
 import struct
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -128,18 +128,17 @@ class McapStorage:
         waiting: list[tuple[int, int, int, int, memoryview]] = []
         with open(self._path, "rb") as file:
             for part in sorted(wanted, key=lambda part: (part.start_ns, part.offset)):
-                while waiting and waiting[0][0] < part.start_ns:
-                    time_ns, _, _, channel, data = heapq.heappop(waiting)
-                    yield time_ns, channel, data
+                count = bisect_left(waiting, (part.start_ns,))
+                yield from ((time_ns, channel, data) for time_ns, _, _, channel, data in waiting[:count])
+                del waiting[:count]
                 for place, (kind, record) in enumerate(_records(self._content(file, part))):
                     if kind == MESSAGE:
                         channel, _, time_ns, _ = MESSAGE_HEAD.unpack_from(record)
                         if channel in ids and start_ns <= time_ns < stop_ns:
                             data = record[MESSAGE_HEAD.size :]
-                            heapq.heappush(waiting, (time_ns, part.offset, place, channel, data))
-            while waiting:
-                time_ns, _, _, channel, data = heapq.heappop(waiting)
-                yield time_ns, channel, data
+                            waiting.append((time_ns, part.offset, place, channel, data))
+                waiting.sort()
+            yield from ((time_ns, channel, data) for time_ns, _, _, channel, data in waiting)
 
     def _read_header(self, file: BinaryIO, size: int) -> int:
         """Returns where the data begin. Raises UserError for a file that is not of ROS 2."""
@@ -226,8 +225,8 @@ class McapStorage:
         if not is_whole:
             where = f"its end is missing or damaged from byte {at} of {size} on, as when a recorder is killed"
             self.note = (
-                f"{where}: the {self._counts.total()} messages before that are read; `ros2 bag reindex` of the "
-                "folder and then `ros2 bag convert` make a whole recording of them"
+                f"{where}: the {self._counts.total()} messages before that are read; `ros2 bag reindex` of "
+                "the folder and then `ros2 bag convert` make a whole recording of them"
                 if used
                 else f"{where}, and no whole chunk comes before that"
             )

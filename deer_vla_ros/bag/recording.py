@@ -27,7 +27,7 @@ from deer_vla_ros.bag.sqlite_storage import SqliteStorage
 from deer_vla_ros.errors import UserError, cause
 
 Result = TypeVar("Result")
-LAST_NS = 2**63 - 1
+FIRST_NS, LAST_NS = -(2**63), 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Recording:
         Earlier messages are not read: the index or the database leads to the first one. Raises UserError for
         a damaged file.
         """
-        first_ns = 0 if start_ns is None else start_ns
+        first_ns = FIRST_NS if start_ns is None else start_ns
         end_ns = LAST_NS if stop_ns is None else stop_ns
         streams = [self._stream(each, storage, topics, first_ns, end_ns) for each, storage in self._storages]
         for _, record in heapq.merge(*streams, key=itemgetter(0)):
@@ -154,20 +154,21 @@ class Recording:
             return
         last_ns = max(storage.start_ns, start_ns)
         yield last_ns, None
-        stream = storage.messages(wanted.keys(), start_ns, stop_ns)
-        while True:
-            try:
-                time_ns, number, data = next(stream)
-                if self._is_message_compressed or data[:4] == ZSTD_MAGIC:  # CDR begins with a 0
-                    data = inflated(data)
-            except StopIteration:
-                return
-            except Exception as error:  # for arbitrary bytes, a parser may raise anything
-                so_far = f"{(last_ns - self.start_ns) / 1e9:.1f} s from its beginning"
-                raise UserError(f"{path}: damaged, {so_far} ({cause(error)}): {_remedy(path)}") from error
-            last_ns = time_ns
-            each = wanted[number]
-            yield time_ns, Record(each.topic, each.msgtype, time_ns, bytes(data))
+        with contextlib.closing(storage.messages(wanted.keys(), start_ns, stop_ns)) as stream:
+            while True:
+                try:
+                    time_ns, number, view = next(stream)
+                    data = bytes(view)
+                    if self._is_message_compressed or data.startswith(ZSTD_MAGIC):  # CDR begins with a 0
+                        data = inflated(data)
+                except StopIteration:
+                    return
+                except Exception as error:  # for arbitrary bytes, a parser may raise anything
+                    so_far = f"{(last_ns - self.start_ns) / 1e9:.1f} s from its beginning"
+                    raise UserError(f"{path}: damaged, {so_far} ({cause(error)}): {_remedy(path)}") from error
+                last_ns = time_ns
+                each = wanted[number]
+                yield time_ns, Record(each.topic, each.msgtype, time_ns, data)
 
     @staticmethod
     def _guarded(call: Callable[[Path], Result], path: Path) -> Result:

@@ -7,10 +7,11 @@ one time.
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import Any
 
+import apsw
 from rosbags.interfaces import (
     Connection,
     ConnectionExtRosbag2,
@@ -36,68 +37,74 @@ class SqliteStorage:
         self._uri = f"{path.absolute().as_uri()}?mode=ro{'' if has_wal else '&immutable=1'}"
         if not has_wal:
             _check_size(path)
-        with contextlib.closing(self._connect()) as database:
+        with self._connected() as database:
             tables = {
                 name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type='table'")
             }
             if not {"topics", "messages"} <= tables:
                 raise ValueError("it has no tables of topics and messages")
             definitions = {}
-            if "message_definitions" in tables:
-                for row in database.execute("SELECT * FROM message_definitions"):
-                    form = DEFINITIONS.get(row["encoding"])
-                    if form:
-                        definitions[row["topic_type"]] = MessageDefinition(
-                            form, row["encoded_message_definition"]
-                        )
-            counts = dict(
-                tuple(row)
-                for row in database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id")
-            )
-            first, last = database.execute("SELECT MIN(timestamp), MAX(timestamp) FROM messages").fetchone()
+            for row in _rows(database, "message_definitions") if "message_definitions" in tables else []:
+                if form := DEFINITIONS.get(row["encoding"]):
+                    text = str(row["encoded_message_definition"])
+                    definitions[row["topic_type"]] = MessageDefinition(form, text)
+            counts = dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id"))
+            first, last, largest = database.execute(
+                "SELECT MIN(timestamp), MAX(timestamp), MAX(length(data)) FROM messages"
+            ).fetchone()
+            if (largest or 0) > LARGEST:
+                raise ValueError(f"a message of {largest} bytes; the limit is {LARGEST}")
             self.start_ns, self.end_ns = int(first or 0), int(last or 0)
             self.connections = []
-            for row in database.execute("SELECT * FROM topics ORDER BY id"):
-                fields = dict(row)
-                topic, kind, encoding = (
-                    str(fields[name]) for name in ("name", "type", "serialization_format")
+            for row in _rows(database, "topics"):
+                number, topic, kind, encoding = (
+                    row[name] for name in ("id", "name", "type", "serialization_format")
                 )
-                count = counts.get(fields["id"], 0)
+                count = counts.get(number, 0)
                 if encoding != "cdr":
-                    self.foreign[topic] = encoding, count
+                    self.foreign[topic] = str(encoding), count
                     continue
                 self.connections.append(
                     Connection(
-                        fields["id"],
-                        topic,
-                        kind,
+                        number,
+                        str(topic),
+                        str(kind),
                         definitions.get(kind, MessageDefinition(MessageDefinitionFormat.NONE, "")),
-                        str(fields.get("type_description_hash") or ""),
+                        str(row.get("type_description_hash") or ""),
                         count,
-                        ConnectionExtRosbag2(encoding, parsed_qos(fields.get("offered_qos_profiles") or "")),
+                        ConnectionExtRosbag2(encoding, parsed_qos(row.get("offered_qos_profiles") or "")),
                         None,
                     )
                 )
 
-    def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._uri, uri=True)
-        database.row_factory = sqlite3.Row
-        return database
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[apsw.Connection]:
+        database = apsw.Connection(self._uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+        try:
+            yield database
+        finally:
+            database.close(True)  # also in the midst of a query
 
     def messages(self, ids: Set[int], start_ns: int, stop_ns: int) -> Iterator[tuple[int, int, bytes]]:
         """As McapStorage.messages."""
         places = ",".join("?" for _ in ids)
-        with contextlib.closing(self._connect()) as database:
+        with self._connected() as database:
             rows = database.execute(
-                f"SELECT timestamp, topic_id, CASE WHEN length(data) <= {LARGEST} THEN data END "
-                f"FROM messages WHERE topic_id IN ({places}) AND timestamp >= ? AND timestamp < ? "
-                "ORDER BY timestamp, id",
+                f"SELECT timestamp, topic_id, data FROM messages WHERE topic_id IN ({places}) "
+                "AND timestamp >= ? AND timestamp < ? ORDER BY timestamp, id",
                 (*ids, start_ns, stop_ns),
             )
             for time_ns, topic, data in rows:
                 if not isinstance(time_ns, int) or not isinstance(data, bytes):
-                    raise ValueError(f"a message without time or data, or of more than {LARGEST} bytes")
+                    raise ValueError("a message without a time or without data")
                 yield time_ns, topic, data
+
+
+def _rows(database: apsw.Connection, table: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table by the names of their columns, which differ between versions."""
+    cursor = database.execute(f"SELECT * FROM {table}")
+    for row in cursor:
+        yield {name: value for (name, _), value in zip(cursor.get_description(), row, strict=True)}
 
 
 def _check_size(path: Path) -> None:
