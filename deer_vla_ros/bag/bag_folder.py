@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+import yaml
 from rosbags.interfaces import Qos
 
 from deer_vla_ros.bag.inflation import ZSTD_MAGIC
 from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.errors import UserError, cause
-from deer_vla_ros.files import read_yaml
 
 METADATA = "metadata.yaml"
+LONGEST = 2**20
+"""Bytes of metadata.yaml: some thousand files and topics."""
 STORAGES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd")
 NAME = re.compile(r"(?P<first>\d+)_(?P<rest>.*)_\d{4}(_\d\d){2}-\d\d(_\d\d){2}|(?P<name>.*)_(?P<number>\d+)")
 """Names of split files without their ending: NAME_0, or 0_NAME_2026_01_31-12_00_00 since Lyrical."""
@@ -113,20 +115,18 @@ def _described(path: Path, there: list[Path]) -> BagFolder:
             raise UserError(f"{source}: {LFS}")
     advice = f"remove {source}, and the files beside it are read without it, or run `ros2 bag reindex {path}`"
     try:
-        tree = read_yaml(source, "one that `ros2 bag reindex` writes")
+        tree = _tree(source)
         if not isinstance(tree, dict) or not isinstance(tree.get("rosbag2_bagfile_information"), dict):
             raise ValueError("it has no rosbag2_bagfile_information")
         found = tree["rosbag2_bagfile_information"]
         names = [PurePath(_of(str, each)).name for each in _of(list, found.get("relative_file_paths") or [])]
         if not names:
             raise ValueError("it names no file in relative_file_paths")
-        form = str(found.get("compression_format") or "")[:40]
-        mode = str(found.get("compression_mode") or "none").lower()
+        form = _of(str, found.get("compression_format") or "")
+        mode = _of(str, found.get("compression_mode") or "none").lower()
         if mode != "none" and form != "zstd":
-            raise ValueError(f"its compression_format is {form!r}; only zstd is read")
+            raise ValueError(f"its compression_format is {form[:40]!r}; only zstd is read")
         promises = _promises(found)
-    except UserError:
-        raise
     except Exception as error:  # for an arbitrary tree, any lookup may fail
         raise UserError(f"{source} cannot be read ({cause(error)}): {advice}") from error
     if missing := [name for name in names if not (path / name).is_file()]:
@@ -144,6 +144,19 @@ def _described(path: Path, there: list[Path]) -> BagFolder:
     return folder
 
 
+def _tree(source: Path) -> Any:
+    """The content of metadata.yaml. Aliases are allowed, because scripts that edit it write them; what they
+    stand for must not be printed or copied, because it may be very long. Raises ValueError for a file that
+    no recorder writes, or any error of the parser."""
+    size = source.stat().st_size
+    if size > LONGEST:
+        raise ValueError(f"it has {size} bytes; the limit is {LONGEST}")
+    text = source.read_text()
+    if "<<" in text:
+        raise ValueError("it has merge keys (<<)")
+    return yaml.safe_load(text)  # the loader in C ends the process at deep nesting
+
+
 def _promises(found: dict[str, Any]) -> dict[tuple[str, str], Promise]:
     promises: dict[tuple[str, str], Promise] = {}
     for each in _of(list, found.get("topics_with_message_count") or []):
@@ -153,7 +166,7 @@ def _promises(found: dict[str, Any]) -> dict[tuple[str, str], Promise]:
         promises[key] = Promise(
             _of(int, each["message_count"]) + (before.count if before else 0),
             parsed_qos(topic.get("offered_qos_profiles") or []),
-            str(topic.get("type_description_hash") or "")[:200],
+            _of(str, topic.get("type_description_hash") or ""),
         )
     return promises
 

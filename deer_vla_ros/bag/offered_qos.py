@@ -19,6 +19,10 @@ def parsed_qos(found: Any) -> list[Qos]:
     if isinstance(found, str) and (len(found) > LONGEST or "&" in found or "*" in found):
         return []
     try:
-        return parse_qos(found)
+        profiles = parse_qos(found)
+        numbers = (
+            (each.depth, *each.deadline, *each.lifespan, *each.liveliness_lease_duration) for each in profiles
+        )
+        return profiles if all(isinstance(number, int) for row in numbers for number in row) else []
     except Exception:  # for arbitrary text, a parser may raise anything
         return []

@@ -101,9 +101,9 @@ class Recording:
             if promise.count != found[topic, kind].msgcount
         ]
         if other:
-            self.notes.append(
-                f"{self.path}: metadata.yaml promises other numbers of messages: {'; '.join(other)}"
-            )
+            more = f"; and {len(other) - 10} other topics" if len(other) > 10 else ""
+            numbers = "; ".join(other[:10]) + more
+            self.notes.append(f"{self.path}: metadata.yaml promises other numbers of messages: {numbers}")
 
     def _chosen(self, found: dict[tuple[str, str], Connection]) -> list[Connection]:
         """One connection for each topic: that of the type with the most messages."""

@@ -228,7 +228,7 @@ INFORMATION = "rosbag2_bagfile_information:\n  "
         "{",
         "\0",
         "a: &a [*a]",
-        "[" * 500,
+        "[" * 100_000,
         INFORMATION + "3",
         INFORMATION + "version: 99",
         INFORMATION + "relative_file_paths: bag.mcap",
@@ -253,11 +253,21 @@ def test_a_bomb_of_aliases_in_metadata_costs_no_time(tmp_path):
     rows = ["  a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     rows += [f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     text = "\n".join(["rosbag2_bagfile_information:", *rows])
-    for key in ("relative_file_paths", "topics_with_message_count", "compression_mode"):
-        (path / "metadata.yaml").write_text(f"{text}\n  {key}: *a11\n")
+    topic = "topics_with_message_count: [{message_count: 1, topic_metadata: {name: a, type: b, "
+    for bomb in (
+        "relative_file_paths: *a11",
+        "relative_file_paths: [bag.mcap]\n  topics_with_message_count: *a11",
+        "relative_file_paths: [bag.mcap]\n  compression_mode: *a11",
+        "relative_file_paths: [bag.mcap]\n  compression_format: *a11",
+        "relative_file_paths: [bag.mcap]\n  <<: [*a11, *a11]",
+        f"relative_file_paths: [bag.mcap]\n  {topic}type_description_hash: *a11}}}}]",
+    ):
+        (path / "metadata.yaml").write_text(f"{text}\n  {bomb}\n")
         began = time.process_time()
-        refusal(path)
+        assert "metadata.yaml cannot be read" in refusal(path)
         assert time.process_time() - began < 10
+    (path / "metadata.yaml").write_text(" " * 2**21)
+    assert "2097152 bytes; the limit is" in refusal(path)
 
 
 # Recorders that were killed, and folders without metadata.yaml.
@@ -395,14 +405,17 @@ def test_a_compressed_file_cannot_fill_the_disk(tmp_path, monkeypatch, is_declar
         with zstd.open(bomb, "wb") as file:
             for _ in range(size // 2**20):
                 file.write(bytes(2**20))
-    written = []
-    monkeypatch.setattr(inflation, "_check", lambda *args: (written.append(args[1]), check(*args)))
+    sizes, check = [], inflation._check
+
+    def watch(path, size, *limits):
+        sizes.append(size)
+        check(path, size, *limits)
+
+    monkeypatch.setattr(inflation, "_check", watch)
     assert "1000 times its size" in refusal(bomb)
-    assert max(written[:-1], default=0) <= bomb.stat().st_size * inflation.FILE_RATIO + 2**20
+    limit = bomb.stat().st_size * inflation.FILE_RATIO
+    assert sizes == [size] if is_declared else sizes[-1] <= limit + inflation.BLOCK
     assert list(tmp_path.iterdir()) == [bomb]
-
-
-check = inflation._check
 
 
 def test_a_full_disk_is_said_before_it_is_filled(tmp_path, monkeypatch):
