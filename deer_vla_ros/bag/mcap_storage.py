@@ -148,7 +148,11 @@ class McapStorage:
             raise ValueError("it does not begin with a whole header")
         profile = _Fields(file.read(length)).text()
         if profile not in ("ros2", ""):
-            remedy = "convert it with `rosbags-convert`" if profile == "ros1" else "give one of ROS 2"
+            remedy = (
+                "convert the .bag file that it was made from with `rosbags-convert --src FILE --dst FOLDER`"
+                if profile == "ros1"
+                else "give a recording of ROS 2"
+            )
             raise UserError(
                 f"{self._path}: an MCAP file with the profile {profile[:40]!r}, not ros2: {remedy}"
             )
@@ -235,8 +239,7 @@ class McapStorage:
         part = _Part(0, 0, offset, size, True, None)
         times: list[int] = []
         counts: Counter[int] = Counter()
-        content = list(_records(self._content(file, part)))
-        for kind, record in content:
+        for kind, record in list(_records(self._content(file, part))):  # all of them, or none
             if kind == MESSAGE:
                 channel, _, time_ns, _ = MESSAGE_HEAD.unpack_from(record)
                 times.append(time_ns)
