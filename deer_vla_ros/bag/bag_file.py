@@ -1,4 +1,4 @@
-"""Writes a recording: an MCAP rosbag2 folder, topic by topic."""
+"""Writes a recording, topic by topic: a rosbag2 folder NAME with the MCAP file NAME_0.mcap."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class BagFile:
         self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
         try:
             self._writer.open()
+            # `ros2 bag reindex` finds only files with a number.
+            storage = self._writer.storage
+            storage.path = storage.path.rename(folder / f"{folder.name}_0.mcap")
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be written ({error.strerror}): give the recording another place"

@@ -45,26 +45,28 @@ that one is the clock."""
 class Tally:
     """How many messages were used, by topic, and how many could not be used, by topic and reason.
 
-    noted: topics and what is unusual about all their messages.
+    notes: what a person should know about the recordings, each once.
     """
 
     used: Counter[str] = field(default_factory=Counter)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    noted: set[tuple[str, str]] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
     def skip(self, topic: str, reason: str) -> None:
         """Counts a message, or another fact, that could not be used."""
         self.skipped[topic, reason] += 1
 
+    def note(self, line: str) -> None:
+        """Adds a note, if it is new."""
+        if line not in self.notes:
+            self.notes.append(line)
+
     def lines(self) -> list[str]:
-        """One line for each topic and reason of messages that were left out, and for each note."""
-        return [
-            *(
-                f"{topic}: {count} left out: {reason}"
-                for (topic, reason), count in sorted(self.skipped.items())
-            ),
-            *(f"{topic}: {note}" for topic, note in sorted(self.noted)),
+        """The notes, and one line for each topic and reason of messages that were left out."""
+        left_out = [
+            f"{topic}: {count} left out: {reason}" for (topic, reason), count in sorted(self.skipped.items())
         ]
+        return [*self.notes, *left_out]
 
 
 def find_topics(
@@ -75,8 +77,10 @@ def find_topics(
     renames: recorded topics by the node's names. Without a rename, it is the topic of that name, or the only
     one that ends with it. read: the topics that will be read besides NEEDED. Raises UserError if one of
     NEEDED is missing, a rename names no topic, several topics could be one that is read, or its type is
-    wrong. Any other topic of a wrong type is counted and left out.
+    wrong. Any other topic of a wrong type is counted and left out. tally: gets the recording's notes, too.
     """
+    for line in recording.notes:
+        tally.note(line)
     read = (*NEEDED, *read)
     if unknown := sorted(set(renames) - set(TYPES)):
         raise UserError(

@@ -122,7 +122,7 @@ def _put(
             tally.skip(record.topic, str(error))
             return None
         if frame.is_grey:
-            tally.noted.add((record.topic, GREY))
+            tally.note(f"{record.topic}: {GREY}")
         return lambda gate: gate.put_frame(CAMERAS[name], frame)
     if name == POSE:
         pose = measured_pose(message)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import yaml
 from paths import TABLE_RECORDING
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from std_msgs.msg import String
@@ -45,6 +46,37 @@ def write(
         for record in found:
             writer.write(connections[record.topic], record.time_ns, record.data)
     return path
+
+
+def write_split(path: Path, parts: list[list[Record]], storage: StoragePlugin = StoragePlugin.MCAP) -> Path:
+    """Writes a recording of several files, one for each part, as a recorder that splits leaves it."""
+    path.mkdir()
+    found, names = [], []
+    for number, part in enumerate(parts):
+        scratch = write(path / f"part_{number}", part, storage)
+        found.append(metadata(scratch))
+        (old,) = found[-1]["relative_file_paths"]
+        names.append(f"{path.name}_{number}{Path(old).suffix}")
+        (scratch / old).rename(path / names[-1])
+        (scratch / "metadata.yaml").unlink()
+        scratch.rmdir()
+    topics = {}
+    for each in (each for one in found for each in one["topics_with_message_count"]):
+        before = topics.setdefault(str(each["topic_metadata"]), each | {"message_count": 0})
+        before["message_count"] += each["message_count"]
+    whole = found[0] | {"relative_file_paths": names, "topics_with_message_count": list(topics.values())}
+    set_metadata(path, whole)
+    return path
+
+
+def metadata(path: Path) -> dict:
+    """What the recording's metadata.yaml says."""
+    return yaml.safe_load((path / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+
+
+def set_metadata(path: Path, found: dict) -> None:
+    """Replaces the recording's metadata.yaml."""
+    (path / "metadata.yaml").write_text(yaml.safe_dump({"rosbag2_bagfile_information": found}))
 
 
 def record(topic: str, message, time_ns: int) -> Record:

@@ -69,7 +69,7 @@ def test_a_live_table_leaves_a_recording_that_is_whole(tmp_path):
 
     command = [sys.executable, "-m", "deer_vla_ros", "sim", "--seed", "5", "--record", str(tmp_path / "bag")]
     process = subprocess.Popen(command, env={**os.environ, "MUJOCO_GL": "egl"})
-    file = tmp_path / "bag" / "bag.mcap"
+    file = tmp_path / "bag" / "bag_0.mcap"
     deadline = time.monotonic() + 60
     while not (file.exists() and file.stat().st_size > 0) and time.monotonic() < deadline:
         time.sleep(0.1)
