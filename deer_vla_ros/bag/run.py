@@ -27,6 +27,7 @@ from deer_vla_ros.bag.input_topics import (
     find_topics,
     image,
     messages,
+    node_of,
 )
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
 from deer_vla_ros.bag.recording import Record, Recording
@@ -59,7 +60,8 @@ class Request:
     input_topics.CLOCKS. start_s: from the beginning of the recording. duration_s: None: to its end.
     instruction: replaces the recorded ones. follow: along recorded steps. keep: prefixes of the parameters on
     which recorded changes have no effect. latencies: give the time of an inference. with_inputs: copy the
-    inputs to the output.
+    inputs to the output. node: full name of the policy node, whose parameter events and `~/step` count;
+    empty: see `input_topics.node_of`. file_node: the node that the parameter file names, if it names one.
     """
 
     bag: Path
@@ -73,6 +75,8 @@ class Request:
     keep: tuple[str, ...] = ()
     latencies: LatencyTable | None = None
     with_inputs: bool = True
+    node: str = ""
+    file_node: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def run(
 ) -> Result:
     """Replays a recording. folder: where to write steps.csv, timings.csv, holds.csv and bag/; a new one.
 
-    on_row: called with every decision. on_progress: called with the seconds that are done, and their total.
+    on_row: called with the DECIDED fields of every decision. on_progress: called with the seconds that are done, and their total.
     Raises UserError for a recording that cannot be replayed, or that leads to no step.
     """
     check_clock(request.given, request.latencies is not None)
@@ -141,16 +145,29 @@ def run(
         result = Result(label)
         said = () if request.instruction is not None or request.follow else (INSTRUCTION,)
         topics = find_topics(
-            recording, request.topics, (*said, *([STEPS] if request.follow else [])), result.tally
+            recording,
+            request.topics,
+            (*said, *([STEPS] if request.follow else [])),
+            result.tally,
+            request.node,
         )
         if request.follow and STEPS not in topics:
             raise UserError(
-                f"{request.bag} has no topic {STEPS} to follow: record ~/step too, or replay without --follow"
+                f"{request.bag} has no topic {STEPS} to follow: record ~/step too, name it with --topic "
+                f"{STEPS}:=TOPIC, or replay without --follow"
             )
         if request.instruction is None and INSTRUCTION not in topics and not request.follow:
             raise UserError(
                 f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "
                 "or say what to do with --instruction"
+            )
+        if request.instruction is not None or request.follow:
+            topics.pop(INSTRUCTION, None)
+        node = request.node or node_of(topics)
+        if request.file_node not in ("", node) and not request.node:
+            raise UserError(
+                f"the parameter file is for {request.file_node}, but the replayed topics of {request.bag} are "
+                f"those of {node}: give --node {request.file_node} if these parameters are meant"
             )
         window = _window(request, recording)
         # Along recorded steps, the measured pose is the live arm's. Only holds between steps are unknown.
@@ -163,7 +180,9 @@ def run(
             if folder
             else None
         )
-        _Replaying(request, recording, topics, window, controller, files, result).finish(on_row, on_progress)
+        events = ParameterEvents(request.given, node, request.keep, request.latencies is not None)
+        replaying = _Replaying(request, recording, topics, window, controller, events, files, result)
+        replaying.finish(on_row, on_progress)
         return result
 
 
@@ -190,16 +209,15 @@ class _Replaying:
         topics: dict[str, str],
         window: tuple[int, int],
         controller: Controller,
+        events: ParameterEvents,
         files: RunFolder | None,
         result: Result,
     ):
         self._request, self._recording, self._window = request, recording, window
-        self._controller, self._files, self._result = controller, files, result
+        self._controller, self._events = controller, events
+        self._files, self._result = files, result
         unused = {GRIPPER_COMMAND} if request.follow else {GRIPPER_COMMAND, STEPS}
         self._topics = {name: topic for name, topic in topics.items() if name not in unused}
-        if request.instruction is not None or request.follow:
-            self._topics.pop(INSTRUCTION, None)
-        self._events = ParameterEvents(request.given, request.keep, request.latencies is not None)
         self._held: tuple[HoldReason, ...] = ()
         self._next_thumbnail = 0
 
@@ -220,7 +238,7 @@ class _Replaying:
         result.wall_s = time.perf_counter() - began
         result.dropped = self._controller.gate.snapshot().dropped
         result.parameter_events = self._events.applied
-        result.notes += sorted(self._events.notes)
+        result.notes += self._events.notes()
 
     def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[ReplayMoment]:
         request = self._request
@@ -302,7 +320,7 @@ class _Replaying:
         if moment.recorded is not None:
             if found := difference(len(result.steps), row, row_of(moment.recorded), 0.0, FOLLOWED):
                 result.differences.append(found)
-        on_row(row)
+        on_row({name: row[name] for name in DECIDED})
         if self._files:
             self._files.decided(row, moment.wall_ms)
         result.exits = decision.policy.exits

@@ -194,6 +194,7 @@ def requests_of(args: argparse.Namespace) -> dict[str, Request]:
         "follow": args.follow,
         "latency_table": args.latency_table,
         "with_inputs": not args.no_inputs,
+        "node": args.node,
     }
     return {text or OWN: request(args.bag, budget=text, **common) for text in args.budget or [""]}
 
