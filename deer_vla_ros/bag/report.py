@@ -51,6 +51,7 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
         "notes": notes,
         "seconds": result.seconds,
         "wall_s": result.wall_s,
+        "followed_unknown": result.followed.unknown if result.followed else 0,
         "followed_differently": [str(difference) for difference in result.differences],
     }
 

@@ -31,7 +31,7 @@ from deer_vla_ros.bag.input_topics import (
 )
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
 from deer_vla_ros.bag.recording import Record, Recording
-from deer_vla_ros.bag.replay import Messages, ReplayMoment, along_steps, arrivals, lockstep
+from deer_vla_ros.bag.replay import Followed, Messages, ReplayMoment, along_steps, arrivals, lockstep
 from deer_vla_ros.bag.rows import AGES, DECIDED, STEP_TYPE, Row, RowDifference, difference, row_of
 from deer_vla_ros.bag.writing import RunFolder
 from deer_vla_ros.budget.latency import LatencyTable
@@ -103,8 +103,8 @@ class Result:
     """The outcome of one replay. Times are from the start of the replayed part [s].
 
     holds: (start, reasons). thumbnails: (time, (H, W, 3) image) of the static camera. recorded_targets:
-    position and quaternion by stamp [ns], as they were recorded. differences: from the recorded steps, if
-    they were followed.
+    position and quaternion by stamp [ns], as they were recorded. followed, differences: what could not be
+    compared with the recorded steps, and what was decided otherwise, if they were followed.
     """
 
     label: str
@@ -114,6 +114,7 @@ class Result:
     recorded_targets: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     notes: list[str] = field(default_factory=list)
+    followed: Followed | None = None
     differences: list[RowDifference] = field(default_factory=list)
     seconds: float = 0.0
     wall_s: float = 0.0
@@ -231,14 +232,14 @@ class _Replaying:
                 ", ".join(f"{reason} ({HoldReason[reason].value})" for reason in result.hold_reasons)
                 or "nothing arrived"
             )
-            left_out = "; ".join(result.tally.lines())
+            left_out = "; ".join([*result.tally.lines(), *self._events.notes()])
             raise UserError(
                 f"{self._request.bag}: no step was taken: {held}{'; ' + left_out if left_out else ''}"
             )
         result.wall_s = time.perf_counter() - began
         result.dropped = self._controller.gate.snapshot().dropped
         result.parameter_events = self._events.applied
-        result.notes += self._events.notes()
+        result.notes += [*(result.followed.lines() if result.followed else ()), *self._events.notes()]
 
     def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[ReplayMoment]:
         request = self._request
@@ -246,7 +247,11 @@ class _Replaying:
         self._obey_earlier_changes()
         heard = self._heard(on_progress)
         if request.follow:
-            return along_steps(self._controller, heard, self._result.tally, apply)
+            self._result.followed = followed = Followed()
+            is_own_budget = "budget." in request.keep
+            return along_steps(
+                self._controller, heard, self._result.tally, apply, followed, is_own_budget
+            )
         self._controller.gate.put_instruction(self._first_instruction())
         stamps = Stamps(request.clock, request.bag)
         coming = arrivals(heard, stamps, self._result.tally, apply)
@@ -317,7 +322,7 @@ class _Replaying:
         command, result, decision = moment.command, self._result, moment.command.decision
         data = to_cdr(step_message(decision, self._controller.action_space.frame, _published(moment)))
         row = row_of(from_cdr(data, STEP_TYPE))
-        if moment.recorded is not None:
+        if moment.recorded is not None and moment.is_comparable:
             if found := difference(len(result.steps), row, row_of(moment.recorded), 0.0, FOLLOWED):
                 result.differences.append(found)
         on_row({name: row[name] for name in DECIDED})

@@ -102,9 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 if --check or --follow finds a decision that differs, otherwise 0. Raises UserError if
-    options contradict each other, if --out is another folder, or if recording, checkpoint or tables cannot be
-    read."""
+    """Returns 1 if --check or --follow finds a decision that differs, otherwise 0. A recorded step that cannot
+    be compared does not differ. Raises UserError if options contradict each other, if --out is another folder,
+    or if recording, checkpoint or tables cannot be read."""
     from deer_vla_ros.bag import golden, report
     from deer_vla_ros.files import write_json
 
@@ -262,9 +262,12 @@ def _print(result: Result, figures: dict[str, Any]) -> None:
         print(f"  held {count} times: {reason}")
     for line in (*figures["left_out"], *figures["notes"]):
         print(f"  {line}")
-    if figures["followed_differently"]:
-        differences = figures["followed_differently"]
-        print(f"  decided differently in {len(differences)} steps, first: {differences[0]}")
+    if result.followed:
+        different, unknown = len(result.differences), result.followed.unknown
+        same = figures["steps"] - result.followed.own_rule - different
+        print(f"  decided as recorded in {same} steps, unknown in {unknown}")
+        if different:
+            print(f"  decided differently in {different} steps, first: {result.differences[0]}")
 
 
 def _forget(row: dict[str, Any]) -> None:

@@ -618,22 +618,90 @@ def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_
     )
 
 
-def test_steps_that_the_recorder_lost_are_named_and_what_follows_them_is_unknown_not_different(
-    short, tmp_path
-):
-    assert main(["replay", str(short), "--out", str(tmp_path / "out")]) == 0
-    found = records([*INPUTS, "/deer_vla/step"], next((tmp_path / "out").glob("**/bag")))
-    places = [index for index, each in enumerate(found) if each.topic == "/deer_vla/step"]
-    steps = [decode(found[index]) for index in places]
-    lost = {places[5], places[6]}
-    kept = write(tmp_path / "bag", [each for index, each in enumerate(found) if index not in lost])
-    result, rows = replayed(kept, follow=True)
-    begins = next(index for index, step in enumerate(steps) if index > 6 and step.episode_step == 0)
-    expected = [*steps[:5], *steps[begins:]]
-    assert [row["stamp"] for row in rows] == [nanoseconds(step.header.stamp) for step in expected]
-    assert result.differences == [] and "steps 5 to 6 are missing in the recording" in "".join(
-        result.tally.lines()
-    )
+def without_steps(live: Path, lost: set[int], out: Path, change=None) -> Path:
+    """A copy of the recording without the `~/step` messages of these numbers. change: changes the others."""
+    from deer_vla_ros.bag.cdr import types
+
+    kept = []
+    for each in records([*INPUTS, "/deer_vla/step"], live):
+        if each.topic == "/deer_vla/step":
+            step = decode(each)
+            if step.step in lost:
+                continue
+            if change is not None:
+                change(step)
+                each = dataclasses.replace(each, data=bytes(types().serialize_cdr(step, STEP_TYPE)))
+        kept.append(each)
+    return write(out, kept)
+
+
+@pytest.mark.parametrize(
+    "lost,how",
+    [
+        ({15}, "parameters"),
+        ({15}, "budget"),
+        ({5, 6, 9}, "parameters"),
+        ({0}, "parameters"),
+        (set(range(15, 40)), "parameters"),
+    ],
+    ids=["one", "one, budget given", "two gaps", "the first", "an episode"],
+)
+def test_what_follows_lost_steps_is_unknown_and_not_different(live, tmp_path, lost, how):
+    steps = [decode(each) for each in records(["/deer_vla/step"], live)]
+    kept = without_steps(live, lost, tmp_path / "bag")
+    file = tmp_path / "cell.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    budget.average_fraction: 0.25\n")
+    asked = {"params": file} if how == "parameters" else {"budget": "average_fraction=0.25"}
+    result, rows = replayed(kept, follow=True, **asked)
+    known, expected = True, []
+    for step in steps:
+        known = step.step not in lost and (known or step.episode_step == 0)
+        expected += [nanoseconds(step.header.stamp)] if known else []
+    assert [row["stamp"] for row in rows] == expected and len(expected) < len(steps) - len(lost)
+    assert result.differences == []
+    later = sum(stamp > nanoseconds(steps[max(lost)].header.stamp) for stamp in expected)
+    assert later > 20, "episodes after the gap are repeated"
+    followed = result.followed
+    assert followed.not_repeated == len(steps) - len(lost) - len(expected)
+    if how == "parameters":
+        assert followed.unknown == followed.not_repeated
+        assert later <= followed.recorded_rule <= later + 5
+    else:
+        assert followed.own_rule >= later, "whether it was the live node's budget is not known"
+    said = "; ".join(result.notes)
+    gaps = {5: "steps 5 to 6, step 9 are missing", 0: "1 steps before the recording are not known"}
+    gaps[15] = "step 15 is missing" if len(lost) == 1 else "steps 15 to 39 are missing"
+    assert gaps[min(lost)] in said
+
+
+def test_after_lost_steps_a_decision_that_differs_is_found_in_a_later_episode(live, tmp_path, capsys):
+    steps = [decode(each) for each in records(["/deer_vla/step"], live)]
+    begins = [step.step for step in steps if step.episode_step == 0]
+    file = tmp_path / "cell.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    budget.average_fraction: 0.25\n")
+
+    def change(step):
+        if step.step == begins[2] + 3:
+            step.action = step.action + np.float32(0.125)
+
+    arguments = ["--follow", "--params", str(file), "--json", str(tmp_path / "figures.json")]
+    plain = without_steps(live, {begins[1] + 1}, tmp_path / "plain")
+    assert main(["replay", str(plain), *arguments]) == 0
+    changed = without_steps(live, {begins[1] + 1}, tmp_path / "changed", change)
+    assert main(["replay", str(changed), *arguments]) == 1
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    assert len(figures["followed_differently"]) == 1 and "action" in figures["followed_differently"][0]
+    assert figures["followed_unknown"] == begins[2] - begins[1] - 2
+    assert f"unknown in {figures['followed_unknown']}" in capsys.readouterr().out
+
+
+def test_a_step_that_was_recorded_twice_is_repeated_once(live, tmp_path):
+    found = records([*INPUTS, "/deer_vla/step"], live)
+    place = [index for index, each in enumerate(found) if each.topic == "/deer_vla/step"][3]
+    path = write(tmp_path / "bag", [*found[: place + 1], found[place], *found[place + 1 :]])
+    result, rows = replayed(path, follow=True, budget="average_fraction=0.25", duration_s=2.0)
+    assert result.differences == [] and [row["step"] for row in rows] == list(range(20))
+    assert result.tally.lines() == ["/deer_vla/step: 1 left out: recorded twice"]
 
 
 def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_known(live):
@@ -642,7 +710,7 @@ def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_
     start_s = (nanoseconds(begins.static_stamp) - nanoseconds(steps[0].static_stamp)) / SECOND - 0.01
     result, rows = replayed(live, follow=True, budget="average_fraction=0.25", start_s=start_s)
     assert rows and rows[0]["episode_step"] == 0
-    assert f"{begins.step} steps before the recording" in "".join(result.tally.lines())
+    assert f"{begins.step} steps before the recording" in "".join(result.notes)
 
 
 def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path, capsys):
