@@ -137,7 +137,7 @@ setup(
         # Without greenlet Optuna warns, and proposes trials more slowly.
         "search": ["greenlet", "optuna>=5"],
         "sim": ["mujoco>=3.10"],
-        "replay": ["matplotlib", "rich", "rosbags>=0.11"],
+        "replay": ["rich", "rosbags>=0.11"],
         "demo": ["matplotlib", "mujoco>=3.10", "rich"],
         "train": ["rich", "tensorboardX"],
         "test": [

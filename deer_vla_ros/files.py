@@ -14,18 +14,17 @@ import yaml
 
 from deer_vla_ros.errors import UserError, cause
 
-
 YAML_BYTES, YAML_NODES, YAML_DEPTH = 1_000_000, 100_000, 32
-"""The most that `read_yaml` takes: the size of a file, the number of values in it when every alias is replaced
-by what it stands for, and how deep values are nested."""
+"""The most that `read_yaml` takes: the size of a file, the number of values in it when every alias is
+replaced by what it stands for, and how deep values are nested."""
 
 
 def read_yaml(path: Path, example: str) -> Any:
     """What is in a YAML file that a person named: dicts, lists and plain values.
 
     Raises UserError where the file cannot be read, is no YAML, gives a key twice, or exceeds YAML_BYTES,
-    YAML_NODES or YAML_DEPTH; the last two are checked before any value is made. `example` is a file to compare
-    it with.
+    YAML_NODES or YAML_DEPTH; the last two are checked before any value is made. `example` is a file to
+    compare it with.
     """
     try:
         with open(path, "rb") as file:
@@ -58,7 +57,7 @@ YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _check_extent(text: str, path: Path) -> None:
-    """Raises UserError if the document exceeds YAML_NODES or YAML_DEPTH, or an alias stands in its own value."""
+    """Raises UserError if the document exceeds YAML_NODES or YAML_DEPTH, or has an alias in its own value."""
     anchored: dict[str | None, tuple[int, int]] = {}  # by anchor: number of values, and levels of nesting
     unfinished: list[tuple[str | None, int]] = []  # collections: anchor, and number of values before it
     deepest: list[int] = [0]  # levels inside each of `unfinished`; the first is the document's

@@ -163,8 +163,8 @@ def _output(recording: Recording, name: str, namespaces: list[str], tally: Tally
         if topic.endswith(f"/{name}"):
             tally.skip(
                 topic,
-                f"not in the namespace {namespaces[0] or '/'} of the inputs: if it belongs to the same robot, "
-                f"name it with --topic {name}:={topic}",
+                f"not in the namespace {namespaces[0] or '/'} of the inputs: name it with --topic "
+                f"{name}:={topic} if it belongs to the same robot",
             )
     return None
 

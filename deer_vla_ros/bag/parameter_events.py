@@ -26,9 +26,7 @@ class ParameterEvents:
     parameters of the policy are counted: they may come from another arm, or from a node with another name.
     """
 
-    def __init__(
-        self, given: dict[str, Any], node: str, keep: tuple[str, ...] = (), has_clock: bool = False
-    ):
+    def __init__(self, given: dict[str, Any], node: str, keep: tuple[str, ...] = (), has_clock: bool = False):
         """given: values of all parameters at the beginning. node: full name of the node that is replayed.
         keep: prefixes of names without changes.
 
@@ -66,7 +64,9 @@ class ParameterEvents:
             if self._declared[name].live:
                 changed[name] = value
             elif value != self.given[name] and name.startswith(("control.", "action.")):
-                self._differences.add(f"{name} was {value!r} when it was recorded and is {self.given[name]!r} here")
+                self._differences.add(
+                    f"{name} was {value!r} when it was recorded and is {self.given[name]!r} here"
+                )
         # An event without changed_parameters comes from the start of a node. A value that is set later, even
         # the same one, makes a new budget.
         if not event.changed_parameters:

@@ -211,9 +211,9 @@ class Followed:
     """What a replay along recorded steps could not compare.
 
     not_repeated: steps whose inputs, or the policy's memory in them, are not known. own_rule: steps that were
-    repeated, but not compared, because their thresholds depend on what is not known. recorded_rule: steps that
-    were repeated with the recorded exits and thresholds for that reason, and compared. before: number of steps
-    before the first recorded one. gaps: numbers of the first and the last step of each gap in the recording.
+    repeated, but not compared, because their thresholds depend on what is not known. recorded_rule: steps
+    that were repeated with the recorded exits and thresholds for that reason, and compared. before: number of
+    steps before the first recorded one. gaps: numbers of the first and the last step of each gap.
     """
 
     not_repeated: int = 0
@@ -240,7 +240,9 @@ class Followed:
                 f"{', '.join([*names, *more])} {'is' if lost == 1 else 'are'} missing in the recording "
                 f"({lost} in all): what follows in the same episode is unknown"
             )
-        depend = "thresholds of this budget depend on measured times, or on the cost of steps that are not known"
+        depend = (
+            "thresholds of this budget depend on measured times, or on the cost of steps that are not known"
+        )
         if self.recorded_rule:
             lines.append(f"{self.recorded_rule} steps were repeated with the recorded thresholds: {depend}")
         if self.own_rule:
@@ -300,7 +302,9 @@ def along_steps(
                 followed.before = message.step
             elif message.step > newest_step + 1:
                 followed.gaps.append((newest_step + 1, message.step - 1))
-            if message.step != (0 if newest_step is None else newest_step + 1):  # lower: a node that began anew
+            if message.step != (
+                0 if newest_step is None else newest_step + 1
+            ):  # lower: a node that began anew
                 budget.lose()
                 is_known = False
             newest_step = message.step

@@ -83,7 +83,8 @@ class Request:
 class Step:
     """What a report needs of one decision. stamp [ns]. seconds: receipt, from the start of the replayed part.
 
-    exit_layer: counted from 0. action: (6,), the six pose values. target: position [m], quaternion.
+    exit_layer: counted from 0. action: (6,), the six pose values. target: position [m], quaternion. held_for:
+    why the arm was held in place of this motion; empty if it was not.
     """
 
     stamp: int
@@ -95,7 +96,8 @@ class Step:
     wall_ms: float
     action: np.ndarray
     target: tuple[np.ndarray, np.ndarray] | None
-    held: bool
+    held_for: tuple[HoldReason, ...]
+    instruction: str
 
 
 @dataclass
@@ -123,6 +125,11 @@ class Result:
     parameter_events: int = 0
 
     @property
+    def same(self) -> int:
+        """How many recorded steps were decided in the same way, if they were followed."""
+        return len(self.steps) - self.followed.own_rule - len(self.differences)
+
+    @property
     def hold_reasons(self) -> Counter[str]:
         """How often a hold began, by reason."""
         return Counter(reason.name for _, reasons in self.holds for reason in reasons)
@@ -137,8 +144,8 @@ def run(
 ) -> Result:
     """Replays a recording. folder: where to write steps.csv, timings.csv, holds.csv and bag/; a new one.
 
-    on_row: called with the DECIDED fields of every decision. on_progress: called with the seconds that are done, and their total.
-    Raises UserError for a recording that cannot be replayed, or that leads to no step.
+    on_row: called with the DECIDED fields of every decision. on_progress: called with the seconds that are
+    done, and their total. Raises UserError for a recording that cannot be replayed, or that leads to no step.
     """
     check_clock(request.given, request.latencies is not None)
     with contextlib.ExitStack() as stack:
@@ -167,8 +174,8 @@ def run(
         node = request.node or node_of(topics)
         if request.file_node not in ("", node) and not request.node:
             raise UserError(
-                f"the parameter file is for {request.file_node}, but the replayed topics of {request.bag} are "
-                f"those of {node}: give --node {request.file_node} if these parameters are meant"
+                f"the parameter file is for {request.file_node}, but the replayed topics of {request.bag} "
+                f"are those of {node}: give --node {request.file_node} if these parameters are meant"
             )
         window = _window(request, recording)
         # Along recorded steps, the measured pose is the live arm's. Only holds between steps are unknown.
@@ -249,9 +256,7 @@ class _Replaying:
         if request.follow:
             self._result.followed = followed = Followed()
             is_own_budget = "budget." in request.keep
-            return along_steps(
-                self._controller, heard, self._result.tally, apply, followed, is_own_budget
-            )
+            return along_steps(self._controller, heard, self._result.tally, apply, followed, is_own_budget)
         self._controller.gate.put_instruction(self._first_instruction())
         stamps = Stamps(request.clock, request.bag)
         coming = arrivals(heard, stamps, self._result.tally, apply)
@@ -342,7 +347,8 @@ class _Replaying:
                 target=None
                 if command.target is None
                 else (command.target.position, command.target.quaternion),
-                held=bool(decision.held),
+                held_for=tuple(decision.held),
+                instruction=decision.instruction,
             )
         )
         return data

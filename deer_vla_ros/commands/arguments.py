@@ -37,8 +37,8 @@ def add_recording_arguments(parser: argparse.ArgumentParser, of: str = "") -> No
         "--node",
         default="",
         metavar="NAME",
-        help=f"{of}full name of the policy node, such as /left/deer_vla, where a parameter file or a recording "
-        "has several (default: deer_vla in the namespace of the topics)",
+        help=f"{of}full name of the policy node, such as /left/deer_vla: the parameters of that node count "
+        "(default: deer_vla in the namespace of the topics)",
     )
     parser.add_argument(
         "--topic",

@@ -102,9 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 if --check or --follow finds a decision that differs, otherwise 0. A recorded step that cannot
-    be compared does not differ. Raises UserError if options contradict each other, if --out is another folder,
-    or if recording, checkpoint or tables cannot be read."""
+    """Returns 1 if --check or --follow finds a decision that differs, otherwise 0. A recorded step that
+    cannot be compared does not differ. Raises UserError if options contradict each other, if --out is another
+    folder, or if recording, checkpoint or tables cannot be read."""
     from deer_vla_ros.bag import golden, report
     from deer_vla_ros.files import write_json
 
@@ -264,8 +264,7 @@ def _print(result: Result, figures: dict[str, Any]) -> None:
         print(f"  {line}")
     if result.followed:
         different, unknown = len(result.differences), result.followed.unknown
-        same = figures["steps"] - result.followed.own_rule - different
-        print(f"  decided as recorded in {same} steps, unknown in {unknown}")
+        print(f"  decided as recorded in {result.same} steps, unknown in {unknown}")
         if different:
             print(f"  decided differently in {different} steps, first: {result.differences[0]}")
 

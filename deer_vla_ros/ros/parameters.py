@@ -623,7 +623,8 @@ def from_file(path: Path | None, node: str = "") -> dict[str, Any]:
         )
     if any(each != given[0] for each in given):
         raise UserError(
-            f"{path}: different parameters for the nodes {_short(', '.join(nodes))}: choose one with --node NAME"
+            f"{path}: different parameters for the nodes {_short(', '.join(nodes))}: "
+            "choose one with --node NAME"
         )
     return with_defaults(given[0], str(path))
 
@@ -653,7 +654,8 @@ def _sections(path: Path) -> list[tuple[str, dict[str, Any]]]:
             if key == "ros__parameters":
                 if not isinstance(value, dict | None):
                     raise UserError(
-                        f"{path}: ros__parameters is {_shown(value)}: give names of parameters with their values"
+                        f"{path}: ros__parameters is {_shown(value)}: "
+                        "give names of parameters with their values"
                     )
                 name = "/" + "/".join(parts)
                 if not all(re.fullmatch(r"\*\*?|[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
