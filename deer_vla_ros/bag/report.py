@@ -114,7 +114,7 @@ def page(title: str, results: Sequence[Result], rows: list[dict[str, Any]], refe
 
 
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:1.5em auto;padding:0 1em;color:#1f2937}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:1.5em auto;padding:0 1em 9em;color:#1f2937}
 h1,h2,li{overflow-wrap:anywhere}h1{font-size:1.6em;line-height:1.25}h2{font-size:1.2em;margin:1.6em 0 .5em}
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:1em 0}
 td,th{padding:.3em .8em;border-bottom:1px solid #e5e7eb;text-align:right}th{vertical-align:bottom}

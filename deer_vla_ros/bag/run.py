@@ -289,7 +289,9 @@ class _Replaying:
             if name == STATIC:
                 seconds = self._seconds(record.time_ns)
                 on_progress(seconds, self._result.seconds)
-                if seconds * THUMBNAILS >= self._next_thumbnail * self._result.seconds:
+                place = int(THUMBNAILS * seconds / self._result.seconds)
+                if place >= self._next_thumbnail:
+                    self._next_thumbnail = place + 1
                     self._thumbnail(record, message)
             if name == TARGET:
                 pose = measured_pose(message)
@@ -297,7 +299,6 @@ class _Replaying:
             yield name, record, message
 
     def _thumbnail(self, record: Record, message: Any) -> None:
-        self._next_thumbnail += 1
         with contextlib.suppress(UserError):  # `arrivals` counts an image that cannot be decoded
             self._result.thumbnails.append(
                 (self._seconds(record.time_ns), image(record, message).image[::2, ::2].copy())

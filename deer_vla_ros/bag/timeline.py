@@ -244,7 +244,7 @@ border-right:1px solid #fff}
 .axis{position:relative;height:1.3em}.unit{margin:0;text-align:center}
 .axis i{position:absolute;transform:translateX(-50%);font:.8em/1.5 system-ui,sans-serif;color:#4b5563}
 .cursor{position:absolute;top:0;bottom:0;width:1px;background:#111827;pointer-events:none}
-.tip{position:absolute;z-index:1;top:100%;max-width:min(26em,80%);padding:.5em .7em;border-radius:.4em;
+.tip{position:fixed;z-index:1;bottom:.5em;box-sizing:border-box;max-width:min(30em,92vw);padding:.5em .7em;border-radius:.4em;
 color:#fff;background:#111827ee;font-size:.85em;line-height:1.4;pointer-events:none;white-space:pre-line;
 overflow-wrap:anywhere}
 .said{padding:0;list-style:none;counter-reset:said}
@@ -268,21 +268,21 @@ for (const run of document.querySelectorAll(".run")) {
   const show = (step, seconds) => {
     shown = step;
     const hold = data.holds.find(([begin, end]) => begin <= seconds && seconds < end);
-    const why = data.held[step] >= 0 ? data.held[step] : hold ? hold[2] : -1;
     const away = data.away[step];
     tip.textContent = [
       `step ${step}, ${data.s[step].toFixed(2)} s`,
       data.texts[data.text[step]],
       `${data.layers[step]} of ${data.depth} layers, ${data.gmac[step]} GMAC`,
       `tick ${data.ms[step]} ms` + (away === null ? "" : `, ${away} from full depth`),
-      why < 0 ? "" : `held: ${data.reasons[why]}`,
+      data.held[step] < 0 ? "" : `held: ${data.reasons[data.held[step]]}`,
+      hold ? `at ${seconds.toFixed(2)} s held: ${data.reasons[hold[2]]}` : "",
     ].filter(line => line).join("\\n");
     cursor.hidden = tip.hidden = false;
     const x = area.clientWidth * data.s[step] / data.span;
     cursor.style.left = `${x}px`;
-    const place = area.offsetLeft + x, width = tip.offsetWidth;
-    const left = place + 12 + width <= run.clientWidth ? place + 12 : place - 12 - width;
-    tip.style.left = `${Math.max(0, Math.min(left, run.clientWidth - width))}px`;
+    const free = document.documentElement.clientWidth - tip.offsetWidth - 8;
+    const left = area.getBoundingClientRect().left + x - tip.offsetWidth / 2;
+    tip.style.left = `${Math.max(8, Math.min(left, free))}px`;
   };
   const at = event => {
     const box = area.getBoundingClientRect();

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from shared import made_once
 from std_msgs.msg import String
 
 from deer_vla_ros.__main__ import main
-from deer_vla_ros.bag import assert_replays, decisions
+from deer_vla_ros.bag import assert_replays, decisions, report
 from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.input_topics import Stamps, Tally, find_topics
 from deer_vla_ros.bag.recording import Record, Recording, decode
@@ -137,17 +138,71 @@ def test_the_recording_it_leaves_has_the_inputs_as_they_were_and_the_decisions_b
 
 def test_the_report_compares_the_budgets_and_needs_nothing_from_elsewhere(whole):
     page, figures = (whole / "report.html").read_text(), json.loads((whole / "report.json").read_text())
-    assert (
-        page.count('src="data:image/png;base64,') == page.count("src=") == 2
-        and "href" not in page
-        and "<script" not in page
-    )
+    assert page.count('src="data:image/jpeg;base64,') == page.count("src=") == 16, "8 frames for each budget"
+    assert not any(word in page for word in ("href", "http", "url(", "@import", "fetch("))
     cheap, dear = figures["runs"]
     assert cheap["language_gmac_mean"] < dear["language_gmac_mean"] <= dear["language_gmac_full"]
     assert cheap["deviation_from_full_depth"]["mean"] >= dear["deviation_from_full_depth"]["mean"] > 0
     assert cheap["position_from_recorded_m"]["mean"] < 0.06, "the arm was told things like that"
     assert sum(cheap["exit_shares"].values()) == pytest.approx(1)
     assert figures["runs"][0]["label"] in page
+
+
+class Parts(HTMLParser):
+    """The elements of a page with their attributes, and the text in them by the class of the element."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.texts, self._open = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append((self._open[-1] if self._open else "", data))
+
+    def data(self) -> list[dict]:
+        """What is embedded for the script, by run."""
+        return [json.loads(text) for tag, text in self.texts if tag == "script" and text.startswith("{")]
+
+    def bands(self) -> list[str]:
+        return [text for tag, text in self.texts if tag == "span"]
+
+
+def test_the_report_tells_the_instructions_and_the_values_of_every_step(whole):
+    parts = Parts((whole / "report.html").read_text())
+    said_here = [decode(each).data for each in records([INSTRUCTION])]
+    assert parts.bands() == 2 * [f"{number}. {text}" for number, text in enumerate(said_here, start=1)]
+    assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in parts.tags
+    assert len(parts.data()) == 2
+    for name, data in zip(("average_fraction=0.25", "average_fraction=0.6_peak_gmac=1"), parts.data()):
+        with open(whole / name / "steps.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [data["texts"][index] for index in data["text"]] == [row["instruction"] for row in rows]
+        assert data["layers"] == [int(row["layers_run"]) for row in rows]
+        assert data["gmac"] == pytest.approx([float(row["language_gmac"]) for row in rows], rel=1e-3)
+        assert len(data["s"]) == len(data["ms"]) == len(data["away"]) == len(data["held"]) == len(rows)
+        assert data["s"] == sorted(data["s"]) and min(data["ms"]) > 0 and min(data["away"]) >= 0
+
+
+def test_an_instruction_cannot_leave_its_place_in_the_report(short, tmp_path):
+    found = [each for each in records(INPUTS, short) if each.topic != INSTRUCTION]
+    hostile = "</script><img src=x onerror=alert(1)>&amp;\u2028\"'<!--"
+    start = found[0].time_ns
+    gap = [each for each in found if not start + 1.05 * SECOND < each.time_ns < start + 2.05 * SECOND]
+    result, _ = replayed(write(tmp_path / "bag", [said(hostile, start), *gap]))
+    pages = [report.page(hostile, [result], [report.summary(result, None)], None) for _ in range(2)]
+    assert pages[0] == pages[1]
+    parts = Parts(pages[0])
+    assert parts.bands() == [f"1. {hostile}"] and parts.data()[0]["texts"] == [hostile]
+    images = [attributes["src"] for tag, attributes in parts.tags if tag == "img"]
+    assert images and all(source.startswith("data:image/jpeg;base64,") for source in images)
+    (data,) = parts.data()
+    assert data["away"] == [None] * len(data["s"])
+    begin, end, why = data["holds"][-1]
+    assert "STATIC_STALE" in data["reasons"][why] and 1.0 < begin < end < 2.3
 
 
 def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short, tmp_path):
