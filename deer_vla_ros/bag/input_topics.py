@@ -172,18 +172,22 @@ def _output(recording: Recording, name: str, namespaces: list[str], tally: Tally
 def _check_one_robot(
     recording: Recording, found: Mapping[str, str], renames: Mapping[str, str], inputs: Iterable[str]
 ) -> None:
-    """Raises UserError if an input that was found by its name has a namespace beside those of the others, as
-    /right is beside /left: it probably belongs to another robot."""
+    """Raises UserError if an input that was found by its name has a namespace beside that of another input,
+    as /right is beside /left: it probably belongs to another robot."""
+    spaces = _namespaces(found, inputs)
+    doubtful = []
     for name in inputs:
-        if name in renames or name not in found:
-            continue
-        (own,) = _namespaces(found, [name])
-        for other in _namespaces(found, inputs):
-            if not f"{own}/".startswith(f"{other}/") and not f"{other}/".startswith(f"{own}/"):
-                raise UserError(
-                    f"{recording.path}: {found[name]} is the only {name}, but other inputs are in the "
-                    f"namespace {other}: if it belongs to the same robot, give --topic {name}:={found[name]}"
-                )
+        if name in found and name not in renames:
+            (own,) = _namespaces(found, [name])
+            if not all(
+                f"{a}/".startswith(f"{b}/") for a, b in (sorted((own, each))[::-1] for each in spaces)
+            ):
+                doubtful.append(f"--topic {name}:={found[name]}")
+    if doubtful:
+        raise UserError(
+            f"{recording.path}: the inputs are in several namespaces ({', '.join(spaces)}): if they belong to "
+            f"one robot, say so with {' '.join(doubtful)}"
+        )
 
 
 def _listed(recording: Recording) -> str:
