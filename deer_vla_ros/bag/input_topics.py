@@ -185,8 +185,8 @@ def _check_one_robot(
                 doubtful.append(f"--topic {name}:={found[name]}")
     if doubtful:
         raise UserError(
-            f"{recording.path}: the inputs are in several namespaces ({', '.join(spaces)}): if they belong to "
-            f"one robot, say so with {' '.join(doubtful)}"
+            f"{recording.path}: the inputs are in several namespaces ({', '.join(spaces)}): if they belong "
+            f"to one robot, say so with {' '.join(doubtful)}"
         )
 
 

@@ -542,11 +542,14 @@ def test_of_two_robots_one_topic_chooses_the_robot_and_outputs_of_the_other_are_
     mixed = [each for each in left if not each.topic.endswith("ee_pose")]
     mixed += [each for each in right if each.topic.endswith("ee_pose")]
     mixed = write(tmp_path / "mixed", mixed)
-    with pytest.raises(
-        UserError, match="/right/ee_pose is the only ee_pose, but other inputs are in .* /left"
-    ):
+    with pytest.raises(UserError, match=r"several namespaces .*--topic ee_pose:=/right/ee_pose --topic"):
         found_in(mixed)
-    assert found_in(mixed, renames={"ee_pose": "/right/ee_pose"})["ee_pose"] == "/right/ee_pose"
+    named = {topic[1:]: f"/left{topic}" for topic in INPUTS} | {"ee_pose": "/right/ee_pose"}
+    assert found_in(mixed, renames=named) == named
+    for name in ("camera/static/image_raw", "camera/gripper/image_raw", "instruction"):
+        del named[name]
+        with pytest.raises(UserError, match=f"several namespaces .*--topic {name}:=/left/{name}"):
+            found_in(mixed, renames=named)
 
 
 def test_the_policy_node_follows_from_the_topics():

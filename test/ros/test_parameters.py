@@ -172,7 +172,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]
         ("guard.leash_m: 0.1\n", "none at all"),
         ("/deer_vla:\n  ros__parameters: [1]\n", r"ros__parameters is \[1\]"),
         ("/le*/deer_vla:\n" + SECTION.format(0.1), "'/le\\*/deer_vla' is no name of a node"),
-        (BOMB, "line 7: more than 100000 values, aliases included"),
+        (BOMB, "line 6: more than 100000 values, aliases included"),
         ("a: &a [*a]", "line 1: the alias \\*a stands in its own value"),
         ("[" * 5000, "nested deeper than 32"),
         ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 50)), "nested deeper"),
