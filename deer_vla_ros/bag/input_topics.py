@@ -179,9 +179,7 @@ def _check_one_robot(
     for name in inputs:
         if name in found and name not in renames:
             (own,) = _namespaces(found, [name])
-            if not all(
-                f"{a}/".startswith(f"{b}/") for a, b in (sorted((own, each))[::-1] for each in spaces)
-            ):
+            if not all(f"{max(own, each)}/".startswith(f"{min(own, each)}/") for each in spaces):
                 doubtful.append(f"--topic {name}:={found[name]}")
     if doubtful:
         raise UserError(
