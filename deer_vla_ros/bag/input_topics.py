@@ -80,13 +80,13 @@ def find_topics(
         raise UserError(
             f"--topic {unknown[0]}:=...: the policy has no such topic: use one of {', '.join(TYPES)}"
         )
-    if f"{node}/step" in recording.topics:
-        renames = {STEPS: f"{node}/step", **renames}
     inputs = [name for name in INPUTS if name in read]
     found: dict[str, str] = {}
     for name in TYPES:
         topic = renames.get(name)
-        if topic is None and name in OUTPUTS and (spaces := _namespaces(found, inputs)):
+        if topic is None and name == STEPS and node:
+            topic = f"{node}/step" if f"{node}/step" in recording.topics else None
+        elif topic is None and name in OUTPUTS and (spaces := _namespaces(found, inputs)):
             topic = _output(recording, name, spaces, tally)
         elif topic is None:
             topic = _by_name(recording, name, name in read, _namespaces(renames, inputs))
@@ -183,8 +183,9 @@ def _check_one_robot(
                 doubtful.append(f"--topic {name}:={found[name]}")
     if doubtful:
         raise UserError(
-            f"{recording.path}: the inputs are in several namespaces ({', '.join(spaces)}): if they belong "
-            f"to one robot, say so with {' '.join(doubtful)}"
+            f"{recording.path}: the inputs are in several namespaces "
+            f"({', '.join(each or '/' for each in spaces)}): if they belong to one robot, "
+            f"say so with {' '.join(doubtful)}"
         )
 
 

@@ -295,16 +295,15 @@ def along_steps(
         elif name == PARAMETERS:
             budget.hear(message)
         elif name == STEPS:
+            expected = 0 if newest_step is None else newest_step + 1
             if message.step == newest_step:
                 tally.skip(record.topic, "recorded twice")
                 continue
             if newest_step is None:
                 followed.before = message.step
-            elif message.step > newest_step + 1:
-                followed.gaps.append((newest_step + 1, message.step - 1))
-            if message.step != (
-                0 if newest_step is None else newest_step + 1
-            ):  # lower: a node that began anew
+            elif message.step > expected:
+                followed.gaps.append((expected, message.step - 1))
+            if message.step != expected:  # a lower number comes from a node that was started again
                 budget.lose()
                 is_known = False
             newest_step = message.step

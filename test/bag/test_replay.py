@@ -835,6 +835,20 @@ def test_after_lost_steps_a_decision_that_differs_is_found_in_a_later_episode(li
     assert f"unknown in {begins[2] - begins[1] - 2}\n" in told
 
 
+def test_the_steps_of_a_node_with_another_name_are_followed_when_it_is_named(live, tmp_path):
+    found = in_namespace(records([*INPUTS, "/deer_vla/step"], live, 1.0), "/left")
+    renamed = [
+        dataclasses.replace(each, topic=each.topic.replace("/deer_vla/", "/arm_policy/")) for each in found
+    ]
+    path = write(tmp_path / "bag", renamed)
+    asked = {"follow": True, "budget": "average_fraction=0.25"}
+    result, rows = replayed(path, node="/left/arm_policy", **asked)
+    assert len(rows) == 10 and result.differences == [] and result.followed.unknown == 0
+    for node in ("", "/left/deer_vla"):
+        with pytest.raises(UserError, match="no topic deer_vla/step to follow: .* --topic deer_vla/step:="):
+            decisions(path, node=node, **asked)
+
+
 def test_a_step_that_was_recorded_twice_is_repeated_once(live, tmp_path):
     found = records([*INPUTS, "/deer_vla/step"], live)
     place = [index for index, each in enumerate(found) if each.topic == "/deer_vla/step"][3]
