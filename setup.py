@@ -138,7 +138,7 @@ setup(
         "search": ["greenlet", "optuna>=5"],
         "lerobot": ["av>=14", "pyarrow>=15", "rich"],
         "sim": ["mujoco>=3.10"],
-        "replay": ["apsw", "backports.zstd", "lz4", "matplotlib", "rich", "rosbags>=0.11"],
+        "replay": ["apsw", "backports.zstd", "lz4", "rich", "rosbags>=0.11"],
         "demo": ["matplotlib", "mujoco>=3.10", "rich"],
         "train": ["rich", "tensorboardX"],
         "test": [

@@ -45,7 +45,7 @@ def write(rows: Iterable[Row], golden: Path) -> None:
 
 
 def decisions(bag: Path | str, **how: Any) -> list[Row]:
-    """All decisions of the policy on a recording. how: arguments of `request.request`."""
+    """All decisions of the policy on a recording, without times. how: arguments of `request.request`."""
     rows: list[Row] = []
     run(request(Path(bag), **how), "replay", on_row=rows.append)
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from deer_vla_ros.control.types import Camera, Frame
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import images
 from deer_vla_ros.ros.messages import nanoseconds
+from deer_vla_ros.ros.parameters import NODE_NAME
 
 STATIC, GRIPPER = (f"camera/{camera.value}/image_raw" for camera in Camera)
 POSE, INSTRUCTION, STEPS, PARAMETERS = "ee_pose", "instruction", "deer_vla/step", "parameter_events"
@@ -31,6 +32,11 @@ TYPES: dict[str, tuple[str, ...]] = {
 }
 """The node's names of topics, and the types that it takes there. convert-bag alone reads GRIPPER_STATE."""
 NEEDED = (STATIC, GRIPPER, POSE)
+INPUTS = (POSE, INSTRUCTION, STATIC, GRIPPER)
+"""What the node reads. Cameras come last: they are often called otherwise, or used by several robots."""
+OUTPUTS = (STEPS, TARGET, GRIPPER_COMMAND, GRIPPER_STATE)
+"""What the node publishes, and what its gripper answers. Without a rename, these topics are taken only from a
+namespace of the inputs: in another one they are of another arm."""
 CLOCKS = ("receive", "header")
 OTHER_CLOCK_NS = 10_000_000_000
 """A stamp that is further from the time of receipt than this comes from another clock."""
@@ -70,14 +76,17 @@ class Tally:
 
 
 def find_topics(
-    recording: Recording, renames: Mapping[str, str], read: tuple[str, ...], tally: Tally
+    recording: Recording, renames: Mapping[str, str], read: tuple[str, ...], tally: Tally, node: str = ""
 ) -> dict[str, str]:
     """The recorded topics by the node's names.
 
-    renames: recorded topics by the node's names. Without a rename, it is the topic of that name, or the only
-    one that ends with it. read: the topics that will be read besides NEEDED. Raises UserError if one of
-    NEEDED is missing, a rename names no topic, several topics could be one that is read, or its type is
-    wrong. Any other topic of a wrong type is counted and left out. tally: gets the recording's notes, too.
+    renames: recorded topics by the node's names. Without a rename, an input is the topic of that name in the
+    namespace of the renamed inputs, or the one without a namespace, or the only one that ends with the name.
+    For OUTPUTS see there; a topic in another namespace is counted and left out. read: the topics that will be
+    read besides NEEDED. node: full name of the node whose `~/step` is meant, if it is known. Raises UserError
+    if one of NEEDED is missing, a rename names no topic, several topics could be one that is read, the inputs
+    are of several robots, or the type is wrong. Any other topic of a wrong type is counted and left out.
+    tally: gets the recording's notes, too.
     """
     for line in recording.notes:
         tally.note(line)
@@ -86,9 +95,16 @@ def find_topics(
         raise UserError(
             f"--topic {unknown[0]}:=...: the policy has no such topic: use one of {', '.join(TYPES)}"
         )
-    found = {}
+    inputs = [name for name in INPUTS if name in read]
+    found: dict[str, str] = {}
     for name in TYPES:
-        topic = renames.get(name) or _by_name(recording, name, name in read)
+        topic = renames.get(name)
+        if topic is None and name == STEPS and node:
+            topic = f"{node}/step" if f"{node}/step" in recording.topics else None
+        elif topic is None and name in OUTPUTS and (spaces := _namespaces(found, inputs)):
+            topic = _output(recording, name, spaces, tally)
+        elif topic is None:
+            topic = _by_name(recording, name, name in read, _namespaces(renames, inputs))
         if topic is None and name in NEEDED:
             raise UserError(
                 f"{recording.path} has no topic {name}: name the one it has with --topic {name}:=TOPIC; "
@@ -111,24 +127,81 @@ def find_topics(
                 f"{name} takes {' or '.join(TYPES[name])}: name another one with --topic {name}:=TOPIC"
             )
         found[name] = topic
+    _check_one_robot(recording, found, renames, inputs)
     return found
 
 
-def _by_name(recording: Recording, name: str, is_read: bool) -> str | None:
-    names = (name, f"{name}/compressed") if name in CAMERAS else (name,)
-    for each in names:
-        if f"/{each}" in recording.topics:
-            return f"/{each}"
+def node_of(topics: Mapping[str, str]) -> str:
+    """The full name of the policy node that reads these recorded topics (by the node's names): the one whose
+    `~/step` is among them, or deer_vla in the namespace of the first of INPUTS that has its usual name."""
+    if topics.get(STEPS, "").endswith("/step"):
+        return topics[STEPS].removesuffix("/step")
+    return f"{next(iter(_namespaces(topics, INPUTS)), '')}/{NODE_NAME}"
+
+
+def _namespaces(topics: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """The namespaces of the topics among `names` that are called as the node calls them, each once; the root
+    is an empty text."""
+    endings = [(topics[name], f"/{each}") for name in names if name in topics for each in _transports(name)]
+    return list(dict.fromkeys(topic.removesuffix(end) for topic, end in endings if topic.endswith(end)))
+
+
+def _transports(name: str) -> tuple[str, ...]:
+    return (name, f"{name}/compressed") if name in CAMERAS else (name,)
+
+
+def _by_name(recording: Recording, name: str, is_read: bool, preferred: list[str]) -> str | None:
+    """The topic of this name. preferred: namespaces of the inputs that a person chose."""
+    names = _transports(name)
+    for namespace in [*(preferred if len(preferred) == 1 else []), ""]:
+        for each in names:
+            if f"{namespace}/{each}" in recording.topics:
+                return f"{namespace}/{each}"
     for each in names:
         ending = [topic for topic in recording.topics if topic.endswith(f"/{each}")]
         if len(ending) > 1 and is_read:
             raise UserError(
                 f"{recording.path}: {', '.join(sorted(ending))} could all be {name}: "
-                f"choose with --topic {name}:=TOPIC"
+                f"choose with --topic {name}:=TOPIC; other topics are then taken from the same namespace"
             )
         if len(ending) == 1:
             return ending[0]
     return None
+
+
+def _output(recording: Recording, name: str, namespaces: list[str], tally: Tally) -> str | None:
+    """The topic of this name in the first of the namespaces that has one. Counts others if none has one."""
+    for namespace in namespaces:
+        if f"{namespace}/{name}" in recording.topics:
+            return f"{namespace}/{name}"
+    for topic in sorted(recording.topics):
+        if topic.endswith(f"/{name}"):
+            tally.skip(
+                topic,
+                f"not in the namespace {namespaces[0] or '/'} of the inputs: name it with --topic "
+                f"{name}:={topic} if it belongs to the same robot",
+            )
+    return None
+
+
+def _check_one_robot(
+    recording: Recording, found: Mapping[str, str], renames: Mapping[str, str], inputs: Iterable[str]
+) -> None:
+    """Raises UserError if an input that was found by its name has a namespace beside that of another input,
+    as /right is beside /left: it probably belongs to another robot."""
+    spaces = _namespaces(found, inputs)
+    doubtful = []
+    for name in inputs:
+        if name in found and name not in renames:
+            (own,) = _namespaces(found, [name])
+            if not all(f"{max(own, each)}/".startswith(f"{min(own, each)}/") for each in spaces):
+                doubtful.append(f"--topic {name}:={found[name]}")
+    if doubtful:
+        raise UserError(
+            f"{recording.path}: the inputs are in several namespaces "
+            f"({', '.join(each or '/' for each in spaces)}): if they belong to one robot, "
+            f"say so with {' '.join(doubtful)}"
+        )
 
 
 def _listed(recording: Recording) -> str:

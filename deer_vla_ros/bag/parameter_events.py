@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,32 +13,60 @@ from deer_vla_ros.ros import parameters
 VALUES = ("", "bool_value", "integer_value", "double_value", "string_value", "", "", "", "double_array_value")
 """Fields of a ParameterValue by the number of its type; empty for types that no parameter of the node has."""
 
+NAMED_NODES = 5
+"""This many other nodes are named in a note."""
+
 MS_BUDGETS = ("budget.average_ms", "budget.deadline_ms")
 
 
 class ParameterEvents:
-    """Applies recorded changes of live parameters, and notes differences of other parameters."""
+    """Applies the changes of live parameters of one node, and notes differences of other parameters.
 
-    def __init__(self, given: dict[str, Any], keep: tuple[str, ...] = (), has_clock: bool = False):
-        """given: values of all parameters at the beginning. keep: prefixes of names without changes.
+    `/parameter_events` is one topic for all nodes. Events of other nodes have no effect. Those that have
+    parameters of the policy are counted: they may come from another arm, or from a node with another name.
+    """
+
+    def __init__(self, given: dict[str, Any], node: str, keep: tuple[str, ...] = (), has_clock: bool = False):
+        """given: values of all parameters at the beginning. node: full name of the node that is replayed.
+        keep: prefixes of names without changes.
 
         has_clock: whether there is a latency table. Without one, budgets in ms cannot be replayed.
         """
-        self.given, self._keep, self._has_clock = dict(given), keep, has_clock
+        self.given, self._node, self._keep, self._has_clock = dict(given), node, keep, has_clock
         self.applied = 0
-        self.notes: set[str] = set()
+        self._differences: set[str] = set()
+        self._others: Counter[str] = Counter()
         self._declared = {declaration.name: declaration for declaration in parameters.DECLARATIONS}
+
+    def notes(self) -> list[str]:
+        """Lines for the person who reads the result."""
+        others = [f"{node} ({count})" for node, count in sorted(self._others.items()) if count]
+        if len(others) > NAMED_NODES:
+            others[NAMED_NODES:] = [f"{len(others) - NAMED_NODES} more"]
+        return sorted(self._differences) + (
+            [
+                f"parameter events of other nodes than {self._node} have no effect: {', '.join(others)}; "
+                "if one of them is the policy node, name it with --node"
+            ]
+            if others
+            else []
+        )
 
     def apply(self, controller: Controller, event: Any) -> bool:
         """Applies a ParameterEvent message; returns whether it changed anything. UserError if infeasible."""
-        if event.node.rpartition("/")[2] != parameters.NODE_NAME:
+        node = "/" + event.node.strip("/")
+        if node != self._node:
+            changes = (*event.new_parameters, *event.changed_parameters)
+            self._others[node] += any(each.name in self._declared for each in changes)
             return False
         changed = {}
         for name, value in self._values((*event.new_parameters, *event.changed_parameters)):
             if self._declared[name].live:
                 changed[name] = value
             elif value != self.given[name] and name.startswith(("control.", "action.")):
-                self.notes.add(f"{name} was {value!r} when it was recorded and is {self.given[name]!r} here")
+                self._differences.add(
+                    f"{name} was {value!r} when it was recorded and is {self.given[name]!r} here"
+                )
         # An event without changed_parameters comes from the start of a node. A value that is set later, even
         # the same one, makes a new budget.
         if not event.changed_parameters:

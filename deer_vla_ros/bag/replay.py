@@ -18,7 +18,7 @@ import dataclasses
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deer_vla_ros.bag.input_topics import (
@@ -35,6 +35,7 @@ from deer_vla_ros.bag.input_topics import (
     stamp_of,
 )
 from deer_vla_ros.bag.recording import Record
+from deer_vla_ros.budget.types import AVERAGES
 from deer_vla_ros.control.controller import Controller
 from deer_vla_ros.control.inputs import InputGate
 from deer_vla_ros.control.types import Command
@@ -60,7 +61,8 @@ class ReplayMoment:
     now_ns: time by the controller's clock; after the inference in `lockstep`, at its begin in `along_steps`.
     received_ns: time by the recorder's clock at which the last message so far was received; in `along_steps`
     that is the step message. wall_ms: the time that the tick took on this machine. recorded: the message of
-    `~/step` that was repeated; None in `lockstep`.
+    `~/step` that was repeated; None in `lockstep`. is_comparable: whether the live node decided by the same
+    thresholds, as far as the replay can know.
     """
 
     now_ns: int
@@ -68,6 +70,7 @@ class ReplayMoment:
     command: Command
     wall_ms: float
     recorded: Any = None
+    is_comparable: bool = True
 
 
 @dataclass(frozen=True)
@@ -206,21 +209,79 @@ class _Clock:
         self.now_ns = until
 
 
+@dataclass
+class Followed:
+    """What a replay along recorded steps could not compare.
+
+    not_repeated: steps whose inputs, or the policy's memory in them, are not known. own_rule: steps that were
+    repeated, but not compared, because their thresholds depend on what is not known. recorded_rule: steps
+    that were repeated with the recorded exits and thresholds for that reason, and compared. before: number of
+    steps before the first recorded one. gaps: numbers of the first and the last step of each gap.
+    """
+
+    not_repeated: int = 0
+    own_rule: int = 0
+    recorded_rule: int = 0
+    before: int = 0
+    gaps: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def unknown(self) -> int:
+        """How many recorded steps were not compared."""
+        return self.not_repeated + self.own_rule
+
+    def lines(self) -> list[str]:
+        """Lines for the person who reads the result."""
+        lines = []
+        if self.before:
+            lines.append(f"{self.before} steps before the recording are not known")
+        if self.gaps:
+            lost = sum(last - first + 1 for first, last in self.gaps)
+            names = [f"step {a}" if a == b else f"steps {a} to {b}" for a, b in self.gaps[:NAMED_GAPS]]
+            more = [f"{len(self.gaps) - NAMED_GAPS} more gaps"] if len(self.gaps) > NAMED_GAPS else []
+            lines.append(
+                f"{', '.join([*names, *more])} {'is' if lost == 1 else 'are'} missing in the recording "
+                f"({lost} in all): what follows in the same episode is unknown"
+            )
+        depend = (
+            "thresholds of this budget depend on measured times, or on the cost of steps that are not known"
+        )
+        if self.recorded_rule:
+            lines.append(f"{self.recorded_rule} steps were repeated with the recorded thresholds: {depend}")
+        if self.own_rule:
+            lines.append(f"{self.own_rule} steps were repeated, but not compared: {depend}")
+        return lines
+
+
+NAMED_GAPS = 5
+"""This many gaps are named in a note."""
+
+
 def along_steps(
-    controller: Controller, messages: Messages, tally: Tally, on_parameters: ParameterChange
+    controller: Controller,
+    messages: Messages,
+    tally: Tally,
+    on_parameters: ParameterChange,
+    followed: Followed,
+    is_own_budget: bool,
 ) -> Iterator[ReplayMoment]:
     """Repeats the recorded steps, each on the inputs that it names, and yields their commands.
 
     A step is left out, and counted in `tally`, if one of its inputs is not in the recording or cannot be
     decoded, or if the controller gives no command on them. After it, after a gap in the steps' numbers, and
     at the beginning of a recording, all steps are left out until an episode begins, because the policy's
-    temporal state is not known.
+    temporal state is not known. `followed` says how many were left out.
+
+    The governor of an average budget, or measured times, make thresholds depend on all earlier steps. Once a
+    step was not repeated, the replay takes the exits and thresholds that each `~/step` message names, until
+    the budget changes. With is_own_budget, the budget is not the live node's: the replay then keeps its own
+    thresholds, and these steps are not comparable.
 
     A live node applies a parameter event some time after it was sent. A change of the budget is applied just
     before the first step whose budget id shows that the live node had applied it, or had another reason for a
     new id (new latencies, other layers on the device).
     """
-    budget = _FollowedBudget(controller, on_parameters)
+    budget = _FollowedBudget(controller, on_parameters, is_own_budget)
     recent: dict[str, OrderedDict[int, tuple[Record, Any]]] = {
         name: OrderedDict() for name in (STATIC, GRIPPER, POSE)
     }
@@ -237,47 +298,53 @@ def along_steps(
         elif name == PARAMETERS:
             budget.hear(message)
         elif name == STEPS:
-            budget.before(message)
-            if newest_step is None and message.step:
-                tally.skip(
-                    record.topic,
-                    f"{message.step} steps before the recording: the replay does not know their cost, so "
-                    "with an average budget its thresholds may differ from the live node's",
-                )
-            if newest_step is not None and message.step > newest_step + 1:
-                tally.skip(
-                    record.topic,
-                    f"steps {newest_step + 1} to {message.step - 1} are missing in the recording: the memory "
-                    "after them is unknown until an episode begins, and an average budget's governor does "
-                    "not know their cost",
-                )
+            expected = 0 if newest_step is None else newest_step + 1
+            if message.step == newest_step:
+                tally.skip(record.topic, "recorded twice")
+                continue
+            if newest_step is None:
+                followed.before = message.step
+            elif message.step > expected:
+                followed.gaps.append((expected, message.step - 1))
+            if message.step != expected:  # a lower number comes from a node that was started again
+                budget.lose()
                 is_known = False
             newest_step = message.step
+            budget.before(message)
             is_known = is_known or message.episode_step == 0
-            if not is_known:
-                tally.skip(
-                    record.topic,
-                    "its episode began before the recording, or lacks steps or inputs: its memory is not "
-                    "known",
-                )
-                continue
             try:
+                if not is_known:
+                    raise _Missing(
+                        "its episode began before the recording, or lacks steps or inputs: its memory is not "
+                        "known"
+                    )
                 moment = _again(controller, record, message, recent, tally)
-                budget.after(moment)
-                yield moment
             except _Missing as missing:
-                tally.skip(record.topic, f"{missing} is not in the recording, or cannot be decoded")
+                tally.skip(record.topic, str(missing))
+                followed.not_repeated += 1
                 is_known = False
+                budget.skip()
+                continue
+            budget.after(moment)
+            followed.recorded_rule += controller.policy.given_rule is not None
+            followed.own_rule += not budget.is_comparable
+            yield dataclasses.replace(moment, is_comparable=budget.is_comparable)
 
 
 class _FollowedBudget:
-    """Finds the step at which a recorded change of the budget takes effect, from the budget ids."""
+    """Finds the step at which a recorded change of the budget takes effect, from the budget ids.
 
-    def __init__(self, controller: Controller, apply: ParameterChange):
-        self._controller, self._apply = controller, apply
+    It also tells the policy to take recorded exits and thresholds while those of the live node's budget are
+    not known. is_comparable: whether the next step has the live node's thresholds, as far as is known.
+    """
+
+    def __init__(self, controller: Controller, apply: ParameterChange, is_own_budget: bool):
+        self._controller, self._apply, self._is_own_budget = controller, apply, is_own_budget
+        self.is_comparable = True
         self._waiting: list[Any] = []
-        # The live node's budget id minus the replay's; None until the first decision.
+        # The live node's budget id minus the replay's; None until the first decision, and after a gap.
         self._ahead: int | None = None
+        self._is_known = True  # whether the replay has repeated all steps since the budget began
 
     def hear(self, event: Any) -> None:
         """Keeps an event that changes the budget, and applies any other one at once."""
@@ -286,14 +353,32 @@ class _FollowedBudget:
         else:  # It does not change the budget id, so its step cannot be found.
             self._apply(event)
 
+    def skip(self) -> None:
+        """A step was not repeated."""
+        self._is_known = False
+
+    def lose(self) -> None:
+        """Steps are not in the recording. Meanwhile there may have been new budget ids."""
+        self._is_known, self._ahead = False, None
+
     def before(self, step: Any) -> None:
-        """Applies the events that the live node had applied before this step. Before the first decision the
-        ids cannot be compared, so all events that wait are applied."""
+        """Applies the events that the live node had applied before this step. Where the ids cannot be
+        compared, all events that wait are applied."""
+        policy = self._controller.policy
         while self._waiting and (self._ahead is None or step.budget_id - self._ahead > self._coming_id(step)):
-            self._apply(self._waiting.pop(0))
+            # A budget begins anew. Where the ids cannot be compared, some of its steps may be in a gap.
+            if self._apply(self._waiting.pop(0)) and self._ahead is not None:
+                self._is_known = True
+        budget = policy.status.requested
+        needs_times = budget.average_ms or budget.deadline_ms
+        needs_costs = budget.governor and budget.active(AVERAGES)
+        is_rule_known = not needs_times and (self._is_known or not needs_costs)
+        self.is_comparable = is_rule_known or not self._is_own_budget
+        recorded = tuple(map(int, step.exit_layers)), tuple(map(float, step.thresholds))
+        policy.given_rule = None if is_rule_known or self._is_own_budget else recorded
 
     def after(self, moment: ReplayMoment) -> None:
-        """Learns from the first decision how the budget ids of live node and replay differ."""
+        """Learns from a decision how the budget ids of live node and replay differ, if that is not known."""
         if self._ahead is None and moment.command.decision is not None:
             self._ahead = moment.recorded.budget_id - moment.command.decision.budget_id
 
@@ -305,7 +390,7 @@ class _FollowedBudget:
 
 
 class _Missing(Exception):
-    """An input that a recorded step names is missing."""
+    """A recorded step cannot be repeated. The text says why."""
 
 
 def _again(
@@ -322,7 +407,7 @@ def _again(
     for name, pair in found.items():
         put = _put(name, *pair, tally, _no_parameters) if pair else None
         if put is None:
-            raise _Missing(f"{name} of step {step.step}")
+            raise _Missing(f"{name} of step {step.step} is not in the recording, or cannot be decoded")
         put(controller.gate)
     controller.gate.put_instruction(step.instruction)
     if step.episode_step == 0:
@@ -343,7 +428,7 @@ def _again(
     wall_ms = (time.perf_counter() - began) * 1e3
     if command is None:
         raise _Missing(
-            f"an input of step {step.step}, on whose other inputs the controller gives no command,"
+            f"the controller gives no command on the inputs of step {step.step}: one is not in the recording"
         )
     return ReplayMoment(now_ns, record.time_ns, command, wall_ms, recorded=step)
 

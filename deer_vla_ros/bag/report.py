@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from deer_vla_ros.bag.run import Result, Step
+from deer_vla_ros.bag import timeline
+from deer_vla_ros.bag.run import Result
 from deer_vla_ros.control.types import HoldReason
 
 FULL_DEPTH = "full depth"
 NEAR_NS = 50_000_000
 """Half a period of 10 Hz. A target from a policy has a frame's stamp; another target has its own."""
-COLOURS = ("#0d9488", "#d97706", "#7c3aed", "#dc2626", "#2563eb", "#65a30d")
 
 
 def summary(result: Result, reference: Result | None) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
         "position_from_recorded_m": _figures(metres),
         "rotation_from_recorded_rad": _figures(radians),
         "wall_ms": _figures(wall),
-        "steps_held": sum(step.held for step in steps),
+        "steps_held": sum(bool(step.held_for) for step in steps),
         "holds": dict(result.hold_reasons),
         "frames_dropped": result.dropped,
         "parameter_events": result.parameter_events,
@@ -51,6 +49,7 @@ def summary(result: Result, reference: Result | None) -> dict[str, Any]:
         "notes": notes,
         "seconds": result.seconds,
         "wall_s": result.wall_s,
+        "followed_unknown": result.followed.unknown if result.followed else 0,
         "followed_differently": [str(difference) for difference in result.differences],
     }
 
@@ -102,21 +101,26 @@ def page(title: str, results: Sequence[Result], rows: list[dict[str, Any]], refe
         "Cost counts the language part: decoder and cross-attention layers run.</p>",
         _table(rows),
         _holds(results),
-        *(_section(result, reference, colour) for result, colour in zip(results, COLOURS * len(results))),
+        *(_section(result, reference) for result in results),
+        _followed(results),
         _left_out(rows),
     ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>" + "".join(parts)
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}{timeline.STYLE}</style>"
+        f"{''.join(parts)}<script>{timeline.SCRIPT}</script>"
     )
 
 
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1f2937}"
-    "table{border-collapse:collapse;margin:1em 0}"
-    "td,th{padding:.3em .8em;border-bottom:1px solid #e5e7eb;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-)
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:1.5em auto;padding:0 1em 9em;color:#1f2937}
+h1,h2,li{overflow-wrap:anywhere}h1{font-size:1.6em;line-height:1.25}h2{font-size:1.2em;margin:1.6em 0 .5em}
+.scroll{overflow-x:auto}table{border-collapse:collapse;margin:1em 0}
+td,th{padding:.3em .8em;border-bottom:1px solid #e5e7eb;text-align:right}th{vertical-align:bottom}
+td:first-child,th:first-child{padding-left:0;text-align:left}td:first-child{min-width:9em}
+td+td{white-space:nowrap}
+"""
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -152,7 +156,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "<tr>" + "".join(f"<{tag}>{value}</{tag}>" for value in line) + "</tr>"
         for tag, line in [("th", head), *(("td", each) for each in body)]
     ]
-    return f"<table>{''.join(lines)}</table>"
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def _holds(results: Sequence[Result]) -> str:
@@ -166,7 +170,8 @@ def _holds(results: Sequence[Result]) -> str:
         + "</tr>"
         for name in reasons
     ]
-    return f"<h2>Why the arm was held</h2><table><tr><th>reason</th>{head}</tr>{''.join(lines)}</table>"
+    table = f"<table><tr><th>reason</th>{head}</tr>{''.join(lines)}</table>"
+    return f'<h2>Why the arm was held</h2><div class="scroll">{table}</div>'
 
 
 def _left_out(rows: list[dict[str, Any]]) -> str:
@@ -178,57 +183,19 @@ def _left_out(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _section(result: Result, reference: Result | None, colour: str) -> str:
-    picture = base64.b64encode(_picture(result, reference, colour)).decode()
-    image = f'<img alt="exits over time" src="data:image/png;base64,{picture}">'
-    return f"<h2>{html.escape(result.label)}</h2>{image}"
+def _followed(results: Sequence[Result]) -> str:
+    """How the decisions compare with those of the live node, if its steps were repeated."""
+    lines = [
+        f"<li>{html.escape(result.label)}: decided as recorded in {result.same} steps, differently in "
+        f"{len(result.differences)}, unknown in {result.followed.unknown}"
+        + "".join(f"<br>{html.escape(str(difference))}" for difference in result.differences[:3])
+        for result in results
+        if result.followed
+    ]
+    return f"<h2>Compared with the recorded steps</h2><ul>{''.join(lines)}</ul>" if lines else ""
 
 
-def _picture(result: Result, reference: Result | None, colour: str) -> bytes:
-    """A PNG of the run over time: camera frames, depth of every step with the holds, deviation, tick time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        4, 1, figsize=(11, 6.6), sharex=True, layout="constrained", height_ratios=(1.2, 1.4, 1, 0.8)
-    )
-    frames, depth, away, wall = axes
-    span = max(result.seconds, 1e-9)
-    for seconds, image in result.thumbnails:
-        frames.imshow(
-            image,
-            extent=(seconds, seconds + 0.9 * span / max(1, len(result.thumbnails)), 0, 1),
-            aspect="auto",
-        )
-    frames.set(xlim=(0, span), ylim=(0, 1), yticks=[])
-    at = [step.seconds for step in result.steps]
-    depth.step(at, [step.exit_layer + 1 for step in result.steps], where="post", color=colour, linewidth=1)
-    depth.set(
-        ylabel="layers run", ylim=(0, result.exits[-1] + 2), yticks=[layer + 1 for layer in result.exits]
-    )
-    for (begin, _), end in zip(result.holds, _ends(result.holds, result.steps, span)):
-        depth.axvspan(begin, end, color="#fca5a5", alpha=0.5, linewidth=0)
-    at_both, deviation = deviations(result, reference)
-    away.plot(at_both, deviation, color=colour, linewidth=1)
-    away.set(ylabel="from full depth" if len(at_both) else "from full depth\n(not measured)")
-    wall.plot(at, [step.wall_ms for step in result.steps], color="#6b7280", linewidth=1)
-    wall.set(ylabel="tick, ms", xlabel="s (red: the arm is held)")
-    for axis in (depth, away, wall):
-        axis.grid(alpha=0.3)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    pyplot.close(figure)
-    return file.getvalue()
-
-
-def _ends(holds: list[tuple[float, tuple[HoldReason, ...]]], steps: list[Step], span: float) -> list[float]:
-    """When each hold ended [s]: at the next hold, or at the next step that moved the arm."""
-    moving = np.array([step.seconds for step in steps if not step.held])
-    begins = [begin for begin, _ in holds]
-    ends = []
-    for begin, following in zip(begins, [*begins[1:], span]):
-        later = moving[moving > begin]
-        ends.append(min(following, float(later[0]) if len(later) else span))
-    return ends
+def _section(result: Result, reference: Result | None) -> str:
+    known = dict(zip(*(values.tolist() for values in deviations(result, reference))))
+    away = [known.get(step.seconds) for step in result.steps]
+    return f"<h2>{html.escape(result.label)}</h2>{timeline.chart(result, away)}"

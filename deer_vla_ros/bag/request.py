@@ -26,14 +26,17 @@ def request(
     latency_table: Path | str | None = None,
     follow: bool = False,
     with_inputs: bool = True,
+    node: str = "",
 ) -> Request:
     """The request for one run. Raises UserError for what the node would refuse.
 
     params: the node's parameter file; None: its defaults. budget: NAME=VALUE, several with commas between; it
     replaces the budget of the parameters, and recorded changes of budgets then have no effect. latency_table:
-    None takes the checkpoint folder's, if a budget needs one. The other arguments are as in `Request`.
+    None takes the checkpoint folder's, if a budget needs one. node: as in `Request`; it also chooses among
+    the nodes of the parameter file. The other arguments are as in `Request`.
     """
-    given = parameters.from_file(params)
+    node = parameters.full_name(node) if node else ""
+    given = parameters.from_file(params, node)
     if budget:
         parts = [part.removeprefix("budget.") for part in budget.split(",")]
         asked = {
@@ -56,6 +59,8 @@ def request(
         keep=("budget.",) if budget else (),
         latencies=LatencyTable.load(Path(latency_table)) if latency_table else None,
         with_inputs=with_inputs,
+        node=node,
+        file_node=parameters.node_in_file(params),
     )
 
 

@@ -27,10 +27,11 @@ from deer_vla_ros.bag.input_topics import (
     find_topics,
     image,
     messages,
+    node_of,
 )
 from deer_vla_ros.bag.parameter_events import ParameterEvents, check_clock
 from deer_vla_ros.bag.recording import Record, Recording
-from deer_vla_ros.bag.replay import Messages, ReplayMoment, along_steps, arrivals, lockstep
+from deer_vla_ros.bag.replay import Followed, Messages, ReplayMoment, along_steps, arrivals, lockstep
 from deer_vla_ros.bag.rows import AGES, DECIDED, STEP_TYPE, Row, RowDifference, difference, row_of
 from deer_vla_ros.bag.writing import RunFolder
 from deer_vla_ros.budget.latency import LatencyTable
@@ -59,7 +60,8 @@ class Request:
     input_topics.CLOCKS. start_s: from the beginning of the recording. duration_s: None: to its end.
     instruction: replaces the recorded ones. follow: along recorded steps. keep: prefixes of the parameters on
     which recorded changes have no effect. latencies: give the time of an inference. with_inputs: copy the
-    inputs to the output.
+    inputs to the output. node: full name of the policy node, whose parameter events and `~/step` count;
+    empty: see `input_topics.node_of`. file_node: the node that the parameter file names, if it names one.
     """
 
     bag: Path
@@ -73,13 +75,16 @@ class Request:
     keep: tuple[str, ...] = ()
     latencies: LatencyTable | None = None
     with_inputs: bool = True
+    node: str = ""
+    file_node: str = ""
 
 
 @dataclass(frozen=True)
 class Step:
     """What a report needs of one decision. stamp [ns]. seconds: receipt, from the start of the replayed part.
 
-    exit_layer: counted from 0. action: (6,), the six pose values. target: position [m], quaternion.
+    exit_layer: counted from 0. action: (6,), the six pose values. target: position [m], quaternion. held_for:
+    why the arm was held in place of this motion; empty if it was not.
     """
 
     stamp: int
@@ -91,7 +96,8 @@ class Step:
     wall_ms: float
     action: np.ndarray
     target: tuple[np.ndarray, np.ndarray] | None
-    held: bool
+    held_for: tuple[HoldReason, ...]
+    instruction: str
 
 
 @dataclass
@@ -99,8 +105,8 @@ class Result:
     """The outcome of one replay. Times are from the start of the replayed part [s].
 
     holds: (start, reasons). thumbnails: (time, (H, W, 3) image) of the static camera. recorded_targets:
-    position and quaternion by stamp [ns], as they were recorded. differences: from the recorded steps, if
-    they were followed.
+    position and quaternion by stamp [ns], as they were recorded. followed, differences: what could not be
+    compared with the recorded steps, and what was decided otherwise, if they were followed.
     """
 
     label: str
@@ -110,12 +116,18 @@ class Result:
     recorded_targets: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     notes: list[str] = field(default_factory=list)
+    followed: Followed | None = None
     differences: list[RowDifference] = field(default_factory=list)
     seconds: float = 0.0
     wall_s: float = 0.0
     exits: tuple[int, ...] = ()
     dropped: int = 0
     parameter_events: int = 0
+
+    @property
+    def same(self) -> int:
+        """How many recorded steps were decided in the same way, if they were followed."""
+        return len(self.steps) - self.followed.own_rule - len(self.differences)
 
     @property
     def hold_reasons(self) -> Counter[str]:
@@ -132,8 +144,8 @@ def run(
 ) -> Result:
     """Replays a recording. folder: where to write steps.csv, timings.csv, holds.csv and bag/; a new one.
 
-    on_row: called with every decision. on_progress: called with the seconds that are done, and their total.
-    Raises UserError for a recording that cannot be replayed, or that leads to no step.
+    on_row: called with the DECIDED fields of every decision. on_progress: called with the seconds that are
+    done, and their total. Raises UserError for a recording that cannot be replayed, or that leads to no step.
     """
     check_clock(request.given, request.latencies is not None)
     with contextlib.ExitStack() as stack:
@@ -141,16 +153,29 @@ def run(
         result = Result(label)
         said = () if request.instruction is not None or request.follow else (INSTRUCTION,)
         topics = find_topics(
-            recording, request.topics, (*said, *([STEPS] if request.follow else [])), result.tally
+            recording,
+            request.topics,
+            (*said, *([STEPS] if request.follow else [])),
+            result.tally,
+            request.node,
         )
         if request.follow and STEPS not in topics:
             raise UserError(
-                f"{request.bag} has no topic {STEPS} to follow: record ~/step too, or replay without --follow"
+                f"{request.bag} has no topic {STEPS} to follow: record ~/step too, name it with --topic "
+                f"{STEPS}:=TOPIC, or replay without --follow"
             )
         if request.instruction is None and INSTRUCTION not in topics and not request.follow:
             raise UserError(
                 f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "
                 "or say what to do with --instruction"
+            )
+        if request.instruction is not None or request.follow:
+            topics.pop(INSTRUCTION, None)
+        node = request.node or node_of(topics)
+        if request.file_node not in ("", node) and not request.node:
+            raise UserError(
+                f"the parameter file is for {request.file_node}, but the replayed topics of {request.bag} "
+                f"are those of {node}: give --node {request.file_node} if these parameters are meant"
             )
         window = _window(request, recording)
         # Along recorded steps, the measured pose is the live arm's. Only holds between steps are unknown.
@@ -163,7 +188,9 @@ def run(
             if folder
             else None
         )
-        _Replaying(request, recording, topics, window, controller, files, result).finish(on_row, on_progress)
+        events = ParameterEvents(request.given, node, request.keep, request.latencies is not None)
+        replaying = _Replaying(request, recording, topics, window, controller, events, files, result)
+        replaying.finish(on_row, on_progress)
         return result
 
 
@@ -190,16 +217,15 @@ class _Replaying:
         topics: dict[str, str],
         window: tuple[int, int],
         controller: Controller,
+        events: ParameterEvents,
         files: RunFolder | None,
         result: Result,
     ):
         self._request, self._recording, self._window = request, recording, window
-        self._controller, self._files, self._result = controller, files, result
+        self._controller, self._events = controller, events
+        self._files, self._result = files, result
         unused = {GRIPPER_COMMAND} if request.follow else {GRIPPER_COMMAND, STEPS}
         self._topics = {name: topic for name, topic in topics.items() if name not in unused}
-        if request.instruction is not None or request.follow:
-            self._topics.pop(INSTRUCTION, None)
-        self._events = ParameterEvents(request.given, request.keep, request.latencies is not None)
         self._held: tuple[HoldReason, ...] = ()
         self._next_thumbnail = 0
 
@@ -213,14 +239,14 @@ class _Replaying:
                 ", ".join(f"{reason} ({HoldReason[reason].value})" for reason in result.hold_reasons)
                 or "nothing arrived"
             )
-            left_out = "; ".join(result.tally.lines())
+            left_out = "; ".join([*result.tally.lines(), *self._events.notes()])
             raise UserError(
                 f"{self._request.bag}: no step was taken: {held}{'; ' + left_out if left_out else ''}"
             )
         result.wall_s = time.perf_counter() - began
         result.dropped = self._controller.gate.snapshot().dropped
         result.parameter_events = self._events.applied
-        result.notes += sorted(self._events.notes)
+        result.notes += [*(result.followed.lines() if result.followed else ()), *self._events.notes()]
 
     def _moments(self, on_progress: Callable[[float, float], None]) -> Iterator[ReplayMoment]:
         request = self._request
@@ -228,7 +254,9 @@ class _Replaying:
         self._obey_earlier_changes()
         heard = self._heard(on_progress)
         if request.follow:
-            return along_steps(self._controller, heard, self._result.tally, apply)
+            self._result.followed = followed = Followed()
+            is_own_budget = "budget." in request.keep
+            return along_steps(self._controller, heard, self._result.tally, apply, followed, is_own_budget)
         self._controller.gate.put_instruction(self._first_instruction())
         stamps = Stamps(request.clock, request.bag)
         coming = arrivals(heard, stamps, self._result.tally, apply)
@@ -261,7 +289,9 @@ class _Replaying:
             if name == STATIC:
                 seconds = self._seconds(record.time_ns)
                 on_progress(seconds, self._result.seconds)
-                if seconds * THUMBNAILS >= self._next_thumbnail * self._result.seconds:
+                place = int(THUMBNAILS * seconds / self._result.seconds)
+                if place >= self._next_thumbnail:
+                    self._next_thumbnail = place + 1
                     self._thumbnail(record, message)
             if name == TARGET:
                 pose = measured_pose(message)
@@ -269,7 +299,6 @@ class _Replaying:
             yield name, record, message
 
     def _thumbnail(self, record: Record, message: Any) -> None:
-        self._next_thumbnail += 1
         with contextlib.suppress(UserError):  # `arrivals` counts an image that cannot be decoded
             self._result.thumbnails.append(
                 (self._seconds(record.time_ns), image(record, message).image[::2, ::2].copy())
@@ -299,10 +328,10 @@ class _Replaying:
         command, result, decision = moment.command, self._result, moment.command.decision
         data = to_cdr(step_message(decision, self._controller.action_space.frame, _published(moment)))
         row = row_of(from_cdr(data, STEP_TYPE))
-        if moment.recorded is not None:
+        if moment.recorded is not None and moment.is_comparable:
             if found := difference(len(result.steps), row, row_of(moment.recorded), 0.0, FOLLOWED):
                 result.differences.append(found)
-        on_row(row)
+        on_row({name: row[name] for name in DECIDED})
         if self._files:
             self._files.decided(row, moment.wall_ms)
         result.exits = decision.policy.exits
@@ -319,7 +348,8 @@ class _Replaying:
                 target=None
                 if command.target is None
                 else (command.target.position, command.target.quaternion),
-                held=bool(decision.held),
+                held_for=tuple(decision.held),
+                instruction=decision.instruction,
             )
         )
         return data

@@ -52,7 +52,8 @@ class BudgetedPolicy:
 
     Any thread may call `check` and read `status`, `budget_id` and `problem`. All else belongs to one thread.
     chosen: what the steps run with. problem: why the network is less deep than the budget allows; empty if it
-    is not.
+    is not. given_rule: exits and thresholds of the next steps in place of the budget's, for a replay that
+    repeats recorded steps; None: the budget's.
     """
 
     def __init__(self, checkpoint: Checkpoint, latencies: LatencyTable | None = None, backend: str = EAGER):
@@ -70,6 +71,7 @@ class BudgetedPolicy:
         if latencies is not None:
             self._keeper.latency.use(latencies)
         self.problem = ""
+        self.given_rule: tuple[tuple[int, ...], tuple[float, ...]] | None = None
 
     @property
     def status(self) -> BudgetStatus:
@@ -138,6 +140,9 @@ class BudgetedPolicy:
 
     def step(self, observation: Observation) -> BudgetedStep:
         """Runs one step and enters it into the account. Raises what the inference raises."""
+        if self.given_rule is not None:
+            exits, thresholds = self.given_rule
+            self._policy.rule = dataclasses.replace(self._keeper.rule, exits=exits, thresholds=thresholds)
         step, budget_id = self._policy.step(observation), self._keeper.budget_id
         if self._keeper.latency.is_frozen:
             step = dataclasses.replace(step, times=self._keeper.latency.times(step))

@@ -34,6 +34,13 @@ def add_recording_arguments(parser: argparse.ArgumentParser, of: str = "") -> No
         "--params", type=Path, metavar="FILE", help=f"{of}the node's parameter file (default: its defaults)"
     )
     parser.add_argument(
+        "--node",
+        default="",
+        metavar="NAME",
+        help=f"{of}full name of the policy node, such as /left/deer_vla: the parameters of that node count "
+        "(default: deer_vla in the namespace of the topics)",
+    )
+    parser.add_argument(
         "--topic",
         action="append",
         default=[],

@@ -194,7 +194,7 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
     from deer_vla_ros.budget.calibration import Episode
     from deer_vla_ros.ros import parameters
 
-    given = parameters.from_file(args.params)
+    given = parameters.from_file(args.params, args.node)
     settings, frame = parameters.controller_settings(given), parameters.action_space(given, space).frame
     account, topics = Account(), arguments.topics_of(args)
     try:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from deer_vla_ros.model.checkpoint import folder_of, load_info
     from deer_vla_ros.ros import parameters
 
-    given = parameters.from_file(args.params)
+    given = parameters.from_file(args.params, args.node)
     space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
     settings, account = parameters.controller_settings(given), Account()
     topics = arguments.topics_of(args)

@@ -102,9 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 if --check or --follow finds a decision that differs, otherwise 0. Raises UserError if
-    options contradict each other, if --out is another folder, or if recording, checkpoint or tables cannot be
-    read."""
+    """Returns 1 if --check or --follow finds a decision that differs, otherwise 0. A recorded step that
+    cannot be compared does not differ. Raises UserError if options contradict each other, if --out is another
+    folder, or if recording, checkpoint or tables cannot be read."""
     from deer_vla_ros.bag import golden, report
     from deer_vla_ros.files import write_json
 
@@ -194,6 +194,7 @@ def requests_of(args: argparse.Namespace) -> dict[str, Request]:
         "follow": args.follow,
         "latency_table": args.latency_table,
         "with_inputs": not args.no_inputs,
+        "node": args.node,
     }
     return {text or OWN: request(args.bag, budget=text, **common) for text in args.budget or [""]}
 
@@ -261,9 +262,11 @@ def _print(result: Result, figures: dict[str, Any]) -> None:
         print(f"  held {count} times: {reason}")
     for line in (*figures["left_out"], *figures["notes"]):
         print(f"  {line}")
-    if figures["followed_differently"]:
-        differences = figures["followed_differently"]
-        print(f"  decided differently in {len(differences)} steps, first: {differences[0]}")
+    if result.followed:
+        different, unknown = len(result.differences), result.followed.unknown
+        print(f"  decided as recorded in {result.same} steps, unknown in {unknown}")
+        if different:
+            print(f"  decided differently in {different} steps, first: {result.differences[0]}")
 
 
 def _forget(row: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -62,26 +63,28 @@ class Declaration:
     def checked(self, value: Any, where: str) -> Any:
         """The value in the parameter's type. Raises UserError, `where` first, if the node would refuse it."""
         kind, value = type(self.default), self.typed(value)
+        given = f"{where}: {self.name} is {_shown(value)}"
         if type(value) is not kind:
-            raise UserError(f"{where}: {self.name} is {value!r}: give a {kind.__name__}")
-        if kind is list and not all(type(each) is float for each in value):
-            raise UserError(f"{where}: {self.name} is {value!r}: give numbers")
+            raise UserError(f"{given}: give a {kind.__name__}")
+        if kind is list and not (
+            len(value) == len(self.default) and all(type(each) is float for each in value)
+        ):
+            raise UserError(f"{given}: give {len(self.default)} numbers")
+        if kind is str and any(character < " " for character in value):
+            raise UserError(f"{given}: give a text without control characters")
         if self.choices and value not in self.choices:
-            raise UserError(f"{where}: {self.name} is {value!r}: use one of {', '.join(self.choices)}")
+            raise UserError(f"{given}: use one of {', '.join(self.choices)}")
         if self.low is not None and not self.low <= value <= self.high:
-            raise UserError(f"{where}: {self.name} is {value!r}: give {self.low:g} to {self.high:g}")
+            raise UserError(f"{given}: give {self.low:g} to {self.high:g}")
         return value
 
     def typed(self, value: Any) -> Any:
         """Converts whole numbers to float for a double or an array of doubles. Keeps other values."""
-        if isinstance(self.default, float) and type(value) is int:
-            return float(value)
-        if (
-            isinstance(self.default, list)
-            and not isinstance(value, (str, bytes))
-            and hasattr(value, "__iter__")
-        ):
-            return [float(each) if type(each) in (int, float) else each for each in value] or value
+        if isinstance(self.default, float):
+            return _as_float(value)
+        if isinstance(self.default, list) and not isinstance(value, (str, bytes, set, dict)):
+            if hasattr(value, "__iter__"):
+                return [_as_float(each) for each in value] or value
         return value
 
     def descriptor(self) -> ParameterDescriptor:
@@ -594,28 +597,111 @@ def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable
     return found
 
 
-def from_file(path: Path | None) -> dict[str, Any]:
+def from_file(path: Path | None, node: str = "") -> dict[str, Any]:
     """Every parameter's value if the node gets this ROS parameter file. Parameters that it leaves out, or all
     if path is None, have their defaults.
 
-    Raises UserError for a file that is no YAML, a name that no parameter has, or a value
-    that the node would refuse.
+    node: full name of the node, such as /left/deer_vla. As in ROS 2, the sections of the file whose names
+    match it apply, the last one wins, `*` is one part of a name and `**` any number of parts. Empty: a node
+    with the name deer_vla, in any namespace that the file names; the values must be the same in all of them.
+
+    Raises UserError for a file that cannot be read (see `read_yaml`), that has no parameters for the node or
+    different ones for several nodes, a name that no parameter has, or a value that the node would refuse.
     """
-    tree = read_yaml(path, "config/deer_vla.yaml") if path else {}
-    return with_defaults(_of_node(tree if isinstance(tree, dict) else {}), str(path))
+    if path is None:
+        return with_defaults({}, "defaults")
+    sections = _sections(path)
+    nodes = [full_name(node)] if node else _policy_nodes(sections)
+    given = [_of_node(sections, each) for each in nodes]
+    if not any(given):
+        names = ", ".join(dict.fromkeys(name for name, _ in sections))
+        found = f"only for {_short(names)}" if names else "none at all"
+        other = "" if node or not names else ", or name the policy node with --node"
+        raise UserError(
+            f"{path}: no ros__parameters for the node {node or NODE_NAME}, {found}: "
+            f"give them as config/deer_vla.yaml does{other}"
+        )
+    if any(each != given[0] for each in given):
+        raise UserError(
+            f"{path}: different parameters for the nodes {_short(', '.join(nodes))}: "
+            "choose one with --node NAME"
+        )
+    return with_defaults(given[0], str(path))
 
 
-def _of_node(tree: dict[str, Any]) -> dict[str, Any]:
-    """The values that a file gives to this node, under its name or a wildcard, in any namespace."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        parts = str(key).strip("/").split("/")
-        if not isinstance(value, dict):
-            continue
-        if parts[-1] in (NODE_NAME, "*", "**") and isinstance(value.get("ros__parameters"), dict):
-            found |= _flat(value["ros__parameters"])
-        found |= _of_node({name: inner for name, inner in value.items() if name != "ros__parameters"})
+def node_in_file(path: Path | None) -> str:
+    """The full name of the node deer_vla that a parameter file names; empty if it names none or several, or
+    has a wildcard in the name. Raises UserError as `from_file`."""
+    names = {name for name, _ in _sections(path) if _is_policy(name) and "*" not in name} if path else set()
+    return names.pop() if len(names) == 1 else ""
+
+
+def full_name(node: str) -> str:
+    """The full name of a node, with one slash before each part. Raises UserError for what is no name."""
+    parts = node.strip("/").split("/")
+    if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
+        raise UserError(f"--node is {_shown(node)}: give the full name of a node, such as /left/{NODE_NAME}")
+    return "/" + "/".join(parts)
+
+
+def _sections(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The sections of a parameter file in their order: full name of the node, perhaps with wildcards, and the
+    values by parameter. Sections without any value are left out."""
+    tree, found = read_yaml(path, "config/deer_vla.yaml"), []
+
+    def search(tree: dict, parts: tuple[str, ...]) -> None:
+        for key, value in tree.items():
+            if key == "ros__parameters":
+                if not isinstance(value, dict | None):
+                    raise UserError(
+                        f"{path}: ros__parameters is {_shown(value)}: "
+                        "give names of parameters with their values"
+                    )
+                name = "/" + "/".join(parts)
+                if not all(re.fullmatch(r"\*\*?|[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
+                    raise UserError(f"{path}: {_shown(name)} is no name of a node: correct it")
+                if values := _flat(value or {}):
+                    found.append((name, values))
+            elif isinstance(value, dict):
+                search(value, (*parts, *str(key).strip("/").split("/")))
+
+    search(tree if isinstance(tree, dict) else {}, ())
     return found
+
+
+def _policy_nodes(sections: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The nodes deer_vla that the sections name. Without any, an example of a name for each wildcard."""
+    names = list(dict.fromkeys(name for name, _ in sections if _is_policy(name)))
+    if exact := [name for name in names if "*" not in name]:
+        return exact
+    examples = (re.sub(r"/\*\*?$", f"/{NODE_NAME}", name).replace("/**", "") for name in names)
+    return list(dict.fromkeys(example.replace("/*", "/any") for example in examples))
+
+
+def _is_policy(name: str) -> bool:
+    return name.rpartition("/")[2] in (NODE_NAME, "*", "**")
+
+
+def _of_node(sections: list[tuple[str, dict[str, Any]]], node: str) -> dict[str, Any]:
+    """The values that the node of this full name gets from the sections."""
+    found: dict[str, Any] = {}
+    for name, values in sections:
+        if _matches(name.split("/")[1:], node.split("/")[1:]):
+            found |= values
+    return found
+
+
+def _matches(pattern: list[str], name: list[str]) -> bool:
+    """Whether the parts of a name match a pattern, in which `*` is one part and `**` any number of parts."""
+    ends = {0}  # how many parts of the name the pattern so far can match
+    for part in pattern:
+        if not ends:
+            return False
+        if part == "**":
+            ends = set(range(min(ends), len(name) + 1))
+        else:
+            ends = {end + 1 for end in ends if end < len(name) and part in ("*", name[end])}
+    return len(name) in ends
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -623,6 +709,23 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def _as_float(value: Any) -> Any:
+    """A whole number of at most 64 bits as a float; any other value as it is."""
+    return float(value) if type(value) is int and abs(value) < 2**63 else value
+
+
+def _shown(value: Any) -> str:
+    """A value as a part of one line."""
+    try:
+        return _short(repr(value))
+    except ValueError:  # a number of more than 4300 digits
+        return f"a very large {type(value).__name__}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -636,10 +739,14 @@ def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
         if name.startswith(RCLPYS_OWN):
             continue
         if name not in declared:
-            raise UserError(f"{where}: no parameter {name}: see config/deer_vla.yaml")
+            shown = name if name.isprintable() and len(name) <= 100 else _shown(name)
+            raise UserError(f"{where}: no parameter {shown}: see config/deer_vla.yaml")
         found[name] = declared[name].checked(value, where)
-    controller_settings(found)
-    budget(found).check()
+    try:
+        controller_settings(found)
+        budget(found).check()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     return found
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from shared import made_once
 from std_msgs.msg import String
 
 from deer_vla_ros.__main__ import main
-from deer_vla_ros.bag import assert_replays, decisions
+from deer_vla_ros.bag import assert_replays, decisions, report
 from deer_vla_ros.bag.cdr import to_cdr
-from deer_vla_ros.bag.input_topics import Stamps, Tally, find_topics
+from deer_vla_ros.bag.input_topics import Stamps, Tally, find_topics, node_of
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.bag.request import request
 from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, text_of
@@ -137,17 +138,71 @@ def test_the_recording_it_leaves_has_the_inputs_as_they_were_and_the_decisions_b
 
 def test_the_report_compares_the_budgets_and_needs_nothing_from_elsewhere(whole):
     page, figures = (whole / "report.html").read_text(), json.loads((whole / "report.json").read_text())
-    assert (
-        page.count('src="data:image/png;base64,') == page.count("src=") == 2
-        and "href" not in page
-        and "<script" not in page
-    )
+    assert page.count('src="data:image/jpeg;base64,') == page.count("src=") == 16, "8 frames for each budget"
+    assert not any(word in page for word in ("href", "http", "url(", "@import", "fetch("))
     cheap, dear = figures["runs"]
     assert cheap["language_gmac_mean"] < dear["language_gmac_mean"] <= dear["language_gmac_full"]
     assert cheap["deviation_from_full_depth"]["mean"] >= dear["deviation_from_full_depth"]["mean"] > 0
     assert cheap["position_from_recorded_m"]["mean"] < 0.06, "the arm was told things like that"
     assert sum(cheap["exit_shares"].values()) == pytest.approx(1)
     assert figures["runs"][0]["label"] in page
+
+
+class Parts(HTMLParser):
+    """The elements of a page with their attributes, and the text in them by the class of the element."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.texts, self._open = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append((self._open[-1] if self._open else "", data))
+
+    def data(self) -> list[dict]:
+        """What is embedded for the script, by run."""
+        return [json.loads(text) for tag, text in self.texts if tag == "script" and text.startswith("{")]
+
+    def bands(self) -> list[str]:
+        return [text for tag, text in self.texts if tag == "span"]
+
+
+def test_the_report_tells_the_instructions_and_the_values_of_every_step(whole):
+    parts = Parts((whole / "report.html").read_text())
+    said_here = [decode(each).data for each in records([INSTRUCTION])]
+    assert parts.bands() == 2 * [f"{number}. {text}" for number, text in enumerate(said_here, start=1)]
+    assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in parts.tags
+    assert len(parts.data()) == 2
+    for name, data in zip(("average_fraction=0.25", "average_fraction=0.6_peak_gmac=1"), parts.data()):
+        with open(whole / name / "steps.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [data["texts"][index] for index in data["text"]] == [row["instruction"] for row in rows]
+        assert data["layers"] == [int(row["layers_run"]) for row in rows]
+        assert data["gmac"] == pytest.approx([float(row["language_gmac"]) for row in rows], rel=1e-3)
+        assert len(data["s"]) == len(data["ms"]) == len(data["away"]) == len(data["held"]) == len(rows)
+        assert data["s"] == sorted(data["s"]) and min(data["ms"]) > 0 and min(data["away"]) >= 0
+
+
+def test_an_instruction_cannot_leave_its_place_in_the_report(short, tmp_path):
+    found = [each for each in records(INPUTS, short) if each.topic != INSTRUCTION]
+    hostile = "</script><img src=x onerror=alert(1)>&amp;\u2028\"'<!--"
+    start = found[0].time_ns
+    gap = [each for each in found if not start + 1.05 * SECOND < each.time_ns < start + 2.05 * SECOND]
+    result, _ = replayed(write(tmp_path / "bag", [said(hostile, start), *gap]))
+    pages = [report.page(hostile, [result], [report.summary(result, None)], None) for _ in range(2)]
+    assert pages[0] == pages[1]
+    parts = Parts(pages[0])
+    assert parts.bands() == [f"1. {hostile}"] and parts.data()[0]["texts"] == [hostile]
+    images = [attributes["src"] for tag, attributes in parts.tags if tag == "img"]
+    assert images and all(source.startswith("data:image/jpeg;base64,") for source in images)
+    (data,) = parts.data()
+    assert data["away"] == [None] * len(data["s"])
+    begin, end, why = data["holds"][-1]
+    assert "STATIC_STALE" in data["reasons"][why] and 1.0 < begin < end < 2.3
 
 
 def test_two_runs_decide_the_same_to_the_byte_and_so_does_one_after_a_kill(short, tmp_path):
@@ -436,6 +491,86 @@ def test_of_two_robots_instructions_one_has_to_be_chosen(short, plain, tmp_path)
     assert len(decisions(path, instruction="lift the red block")) == len(plain)
 
 
+# Recordings of several robots.
+
+
+def in_namespace(found: list[Record], namespace: str) -> list[Record]:
+    return [dataclasses.replace(each, topic=f"{namespace}{each.topic}") for each in found]
+
+
+def test_parameter_events_are_those_of_the_node_in_the_namespace_of_the_topics(tiny, tmp_path):
+    found = in_namespace(records(INPUTS, tiny), "/left")
+    start = found[0].time_ns
+    nodes = ["/right/deer_vla", "/right/deer_vla", "/left/arm_policy", "/deer_vla"]
+    others = [parameter_event(start, node, average_fraction=1.0) for node in nodes]
+    rest = [*others, parameter_event(start, "/left/camera")]
+    path = write(tmp_path / "bag", [*rest, *found])
+    result, rows = replayed(path)
+    assert result.parameter_events == 0 and cells(rows) == decided(tiny)
+    assert result.notes == [
+        "parameter events of other nodes than /left/deer_vla have no effect: /deer_vla (1), "
+        "/left/arm_policy (1), /right/deer_vla (2); if one of them is the policy node, name it with --node"
+    ]
+    renamed, rows = replayed(path, node="/left/arm_policy")
+    assert renamed.parameter_events == 1 and all(row["exit_index"] == 5 for row in rows)
+    own = write(tmp_path / "own", [parameter_event(start, "/left/deer_vla", average_fraction=1.0), *found])
+    obeyed, rows = replayed(own)
+    assert obeyed.parameter_events == 1 and obeyed.notes == []
+    assert all(row["exit_index"] == 5 for row in rows)
+
+
+def found_in(path: Path, tally: Tally | None = None, **how) -> dict[str, str]:
+    with Recording(path) as recording:
+        return find_topics(recording, how.pop("renames", {}), ("instruction",), tally or Tally(), **how)
+
+
+def test_of_two_robots_one_topic_chooses_the_robot_and_outputs_of_the_other_are_left_out(tiny, tmp_path):
+    target = dataclasses.replace(records([POSE], tiny)[0], topic="/target_pose")
+    right = in_namespace([*records(INPUTS, tiny), target], "/right")
+    left = in_namespace(records(INPUTS, tiny), "/left")
+    path = write(tmp_path / "both", [*left, *right])
+    with pytest.raises(UserError, match="/left/camera/static/image_raw, /right/.* choose with --topic"):
+        found_in(path)
+    tally = Tally()
+    chosen = found_in(path, tally, renames={"ee_pose": "/left/ee_pose"})
+    assert set(chosen.values()) == {f"/left{topic}" for topic in INPUTS}
+    assert tally.lines() == [
+        "/right/target_pose: 1 left out: not in the namespace /left of the inputs: name it with --topic "
+        "target_pose:=/right/target_pose if it belongs to the same robot"
+    ]
+    assert found_in(path, renames={"ee_pose": "/right/ee_pose"})["target_pose"] == "/right/target_pose"
+    mixed = [each for each in left if not each.topic.endswith("ee_pose")]
+    mixed += [each for each in right if each.topic.endswith("ee_pose")]
+    mixed = write(tmp_path / "mixed", mixed)
+    with pytest.raises(UserError, match=r"several namespaces .*--topic ee_pose:=/right/ee_pose --topic"):
+        found_in(mixed)
+    named = {topic[1:]: f"/left{topic}" for topic in INPUTS} | {"ee_pose": "/right/ee_pose"}
+    assert found_in(mixed, renames=named) == named
+    for name in ("camera/static/image_raw", "camera/gripper/image_raw", "instruction"):
+        del named[name]
+        with pytest.raises(UserError, match=f"several namespaces .*--topic {name}:=/left/{name}"):
+            found_in(mixed, renames=named)
+
+
+def test_the_policy_node_follows_from_the_topics():
+    pose, static = "ee_pose", "camera/static/image_raw"
+    assert node_of({pose: "/left/ee_pose", static: "/scene/camera/static/image_raw"}) == "/left/deer_vla"
+    assert node_of({pose: "/franka/current_pose", static: "/a/b/camera/static/image_raw/compressed"}) == (
+        "/a/b/deer_vla"
+    )
+    assert node_of({pose: "/ee_pose", "deer_vla/step": "/left/arm_policy/step"}) == "/left/arm_policy"
+    assert node_of({pose: "/franka/current_pose"}) == "/deer_vla"
+
+
+def test_a_parameter_file_for_another_robot_is_refused(tiny, tmp_path):
+    path = write(tmp_path / "bag", in_namespace(records(INPUTS, tiny), "/left"))
+    file = tmp_path / "right.yaml"
+    file.write_text("/right/deer_vla:\n  ros__parameters:\n    guard.leash_m: 0.2\n")
+    with pytest.raises(UserError, match="is for /right/deer_vla, but .* are those of /left/deer_vla"):
+        decisions(path, params=file)
+    assert decided(path, params=file, node="/right/deer_vla") == decided(tiny)
+
+
 def restamped(found: list[Record], shift) -> list[Record]:
     """The messages with other header stamps. shift: new stamp [ns] from the index and the stamp [ns]."""
     from deer_vla_ros.bag.cdr import types
@@ -618,31 +753,118 @@ def test_a_followed_step_whose_frame_is_missing_ends_what_can_be_compared_until_
     )
 
 
-def test_steps_that_the_recorder_lost_are_named_and_what_follows_them_is_unknown_not_different(
-    short, tmp_path
-):
-    assert main(["replay", str(short), "--out", str(tmp_path / "out")]) == 0
-    found = records([*INPUTS, "/deer_vla/step"], next((tmp_path / "out").glob("**/bag")))
-    places = [index for index, each in enumerate(found) if each.topic == "/deer_vla/step"]
-    steps = [decode(found[index]) for index in places]
-    lost = {places[5], places[6]}
-    kept = write(tmp_path / "bag", [each for index, each in enumerate(found) if index not in lost])
-    result, rows = replayed(kept, follow=True)
-    begins = next(index for index, step in enumerate(steps) if index > 6 and step.episode_step == 0)
-    expected = [*steps[:5], *steps[begins:]]
-    assert [row["stamp"] for row in rows] == [nanoseconds(step.header.stamp) for step in expected]
-    assert result.differences == [] and "steps 5 to 6 are missing in the recording" in "".join(
-        result.tally.lines()
-    )
+def without_steps(live: Path, lost: set[int], out: Path, change=None) -> Path:
+    """A copy of the recording without the `~/step` messages of these numbers. change: changes the others."""
+    from deer_vla_ros.bag.cdr import types
+
+    kept = []
+    for each in records([*INPUTS, "/deer_vla/step"], live):
+        if each.topic == "/deer_vla/step":
+            step = decode(each)
+            if step.step in lost:
+                continue
+            if change is not None:
+                change(step)
+                each = dataclasses.replace(each, data=bytes(types().serialize_cdr(step, STEP_TYPE)))
+        kept.append(each)
+    return write(out, kept)
+
+
+@pytest.mark.parametrize(
+    "lost,how",
+    [
+        ({15}, "parameters"),
+        ({15}, "budget"),
+        ({5, 6, 9}, "parameters"),
+        ({0}, "parameters"),
+        (set(range(15, 20)), "parameters"),
+    ],
+    ids=["one", "one, budget given", "two gaps", "the first", "with a beginning"],
+)
+def test_what_follows_lost_steps_is_unknown_and_not_different(live, tmp_path, lost, how):
+    steps = [decode(each) for each in records(["/deer_vla/step"], live)][:50]
+    kept = without_steps(live, lost, tmp_path / "bag")
+    file = tmp_path / "cell.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    budget.average_fraction: 0.25\n")
+    asked = {"params": file} if how == "parameters" else {"budget": "average_fraction=0.25"}
+    result, rows = replayed(kept, follow=True, duration_s=4.95, **asked)
+    known, expected = True, []
+    for step in steps:
+        known = step.step not in lost and (known or step.episode_step == 0)
+        expected += [nanoseconds(step.header.stamp)] if known else []
+    assert [row["stamp"] for row in rows] == expected and len(expected) < len(steps) - len(lost)
+    assert result.differences == []
+    later = sum(stamp > nanoseconds(steps[max(lost)].header.stamp) for stamp in expected)
+    assert later > 10, "episodes after the gap are repeated"
+    followed = result.followed
+    assert followed.not_repeated == len(steps) - len(lost) - len(expected)
+    if how == "parameters":
+        assert followed.unknown == followed.not_repeated
+        assert later <= followed.recorded_rule <= later + 5
+    else:
+        assert followed.own_rule >= later, "whether it was the live node's budget is not known"
+    said = "; ".join(result.notes)
+    gaps = {5: "steps 5 to 6, step 9 are missing", 0: "1 steps before the recording are not known"}
+    gaps[15] = "step 15 is missing" if len(lost) == 1 else "steps 15 to 19 are missing"
+    assert gaps[min(lost)] in said
+
+
+def test_after_lost_steps_a_decision_that_differs_is_found_in_a_later_episode(live, tmp_path, capsys):
+    steps = [decode(each) for each in records(["/deer_vla/step"], live)]
+    begins = [step.step for step in steps if step.episode_step == 0]
+    file = tmp_path / "cell.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    budget.average_fraction: 0.25\n")
+
+    def change(step):
+        if step.step == begins[2] + 3:
+            step.action = step.action + np.float32(0.125)
+
+    changed = without_steps(live, {begins[1] + 1}, tmp_path / "changed", change)
+    arguments = [
+        "--follow",
+        "--params",
+        str(file),
+        "--golden",
+        str(tmp_path / "golden.csv"),
+        "--duration",
+        "5",
+    ]
+    assert main(["replay", str(changed), *arguments]) == 1
+    told = capsys.readouterr().out
+    assert "decided differently in 1 steps, first: step " in told and "action is" in told
+    assert f"unknown in {begins[2] - begins[1] - 2}\n" in told
+
+
+def test_the_steps_of_a_node_with_another_name_are_followed_when_it_is_named(live, tmp_path):
+    found = in_namespace(records([*INPUTS, "/deer_vla/step"], live, 1.0), "/left")
+    renamed = [
+        dataclasses.replace(each, topic=each.topic.replace("/deer_vla/", "/arm_policy/")) for each in found
+    ]
+    path = write(tmp_path / "bag", renamed)
+    asked = {"follow": True, "budget": "average_fraction=0.25"}
+    result, rows = replayed(path, node="/left/arm_policy", **asked)
+    assert len(rows) == 10 and result.differences == [] and result.followed.unknown == 0
+    for node in ("", "/left/deer_vla"):
+        with pytest.raises(UserError, match="no topic deer_vla/step to follow: .* --topic deer_vla/step:="):
+            decisions(path, node=node, **asked)
+
+
+def test_a_step_that_was_recorded_twice_is_repeated_once(live, tmp_path):
+    found = records([*INPUTS, "/deer_vla/step"], live)
+    place = [index for index, each in enumerate(found) if each.topic == "/deer_vla/step"][3]
+    path = write(tmp_path / "bag", [*found[: place + 1], found[place], *found[place + 1 :]])
+    result, rows = replayed(path, follow=True, budget="average_fraction=0.25", duration_s=2.0)
+    assert result.differences == [] and [row["step"] for row in rows] == list(range(20))
+    assert result.tally.lines() == ["/deer_vla/step: 1 left out: recorded twice"]
 
 
 def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_known(live):
     steps = [decode(each) for each in records(["/deer_vla/step"], live)]
     begins = next(step for step in steps[1:] if step.episode_step == 0)
     start_s = (nanoseconds(begins.static_stamp) - nanoseconds(steps[0].static_stamp)) / SECOND - 0.01
-    result, rows = replayed(live, follow=True, budget="average_fraction=0.25", start_s=start_s)
+    result, rows = replayed(live, follow=True, start_s=start_s, duration_s=1.0)
     assert rows and rows[0]["episode_step"] == 0
-    assert f"{begins.step} steps before the recording" in "".join(result.tally.lines())
+    assert f"{begins.step} steps before the recording" in "".join(result.notes)
 
 
 def test_a_damaged_recording_leaves_nothing_under_the_final_name(short, tmp_path, capsys):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Patch
 
+from deer_vla_ros.bag.timeline import instruction_colours
 from deer_vla_ros.files import whole_file
 from deer_vla_ros.lab.demo.demo_report import PictureMoment, depth_of, seconds_of
 
@@ -23,7 +24,6 @@ BAND_HEIGHT, CAPTION_HEIGHT = 4.3, 0.8
 INSTRUCTION_WIDTH = 25
 """The number of characters that fit under an image; a longer text continues on a second line."""
 INK, FAINT = "#1f2933", "#7b8794"
-INSTRUCTION_COLOURS = ("#c2410c", "#0f766e", "#6d28d9", "#a16207", "#be185d", "#1d4ed8")
 
 
 def draw(
@@ -35,10 +35,7 @@ def draw(
     rows: all steps, at least one (see demo_report). weights: the content of the checkpoint's `config.json`.
     path: the PNG file.
     """
-    colours = {
-        text: INSTRUCTION_COLOURS[index % len(INSTRUCTION_COLOURS)]
-        for index, text in enumerate(dict.fromkeys(row["instruction"] for row in rows))
-    }
+    colours = instruction_colours(row["instruction"] for row in rows)
     began_s = seconds_of(rows[0]["header"]["stamp"])
     moments = whole_bands(moments)
     bands = -(-len(moments) // COLUMNS)
