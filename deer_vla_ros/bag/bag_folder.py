@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
 from rosbags.interfaces import Qos
 
 from deer_vla_ros.bag.inflation import ZSTD_MAGIC
 from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.errors import UserError, cause
+from deer_vla_ros.files import read_yaml
 
 METADATA = "metadata.yaml"
-LONGEST = 2**20
-"""Bytes of metadata.yaml: some thousand files and topics."""
 STORAGES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd")
 NAME = re.compile(r"(?P<first>\d+)_(?P<rest>.*)_\d{4}(_\d\d){2}-\d\d(_\d\d){2}|(?P<name>.*)_(?P<number>\d+)")
 """Names of split files without their ending: NAME_0, or 0_NAME_2026_01_31-12_00_00 since Lyrical."""
@@ -115,7 +113,7 @@ def _described(path: Path, there: list[Path]) -> BagFolder:
             raise UserError(f"{source}: {LFS}")
     advice = f"remove {source}, and the files beside it are read without it, or run `ros2 bag reindex {path}`"
     try:
-        tree = _tree(source)
+        tree = read_yaml(source, "one that `ros2 bag reindex` writes")
         if not isinstance(tree, dict) or not isinstance(tree.get("rosbag2_bagfile_information"), dict):
             raise ValueError("it has no rosbag2_bagfile_information")
         found = tree["rosbag2_bagfile_information"]
@@ -127,6 +125,8 @@ def _described(path: Path, there: list[Path]) -> BagFolder:
         if mode != "none" and form != "zstd":
             raise ValueError(f"its compression_format is {form[:40]!r}; only zstd is read")
         promises = _promises(found)
+    except UserError as error:
+        raise UserError(f"{error}, or {advice}") from error
     except Exception as error:  # for an arbitrary tree, any lookup may fail
         raise UserError(f"{source} cannot be read ({cause(error)}): {advice}") from error
     if missing := [name for name in names if not (path / name).is_file()]:
@@ -142,19 +142,6 @@ def _described(path: Path, there: list[Path]) -> BagFolder:
             f"reindex {path}` would add it"
         )
     return folder
-
-
-def _tree(source: Path) -> Any:
-    """The content of metadata.yaml. Aliases are allowed, because scripts that edit it write them; what they
-    stand for must not be printed or copied, because it may be very long. Raises ValueError for a file that
-    no recorder writes, or any error of the parser."""
-    size = source.stat().st_size
-    if size > LONGEST:
-        raise ValueError(f"it has {size} bytes; the limit is {LONGEST}")
-    text = source.read_text()
-    if "<<" in text:
-        raise ValueError("it has merge keys (<<)")
-    return yaml.safe_load(text)  # the loader in C ends the process at deep nesting
 
 
 def _promises(found: dict[str, Any]) -> dict[tuple[str, str], Promise]:

@@ -264,10 +264,10 @@ def test_a_bomb_of_aliases_in_metadata_costs_no_time(tmp_path):
     ):
         (path / "metadata.yaml").write_text(f"{text}\n  {bomb}\n")
         began = time.process_time()
-        assert "metadata.yaml cannot be read" in refusal(path)
+        assert str(path / "metadata.yaml") in refusal(path)
         assert time.process_time() - began < 10
     (path / "metadata.yaml").write_text(" " * 2**21)
-    assert "2097152 bytes; the limit is" in refusal(path)
+    assert "longer than 1000000 bytes" in refusal(path)
 
 
 # Recorders that were killed, and folders without metadata.yaml.
