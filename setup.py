@@ -138,7 +138,7 @@ setup(
         "search": ["greenlet", "optuna>=5"],
         "lerobot": ["av>=14", "pyarrow>=15", "rich"],
         "sim": ["mujoco>=3.10"],
-        "replay": ["apsw", "backports.zstd", "lz4", "rich", "rosbags>=0.11"],
+        "replay": ["apsw", "backports.zstd", "lz4", "mcap>=1.2", "rich", "rosbags>=0.11"],
         "demo": ["matplotlib", "mujoco>=3.10", "rich"],
         "train": ["rich", "tensorboardX"],
         "test": [
@@ -150,7 +150,7 @@ setup(
             "import-linter",
             "lz4",
             "matplotlib",
-            "mcap",
+            "mcap>=1.2",
             "mujoco>=3.10",
             "optuna>=5",
             "pyarrow>=15",

@@ -1,11 +1,13 @@
 """Reads an MCAP file in order of time, also one whose end is missing because the recorder was killed.
 
-The format is described at https://mcap.dev/spec. rosbags' reader needs the index at the end, reads no chunk
-without a message index, and has no limit for the size of a chunk.
+The format is described at https://mcap.dev/spec, and the package `mcap` decodes its records. The readers of
+`mcap` and rosbags are not used: that of rosbags needs the index at the end and reads no chunk without a
+message index, that of `mcap` keeps a file without index in memory, and neither limits the decompressed size.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -16,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from mcap.data_stream import ReadDataStream
+from mcap.opcode import Opcode
+from mcap.records import Channel, ChunkIndex, Footer, Header, Schema, Statistics
 from rosbags.interfaces import (
     Connection,
     ConnectionExtRosbag2,
@@ -28,23 +33,13 @@ from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.errors import UserError
 
 MAGIC = b"\x89MCAP0\r\n"
-HEADER, FOOTER, SCHEMA, CHANNEL, MESSAGE, CHUNK, CHUNK_INDEX, STATISTICS, DATA_END = (
-    0x01,
-    0x02,
-    0x03,
-    0x04,
-    0x05,
-    0x06,
-    0x08,
-    0x0B,
-    0x0F,
-)
 RECORD = struct.Struct("<BQ")
 """What precedes each record: its kind and its length."""
 MESSAGE_HEAD = struct.Struct("<HIQQ")
 """Channel, sequence number, time of receipt, time of publishing."""
-CHUNK_HEAD = struct.Struct("<QQQII")
-"""First and last time of receipt, decompressed size, checksum, length of the compression's name."""
+CHUNK_HEAD = struct.Struct("<16xQII")
+"""After the times of the first and the last message: decompressed size, checksum, length of the compression's
+name."""
 END_SIZE = RECORD.size + 20 + len(MAGIC)
 """The footer and the magic after it."""
 RUN = 2**22
@@ -83,8 +78,8 @@ class McapStorage:
 
     def __init__(self, path: Path):
         self._path = path
-        self._schemas: dict[int, tuple[str, MessageDefinition]] = {}
-        self._channels: dict[int, tuple[int, str, str, dict[str, str]]] = {}
+        self._schemas: dict[int, Schema] = {}
+        self._channels: dict[int, Channel] = {}
         self._parts: list[_Part] = []
         self._counts: Counter[int] = Counter()
         self.start_ns = self.end_ns = 0
@@ -96,21 +91,22 @@ class McapStorage:
                 self._scan(file, begin, size)
         self.foreign: dict[str, tuple[str, int]] = {}
         self.connections: list[Connection] = []
-        for number, (schema, topic, encoding, metadata) in self._channels.items():
-            kind, definition = self._schemas.get(schema, ("", _NO_DEFINITION))
-            if encoding != "cdr" or not kind:
-                self.foreign[topic] = (encoding or "nothing", self._counts[number])
+        for each in self._channels.values():
+            schema, count = self._schemas.get(each.schema_id), self._counts[each.id]
+            if each.message_encoding != "cdr" or schema is None or not schema.name:
+                self.foreign[each.topic] = each.message_encoding or "nothing", count
                 continue
-            qos = parsed_qos(metadata.get("offered_qos_profiles", ""))
+            qos = parsed_qos(each.metadata.get("offered_qos_profiles", ""))
             self.connections.append(
                 Connection(
-                    number,
-                    topic,
-                    kind,
-                    definition,
-                    metadata.get("topic_type_hash", ""),
-                    self._counts[number],
-                    ConnectionExtRosbag2(encoding, qos),
+                    each.id,
+                    each.topic,
+                    # Some writers leave out "msg".
+                    schema.name.replace("/", "/msg/") if schema.name.count("/") == 1 else schema.name,
+                    _definition(schema),
+                    each.metadata.get("topic_type_hash", ""),
+                    count,
+                    ConnectionExtRosbag2("cdr", qos),
                     None,
                 )
             )
@@ -132,7 +128,7 @@ class McapStorage:
                 yield from ((time_ns, channel, data) for time_ns, _, _, channel, data in waiting[:count])
                 del waiting[:count]
                 for place, (kind, record) in enumerate(_records(self._content(file, part))):
-                    if kind == MESSAGE:
+                    if kind == Opcode.MESSAGE:
                         channel, _, time_ns, _ = MESSAGE_HEAD.unpack_from(record)
                         if channel in ids and start_ns <= time_ns < stop_ns:
                             data = record[MESSAGE_HEAD.size :]
@@ -144,9 +140,9 @@ class McapStorage:
         """Returns where the data begin. Raises UserError for a file that is not of ROS 2."""
         file.seek(len(MAGIC))
         kind, length = RECORD.unpack(file.read(RECORD.size))
-        if kind != HEADER or length > size - file.tell():
+        if kind != Opcode.HEADER or length > size - file.tell():
             raise ValueError("it does not begin with a whole header")
-        profile = _Fields(file.read(length)).text()
+        profile = Header.read(_stream(file.read(length))).profile
         if profile not in ("ros2", ""):
             remedy = (
                 "convert the .bag file that it was made from with `rosbags-convert --src FILE --dst FOLDER`"
@@ -164,22 +160,25 @@ class McapStorage:
             file.seek(max(size - END_SIZE, 0))
             end = file.read(END_SIZE)
             kind, length = RECORD.unpack_from(end)
-            summary_start, _, checksum = struct.unpack_from("<QQI", end, RECORD.size)
-            footer = size - END_SIZE
-            if (kind, length) != (FOOTER, 20) or not end.endswith(MAGIC):
+            if (kind, length) != (Opcode.FOOTER, 20) or not end.endswith(MAGIC):
                 raise ValueError("there is no footer")
-            if not begin <= summary_start < footer or footer - summary_start > LARGEST:
+            footer = Footer.read(_stream(end[RECORD.size :]))
+            length = size - END_SIZE - footer.summary_start
+            if footer.summary_start < begin or not 0 < length <= LARGEST:
                 return False
-            file.seek(summary_start)
-            summary = file.read(footer - summary_start)
-            if checksum and checksum != zlib.crc32(end[: RECORD.size + 16], zlib.crc32(summary)):
+            file.seek(footer.summary_start)
+            summary = file.read(length)
+            if footer.summary_crc not in (0, zlib.crc32(end[: RECORD.size + 16], zlib.crc32(summary))):
                 raise ValueError("the index has another checksum")
             promised = -1
             for kind, record in _records(memoryview(summary)):
-                if kind == CHUNK_INDEX:
-                    self._parts.append(_chunk_index(record))
-                elif kind == STATISTICS:
-                    promised = self._read_statistics(record)
+                if kind == Opcode.CHUNK_INDEX:
+                    self._parts.append(_indexed(ChunkIndex.read(_stream(record))))
+                elif kind == Opcode.STATISTICS:
+                    statistics = Statistics.read(_stream(record))
+                    promised = statistics.message_count
+                    self.start_ns, self.end_ns = statistics.message_start_time, statistics.message_end_time
+                    self._counts.update(statistics.channel_message_counts)
                 else:
                     self._see(kind, record)
             if promised == self._counts.total() and (not promised or (self._parts and self._channels)):
@@ -191,14 +190,6 @@ class McapStorage:
         self.start_ns = self.end_ns = 0
         return False
 
-    def _read_statistics(self, record: memoryview) -> int:
-        """Reads how many messages there are in each channel, and their times. Returns how many in all."""
-        fields = _Fields(record)
-        promised, _ = fields.number(8), fields.take(18)
-        self.start_ns, self.end_ns = fields.number(8), fields.number(8)
-        self._counts.update(dict(struct.iter_unpack("<HQ", fields.take(fields.number(4)))))
-        return promised
-
     def _scan(self, file: BinaryIO, begin: int, size: int) -> None:
         """Makes the index from the data, up to their end or the first damaged place."""
         at, is_whole = begin, False
@@ -206,18 +197,18 @@ class McapStorage:
             while at < size:
                 file.seek(at)
                 kind, length = RECORD.unpack(file.read(RECORD.size))
-                if kind in (DATA_END, FOOTER):
+                if kind in (Opcode.DATA_END, Opcode.FOOTER):
                     is_whole = True
                     break
                 end = at + RECORD.size + length
                 if not kind or end > size:
                     break
-                if kind == CHUNK:
+                if kind == Opcode.CHUNK:
                     self._enter_chunk(file, at, end - at)
-                elif kind == MESSAGE:
+                elif kind == Opcode.MESSAGE:
                     channel, _, time_ns, _ = MESSAGE_HEAD.unpack(file.read(MESSAGE_HEAD.size))
                     self._enter_message(at, end, channel, time_ns)
-                elif kind in (SCHEMA, CHANNEL):
+                elif kind in (Opcode.SCHEMA, Opcode.CHANNEL):
                     self._see(kind, memoryview(file.read(length)))
                 at = end
         except Exception:  # for arbitrary bytes, a parser may raise anything
@@ -240,7 +231,7 @@ class McapStorage:
         times: list[int] = []
         counts: Counter[int] = Counter()
         for kind, record in list(_records(self._content(file, part))):  # all of them, or none
-            if kind == MESSAGE:
+            if kind == Opcode.MESSAGE:
                 channel, _, time_ns, _ = MESSAGE_HEAD.unpack_from(record)
                 times.append(time_ns)
                 counts[channel] += 1
@@ -268,19 +259,12 @@ class McapStorage:
 
     def _see(self, kind: int, record: memoryview) -> None:
         """Remembers a schema or a channel."""
-        fields = _Fields(record)
-        if kind == SCHEMA:
-            number, name, encoding = fields.number(2), fields.text(), fields.text()
-            if name.count("/") == 1:  # some writers leave out "msg"
-                name = name.replace("/", "/msg/")
-            form = DEFINITIONS.get(encoding)
-            self._schemas[number] = (
-                name,
-                MessageDefinition(form, fields.text()) if form else _NO_DEFINITION,
-            )
-        elif kind == CHANNEL:
-            number, schema, topic, encoding = fields.number(2), fields.number(2), fields.text(), fields.text()
-            self._channels[number] = schema, topic, encoding, fields.texts()
+        if kind == Opcode.SCHEMA:
+            schema = Schema.read(_stream(record))
+            self._schemas[schema.id] = schema
+        elif kind == Opcode.CHANNEL:
+            channel = Channel.read(_stream(record))
+            self._channels[channel.id] = channel
 
     def _content(self, file: BinaryIO, part: _Part) -> memoryview:
         """The records of a part, decompressed. Raises ValueError if they are damaged or too large."""
@@ -292,47 +276,35 @@ class McapStorage:
             raise ValueError("the file ends within a chunk")
         if not part.is_chunk:
             return record
-        if RECORD.unpack_from(record) != (CHUNK, part.size - RECORD.size):
+        if RECORD.unpack_from(record) != (Opcode.CHUNK, part.size - RECORD.size):
             raise ValueError("the index leads to no chunk")
-        fields = _Fields(record[RECORD.size :])
-        _, _, size, checksum, name = CHUNK_HEAD.unpack(fields.take(CHUNK_HEAD.size))
+        size, checksum, length = CHUNK_HEAD.unpack_from(record, RECORD.size)
         if size > LARGEST:
             raise ValueError(f"a chunk of {size} bytes, decompressed; the limit is {LARGEST}")
-        compression = bytes(fields.take(name)).decode()
-        content = inflated(fields.take(fields.number(8)), compression, size)
+        compression, rest = _split(record[RECORD.size + CHUNK_HEAD.size :], length)
+        packed, _ = _split(rest[8:], *struct.unpack_from("<Q", rest))
+        content = inflated(packed, bytes(compression).decode(), size)
         if len(content) != size or (checksum and zlib.crc32(content) != checksum):
             raise ValueError("a chunk has another size or checksum than it says")
         return memoryview(content)
 
 
-_NO_DEFINITION = MessageDefinition(MessageDefinitionFormat.NONE, "")
+def _stream(record: bytes | memoryview) -> ReadDataStream:
+    return ReadDataStream(io.BytesIO(record))
 
 
-class _Fields:
-    """Reads the fields of a record one after the other. Raises ValueError beyond its end."""
+def _definition(schema: Schema) -> MessageDefinition:
+    form = DEFINITIONS.get(schema.encoding)
+    if form is None:
+        return MessageDefinition(MessageDefinitionFormat.NONE, "")
+    return MessageDefinition(form, schema.data.decode())
 
-    def __init__(self, data: bytes | memoryview):
-        self._data, self._at = memoryview(data), 0
 
-    def take(self, size: int) -> memoryview:
-        end = self._at + size
-        if end > len(self._data):
-            raise ValueError("a record ends within a field")
-        part, self._at = self._data[self._at : end], end
-        return part
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def text(self) -> str:
-        return bytes(self.take(self.number(4))).decode()
-
-    def texts(self) -> dict[str, str]:
-        inner, found = _Fields(self.take(self.number(4))), {}
-        while inner._at < len(inner._data):
-            key = inner.text()
-            found[key] = inner.text()
-        return found
+def _split(data: memoryview, length: int) -> tuple[memoryview, memoryview]:
+    """The first `length` bytes, and the rest. Raises ValueError if there are fewer."""
+    if length > len(data):
+        raise ValueError("a record ends within a field")
+    return data[:length], data[length:]
 
 
 def _records(data: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -347,8 +319,12 @@ def _records(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         at += length
 
 
-def _chunk_index(record: memoryview) -> _Part:
-    fields = _Fields(record)
-    start_ns, end_ns, offset, size = (fields.number(8) for _ in range(4))
-    channels = frozenset(channel for channel, _ in struct.iter_unpack("<HQ", fields.take(fields.number(4))))
-    return _Part(start_ns, end_ns, offset, size, True, channels or None)
+def _indexed(chunk: ChunkIndex) -> _Part:
+    return _Part(
+        chunk.message_start_time,
+        chunk.message_end_time,
+        chunk.chunk_start_offset,
+        chunk.chunk_length,
+        True,
+        frozenset(chunk.message_index_offsets) or None,
+    )
