@@ -160,13 +160,12 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
     The readme is written last: a folder that has one is complete.
     """
     assert checkpoint.model.bits is None, "a checkpoint folder has weights in full precision"
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / README).unlink(missing_ok=True)
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in checkpoint.model.state_dict().items()
     }
-    with whole_file(folder / WEIGHTS) as scratch:
+    with whole_file(folder / WEIGHTS, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
         save_file(tensors, scratch)
     write_json(folder / CONFIG, checkpoint.info.to_dict())
     checkpoint.tokenizer.save(folder / TOKENIZER)

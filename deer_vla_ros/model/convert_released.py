@@ -114,19 +114,13 @@ def convert(
         thresholds=_thresholds(thresholds, config),
     )
     size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    with whole_folder(out) as folder:
+    with whole_folder(out, size) as folder:
         _check_space(folder.parent, out, size)
-        try:
-            folder.mkdir()
-            _write_weights(folder / WEIGHTS, sources, names, shapes, dtype, size, on_progress)
-            write_json(folder / CONFIG, info.to_dict())
-            words.save(folder / TOKENIZER)
-            write_text(folder / README, _readme(deer, clip, mpt, thresholds, dtype, released))
-        except OSError as error:
-            raise UserError(
-                f"convert: {out} cannot be written ({error.strerror}), {size / 2**30:.2f} GiB are needed: "
-                "give another --out"
-            ) from error
+        folder.mkdir()
+        _write_weights(folder / WEIGHTS, sources, names, shapes, dtype, size, on_progress)
+        write_json(folder / CONFIG, info.to_dict())
+        words.save(folder / TOKENIZER)
+        write_text(folder / README, _readme(deer, clip, mpt, thresholds, dtype, released))
     return ConvertedRelease(info, len(names), size, released.has_values)
 
 
