@@ -115,7 +115,7 @@ def writing(path: Path, scratch: Path | None = None, size: int = 0) -> Iterator[
         raise UserError(str(error).replace(str(scratch / path.name), str(path))) from error
     except Exception as error:
         if (code := _code_of(error)) in FULL or (code and _names(error, place)):
-            raise _cannot_write(path, code, size, _size_of(place)) from error
+            raise _cannot_write(path, code, size, _size_of(place) if code in FULL else 0) from error
         raise
 
 
@@ -193,18 +193,23 @@ def _replace(path: Path, folder: Path) -> None:
     new, before = folder / path.name, folder / _BEFORE
     if not os.path.lexists(path):
         new.rename(path)
-        return
+    elif not _exchange(new, path):
+        path.rename(before)
+        try:
+            new.rename(path)
+        except OSError:
+            before.rename(path)
+            raise
+
+
+def _exchange(new: Path, path: Path) -> bool:
+    """Lets the two change places in one step. Returns whether this file system can do so."""
     names = os.fsencode(new), os.fsencode(path)
     if _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-        return
+        return True
     if (code := ctypes.get_errno()) not in _NO_EXCHANGE:
         raise OSError(code, os.strerror(code), str(new))
-    path.rename(before)
-    try:
-        new.rename(path)
-    except OSError:
-        before.rename(path)
-        raise
+    return False
 
 
 def _code_of(error: Exception) -> int | None:

@@ -294,7 +294,9 @@ class TrainingLog:
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps({"stage": self._stage, **line}) + "\n")
         scalars = {**vars(progress), **progress.parts}
-        self._board.add(progress.step, {name: scalars[name] for name in scalars if name not in ("step", "parts")})
+        self._board.add(
+            progress.step, {name: scalars[name] for name in scalars if name not in ("step", "parts")}
+        )
 
     def close(self) -> None:
         self._board.close()
