@@ -223,9 +223,12 @@ def _code_of(error: Exception) -> int | None:
 
 
 def _names(error: Exception, place: Path) -> bool:
-    """Whether an error says that it is about `place` or something in it."""
+    """Whether an error says that it is about `place`, something in it, or a folder that leads to it."""
     name = getattr(error, "filename", None)
-    return isinstance(name, (str, bytes)) and Path(os.fsdecode(name)).is_relative_to(place)
+    if not isinstance(name, (str, bytes)):
+        return False
+    path = Path(os.fsdecode(name))
+    return path.is_relative_to(place) or place.is_relative_to(path)
 
 
 def _cannot_write(path: Path | None, code: int | None, size: int = 0, written: int = 0) -> UserError:
@@ -244,7 +247,8 @@ def _cannot_write(path: Path | None, code: int | None, size: int = 0, written: i
 
 
 def _amount(size: int) -> str:
-    return f"{size / 2**20:.4g} MiB"
+    power = min(3, max(0, size.bit_length() - 1) // 10)
+    return f"{size / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def _size_of(place: Path) -> int:

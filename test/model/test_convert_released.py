@@ -281,11 +281,18 @@ FAULTS = {
         lambda f: torch.save({name.removeprefix("module."): t for name, t in f.state.items()}, f.deer),
         "no model_state_dict.*OpenFlamingo's checkpoint; give DeeR's own file",
     ),
-    "no prefix": (
-        lambda f: renamed(f, lambda name: name.removeprefix("module.")),
-        "do not begin with module",
+    "a name without the prefix of the others": (
+        lambda f: f.write_deer({**f.state, "perceiver.latents": f.state["module.perceiver.latents"]}),
+        "1 of .* names do not begin with module., first perceiver.latents",
     ),
-    "the prefix twice": (lambda f: renamed(f, lambda name: f"module.{name}"), "begin with module.module"),
+    "a file of an old torch": (
+        lambda f: torch.save({}, f.deer, _use_new_zipfile_serialization=False),
+        "in the format before torch 1.6: load it with torch.load",
+    ),
+    "an archive": (
+        lambda f: zipfile.ZipFile(f.deer, "w").close(),
+        "is a zip archive: unpack it, and give the file that was in it",
+    ),
     "missing tensors": (
         lambda f: without(f, "perceiver.norm.bias", "extra_exit.rnn.layers.1.weight"),
         "tensors are missing.*extra_exit.rnn.layers.1.weight, perceiver.norm.bias",
