@@ -130,7 +130,10 @@ def train(config, out, data, processes=1):
 
 
 def sums(out):
-    """The SHA-256 sum of every file of a training, by its path, but not of TensorBoard's, which have times."""
+    """The SHA-256 sum of every file of a training, by its path.
+
+    TensorBoard's files are left out, because they hold times.
+    """
     files = (path for path in sorted((out / "small").rglob("*")) if path.is_file())
     return {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()

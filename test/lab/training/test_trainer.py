@@ -75,7 +75,7 @@ def test_a_run_that_is_killed_four_times_at_random_leaves_the_same_files(seed, u
     while kills < 4:
         running = subprocess.Popen(command(config, out, data), stdout=subprocess.DEVNULL)
         if not begun:  # so that it is killed in its work, not while it imports modules
-            wait_until(lambda: running.poll() is not None or read_log(log), 120, "the first step")
+            wait_until(lambda run=running: run.poll() is not None or read_log(log), 120, "the first step")
             begun = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             assert running.wait(draw.uniform(0.0, 8.0)) == 0
