@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def open_deer(path: Path) -> DeerFile:
     if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
         raise UserError(f"--deer {path}: its model_state_dict is no set of tensors: download the file again")
     about = {str(name): value for name, value in content.items() if not _is_heavy(value)}
-    return DeerFile(path, about, _without_prefix("--deer", path, state), "values" in content)
+    return DeerFile(path, about, _without_prefix(path, state), "values" in content)
 
 
 def open_clip(path: Path) -> Mapping[str, Tensor]:
@@ -132,7 +132,7 @@ def open_mpt(path: Path) -> Mapping[str, Tensor]:
         shard = _safetensors(file, "--mpt") if file.suffix == ".safetensors" else _torch_file(file, "--mpt")
         if not isinstance(shard, Mapping):
             raise UserError(f"--mpt {file}: no set of tensors: give MPT's folder or file")
-        prefix = PREFIX if all(str(name).startswith(PREFIX) for name in shard) else ""
+        prefix = _prefix_of([str(name) for name in shard])
         for name in shard:
             own = _flamingo_name(str(name).removeprefix(prefix))
             readers[own] = lambda shard=shard, name=name: shard[name]
@@ -220,19 +220,24 @@ def _safetensors(path: Path, option: str) -> Mapping[str, Tensor]:
     return LazyTensors({name: (lambda name=name: file.get_tensor(name)) for name in file.keys()})
 
 
-def _without_prefix(option: str, path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name without `module.`, however often all names begin with it. Raises UserError if only
-    some do."""
-    bare = [name for name in state if not name.startswith(PREFIX)]
-    if not bare and state:
-        stripped = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-        return _without_prefix(option, path, stripped)
+def _prefix_of(names: Sequence[str]) -> str:
+    """`module.`, as often as all names begin with it."""
+    prefix = ""
+    while names and all(name.startswith(prefix + PREFIX) for name in names):
+        prefix += PREFIX
+    return prefix
+
+
+def _without_prefix(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name without `module.`. Raises UserError if only some names begin with it."""
+    prefix = _prefix_of([*state])
+    bare = [name for name in state if not name.startswith(prefix + PREFIX)]
     if len(bare) < len(state):
         raise UserError(
-            f"{option} {path}: {len(bare)} of {len(state)} names do not begin with {PREFIX}, first "
+            f"--deer {path}: {len(bare)} of {len(state)} names do not begin with {prefix + PREFIX}, first "
             f"{bare[0]}: rename them so that all begin with it, or none"
         )
-    return dict(state)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def _kind_of(content: Any) -> str:

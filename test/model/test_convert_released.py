@@ -22,6 +22,7 @@ from deer_vla_ros.lab.parity.reference_tensors import model_config, read_arrays,
 from deer_vla_ros.model.checkpoint import load, load_info
 from deer_vla_ros.model.config import PRESETS
 from deer_vla_ros.model.convert_released import THRESHOLDS, convert
+from deer_vla_ros.model.released_files import open_deer, open_mpt
 from deer_vla_ros.model.text import END_OF_CHUNK, IMAGE, PAD
 
 
@@ -251,6 +252,15 @@ def clip_for_larger_images(files: Files) -> None:
     visual, name = files.visual(), "visual.positional_embedding"
     side = math.isqrt(len(visual[name]) - 1) + 2
     torch.save({**visual, name: torch.zeros(side**2 + 1, visual[name].shape[1])}, files.clip)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+def test_names_may_begin_with_the_prefix_of_distributed_data_parallel_or_not(prefix, tmp_path):
+    state = {f"{prefix}perceiver.latents": torch.zeros(2), f"{prefix}lang_encoder.bias": torch.ones(3)}
+    torch.save({"model_state_dict": state}, tmp_path / "deer.pth")
+    torch.save({f"{prefix}transformer.wte.weight": torch.ones(3)}, tmp_path / "mpt.bin")
+    assert set(open_deer(tmp_path / "deer.pth").tensors) == {"perceiver.latents", "lang_encoder.bias"}
+    assert set(open_mpt(tmp_path / "mpt.bin")) == {"lang_encoder.transformer.wte.weight"}
 
 
 FAULTS = {

@@ -82,8 +82,8 @@ class StageState:
         if not self.is_there:
             return {}, 0
         with safe_open(self._path, framework="pt") as file:
-            saved = json.loads(file.metadata()["about"])
-            self._compare(saved["recipe"])
+            saved = json.loads((file.metadata() or {}).get("about", "{}"))
+            self._compare(saved.get("recipe", {}))
             return {name: file.get_tensor(name) for name in file.keys()}, saved["steps"]
 
     def write(self, tensors: dict[str, Tensor], steps: int) -> None:

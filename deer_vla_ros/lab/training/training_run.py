@@ -48,7 +48,7 @@ class TrainingRun:
             device,
             share,
         )
-        for each in (folder, *folder.glob("*/")):
+        for each in (folder, *folder.rglob("*")):
             remove_leftovers(each)
         torch.manual_seed(recipe.seed)
         self._tokenizer: InstructionTokenizer | None = None
