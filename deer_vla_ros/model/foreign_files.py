@@ -50,7 +50,7 @@ def stand_in_of(path: Path) -> str | None:
     if begin.startswith(LFS_POINTER):
         return "is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder"
     if begin.lstrip().lower().startswith(HTML):
-        return "is a web page, not the file itself: download the file"
+        return "is a web page, not the file itself: download the file itself"
     return None
 
 
