@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import resource
 import signal
 import subprocess
 import time
@@ -27,7 +28,7 @@ from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.lab.training.optimisation import Stage
 from deer_vla_ros.lab.training.recipe import Recipe, Train
 from deer_vla_ros.lab.training.tokenizer import train_tokenizer
-from deer_vla_ros.lab.training.trainer import StageState, Trainer, read_log
+from deer_vla_ros.lab.training.trainer import Progress, StageState, Trainer, TrainingLog, read_log
 from deer_vla_ros.model.checkpoint import load, set_thresholds
 from deer_vla_ros.model.config import PRESETS
 from deer_vla_ros.model.network import MultiExitVLA
@@ -86,6 +87,17 @@ def test_a_run_that_is_killed_four_times_at_random_leaves_the_same_files(seed, u
         kills += 1
     train(config, out, data)
     assert kills and sums(out) == undisturbed[2]
+
+
+def test_a_log_on_a_full_disk_says_so_and_does_not_wait(tmp_path):
+    log, limits = TrainingLog(tmp_path, "stage-1-joint", 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"tensorboard/stage-1-joint cannot be written .* are free there"):
+            for step in range(1, 1000):
+                log.add(Progress(step, 1.0, {}, 1.0, 1.0, 1.0, 1.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.long
