@@ -42,6 +42,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+    except Exception as error:
+        from deer_vla_ros.files import refusal
+
+        if (told := refusal(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
     return 1
 
 

@@ -10,25 +10,24 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 
 from deer_vla_ros.bag.cdr import types
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import writing
 
 
 class BagFile:
-    """A new recording; without `close` it has no index. UserError if the folder exists or cannot be made."""
+    """A new recording; without `close` it has no index. Raises UserError if the folder exists, or where the
+    disk refuses it."""
 
     def __init__(self, folder: Path):
         if folder.exists():
             raise UserError(f"{folder} exists: give the recording another name")
         self._writer = Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP)
         self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
-        try:
+        self._folder = folder
+        with writing(folder):
             self._writer.open()
             # `ros2 bag reindex` finds only files with a number.
             storage = self._writer.storage
             storage.path = storage.path.rename(folder / f"{folder.name}_0.mcap")
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}): give the recording another place"
-            ) from error
         self._connections: dict[str, Connection] = {}
 
     def declare(
@@ -42,10 +41,12 @@ class BagFile:
 
     def write(self, topic: str, data: bytes, time_ns: int) -> None:
         """Writes a message of a declared topic, as CDR bytes that were received at `time_ns`."""
-        self._writer.write(self._connections[topic], time_ns, data)
+        with writing(self._folder):
+            self._writer.write(self._connections[topic], time_ns, data)
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
     def abort(self) -> None:
         """Ends the recording without an index."""

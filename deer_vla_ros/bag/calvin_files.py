@@ -27,6 +27,7 @@ The data of the simulated table (demonstrations/record_store.py) differs in thes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
@@ -40,7 +41,7 @@ import numpy as np
 
 from deer_vla_ros.bag.pickled_array import read_pickled, write_pickled
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import write_json
+from deer_vla_ros.files import whole_file, write_json, writing
 from deer_vla_ros.model.action_space import ActionSpace
 
 ANNOTATIONS = Path("lang_annotations", "auto_lang_ann.npy")
@@ -83,8 +84,13 @@ class Annotation:
 
 
 def write_step(folder: Path, number: int, step: CalvinStep) -> None:
-    """Writes a step in a compressed file, as CALVIN does."""
-    np.savez_compressed(_step_path(folder, number), **vars(step))
+    """Writes a step in a compressed file, as CALVIN does. Where the disk refuses it, raises UserError and
+    leaves no file."""
+    path = Path(_step_path(folder, number))
+    with writing(path), contextlib.ExitStack() as undo:
+        undo.callback(path.unlink, missing_ok=True)
+        np.savez_compressed(path, **vars(step))
+        undo.pop_all()
 
 
 def read_step(folder: Path, number: int, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -125,10 +131,8 @@ def write_annotations(folder: Path, annotations: Iterable[Annotation]) -> None:
         "emb": np.zeros((len(annotations), 1, 0), np.float32),
     }
     (folder / ANNOTATIONS).parent.mkdir(parents=True, exist_ok=True)
-    np.save(
-        folder / EPISODES,
-        np.array([(first, end - 1) for first, end in bounds], dtype=np.int64).reshape(-1, 2),
-    )
+    with whole_file(folder / EPISODES) as scratch:
+        np.save(scratch, np.array([(first, end - 1) for first, end in bounds], dtype=np.int64).reshape(-1, 2))
     write_pickled(folder / ANNOTATIONS, {"language": language, "info": {"episodes": [], "indx": bounds}})
 
 

@@ -105,7 +105,7 @@ class Calibration:
         for count, (levels, shares) in self.paths.items():
             arrays |= {f"path.{count}.levels": levels, f"path.{count}.shares": shares}
         about = {"exits": list(self.exits), "delta": self.delta, "provenance": self.provenance}
-        with whole_file(folder / CALIBRATION) as scratch:
+        with whole_file(folder / CALIBRATION, sum(array.nbytes for array in arrays.values())) as scratch:
             save_file(arrays, scratch, {"about": json.dumps(about)})
 
     def check_weights(self, folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import deer_vla_ros
 from deer_vla_ros.commands.arguments import TABLE_GUARD, positive
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.foreign_files import check_checkpoint_folder
 from deer_vla_ros.processes import (
     ChildProcess,
     keep_off_other_robots,
@@ -142,7 +143,9 @@ def _weights(model: str) -> dict[str, Any]:
     """`config.json` of the checkpoint. It is read here because the module that loads checkpoints needs
     torch."""
     embedded = Path(deer_vla_ros.__file__).parent / "embedded"
-    path = (Path(model).expanduser() if model else embedded) / "config.json"
+    folder = Path(model).expanduser() if model else embedded
+    check_checkpoint_folder(folder)
+    path = folder / "config.json"
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:

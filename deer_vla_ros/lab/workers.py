@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import refusal
 
 Job = TypeVar("Job")
 Work = Callable[[Any, Callable[[], None]], Any]
@@ -130,7 +131,7 @@ def _serve(connection: Connection, setup: Callable[..., Work], arguments: tuple[
             raise
         except UserError as error:
             connection.send(("failed", None, error))
-        except Exception:
-            connection.send(("failed", None, traceback.format_exc()))
+        except Exception as error:
+            connection.send(("failed", None, refusal(error) or traceback.format_exc()))
     except (EOFError, ConnectionError):
         pass  # The parent has no more jobs, or has ended.

@@ -21,6 +21,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_file, write_json, write_text
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
+from deer_vla_ros.model.foreign_files import PARTS, check_checkpoint_folder
 from deer_vla_ros.model.from_json import from_json
 from deer_vla_ros.model.network import (
     HEADS_OF_TRAINING,
@@ -32,7 +33,7 @@ from deer_vla_ros.model.network import (
 from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise, types_of
 from deer_vla_ros.model.text import InstructionTokenizer
 
-CONFIG, WEIGHTS, TOKENIZER, README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+(CONFIG, WEIGHTS, TOKENIZER), README = PARTS, "README.md"
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
 """The checkpoint that ships with the package."""
 BLOCK_BYTES = 4 * 2**20
@@ -91,12 +92,7 @@ def folder_of(path: str) -> Path:
 
 def load_info(folder: Path) -> CheckpointInfo:
     """Reads `config.json` of a folder. Raises a UserError that names a missing or malformed file."""
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"checkpoint {folder}: {name} is missing: "
-                f"give a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}"
-            )
+    check_checkpoint_folder(folder)
     try:
         return CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
     except ValueError as error:  # the file is not text, or not JSON
@@ -160,13 +156,12 @@ def save(folder: Path, checkpoint: Checkpoint, readme: str, dtype: torch.dtype =
     The readme is written last: a folder that has one is complete.
     """
     assert checkpoint.model.bits is None, "a checkpoint folder has weights in full precision"
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / README).unlink(missing_ok=True)
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in checkpoint.model.state_dict().items()
     }
-    with whole_file(folder / WEIGHTS) as scratch:
+    with whole_file(folder / WEIGHTS, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
         save_file(tensors, scratch)
     write_json(folder / CONFIG, checkpoint.info.to_dict())
     checkpoint.tokenizer.save(folder / TOKENIZER)
@@ -215,6 +210,11 @@ def _read_weights(
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+            if shapes and all(name.startswith("module.") for name in shapes):
+                raise UserError(
+                    f"{path}: all {len(shapes)} names begin with module.: these weights were saved from "
+                    "DistributedDataParallel; save those of its `.module` instead"
+                )
             check_shapes(wanted.config, shapes, str(path))
             if wanted.for_training and not has_heads_of_training(shapes):
                 raise UserError(

@@ -32,6 +32,7 @@ from deer_vla_ros.model.config import (
     ResamplerConfig,
     VisionConfig,
 )
+from deer_vla_ros.model.foreign_files import stand_in_of
 from deer_vla_ros.model.network import HEADS_OF_TRAINING, state_shapes
 from deer_vla_ros.model.reference import reference_names
 from deer_vla_ros.model.released_files import DeerFile, is_from_transformers, open_clip, open_deer, open_mpt
@@ -114,19 +115,13 @@ def convert(
         thresholds=_thresholds(thresholds, config),
     )
     size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    with whole_folder(out) as folder:
+    with whole_folder(out, size) as folder:
         _check_space(folder.parent, out, size)
-        try:
-            folder.mkdir()
-            _write_weights(folder / WEIGHTS, sources, names, shapes, dtype, size, on_progress)
-            write_json(folder / CONFIG, info.to_dict())
-            words.save(folder / TOKENIZER)
-            write_text(folder / README, _readme(deer, clip, mpt, thresholds, dtype, released))
-        except OSError as error:
-            raise UserError(
-                f"convert: {out} cannot be written ({error.strerror}), {size / 2**30:.2f} GiB are needed: "
-                "give another --out"
-            ) from error
+        folder.mkdir()
+        _write_weights(folder / WEIGHTS, sources, names, shapes, dtype, size, on_progress)
+        write_json(folder / CONFIG, info.to_dict())
+        words.save(folder / TOKENIZER)
+        write_text(folder / README, _readme(deer, clip, mpt, thresholds, dtype, released))
     return ConvertedRelease(info, len(names), size, released.has_values)
 
 
@@ -369,7 +364,11 @@ def read_tokenizer(path: Path, rows: int, max_tokens: int) -> InstructionTokeniz
     if path.is_dir():
         path = path / TOKENIZER
     try:
+        if stand_in := stand_in_of(path):
+            raise UserError(f"--tokenizer {path} {stand_in}")
         tokenizer = Tokenizer.from_file(str(path))
+    except UserError:
+        raise
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(
             f"--tokenizer {path}: no tokenizer ({error}): give tokenizer.json of EleutherAI/gpt-neox-20b"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError, cause
+from deer_vla_ros.model.foreign_files import OLD_TORCH, first_bytes, is_torch_file, stand_in_of
 
-LFS_POINTER = b"version https://git-lfs"
-HTML = (b"<!doctype html", b"<html")
-"""The beginning of a file that is a page of the server instead of the weights, in lower case."""
 TORCHSCRIPT = "constants.pkl"
 """The member that a TorchScript archive has and a file of `torch.save` does not have."""
 PREFIX = "module."
-"""The prefix of every tensor's name in DeeR's files, which were saved from DistributedDataParallel."""
+"""The prefix of every tensor's name in files that were saved from DistributedDataParallel, as DeeR's were."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -134,8 +132,10 @@ def open_mpt(path: Path) -> Mapping[str, Tensor]:
         shard = _safetensors(file, "--mpt") if file.suffix == ".safetensors" else _torch_file(file, "--mpt")
         if not isinstance(shard, Mapping):
             raise UserError(f"--mpt {file}: no set of tensors: give MPT's folder or file")
+        prefix = _prefix_of([str(name) for name in shard])
         for name in shard:
-            readers[_flamingo_name(str(name))] = lambda shard=shard, name=name: shard[name]
+            own = _flamingo_name(str(name).removeprefix(prefix))
+            readers[own] = lambda shard=shard, name=name: shard[name]
     return LazyTensors(readers)
 
 
@@ -154,22 +154,15 @@ def _check_file(path: Path, option: str) -> None:
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: give the file in it")
     try:
-        with path.open("rb") as file:
-            begin = file.read(64)
+        is_empty, stand_in = not first_bytes(path), stand_in_of(path)
     except OSError as error:
         raise UserError(
             f"{option} {path} cannot be read ({error.strerror}): give an existing file"
         ) from error
-    if not begin:
+    if is_empty:
         raise UserError(f"{option} {path} is empty: download it again")
-    if begin.startswith(LFS_POINTER):
-        raise UserError(
-            f"{option} {path} is a pointer of Git LFS, not the weights: run `git lfs pull` there, or "
-            "download it "
-            "with `hf download`"
-        )
-    if begin.lstrip().lower().startswith(HTML):
-        raise UserError(f"{option} {path} is a web page, not the weights: download the file itself")
+    if stand_in:
+        raise UserError(f"{option} {path} {stand_in}")
     if "-of-" in path.stem and option != "--mpt":
         raise UserError(f"{option} {path} is one of several shards: give the file that holds all weights")
 
@@ -187,14 +180,21 @@ def _torch_file(path: Path, option: str) -> Any:
     _check_file(path, option)
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            is_cut = file.read(2) == b"PK"
+        begin = first_bytes(path)
+        if begin.startswith(OLD_TORCH):
+            raise UserError(
+                f"{option} {path} was written in the format before torch 1.6: load it with torch.load(..., "
+                "weights_only=True), and save it again with torch.save"
+            )
+        is_cut = begin.startswith(b"PK")
         raise UserError(
             f"{option} {path} ({size} bytes) was cut short: download it again"
             if is_cut
             else f"{option} {path} ({size} bytes) is no file that torch.save writes: give the released file, "
             "or load it with torch and save it again"
         )
+    if not is_torch_file(path):
+        raise UserError(f"{option} {path} is a zip archive: unpack it, and give the file that was in it")
     if _is_torchscript(path):
         raise UserError(f"{option} {path} is a TorchScript archive, such as CLIP's: give it as --clip")
     try:
@@ -220,18 +220,24 @@ def _safetensors(path: Path, option: str) -> Mapping[str, Tensor]:
     return LazyTensors({name: (lambda name=name: file.get_tensor(name)) for name in file.keys()})
 
 
+def _prefix_of(names: Sequence[str]) -> str:
+    """`module.`, as often as all names begin with it."""
+    prefix = ""
+    while names and all(name.startswith(prefix + PREFIX) for name in names):
+        prefix += PREFIX
+    return prefix
+
+
 def _without_prefix(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name without `module.`. Raises UserError unless each has it exactly once."""
-    bare = [name for name in state if not name.startswith(PREFIX)]
-    doubled = [name for name in state if name.startswith(PREFIX * 2)]
-    for names, fault in ((bare, f"do not begin with {PREFIX}"), (doubled, f"begin with {PREFIX * 2}")):
-        if names:
-            raise UserError(
-                f"--deer {path}: {len(names)} of {len(state)} names {fault}, first {names[0]}: it was saved "
-                "in "
-                f"another way; rename them so that each begins with {PREFIX} once"
-            )
-    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    """The tensors by name without `module.`. Raises UserError if only some names begin with it."""
+    prefix = _prefix_of([*state])
+    bare = [name for name in state if not name.startswith(prefix + PREFIX)]
+    if len(bare) < len(state):
+        raise UserError(
+            f"--deer {path}: {len(bare)} of {len(state)} names do not begin with {prefix + PREFIX}, first "
+            f"{bare[0]}: rename them so that all begin with it, or none"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def _kind_of(content: Any) -> str:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_file
 
 IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD = "<image>", "<|endofchunk|>", "<|endoftext|>", "<PAD>"
 
@@ -67,4 +68,5 @@ class InstructionTokenizer:
 
     def save(self, path: Path) -> None:
         """Writes `tokenizer.json`."""
-        self._tokenizer.save(str(path))
+        with whole_file(path) as scratch:
+            self._tokenizer.save(str(scratch))

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, t
 from deer_vla_ros.bag.run import run
 from deer_vla_ros.budget import budgeted_policy
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import whole_folder
 from deer_vla_ros.ros.messages import nanoseconds
 
 MS = 1_000_000
@@ -263,19 +261,6 @@ def test_a_place_that_cannot_be_written_is_named_in_one_line(short, tmp_path, ca
     assert main(["replay", str(short), "--out", str(tmp_path / "file" / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "give another place" in error
-
-
-def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
-    """In a container, a new process often has the id of one that was killed."""
-    left = tmp_path / f".out.partial-{os.getpid()}"
-    (left / "out").mkdir(parents=True)
-    (left / "out" / "half").write_text("half")
-    with whole_folder(tmp_path / "out") as folder:
-        folder.mkdir()
-        (folder / "all").write_text("all")
-    assert [each.name for each in tmp_path.iterdir()] == ["out"] and [
-        each.name for each in (tmp_path / "out").iterdir()
-    ] == ["all"]
 
 
 def test_what_a_replay_left_can_be_replayed(whole, tmp_path):

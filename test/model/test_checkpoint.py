@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -280,3 +282,63 @@ def test_a_refused_checkpoint_can_be_repaired(folder):
     refusal_of(folder)
     (folder / WEIGHTS).write_bytes(whole)
     load(folder)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5990000000\n"
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, TOKENIZER])
+def test_a_pointer_of_git_lfs_is_called_that(folder, name):
+    (folder / name).write_bytes(LFS)
+    assert re.search(f"{name} is a pointer of Git LFS.*run `git lfs pull`", refusal_of(folder))
+
+
+def test_weights_that_were_saved_from_distributed_data_parallel_are_called_that(folder):
+    change_tensors(
+        folder, lambda tensors: [tensors.update({f"module.{n}": tensors.pop(n)}) for n in [*tensors]]
+    )
+    assert re.search(r"all \d+ names begin with module.: .* DistributedDataParallel", refusal_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "told"),
+    [
+        ("deer.pth", lambda path: torch.save({}, path), "is a file of torch.*convert --deer .*deer.pth"),
+        ("deer", lambda path: torch.save({}, path), "is a file of torch.*convert --deer"),
+        (
+            "pytorch_model.bin",
+            lambda path: torch.save({}, path, _use_new_zipfile_serialization=False),
+            "is a file of torch.*convert --deer",
+        ),
+        ("deer.pth", lambda path: path.write_bytes(LFS), "is a pointer of Git LFS.*git lfs pull"),
+        ("model.zip", lambda path: zipfile.ZipFile(path, "w").close(), "is an archive: unpack it"),
+        ("model.safetensors", lambda path: path.touch(), "is one file of a checkpoint: give its folder, /"),
+        ("notes.txt", lambda path: path.touch(), "is a file: give a folder with config.json"),
+    ],
+)
+def test_a_file_instead_of_a_folder_is_called_what_it_is(tmp_path, name, write, told):
+    write(tmp_path / name)
+    message = refusal_of(tmp_path / name)
+    assert re.search(told, message) and str(tmp_path / name) in message
+
+
+def test_released_files_without_a_checkpoint_are_named_with_the_command_that_makes_one(tmp_path):
+    torch.save({}, tmp_path / "stg=post_5.pth")
+    assert re.search(
+        r"config.json is missing: stg=post_5.pth is there; .* convert --deer", refusal_of(tmp_path)
+    )
+
+
+def test_the_folders_of_hugging_faces_cache_lead_to_the_checkpoint(folder, tmp_path):
+    cache = tmp_path / "models--me--arm"
+    snapshot = cache / "snapshots" / "0123"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        (cache / "blobs" / name).write_bytes((folder / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert f"Hugging Face's cache: give its snapshot {snapshot}" in refusal_of(cache)
+    load(snapshot)
+    for blob in (cache / "blobs").iterdir():
+        blob.unlink()
+    assert "config.json is a link to ../../blobs/" in refusal_of(snapshot)

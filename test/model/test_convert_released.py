@@ -22,6 +22,7 @@ from deer_vla_ros.lab.parity.reference_tensors import model_config, read_arrays,
 from deer_vla_ros.model.checkpoint import load, load_info
 from deer_vla_ros.model.config import PRESETS
 from deer_vla_ros.model.convert_released import THRESHOLDS, convert
+from deer_vla_ros.model.released_files import open_deer, open_mpt
 from deer_vla_ros.model.text import END_OF_CHUNK, IMAGE, PAD
 
 
@@ -253,6 +254,15 @@ def clip_for_larger_images(files: Files) -> None:
     torch.save({**visual, name: torch.zeros(side**2 + 1, visual[name].shape[1])}, files.clip)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+def test_names_may_begin_with_the_prefix_of_distributed_data_parallel_or_not(prefix, tmp_path):
+    state = {f"{prefix}perceiver.latents": torch.zeros(2), f"{prefix}lang_encoder.bias": torch.ones(3)}
+    torch.save({"model_state_dict": state}, tmp_path / "deer.pth")
+    torch.save({f"{prefix}transformer.wte.weight": torch.ones(3)}, tmp_path / "mpt.bin")
+    assert set(open_deer(tmp_path / "deer.pth").tensors) == {"perceiver.latents", "lang_encoder.bias"}
+    assert set(open_mpt(tmp_path / "mpt.bin")) == {"lang_encoder.transformer.wte.weight"}
+
+
 FAULTS = {
     "a truncated download": (lambda f: cut(f.deer), "was cut short: download it again"),
     "a damaged file": (lambda f: damaged(f.deer), "download it again"),
@@ -281,11 +291,18 @@ FAULTS = {
         lambda f: torch.save({name.removeprefix("module."): t for name, t in f.state.items()}, f.deer),
         "no model_state_dict.*OpenFlamingo's checkpoint; give DeeR's own file",
     ),
-    "no prefix": (
-        lambda f: renamed(f, lambda name: name.removeprefix("module.")),
-        "do not begin with module",
+    "a name without the prefix of the others": (
+        lambda f: f.write_deer({**f.state, "perceiver.latents": f.state["module.perceiver.latents"]}),
+        "1 of .* names do not begin with module., first perceiver.latents",
     ),
-    "the prefix twice": (lambda f: renamed(f, lambda name: f"module.{name}"), "begin with module.module"),
+    "a file of an old torch": (
+        lambda f: torch.save({}, f.deer, _use_new_zipfile_serialization=False),
+        "in the format before torch 1.6: load it with torch.load",
+    ),
+    "an archive": (
+        lambda f: zipfile.ZipFile(f.deer, "w").close(),
+        "is a zip archive: unpack it, and give the file that was in it",
+    ),
     "missing tensors": (
         lambda f: without(f, "perceiver.norm.bias", "extra_exit.rnn.layers.1.weight"),
         "tensors are missing.*extra_exit.rnn.layers.1.weight, perceiver.norm.bias",

@@ -11,6 +11,7 @@ from deer_vla_ros.budget.calibration import Calibration
 from deer_vla_ros.budget.cost import cost_table, exit_fractions
 from deer_vla_ros.budget.families import FAMILIES, thresholds_within
 from deer_vla_ros.budget.path import ThresholdPath, exits_taken
+from deer_vla_ros.files import whole_file
 from deer_vla_ros.model.config import ModelConfig
 
 OURS = "path"
@@ -101,6 +102,6 @@ def draw(found: list[Offer], exits: tuple[int, ...], title: str, path: Path) -> 
         ylim=(0, 1),
     )
     right.legend(loc="lower left", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     pyplot.close(figure)

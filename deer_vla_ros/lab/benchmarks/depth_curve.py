@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from deer_vla_ros.budget.types import Budget
+from deer_vla_ros.files import whole_file
 from deer_vla_ros.lab.scoring.chain_report import STATIC_LAYERS, mean_interval, report_text
 from deer_vla_ros.lab.scoring.evaluation_run import Evaluation, report_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
@@ -236,8 +237,8 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_ylim(max(0.0, lowest - 0.5), 5.0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     pyplot.close(figure)
 
 

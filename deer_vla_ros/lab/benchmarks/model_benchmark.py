@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deer_vla_ros.budget.cost import GIB, cost_table
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import whole_file
 from deer_vla_ros.inference.backend_check import EAGER, choose
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
@@ -502,6 +503,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside lower center", ncols=len(STAGES) + 1, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     pyplot.close(figure)

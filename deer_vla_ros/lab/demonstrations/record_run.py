@@ -150,12 +150,7 @@ def _worker(store: Store, policy: Path | None) -> Work:
 
     def work(shard: Shard, on_episode: Callable[[], None]) -> int:
         episodes = demonstrations(shard.demos, shard.settings["seed"], new_driver)
-        try:
-            return store.write(shard.number, shard.settings, _reported(episodes, on_episode))
-        except OSError as error:
-            raise UserError(
-                f"record-demos: shard {shard.number} cannot be written ({error}): make room, and repeat this"
-            ) from error
+        return store.write(shard.number, shard.settings, _reported(episodes, on_episode))
 
     return work
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from deer_vla_ros.bag.calvin_files import (
 from deer_vla_ros.control.motion import euler_of, motion_of, moved
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import write_text
+from deer_vla_ros.files import remove_leftovers, write_text
 from deer_vla_ros.inference.preprocess import resize_and_crop
 from deer_vla_ros.lab.demonstrations.demonstrations import Demonstration, Moment
 from deer_vla_ros.lab.sim.state import COLOURS, TableState
@@ -62,8 +61,7 @@ class FrameStore:
     image_size: int
 
     def found(self) -> dict[int, Settings]:
-        for leftover in self.folder.glob(".shard-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(self.folder)
         metas = {_number(path.parent): path for path in self.folder.glob("shard-[0-9]*/meta.json")}
         return {number: {"policy": None, **_read_json(path)} for number, path in metas.items()}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import write_text
+from deer_vla_ros.files import write_text, writing
 
 
 class ResumeFile:
@@ -32,7 +32,7 @@ class ResumeFile:
 
     def add(self, key: str, value: Any) -> None:
         """Adds a finished part. It is on the disk when this returns."""
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps([key, value]) + "\n")
             file.flush()
             os.fsync(file.fileno())

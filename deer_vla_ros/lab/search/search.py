@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import writing
 from deer_vla_ros.lab.search.search_task import Outcome, SearchTask
 
 FIRST_TRIALS = 5
@@ -177,8 +178,6 @@ class _Study:
                     storage=self._storage, study_name=name, direction="maximize", load_if_exists=True
                 )
                 self._check_identity(name)
-        except OSError as error:
-            raise _cannot_write(Path(file.name), error) from error
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"search: {file.name} is damaged ({error}): move it away, and the search begins anew"
@@ -279,10 +278,16 @@ class _Study:
         """Lets only one process at a time take or finish a trial."""
         self._lock(0, wait=True)
         try:
-            if self._file:
-                _cut_unfinished_line(Path(self._file.name))
-            yield
+            with contextlib.ExitStack() as stack:
+                if self._file:
+                    path = Path(self._file.name)
+                    stack.enter_context(writing(path))
+                    _cut_unfinished_line(path)
+                yield
         finally:
+            with contextlib.suppress(FileNotFoundError):
+                if self._file and os.path.getsize(self._file.name) == 0:  # the disk is full
+                    os.unlink(self._file.name)
             self._unlock(0)
 
     def _lock(self, byte: int, wait: bool = False) -> bool:
@@ -305,21 +310,15 @@ class _Study:
 
 def _open_journal(path: Path) -> BinaryIO:
     """Opens or creates the journal. Raises UserError if it cannot be written or is something else."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab+")
-    except OSError as error:
-        raise _cannot_write(path, error) from error
     file.seek(0)
     head = b'{"op_code"'
     if not head.startswith(file.read(len(head))):
         file.close()
         raise UserError(f"search: {path} is not a study's journal: give another path, or a new one")
     return file
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"search: {path} cannot be written ({error.strerror}): give a path in a writable folder")
 
 
 def _cut_unfinished_line(path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import whole_file, write_text
+from deer_vla_ros.files import whole_file, write_text, writing
 from deer_vla_ros.inference.preprocess import normalised
 from deer_vla_ros.lab.training.batches import Batch, BatchSource, Share, rng_of
 from deer_vla_ros.lab.training.losses import (
@@ -59,6 +59,10 @@ class Progress:
     waited: float
 
 
+TIMES = ("samples_per_second", "waited")
+"""The values of a Progress that differ between two runs of the same recipe."""
+
+
 class StageState:
     """The file of a stage's folder that keeps its tensors, its number of steps and its recipe."""
 
@@ -78,15 +82,16 @@ class StageState:
         if not self.is_there:
             return {}, 0
         with safe_open(self._path, framework="pt") as file:
-            saved = file.metadata()
-            self._compare(json.loads(saved.get("recipe", "{}")))
-            return {name: file.get_tensor(name) for name in file.keys()}, int(saved["steps"])
+            saved = json.loads((file.metadata() or {}).get("about", "{}"))
+            self._compare(saved.get("recipe", {}))
+            return {name: file.get_tensor(name) for name in file.keys()}, saved["steps"]
 
     def write(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Replaces the saved state in one step, and waits until it is on the disk."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._path) as scratch:
-            save_file(tensors, scratch, {"steps": str(steps), "recipe": json.dumps(self._recipe)})
+        about = json.dumps({"steps": steps, "recipe": self._recipe})
+        with whole_file(self._path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
+            # One entry only: safetensors writes several in a random order.
+            save_file(tensors, scratch, {"about": about})
             with open(scratch, "rb") as file:
                 os.fsync(file.fileno())
 
@@ -274,33 +279,58 @@ def network_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class TrainingLog:
     """The loss curve: one JSON object per logged step in `log.jsonl`, and the same values for TensorBoard.
 
-    A resumed run removes the lines after the step from which it continues.
+    A resumed run removes the lines after the step from which it continues. How fast the steps were is only
+    told to TensorBoard, so that `log.jsonl` is the same for every run of a recipe.
     """
 
     def __init__(self, folder: Path, stage: str, resumed_at: int):
-        from tensorboardX import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
-        kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= resumed_at]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file, self._stage = path.open("a"), stage
-        self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_at + 1)
+        self._path, self._stage = folder / "log.jsonl", stage
+        kept = [line for line in read_log(self._path) if line["stage"] != stage or line["step"] <= resumed_at]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._board = _Board(folder / "tensorboard" / stage, resumed_at)
 
     def add(self, progress: Progress) -> None:
-        line = {"stage": self._stage, **vars(progress)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._board.add_scalar("loss", progress.loss, progress.step)
-        self._board.add_scalar("learning_rate", progress.learning_rate, progress.step)
-        self._board.add_scalar("gradient_norm", progress.gradient_norm, progress.step)
-        self._board.add_scalar("waited", progress.waited, progress.step)
-        for name, value in progress.parts.items():
-            self._board.add_scalar(name, value, progress.step)
+        line = {name: value for name, value in vars(progress).items() if name not in TIMES}
+        with writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps({"stage": self._stage, **line}) + "\n")
+        scalars = {**vars(progress), **progress.parts}
+        self._board.add(
+            progress.step, {name: scalars[name] for name in scalars if name not in ("step", "parts")}
+        )
 
     def close(self) -> None:
-        self._file.close()
         self._board.close()
+
+
+class _Board:
+    """Scalars for TensorBoard, in a new file of a folder.
+
+    tensorboardX's SummaryWriter is not used: its thread ends when the disk is full, and the training then
+    waits for that thread for ever.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._folder, self._event, self._scalar = folder, Event, scalar
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+            # TensorBoard leaves out what an earlier file says of this step and of those after it.
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=start))
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        with writing(self._folder):
+            for name, value in scalars.items():
+                summary = self._scalar(name, value)
+                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

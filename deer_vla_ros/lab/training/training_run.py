@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deer_vla_ros.bag.calvin_files import read_action_space
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.files import remove_leftovers
 from deer_vla_ros.lab.training.batches import (
     BatchSource,
     CachedWindows,
@@ -47,7 +48,8 @@ class TrainingRun:
             device,
             share,
         )
-        folder.mkdir(parents=True, exist_ok=True)
+        for each in (folder, *folder.rglob("*")):
+            remove_leftovers(each)
         torch.manual_seed(recipe.seed)
         self._tokenizer: InstructionTokenizer | None = None
         self._model: MultiExitVLA | None = None

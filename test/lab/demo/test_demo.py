@@ -126,5 +126,5 @@ def test_nothing_goes_on_after_a_demo_that_was_killed(out):
 def test_a_checkpoint_that_is_not_there_is_named_before_anything_starts(tmp_path):
     with spawn("demo", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")) as demo:
         assert demo.wait(30) == 1
-        assert "nothing/config.json cannot be read" in demo.output()
+        assert "nothing: config.json is missing" in demo.output()
     assert not (tmp_path / "out").exists()

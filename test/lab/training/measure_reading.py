@@ -4,8 +4,8 @@ first:
     python -m deer_vla_ros record-demos --demos 300 --seed 9 --format calvin --out out/calvin/training
     python test/lab/training/measure_reading.py out/calvin/training --size 224
 
-Nothing is cached between batches, so every step of CALVIN's format is decoded. The log of a training says how
-long it waited for batches (`waited`).
+Nothing is cached between batches, so every step of CALVIN's format is decoded. TensorBoard shows how long a
+training waited for batches (`waited`).
 """
 
 import argparse

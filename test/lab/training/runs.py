@@ -1,6 +1,7 @@
 """Training recipes that take seconds, demonstrations for them, and a function that runs them."""
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
@@ -126,6 +127,19 @@ def train(config, out, data, processes=1):
         done = subprocess.run(command(config, out, data, processes), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return read_log(out / "small" / "log.jsonl"), load(out / "small" / "checkpoint").model.state_dict()
+
+
+def sums(out):
+    """The SHA-256 sum of every file of a training, by its path.
+
+    TensorBoard's files are left out, because they hold times.
+    """
+    files = (path for path in sorted((out / "small").rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if "tensorboard" not in path.parts
+    }
 
 
 def curve(log):

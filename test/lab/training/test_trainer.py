@@ -1,8 +1,11 @@
 """Tests of training: a killed run continues exactly, and two processes compute the same as one."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import random
+import resource
 import signal
 import subprocess
 import time
@@ -14,7 +17,7 @@ import torch
 import yaml
 from paths import ROOT
 from processes import children, command_of, gone, wait_until
-from runs import EXIT, JOINT, command, curve, parsed, recipe_file, train
+from runs import EXIT, JOINT, command, curve, parsed, recipe_file, sums, train
 from small_model import SMALL
 
 from deer_vla_ros.commands import train_command
@@ -25,7 +28,7 @@ from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.lab.training.optimisation import Stage
 from deer_vla_ros.lab.training.recipe import Recipe, Train
 from deer_vla_ros.lab.training.tokenizer import train_tokenizer
-from deer_vla_ros.lab.training.trainer import StageState, Trainer, read_log
+from deer_vla_ros.lab.training.trainer import Progress, StageState, Trainer, TrainingLog, read_log
 from deer_vla_ros.model.checkpoint import load, set_thresholds
 from deer_vla_ros.model.config import PRESETS
 from deer_vla_ros.model.network import MultiExitVLA
@@ -34,11 +37,11 @@ from deer_vla_ros.model.network import MultiExitVLA
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    return train(recipe_file(folder, JOINT, EXIT), folder / "out", data)
+    return *train(recipe_file(folder, JOINT, EXIT), folder / "out", data), sums(folder / "out")
 
 
 def test_both_stages_lower_their_loss_and_only_the_heads_move_in_the_second(undisturbed, data, tmp_path):
-    log, weights = undisturbed
+    log, weights, _ = undisturbed
     for stage in ("stage-1-joint", "stage-2-exit"):
         losses = [line["loss"] for line in log if line["stage"] == stage]
         quarter = len(losses) // 4
@@ -49,7 +52,7 @@ def test_both_stages_lower_their_loss_and_only_the_heads_move_in_the_second(undi
         assert is_head or torch.equal(value, weights[name]), name
 
 
-def test_a_run_that_is_killed_continues_the_same_curve_to_the_same_weights(undisturbed, data, tmp_path):
+def test_a_run_that_is_killed_and_repeated_leaves_the_same_files_to_the_byte(undisturbed, data, tmp_path):
     config, log = recipe_file(tmp_path, JOINT, EXIT), tmp_path / "out" / "small" / "log.jsonl"
     for lines in (5, 16):  # in the middle of either stage
         running = subprocess.Popen(
@@ -60,10 +63,41 @@ def test_a_run_that_is_killed_continues_the_same_curve_to_the_same_weights(undis
             time.sleep(0.01)
         running.send_signal(signal.SIGKILL)
         running.wait()
-    resumed, weights = train(config, tmp_path / "out", data)
+    resumed, _ = train(config, tmp_path / "out", data)
     assert curve(resumed) == curve(undisturbed[0])
-    for name, value in undisturbed[1].items():
-        assert torch.equal(value, weights[name]), name
+    assert sums(tmp_path / "out") == undisturbed[2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_that_is_killed_four_times_at_random_leaves_the_same_files(seed, undisturbed, data, tmp_path):
+    config, out, draw = recipe_file(tmp_path, JOINT, EXIT), tmp_path / "out", random.Random(seed)
+    log, kills, begun = out / "small" / "log.jsonl", 0, False
+    while kills < 4:
+        running = subprocess.Popen(command(config, out, data), stdout=subprocess.DEVNULL)
+        if not begun:  # so that it is killed in its work, not while it imports modules
+            wait_until(lambda run=running: run.poll() is not None or read_log(log), 120, "the first step")
+            begun = True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert running.wait(draw.uniform(0.0, 8.0)) == 0
+        if running.poll() is not None:
+            break
+        running.kill()
+        running.wait()
+        kills += 1
+    train(config, out, data)
+    assert kills and sums(out) == undisturbed[2]
+
+
+def test_a_log_on_a_full_disk_says_so_and_does_not_wait(tmp_path):
+    log, limits = TrainingLog(tmp_path, "stage-1-joint", 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"tensorboard/stage-1-joint cannot be written .* are free there"):
+            for step in range(1, 1000):
+                log.add(Progress(step, 1.0, {}, 1.0, 1.0, 1.0, 1.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.long
