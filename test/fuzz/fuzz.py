@@ -199,12 +199,17 @@ def _judge(error: UserError, work: Path) -> str:
         return f"an error of {len(line)} characters: {_shape(line)}"
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, MemoryError) or "can't allocate memory" in str(chain):
+        if (isinstance(chain, MemoryError) and not _only_reserved(chain)) or "can't allocate" in str(chain):
             return f"took over 1 GB: {_shape(line)}"
         if isinstance(chain, OSError) and chain.errno == 27:  # EFBIG
             return f"wrote a file of over 1 GB: {_shape(line)}"
         chain = chain.__cause__ or chain.__context__
     return "refused"
+
+
+def _only_reserved(error: MemoryError) -> bool:
+    """Whether it came of reading more bytes than a file has. Python reserves the memory, and never fills it."""
+    return ".read(" in (traceback.extract_tb(error.__traceback__)[-1].line or "")
 
 
 def _shape(message: str) -> str:

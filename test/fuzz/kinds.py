@@ -79,8 +79,8 @@ from deer_vla_ros.model.convert_released import convert as convert_released
 from deer_vla_ros.model.text import InstructionTokenizer
 from deer_vla_ros.ros import parameters
 
-SECONDS = 0.55
-"""The length of the recordings: five or six pairs of frames."""
+SECONDS = 0.45
+"""The length of the recordings: five pairs of frames."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _bag(storage: StoragePlugin, compression: CompressionMode = CompressionMode.
 @functools.cache
 def _settings():
     given = parameters.from_file(None)
-    return parameters.controller_settings(given), parameters.action_space(given, INFO.action_space)
+    return parameters.controller_settings(given), parameters.action_space(given, TABLETOP)
 
 
 def _read_bag(folder: Path) -> None:
@@ -124,7 +124,7 @@ def _read_bag(folder: Path) -> None:
 def _read_parameters(folder: Path) -> None:
     given = parameters.from_file(folder / "params.yaml")
     parameters.controller_settings(given)
-    parameters.action_space(given, INFO.action_space)
+    parameters.action_space(given, TABLETOP)
 
 
 # A checkpoint
