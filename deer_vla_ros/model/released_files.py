@@ -208,7 +208,7 @@ def _torch_file(path: Path, option: str) -> Any:
             f"{option} {path} holds more than tensors and plain values ({cause(error)}): it is not loaded, "
             "because a pickle can run any program; save its tensors alone"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # for arbitrary bytes, torch may raise anything
         raise UserError(f"{option} {path} is damaged ({cause(error)}): download it again") from error
 
 
