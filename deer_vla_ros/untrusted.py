@@ -107,6 +107,20 @@ def read_array(file: BinaryIO, most: int = MOST_ARRAY) -> np.ndarray:
     return np.frombuffer(bytearray(content), kind).reshape(shape, order="F" if is_fortran else "C")
 
 
+def map_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, which stays on disk until it is read. Raises OSError, ValueError as
+    `read_header`, and UserError if Git LFS has not fetched it."""
+    check_fetched(path)
+    with open(path, "rb") as file:
+        kind, shape, is_fortran = read_header(file)
+        size, begin = math.prod(shape) * kind.itemsize, file.tell()
+        if os.fstat(file.fileno()).st_size < begin + size:
+            raise ValueError(f"cut short: it declares {size} bytes of numbers")
+        if not size:  # of which no map can be made
+            raise ValueError("an empty array")
+        return np.memmap(file, kind, "r", begin, shape, "F" if is_fortran else "C")
+
+
 def read_npz(path: Path, names: Iterable[str] | None = None, most: int = MOST_ARRAY) -> dict[str, np.ndarray]:
     """Arrays of a .npz file by name: those of `names`, or all.
 

@@ -66,6 +66,7 @@ from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.demonstrations.record_store import CalvinStore, FrameStore
 from deer_vla_ros.lab.parity.reference_tensors import read_model
 from deer_vla_ros.lab.scoring.chain_run import Attempt
+from deer_vla_ros.lab.scoring.evaluation_run import Group, _results_of
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
 from deer_vla_ros.lab.search.search import search
 from deer_vla_ros.lab.search.search_task import Outcome
@@ -270,14 +271,15 @@ ATTEMPT = Attempt("lift", "lift it", False, 0, True, True, 12, None, 6, {1: 3, 5
 
 def _resume(folder: Path) -> None:
     file = ResumeFile(folder / "report.json.partial.jsonl", ARGUMENTS)
-    for key in ("0", "lift 0"):
+    for key in ("chains 0", "lift 0"):
         file.add(key, [[dataclasses.asdict(ATTEMPT)], []])
 
 
 def _read_resume(folder: Path) -> None:
     file = ResumeFile(folder / "report.json.partial.jsonl", ARGUMENTS)
-    for results in file.done.values():
-        [tuple(map(Attempt.from_json, attempts)) for attempts in results]
+    for group in (Group("", (0, 1)), Group("lift", (0, 1))):
+        if group.key in file.done:
+            _results_of(group, file.done[group.key])
 
 
 def _search(folder: Path, score: Callable) -> None:
