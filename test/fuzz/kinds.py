@@ -64,7 +64,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import write_json
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.demonstrations.record_store import CalvinStore, FrameStore
-from deer_vla_ros.lab.parity.reference_tensors import read_model
+from deer_vla_ros.lab.parity.reference_tensors import read_arrays, read_json, recorded_network
 from deer_vla_ros.lab.scoring.chain_run import Attempt
 from deer_vla_ros.lab.scoring.evaluation_run import Group, _results_of
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
@@ -76,7 +76,8 @@ from deer_vla_ros.lab.training.recipe import Recipe, Train
 from deer_vla_ros.lab.training.trainer import StageState, Trainer, read_log
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.model.checkpoint import CONFIG, EMBEDDED, TOKENIZER, WEIGHTS, Checkpoint, load, save
-from deer_vla_ros.model.convert_released import convert as convert_released
+from deer_vla_ros.model.convert_released import read_tokenizer
+from deer_vla_ros.model.released_files import open_clip, open_deer
 from deer_vla_ros.model.text import InstructionTokenizer
 from deer_vla_ros.ros import parameters
 
@@ -177,15 +178,19 @@ def _released(folder: Path) -> None:
     Files(folder, "3b")
 
 
-@functools.cache
-def _like():
-    return read_model(GOLDEN_COMPACT, "3b").model.config
+def _read_deer(folder: Path) -> None:
+    for tensor in open_deer(folder / "deer.pth").tensors.values():
+        tensor.sum()
 
 
-def _read_released(folder: Path) -> None:
-    names = [folder / name for name in ("deer.pth", "clip.pt", "tokenizer.json")]
-    convert_released(*names, folder / "out", like=_like())
-    shutil.rmtree(folder / "out")
+def _read_clip(folder: Path) -> None:
+    for tensor in open_clip(folder / "clip.pt").values():
+        tensor.sum()
+
+
+def _read_released_tokenizer(folder: Path) -> None:
+    rows = len(json.loads((GOLDEN_COMPACT / "3b_keys.json").read_bytes())["tokenizer_vocab"])
+    read_tokenizer(folder / "tokenizer.json", rows, 32)
 
 
 # Data for training
@@ -294,14 +299,15 @@ def _rows() -> list[Row]:
     return [{**row, "stamp": row["stamp"] + number} for number, row in enumerate(rows)]
 
 
-def _read_parity(folder: Path) -> None:
-    read_model(folder, "3b")
+@functools.cache
+def _stored() -> dict[str, torch.Tensor]:
+    arrays = read_arrays(GOLDEN_COMPACT / "3b_weights.npz")
+    return {name: torch.from_numpy(array).float() for name, array in arrays.items()}
 
 
-def _golden_tensors(folder: Path) -> None:
-    for path in GOLDEN_COMPACT.glob("3b_*"):
-        if "train" not in path.name:
-            shutil.copy(path, folder)
+def _read_keys(folder: Path) -> None:
+    path = folder / "3b_keys.json"
+    recorded_network(read_json(path), _stored(), path)
 
 
 KINDS = {
@@ -351,13 +357,14 @@ KINDS = {
             _read_latencies,
             (raw, text, json_tree),
         ),
-        *(
-            Kind(f"released-{name}", file, _released, _read_released, mutations)
-            for name, file, mutations in (
-                ("deer", "deer.pth", (raw, zip_member(raw))),
-                ("clip", "clip.pt", (raw, zip_member(raw))),
-                ("tokenizer", "tokenizer.json", (raw, text, json_tree)),
-            )
+        Kind("released-deer", "deer.pth", _released, _read_deer, (raw, zip_member(raw))),
+        Kind("released-clip", "clip.pt", _released, _read_clip, (raw, zip_member(raw))),
+        Kind(
+            "released-tokenizer",
+            "tokenizer.json",
+            _released,
+            _read_released_tokenizer,
+            (raw, text, json_tree),
         ),
         Kind("calvin-annotations", str(ANNOTATIONS), _calvin, read_annotations, (raw, npy_header)),
         Kind(
@@ -418,12 +425,19 @@ KINDS = {
             lambda folder: compare(_rows(), folder / "golden.csv", 0.0),
             (raw, text),
         ),
-        *(
-            Kind(f"parity-{name}", f"3b_{file}", _golden_tensors, _read_parity, mutations)
-            for name, file, mutations in (
-                ("keys", "keys.json", (raw, text, json_tree)),
-                ("weights", "weights.npz", (raw, zip_member(raw), zip_member(npy_header))),
-            )
+        Kind(
+            "parity-keys",
+            "3b_keys.json",
+            lambda folder: shutil.copy(GOLDEN_COMPACT / "3b_keys.json", folder),
+            _read_keys,
+            (raw, text, json_tree),
+        ),
+        Kind(
+            "parity-arrays",
+            "3b_window.npz",
+            lambda folder: shutil.copy(GOLDEN_COMPACT / "3b_window.npz", folder),
+            lambda folder: read_arrays(folder / "3b_window.npz"),
+            (raw, zip_member(raw), zip_member(npy_header)),
         ),
     )
 }
