@@ -28,8 +28,8 @@ KINDS = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 """The number types of arrays that are read."""
 
 _HEADER = re.compile(
-    rb"\{'descr': '([<|])(\w\w)', 'fortran_order': (False|True), 'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), "
-    rb"\}\s*"
+    rb"\{'descr': '([<|])(\w\w)', 'fortran_order': (False|True), "
+    rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \}\s*"
 )
 """As every version of numpy writes it for numbers. numpy itself also reads records and dates, which are not
 needed here."""
@@ -80,7 +80,7 @@ def read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], bool]:
     Raises ValueError if it is no array of numbers.
     """
     begin = file.read(8)
-    if begin[:6] != b"\x93NUMPY":
+    if begin[:6] != b"\x93NUMPY" or len(begin) < 8:
         raise ValueError("it does not begin as numpy's files do")
     length = int.from_bytes(file.read(2 if begin[6] == 1 else 4), "little")
     if length > 2**16:
@@ -124,8 +124,8 @@ def map_array(path: Path) -> np.ndarray:
 def read_npz(path: Path, names: Iterable[str] | None = None, most: int = MOST_ARRAY) -> dict[str, np.ndarray]:
     """Arrays of a .npz file by name: those of `names`, or all.
 
-    Raises FileNotFoundError; UserError if Git LFS has not fetched it; ValueError if it is no readable .npz file,
-    if an array is missing, or if they have over `most` bytes together.
+    Raises FileNotFoundError; UserError if Git LFS has not fetched it; ValueError if it is no readable .npz
+    file, if an array is missing, or if they have over `most` bytes together.
     """
     arrays: dict[str, np.ndarray] = {}
     check_fetched(path)

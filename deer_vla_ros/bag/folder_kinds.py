@@ -11,7 +11,7 @@ RECORDING = "metadata.yaml"
 
 
 def what_to_do_with(folder: Path) -> str:
-    """The remedy for a folder that is a LeRobot data set, a recording, or does not exist; empty for others."""
+    """The remedy for a folder that is a LeRobot data set or a recording, or is missing; empty for others."""
     if not folder.is_dir():
         return "there is no such folder"
     if (folder / LEROBOT).is_file():
@@ -21,7 +21,7 @@ def what_to_do_with(folder: Path) -> str:
         )
     if (folder / RECORDING).is_file():
         return (
-            f"this is a recording: run `python -m deer_vla_ros convert-bag {folder} --out DIR` first, and give "
-            "DIR/training"
+            f"this is a recording: run `python -m deer_vla_ros convert-bag {folder} --out DIR` first, and "
+            "give DIR/training"
         )
     return ""

@@ -232,7 +232,9 @@ def _read_weights(
             on_progress(done, total)
             return state
     except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({cause(error)}): copy the checkpoint again") from error
+        raise UserError(
+            f"{path}: not a safetensors file ({cause(error)}): copy the checkpoint again"
+        ) from error
 
 
 def _own_copy(mapped: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -200,8 +200,8 @@ MOST = {
     "lstm_dropout": 1,
     "mlp_dropout": 1,
 }
-"""The largest value of each size and count; that of all others is MOST_OTHERS. The network of a config is laid
-out before its weights are read, which takes seconds for the largest."""
+"""The largest value of each size and count; that of all others is MOST_OTHERS. A network is laid out before
+its weights are read, which takes seconds for the largest."""
 MOST_OTHERS = 2**15
 MOST_WIDTHS = 8
 """The most layers of the head's MLPs."""

@@ -36,8 +36,8 @@ from deer_vla_ros.model.network import HEADS_OF_TRAINING, state_shapes
 from deer_vla_ros.model.reference import reference_names
 from deer_vla_ros.model.released_files import DeerFile, is_from_transformers, open_clip, open_deer, open_mpt
 from deer_vla_ros.model.tensor_writer import TensorWriter
-from deer_vla_ros.model.tokenizer_file import read_tokenizer_file
 from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
+from deer_vla_ros.model.tokenizer_file import read_tokenizer_file
 
 THRESHOLDS = {
     "d": (0.024131965307197703, 0.0034394217427938887, 0.00701889456063509, 0.009184207905083895)

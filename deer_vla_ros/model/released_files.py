@@ -178,7 +178,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return any(name.endswith(f"/{TORCHSCRIPT}") for name in file.namelist())
-    except zipfile.BadZipFile:
+    except Exception:  # for arbitrary bytes, zipfile raises many kinds of exceptions; _torch_file says more
         return False
 
 

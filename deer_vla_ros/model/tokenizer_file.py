@@ -1,7 +1,7 @@
 """Reading of `tokenizer.json`: only the parts that the tokenizers of released and own networks have.
 
-The library `tokenizers` runs regular expressions that such a file holds, some of which never end, and stops the
-process for some values. Therefore the file is compared with the list below before the library sees it. A type,
+The library `tokenizers` runs regular expressions that such a file holds, some of which never end, and it
+panics at some values. Therefore the file is compared with the list below before the library sees it. A type,
 name or value that is not listed is refused: among them `Split` and `Replace` by a regular expression, and the
 models WordPiece and Unigram.
 """
@@ -32,7 +32,9 @@ def read_tokenizer_file(path: Path, remedy: str) -> Tokenizer:
     values = read_json(path, remedy)
     try:
         _check(values)
-        return Tokenizer.from_str(json.dumps(values))  # it sees what was checked, also where names are doubled
+        return Tokenizer.from_str(
+            json.dumps(values)
+        )  # it sees what was checked, also where names are doubled
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(f"{path}: no tokenizer ({cause(error)}): {remedy}") from error
 
@@ -59,7 +61,7 @@ def _check(values: Any) -> None:
 
 
 def _fields(where: str, values: Any, fields: Mapping[str, Check]) -> None:
-    """Raises ValueError unless `values` is an object with only these fields, and every value passes its check.
+    """Raises ValueError unless `values` is an object of these fields only, and every value passes its check.
     A field that is missing is None."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {shown(values)}")
@@ -112,8 +114,8 @@ def _object(**fields: Check) -> Check:
 
 
 def _typed(kinds: Mapping[str, Mapping[str, Check]]) -> Check:
-    """Checks for an object whose `type` is one of `kinds`, with the fields of that type, or for a `Sequence` of
-    such objects, or for nothing."""
+    """Checks for an object whose `type` is one of `kinds`, with the fields of that type, or for a `Sequence`
+    of such objects, or for nothing."""
 
     def check(value: Any) -> bool:
         if not isinstance(value, dict) or not isinstance(value.get("type"), str):
@@ -155,8 +157,10 @@ _DECODER = {
     "Strip": {"content": _letter, "start": _number, "stop": _number},
 }
 _PIECES = _list_of(
-    lambda piece: _object(Sequence=_object(id=_one_of("A", "B"), type_id=_number))(piece)
-    or _object(SpecialToken=_object(id=_word, type_id=_number))(piece)
+    lambda piece: (
+        _object(Sequence=_object(id=_one_of("A", "B"), type_id=_number))(piece)
+        or _object(SpecialToken=_object(id=_word, type_id=_number))(piece)
+    )
 )
 """What an instruction becomes in TemplateProcessing. It is never used: the prompt has its special tokens."""
 
@@ -178,13 +182,17 @@ _ADDED = _object(
 
 
 def _vocabulary(value: Any) -> bool:
-    return isinstance(value, dict) and 0 < len(value) <= MOST_TOKENS and all(
-        type(number) is int and len(token) <= MOST_LETTERS for token, number in value.items()
+    return (
+        isinstance(value, dict)
+        and 0 < len(value) <= MOST_TOKENS
+        and all(type(number) is int and len(token) <= MOST_LETTERS for token, number in value.items())
     )
 
 
 def _merge(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(part, str) for part in value)
+    )
 
 
 _FILE: Mapping[str, Check] = {

@@ -27,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "bag", "model", "lab/training")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "bag", "model", "lab/training")
+]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from kinds import KINDS, Kind  # noqa: E402
@@ -71,7 +73,7 @@ class Result:
         """The figures, and each different failure with its number of mutants and the first of them."""
         lines = [
             f"{self.kind:24} {self.mutants:6} mutants {self.read:6} read {self.refused:6} refused "
-            f"{len(self.failures):5} failed, slowest {self.slowest:5.2f} s, largest {self.largest / 1e6:4.0f} MB"
+            f"{len(self.failures):5} failed, slowest {self.slowest:5.2f} s, most {self.largest / 1e6:4.0f} MB"
         ]
         first = {}
         for number, failure in self.failures:
@@ -129,7 +131,11 @@ def _follow(receiver: int, child: int, number: int, result: Result) -> tuple[int
         return number, f"waited over {PATIENCE:.0f} s"
     if status == 0:
         return number, ""
-    name = signal.Signals(-status).name if status < 0 else f"exit {status}"
+    if status > 0:
+        raise RuntimeError(
+            f"{result.kind}: the whole file cannot be read, or this program is wrong: see above"
+        )
+    name = signal.Signals(-status).name
     return number, f"took over {SECONDS} s" if name == "SIGXCPU" else f"the process died: {name}"
 
 
@@ -208,7 +214,7 @@ def _judge(error: UserError, work: Path) -> str:
 
 
 def _only_reserved(error: MemoryError) -> bool:
-    """Whether it came of reading more bytes than a file has. Python reserves the memory, and never fills it."""
+    """Whether it came of reading more bytes than a file has: Python reserves memory, and never fills it."""
     return ".read(" in (traceback.extract_tb(error.__traceback__)[-1].line or "")
 
 

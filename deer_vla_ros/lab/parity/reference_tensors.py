@@ -24,9 +24,9 @@ from deer_vla_ros.errors import UserError, cause, one_line
 from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.reference import from_reference
+from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
 from deer_vla_ros.untrusted import read_json as read_json_file
 from deer_vla_ros.untrusted import read_npz
-from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
 
 MLP_WIDTHS = (1024, 512, 256)
 REFERENCE_HEAD_WIDTH = 64
@@ -94,8 +94,8 @@ def recorded_network(
 ) -> tuple[MultiExitVLA, dict[str, torch.Tensor], InstructionTokenizer]:
     """The network that `keys`, the content of the file `where`, makes of stored tensors.
 
-    Returns it, its parameters by the reference's names, and its tokenizer. Raises UserError if `keys` does not
-    describe such a network.
+    Returns it, its parameters by the reference's names, and its tokenizer. Raises UserError if `keys` does
+    not describe such a network.
     """
     try:
         tensors = {entry["key"]: stored[entry["stored_as"]] for entry in keys["keys"]}
@@ -214,4 +214,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable npz file ({cause(error)}): copy the recording again") from error
+        raise UserError(
+            f"{path}: not a readable npz file ({cause(error)}): copy the recording again"
+        ) from error

@@ -212,7 +212,9 @@ def evaluate(
             _drawn[seed, phrasings, group] = drawn
             done[group.key] = results
             if resume:
-                resume.add(group.key, [[dataclasses.asdict(each) for each in attempts] for attempts in results])
+                resume.add(
+                    group.key, [[dataclasses.asdict(each) for each in attempts] for attempts in results]
+                )
     found = {group: done[group.key] for group in groups}
     chains = [attempts for group, results in found.items() if not group.task for attempts in results]
     return chains, [attempts for group, results in found.items() if group.task for attempts in results]

@@ -63,7 +63,9 @@ def _parsed(path: Path, number: int, line: str, kind: type) -> Any:
 
 
 def _damaged(path: Path, number: int, why: str) -> UserError:
-    return UserError(f"{path}: line {number} is damaged ({why}): delete the file, and everything is run again")
+    return UserError(
+        f"{path}: line {number} is damaged ({why}): delete the file, and everything is run again"
+    )
 
 
 def _check(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -156,12 +156,14 @@ def _read_meta(shard: Path) -> dict:
             f"{shard}: meta.json says nothing of {', '.join(missing)}: an older version recorded it, "
             "record it again"
         )
-    tasks, size, episodes, phrasings = (meta[name] for name in ("tasks", "image_size", "episodes", "phrasings"))
+    tasks, size, episodes, phrasings = (
+        meta[name] for name in ("tasks", "image_size", "episodes", "phrasings")
+    )
     if not _is_texts(tasks) or len(set(tasks)) < len(tasks):
         raise UserError(f"{shard}: meta.json has the tasks {shown(tasks)}: record this shard again")
     if type(size) is not int or not 1 <= size <= MOST_PIXELS or type(episodes) is not int or episodes < 1:
         raise UserError(
-            f"{shard}: meta.json has {shown(episodes)} episodes of {shown(size)} pixels: record this shard again"
+            f"{shard}: meta.json has {shown(episodes)} episodes of {shown(size)} pixels: record it again"
         )
     if not isinstance(phrasings, dict) or not all(_is_texts(phrasings.get(task)) for task in tasks):
         raise UserError(f"{shard}: meta.json lacks phrasings of some tasks: record this shard again")
@@ -173,7 +175,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _arrays(shard: Path, meta: dict) -> dict[str, np.ndarray]:
-    """The arrays of a shard, on disk. Raises UserError if one is missing, damaged or does not fit its meta."""
+    """The arrays of a shard, on disk. Raises UserError if one is missing or damaged, or does not fit `meta`."""
     size, tasks = meta["image_size"], len(meta["tasks"])
     shapes = {
         "images": (2, size, size, 3),

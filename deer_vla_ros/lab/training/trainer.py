@@ -91,7 +91,9 @@ class StageState:
 
     def damaged(self, why: str) -> UserError:
         """The error for a state that cannot be used."""
-        return UserError(f"{self._path} is damaged ({why}): remove {self._path.parent} to train this stage anew")
+        return UserError(
+            f"{self._path} is damaged ({why}): remove {self._path.parent} to train this stage anew"
+        )
 
     def check(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         """Raises UserError unless `found` has the names, shapes and types of `expected`."""
@@ -126,7 +128,7 @@ class StageState:
 
 
 def _text(value: Any) -> str:
-    return str(value)[:100] if isinstance(value, str) else shown(value)
+    return " ".join(value.split())[:100] if isinstance(value, str) else shown(value)
 
 
 class StageLoss(nn.Module):
