@@ -175,7 +175,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _arrays(shard: Path, meta: dict) -> dict[str, np.ndarray]:
-    """The arrays of a shard, on disk. Raises UserError if one is missing or damaged, or does not fit `meta`."""
+    """The arrays of a shard, on disk. UserError if one is missing or damaged, or does not fit `meta`."""
     size, tasks = meta["image_size"], len(meta["tasks"])
     shapes = {
         "images": (2, size, size, 3),
