@@ -19,8 +19,8 @@ from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.untrusted import read_json
 
 MOST_TOKENS = 2**20
-MOST_LETTERS = 256
-"""The longest token."""
+MOST_LETTERS = 4096
+"""The longest token. The longest of GPT-NeoX has 512 letters."""
 MOST_PARTS = 4
 """The most parts of a normalizer, pre-tokenizer or decoder."""
 
@@ -132,8 +132,8 @@ def _typed(kinds: Mapping[str, Mapping[str, Check]]) -> Check:
     return check_all
 
 
-_TEXT = {"pattern": _object(String=_word), "content": _maybe(_letter)}
-"""What Replace puts in place of a text. One letter at most, so that no text grows much."""
+_REPLACE = {"pattern": _object(String=_word), "content": _letter}
+"""It puts one letter in place of a text, so that no text grows."""
 _BYTES = {"add_prefix_space": _flag, "trim_offsets": _flag, "use_regex": _maybe(_flag)}
 _META = {
     "replacement": _letter,
@@ -145,13 +145,13 @@ _META = {
 _NORMALIZER = {
     **{name: {} for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")},
     "Prepend": {"prepend": _letter},
-    "Replace": {**_TEXT, "content": _letter},
+    "Replace": _REPLACE,
 }
 _PRE_TOKENIZER = {"ByteLevel": _BYTES, "Whitespace": {}, "WhitespaceSplit": {}, "Metaspace": _META}
 _DECODER = {
     "ByteLevel": _BYTES,
     "Metaspace": _META,
-    "Replace": {**_TEXT, "content": _letter},
+    "Replace": _REPLACE,
     "ByteFallback": {},
     "Fuse": {},
     "Strip": {"content": _letter, "start": _number, "stop": _number},

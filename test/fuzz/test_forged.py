@@ -8,7 +8,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from deer_vla_ros.bag.calvin_files import ANNOTATIONS, Annotation, read_annotations, read_step, write_annotations
+from deer_vla_ros.bag.calvin_files import (
+    ANNOTATIONS,
+    Annotation,
+    read_annotations,
+    read_step,
+    write_annotations,
+)
 from deer_vla_ros.bag.pickled_array import read_pickled
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.training.frames import Frames
@@ -88,9 +94,7 @@ def test_what_this_package_writes_is_read(tmp_path):
 def test_a_step_that_declares_gigabytes_is_refused_before_they_are_reserved(tmp_path):
     for shape, kind in (((1_000_000_000,), "|u1"), ((60_000, 60_000, 3), "|u1"), ((7,), "|O")):
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": kind, "fortran_order": False, "shape": shape}
-        )
+        np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
         with zipfile.ZipFile(tmp_path / "episode_0000007.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("rgb_static.npy", header.getvalue() + bytes(1000))
         assert "not a step of CALVIN's format" in refused(read_step, tmp_path, 7, ["rgb_static"])
@@ -187,7 +191,9 @@ def test_the_forms_of_released_tokenizers_are_read(tmp_path):
         model={**own["model"], "merges": [" ".join(merge) for merge in own["model"]["merges"]]},
     )
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    template = {"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+    template = {
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    }
     like_llama = tokenizer(
         tmp_path / "llama.json",
         normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]},
