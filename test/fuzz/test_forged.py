@@ -1,4 +1,4 @@
-"""Tests with files that somebody forged on purpose: each is refused by one line, at once and in little memory."""
+"""Tests with files that somebody forged: each is refused by one line, at once and in little memory."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def test_a_forged_state_of_a_number_type_or_an_array_is_refused(tmp_path, whole,
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x80\x04Nr\xff\xff\xff\x7f.",  # a number under which numpy's unpickler would make room for 2 billion
+        b"\x80\x04Nr\xff\xff\xff\x7f.",  # a number under which an unpickler would make room for 2 billion
         b"\x80\x04" + b"]" * 5_000_000 + b".",
         b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b".",
         b"\x80\x04(h\x00.",
