@@ -1,4 +1,4 @@
-"""The error that a user can solve, the end of cancelled work, and one line of text for any error."""
+"""The error that a user can solve, the end of cancelled work, and one line of text for any error or value."""
 
 
 class UserError(Exception):
@@ -24,3 +24,12 @@ def cause(error: BaseException) -> str:
     """The first 200 characters of an error's message on one line, for a UserError's text; its type if it has
     no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as an error's text shows it: the first 100 characters of its representation."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no decimal numbers of over 4300 digits
+        text = f"{type(value).__name__} of too many digits"
+    return text if len(text) <= 100 else f"{text[:100]}..."

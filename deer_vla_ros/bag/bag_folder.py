@@ -13,6 +13,7 @@ from deer_vla_ros.bag.inflation import ZSTD_MAGIC
 from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.files import read_yaml
+from deer_vla_ros.untrusted import check_fetched, stand_in_of
 
 METADATA = "metadata.yaml"
 STORAGES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd")
@@ -25,10 +26,7 @@ BEGINNINGS = {
     ZSTD_MAGIC: ZSTD,
 }
 ARCHIVE = "an archive, not a recording: unpack it, and give the folder that was in it"
-LFS_POINTER = b"version https://git-lfs"
-LFS = "a git LFS pointer, not the file itself: run `git lfs pull` in its repository"
 OTHERS = {
-    LFS_POINTER: LFS,
     b"#ROSBAG": "a ROS 1 bag: convert it with `rosbags-convert --src FILE --dst FOLDER`, and give FOLDER",
     b"PK\x03\x04": ARCHIVE,
     b"\x1f\x8b": ARCHIVE,
@@ -82,6 +80,8 @@ def kind_of(path: Path, name: Path | None = None) -> str:
     name = name or path
     if not path.is_file():
         raise UserError(f"{name}: not a recording: give a rosbag2 folder, or a .mcap or .db3 file")
+    if stand_in := stand_in_of(path):
+        raise UserError(f"{name} {stand_in}")
     with open(path, "rb") as file:
         head = file.read(512)
     for beginning, kind in BEGINNINGS.items():
@@ -108,9 +108,7 @@ def kind_of(path: Path, name: Path | None = None) -> str:
 def _described(path: Path, there: list[Path]) -> BagFolder:
     """The files that metadata.yaml names."""
     source = path / METADATA
-    with open(source, "rb") as file:
-        if file.read(64).startswith(LFS_POINTER):
-            raise UserError(f"{source}: {LFS}")
+    check_fetched(source)
     advice = f"remove {source}, and the files beside it are read without it, or run `ros2 bag reindex {path}`"
     try:
         tree = read_yaml(source, "one that `ros2 bag reindex` writes")

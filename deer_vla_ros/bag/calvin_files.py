@@ -28,9 +28,7 @@ The data of the simulated table (demonstrations/record_store.py) differs in thes
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,15 +37,21 @@ from typing import Any
 
 import numpy as np
 
+from deer_vla_ros.bag.folder_kinds import what_to_do_with
 from deer_vla_ros.bag.pickled_array import read_pickled, write_pickled
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.files import whole_file, write_json, writing
 from deer_vla_ros.model.action_space import ActionSpace
+from deer_vla_ros.untrusted import read_json, read_npz
 
 ANNOTATIONS = Path("lang_annotations", "auto_lang_ann.npy")
 EPISODES = "ep_start_end_ids.npy"
 RECORDINGS = "recordings.json"
 LARGEST_NUMBER = 9_999_999
+MOST_BYTES = 64 * 2**20
+"""The most bytes of the arrays of one step that are read. CALVIN's have 0.2 MB."""
+MOST_STEPS = 20_000_000
+"""The most annotated steps of a folder. CALVIN's largest split, ABCD, has 1,500,000."""
 
 SHAPES = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
 IMAGES = ("rgb_static", "rgb_gripper")
@@ -98,25 +102,24 @@ def read_step(folder: Path, number: int, names: Iterable[str]) -> dict[str, np.n
 
     Raises UserError if the file is missing or damaged.
     """
-    path = _step_path(folder, number)
+    path = Path(_step_path(folder, number))
     try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = {}
-            for name in names:
-                with archive.open(f"{name}.npy") as file:
-                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        arrays = read_npz(path, names, MOST_BYTES)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing, but {ANNOTATIONS} speaks of it: unpack the data set again"
         ) from error
-    except Exception as error:  # zipfile and numpy raise many kinds of exceptions for damaged files
-        raise UserError(f"{path}: not a step of CALVIN's format ({error}): copy it again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a step of CALVIN's format ({cause(error)}): copy it again") from error
     for name, array in arrays.items():
-        fits = array.ndim == 3 and array.dtype == np.uint8 if name in IMAGES else array.shape == SHAPES[name]
+        if name in IMAGES:
+            fits = array.ndim == 3 and array.shape[2] == 3 and array.size and array.dtype == np.uint8
+        else:
+            fits = array.shape == SHAPES[name] and array.dtype.kind == "f" and np.isfinite(array).all()
         if not fits:
             raise UserError(
-                f"{path}: {name} has shape {array.shape} and type {array.dtype}, which is not CALVIN's: "
-                "copy it again"
+                f"{path}: {name} has shape {array.shape} and type {array.dtype}, which is not CALVIN's, or "
+                "values that are not finite: copy it again"
             )
     return arrays
 
@@ -170,13 +173,18 @@ def read_annotations(folder: Path) -> list[Annotation]:
     """Reads the annotations. Raises UserError if they are missing or damaged."""
     path = folder / ANNOTATIONS
     if not path.is_file():
-        raise UserError(f"{path} is missing: give a folder in CALVIN's format, such as task_D_D/training")
+        raise UserError(f"{path} is missing: {_instead(folder)}")
+    found = read_pickled(path)
     try:
-        found = read_pickled(path)
         texts, tasks, bounds = found["language"]["ann"], found["language"]["task"], found["info"]["indx"]
         annotations = [_annotation(*each) for each in zip(bounds, tasks, texts, strict=True)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not CALVIN's annotations ({error}): copy it again") from error
+    except KeyError as error:
+        raise UserError(f"{path}: not CALVIN's annotations (no {error}): copy it again") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: not CALVIN's annotations ({cause(error)}): copy it again") from error
+    steps = sum(each.end - each.first for each in annotations)
+    if steps > MOST_STEPS:
+        raise UserError(f"{path}: annotates {steps} steps, and {MOST_STEPS} are the most: split the data set")
     if not annotations:
         raise UserError(f"{path}: annotates nothing: there is nothing to learn from in this folder")
     return annotations
@@ -195,16 +203,35 @@ def read_action_space(folder: Path) -> ActionSpace | None:
     path = folder / RECORDINGS
     if not path.is_file():
         return None
-    try:
-        return ActionSpace.from_dict(json.loads(path.read_text())["action_space"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: says no action space ({error!r}): convert the recordings again") from error
+    values = read_json(path, "convert the recordings again")
+    if not isinstance(values, dict) or "action_space" not in values:
+        raise UserError(f"{path}: says no action space: convert the recordings again")
+    return ActionSpace.from_dict(values["action_space"], str(path))
 
 
-def _annotation(bounds: Any, task: Any, text: Any) -> Annotation:
-    first, end = (int(bound) for bound in bounds)
+def _instead(folder: Path) -> str:
+    """What to do about a folder without annotations, by what it is."""
+    if hint := what_to_do_with(folder):
+        return hint
+    for split in ("training", "validation"):
+        if (folder / split / ANNOTATIONS).is_file():
+            return f"give {folder / split}"
+    others = sorted(path.parent.name for path in folder.glob(f"lang_*/{ANNOTATIONS.name}"))
+    if others:
+        return (
+            f"there are {', '.join(others)}, which differ in embeddings only, and those are not used: rename "
+            f"one to {ANNOTATIONS.parent}"
+        )
+    return "give a folder in CALVIN's format, such as task_D_D/training"
+
+
+def _annotation(bounds: tuple, task: Any, text: Any) -> Annotation:
+    first, end = bounds
+    if not all(type(bound) is int for bound in (first, end)) or not isinstance(text, str):
+        raise ValueError(f"{shown(bounds)} and {shown(text)} are no interval and instruction")
     if not 0 <= first < end <= LARGEST_NUMBER + 1:
         raise ValueError(f"steps {first} to {end} are no interval")
+    text.encode()  # half of a character is a ValueError
     return Annotation(first, end, str(task), str(text))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rosbags.interfaces import Nodetype
 
 from deer_vla_ros.bag.cdr import types
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.ros.messages import nanoseconds
 
 STEP_TYPE = "deer_vla_ros/msg/PolicyStep"
@@ -72,11 +72,13 @@ def read_rows(path: Path) -> Iterator[Row]:
                     f"{path}"
                 )
             for row in reader:
+                if len(row) != len(DECIDED) or None in row.values():
+                    raise ValueError(f"line {reader.line_num} does not have {len(DECIDED)} cells")
                 yield {name: _value(name, text) for name, text in row.items()}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): write it with --golden {path}") from error
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: damaged ({error}): write it again with --golden {path}") from error
+        raise UserError(f"{path}: damaged ({cause(error)}): write it again with --golden {path}") from error
 
 
 _KINDS = dict(types().fielddefs[STEP_TYPE][1])
@@ -85,7 +87,7 @@ _KINDS = dict(types().fielddefs[STEP_TYPE][1])
 def _value(name: str, text: str) -> Any:
     """The inverse of `text_of` for the field `name`."""
     if name == "stamp" or name in STAMPS:
-        return int(text)
+        return _number("int64", text)
     if name == "frame_id":
         return text
     kind, detail = _KINDS[name]
@@ -97,7 +99,11 @@ def _value(name: str, text: str) -> Any:
 def _number(kind: str, text: str) -> Any:
     if kind == "string":
         return text
-    return float(text) if kind.startswith("float") else int(text)
+    if kind.startswith("float"):
+        return float(text)
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,14 @@ from torch import Tensor
 
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.path import ThresholdPath
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.files import whole_file
 from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule, compared
 from deer_vla_ros.inference.policy import DeerPolicy
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.checkpoint import WEIGHTS, Checkpoint
 from deer_vla_ros.model.head import ActionHead, HeadState
+from deer_vla_ros.untrusted import check_fetched, parse_json
 
 CALIBRATION = "calibration.safetensors"
 WINDOW = 12
@@ -116,6 +118,10 @@ class Calibration:
     def _check_arrays(self) -> None:
         """Raises ValueError if the shapes of the arrays do not match, or values are not finite."""
         samples, exits = len(self.deltas), len(self.exits)
+        if any(len(getattr(self, name)) != samples for name in ("gripper", "episodes", "steps", "tokens")):
+            raise ValueError("arrays of different lengths")
+        if self.gripper.shape != (samples, exits) or self.window_deltas.shape[1:] != (exits,):
+            raise ValueError("arrays of shapes that do not belong together")
         if samples == 0 or self.poses.shape != (samples, exits, 6) or self.deltas.shape != (samples, exits):
             raise ValueError("arrays of shapes that do not belong together")
         for count, (levels, shares) in self.paths.items():
@@ -137,9 +143,11 @@ class Calibration:
         path = folder / CALIBRATION
         if not path.is_file():
             return None
+        check_fetched(path)
         try:
             with safe_open(path, framework="np") as file:
-                about = json.loads((file.metadata() or {})["about"])
+                about = parse_json((file.metadata() or {})["about"])
+                _check_about(about)
                 arrays = {name: file.get_tensor(name).astype(kind) for name, kind in ARRAYS.items()}
                 counts = range(1, len(about["exits"]) + 1)
                 paths = {
@@ -155,8 +163,19 @@ class Calibration:
             )
             calibration._check_arrays()
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a calibration ({error}): {REMEDY}") from error
+            raise UserError(f"{path}: not a calibration ({cause(error)}): {REMEDY}") from error
         return calibration
+
+
+def _check_about(about: Any) -> None:
+    """Raises ValueError unless these are the facts that `Calibration.save` writes beside the arrays."""
+    if not isinstance(about, dict) or about.keys() != {"exits", "delta", "provenance"}:
+        raise ValueError("it does not say its exits, delta and provenance")
+    exits, facts = about["exits"], about["provenance"]
+    if not isinstance(exits, list) or not exits or not all(type(layer) is int for layer in exits):
+        raise ValueError("exits are no list of layers")
+    if not isinstance(facts, dict) or not all(isinstance(fact, str) for fact in facts.values()):
+        raise ValueError("its provenance is not text by name")
 
 
 ARRAYS = {

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.inference.types import PolicyStep, StageTimes
+from deer_vla_ros.untrusted import read_json
 
 TABLE = "latency.json"
 """File in a checkpoint folder: latencies that were measured once, for replays."""
 TABLE_REMEDY = "measure one with `python -m deer_vla_ros benchmark latency`"
 WINDOW = 200
 """Number of newest steps that the figures cover."""
+MOST_STEPS, MOST_MS = 100_000, 1e7
+"""The most rows of a table, and the longest time in it."""
 HIGH = 0.99
 """Share of the steps that must meet a deadline."""
 
@@ -35,21 +37,19 @@ class LatencyTable:
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
         """The table of a file. Raises UserError if the file holds no table."""
+        values = read_json(path, TABLE_REMEDY)
         try:
-            values = json.loads(path.read_text())
             parts = np.array(values["parts"], float)
             if (
                 parts.ndim != 2
                 or parts.shape[1] != 3
-                or not len(parts)
-                or not (np.isfinite(parts).all() and (parts >= 0).all())
+                or not 0 < len(parts) <= MOST_STEPS
+                or not ((parts >= 0) & (parts <= MOST_MS)).all()  # NaN is neither
             ):
                 raise ValueError("parts are no rows of three milliseconds")
             return cls(tuple(map(tuple, parts.tolist())), str(values["about"]))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): {TABLE_REMEDY}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: no latency table ({error}): {TABLE_REMEDY}") from error
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise UserError(f"{path}: no latency table ({cause(error)}): {TABLE_REMEDY}") from error
 
 
 class LatencyModel:

@@ -47,9 +47,10 @@ class ActionSpace:
             raise UserError("action space: frame is empty: name the frame that the action is expressed in")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ActionSpace:
-        """Reads JSON values. Raises a UserError that names an unknown or missing key or a wrong type."""
-        return from_json(cls, values, "config.json: action_space")
+    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ActionSpace:
+        """Reads JSON values. Raises a UserError that names an unknown or missing key or a wrong type, and
+        `where` it stands."""
+        return from_json(cls, values, f"{where}: action_space")
 
 
 CALVIN = ActionSpace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import mmap
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.files import whole_file, write_json, write_text
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.model.config import ModelConfig
@@ -32,6 +31,7 @@ from deer_vla_ros.model.network import (
 )
 from deer_vla_ros.model.quantisation import empty_tensors, is_quantised, quantise, types_of
 from deer_vla_ros.model.text import InstructionTokenizer
+from deer_vla_ros.untrusted import check_fetched, read_json
 
 (CONFIG, WEIGHTS, TOKENIZER), README = PARTS, "README.md"
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
@@ -93,12 +93,7 @@ def folder_of(path: str) -> Path:
 def load_info(folder: Path) -> CheckpointInfo:
     """Reads `config.json` of a folder. Raises a UserError that names a missing or malformed file."""
     check_checkpoint_folder(folder)
-    try:
-        return CheckpointInfo.from_dict(json.loads((folder / CONFIG).read_text()))
-    except ValueError as error:  # the file is not text, or not JSON
-        raise UserError(
-            f"{folder / CONFIG}: not JSON ({error}): restore the file from the checkpoint"
-        ) from error
+    return CheckpointInfo.from_dict(read_json(folder / CONFIG, "restore the file from the checkpoint"))
 
 
 def load(
@@ -207,6 +202,7 @@ def _read_weights(
     absent = tuple(
         f"layers.{index}." for index in range(layers if wanted.layers is None else wanted.layers, layers)
     )
+    check_fetched(path)
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
@@ -236,7 +232,9 @@ def _read_weights(
             on_progress(done, total)
             return state
     except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error}): copy the checkpoint again") from error
+        raise UserError(
+            f"{path}: not a safetensors file ({cause(error)}): copy the checkpoint again"
+        ) from error
 
 
 def _own_copy(mapped: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -113,10 +113,11 @@ class ModelConfig:
     proprioception: ProprioceptionConfig | None = None
 
     def __post_init__(self) -> None:
-        for part in ("vision", "resampler", "decoder", "head"):
-            _check_sizes(part, getattr(self, part))
-        if self.max_tokens < 1:
-            raise UserError(f"model config: max_tokens is {self.max_tokens}: give 1 or more")
+        for part in ("vision", "resampler", "decoder", "head", "grounding", "proprioception"):
+            if getattr(self, part) is not None:
+                _check_sizes(part, getattr(self, part))
+        if not 1 <= self.max_tokens <= MOST["max_tokens"]:
+            raise UserError(f"model config: max_tokens is {self.max_tokens}: give 1 to {MOST['max_tokens']}")
         if self.decoder.layers < 2:
             raise UserError(
                 f"model config: decoder.layers is {self.decoder.layers}, "
@@ -128,7 +129,6 @@ class ModelConfig:
                 f"vision.image_size {self.vision.image_size}: change one of them"
             )
         if self.grounding is not None:
-            _check_sizes("grounding", self.grounding)
             if self.grounding.queries % self.grounding.things:
                 raise UserError(
                     f"model config: grounding.queries {self.grounding.queries} is not a multiple of "
@@ -145,10 +145,10 @@ class ModelConfig:
                 f"model config: proprioception is {pose}: "
                 "give a centre of 3 numbers, a reach and a turn above 0"
             )
-        if self.exit_interval < 2:
+        if not 2 <= self.exit_interval <= MOST_OTHERS:
             raise UserError(
                 f"model config: exit_interval is {self.exit_interval}, "
-                "but the first exit is compared with the layer before it: set it to 2 or more"
+                f"but the first exit is compared with the layer before it: set it to 2 to {MOST_OTHERS}"
             )
         for name, width, heads in (
             ("vision", self.vision.width, self.vision.heads),
@@ -182,13 +182,51 @@ class ModelConfig:
         return from_json(cls, values, "config.json: model")
 
 
+MOST = {
+    "image_size": 2048,
+    "patch_size": 2048,
+    "depth": 64,
+    "layers": 128,
+    "lstm_layers": 8,
+    "heads": 1024,
+    "cross_attention_heads": 1024,
+    "head_width": 1024,
+    "cross_attention_head_width": 1024,
+    "mlp_ratio": 64,
+    "cross_attention_mlp_ratio": 64,
+    "alibi_bias_max": 1024,
+    "vocabulary": 2**20,
+    "max_tokens": 2**16,
+    "lstm_dropout": 1,
+    "mlp_dropout": 1,
+}
+"""The largest value of each size and count; that of all others is MOST_OTHERS. A network is laid out before
+its weights are read, which takes seconds for the largest."""
+MOST_OTHERS = 2**15
+MOST_WIDTHS = 8
+"""The most layers of the head's MLPs."""
+
+
 def _check_sizes(part: str, config: Any) -> None:
-    """Raises UserError if a size or a count is below 1; only `lstm_layers` may be 0."""
+    """Raises UserError for a number that is too small, too large or not finite."""
     for name, value in vars(config).items():
+        if isinstance(value, tuple) and len(value) > MOST_WIDTHS:
+            raise UserError(f"model config: {part}.{name} has {len(value)} items: give {MOST_WIDTHS} or less")
         for size in value if isinstance(value, tuple) else (value,):
-            least = 0 if name == "lstm_layers" else 1
-            if type(size) is int and size < least:
-                raise UserError(f"model config: {part}.{name} is {value}: give {least} or more")
+            if type(size) is not bool and not _least(name, size) <= size <= _most(name):  # NaN is neither
+                raise UserError(
+                    f"model config: {part}.{name} is {size}: give {_least(name, size)} to {_most(name)}"
+                )
+
+
+def _least(name: str, size: int | float) -> int:
+    if name in ("centre", "gate_init"):
+        return -MOST_OTHERS
+    return 1 if type(size) is int and name != "lstm_layers" else 0
+
+
+def _most(name: str) -> int:
+    return MOST.get(name, MOST_OTHERS)
 
 
 def openflamingo_3b(layers: int = 12) -> ModelConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError
@@ -32,12 +32,12 @@ from deer_vla_ros.model.config import (
     ResamplerConfig,
     VisionConfig,
 )
-from deer_vla_ros.model.foreign_files import stand_in_of
 from deer_vla_ros.model.network import HEADS_OF_TRAINING, state_shapes
 from deer_vla_ros.model.reference import reference_names
 from deer_vla_ros.model.released_files import DeerFile, is_from_transformers, open_clip, open_deer, open_mpt
 from deer_vla_ros.model.tensor_writer import TensorWriter
 from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
+from deer_vla_ros.model.tokenizer_file import read_tokenizer_file
 
 THRESHOLDS = {
     "d": (0.024131965307197703, 0.0034394217427938887, 0.00701889456063509, 0.009184207905083895)
@@ -363,16 +363,7 @@ def read_tokenizer(path: Path, rows: int, max_tokens: int) -> InstructionTokeniz
     """
     if path.is_dir():
         path = path / TOKENIZER
-    try:
-        if stand_in := stand_in_of(path):
-            raise UserError(f"--tokenizer {path} {stand_in}")
-        tokenizer = Tokenizer.from_file(str(path))
-    except UserError:
-        raise
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise UserError(
-            f"--tokenizer {path}: no tokenizer ({error}): give tokenizer.json of EleutherAI/gpt-neox-20b"
-        ) from error
+    tokenizer = read_tokenizer_file(path, "give --tokenizer the tokenizer.json of EleutherAI/gpt-neox-20b")
     before = tokenizer.get_vocab_size(with_added_tokens=True)
     new = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in new])

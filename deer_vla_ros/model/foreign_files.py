@@ -9,12 +9,10 @@ import zipfile
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.untrusted import first_bytes, stand_in_of
 
 PARTS = ("config.json", "model.safetensors", "tokenizer.json")
 """The files that every checkpoint folder has."""
-LFS_POINTER = b"version https://git-lfs"
-HTML = (b"<!doctype html", b"<html")
-"""The beginning of a file that is a page of the server instead of the weights, in lower case."""
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The beginning of a file of `torch.save` before torch 1.6."""
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -41,23 +39,6 @@ def check_checkpoint_folder(folder: Path) -> None:
             )
         else:
             raise UserError(f"checkpoint {folder}: {name} is missing: {_remedy(folder)}")
-
-
-def stand_in_of(path: Path) -> str | None:
-    """What a file is that stands for the real one, with the remedy, as the end of a sentence; None if it does
-    not. Raises OSError if it cannot be read."""
-    begin = first_bytes(path)
-    if begin.startswith(LFS_POINTER):
-        return "is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder"
-    if begin.lstrip().lower().startswith(HTML):
-        return "is a web page, not the file itself: download the file itself"
-    return None
-
-
-def first_bytes(path: Path) -> bytes:
-    """The first 64 bytes of a file."""
-    with path.open("rb") as file:
-        return file.read(64)
 
 
 def is_torch_file(path: Path) -> bool:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError, cause
-from deer_vla_ros.model.foreign_files import OLD_TORCH, first_bytes, is_torch_file, stand_in_of
+from deer_vla_ros.model.foreign_files import OLD_TORCH, is_torch_file
+from deer_vla_ros.untrusted import first_bytes, stand_in_of
 
 TORCHSCRIPT = "constants.pkl"
 """The member that a TorchScript archive has and a file of `torch.save` does not have."""
@@ -171,7 +172,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return any(name.endswith(f"/{TORCHSCRIPT}") for name in file.namelist())
-    except zipfile.BadZipFile:
+    except Exception:  # for arbitrary bytes, zipfile raises many kinds of exceptions; _torch_file says more
         return False
 
 
@@ -208,7 +209,7 @@ def _torch_file(path: Path, option: str) -> Any:
             f"{option} {path} holds more than tensors and plain values ({cause(error)}): it is not loaded, "
             "because a pickle can run any program; save its tensors alone"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # for arbitrary bytes, torch may raise anything
         raise UserError(f"{option} {path} is damaged ({cause(error)}): download it again") from error
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_file
+from deer_vla_ros.model.tokenizer_file import read_tokenizer_file
 
 IMAGE, END_OF_CHUNK, END_OF_TEXT, PAD = "<image>", "<|endofchunk|>", "<|endoftext|>", "<PAD>"
 
@@ -47,14 +48,7 @@ class InstructionTokenizer:
     @classmethod
     def from_file(cls, path: Path, max_tokens: int) -> InstructionTokenizer:
         """Reads a `tokenizer.json`. Raises UserError if this fails."""
-        try:
-            return cls(Tokenizer.from_file(str(path)), max_tokens)
-        except UserError:
-            raise
-        except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
-            raise UserError(
-                f"{path}: not a tokenizer ({error}): restore the file from the checkpoint"
-            ) from error
+        return cls(read_tokenizer_file(path, "restore the file from the checkpoint"), max_tokens)
 
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask (1 = real token), both (B, S) int64.

@@ -20,7 +20,7 @@ from deer_vla_ros.bag.calvin_files import (
 )
 from deer_vla_ros.control.motion import euler_of, motion_of, moved
 from deer_vla_ros.control.types import Pose
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.files import remove_leftovers, write_text
 from deer_vla_ros.inference.preprocess import resize_and_crop
 from deer_vla_ros.lab.demonstrations.demonstrations import Demonstration, Moment
@@ -28,6 +28,7 @@ from deer_vla_ros.lab.sim.state import COLOURS, TableState
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.lab.training.frames import ShardWriter
 from deer_vla_ros.model.action_space import TABLETOP
+from deer_vla_ros.untrusted import read_json
 
 Settings = dict[str, Any]
 """What a shard depends on. Its names and values are written into the shard as JSON."""
@@ -116,10 +117,8 @@ class CalvinStore:
         return first - start
 
     def finish(self) -> None:
-        shards = (settings for _, settings in sorted(self.found().items()))
-        write_annotations(
-            self.folder, (Annotation(*each) for settings in shards for each in settings["annotations"])
-        )
+        shards = sorted(self.found().items())
+        write_annotations(self.folder, [each for shard in shards for each in _annotations_of(*shard)])
         write_action_space(self.folder, TABLETOP)
 
 
@@ -154,9 +153,24 @@ def _number(path: Path) -> int:
 
 
 def _read_json(path: Path) -> Settings:
+    values = read_json(path, "remove this shard, and it is recorded again")
+    if not isinstance(values, dict) or type(values.get("episodes")) is not int:
+        raise UserError(f"{path} says no number of episodes: remove this shard, and it is recorded again")
+    return values
+
+
+def _annotations_of(shard: int, settings: Settings) -> list[Annotation]:
+    """The annotations of a shard. Raises UserError if they are others than `CalvinStore.write` writes."""
+    first, found = shard * _STEPS_PER_SHARD, []
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        for start, end, task, text in settings["annotations"]:
+            if type(start) is not int or type(end) is not int or not first <= start < end:
+                raise ValueError(f"steps {shown(start)} to {shown(end)} are no interval")
+            if end > first + _STEPS_PER_SHARD or not isinstance(task, str) or not isinstance(text, str):
+                raise ValueError(f"{shown(task)} and {shown(text)} are no task and text of this shard")
+            found.append(Annotation(start, end, task, text))
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not readable ({error}): remove this shard, and it is recorded again"
+            f"shard-{shard:04d}.json has no annotations ({cause(error)}): remove it, and it is recorded again"
         ) from error
+    return found

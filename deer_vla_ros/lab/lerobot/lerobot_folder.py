@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deer_vla_ros.errors import UserError, cause
+from deer_vla_ros.untrusted import check_fetched
 
 FORMATS = ("v2.1", "v3.0")
-LFS_POINTER = b"version https://git-lfs"
 LONGEST_TEXT = 64_000_000
 """Bytes of info.json, or of one line of a .jsonl file."""
 BUFFER = 1 << 20
@@ -226,15 +226,10 @@ def batches(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) ->
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError where a file of the dataset is missing, empty, or a pointer of Git LFS."""
-    begin = _start_of(path, 64)
-    if not begin:
+    """Raises UserError where a file of the dataset is missing or empty, or something stands in its place."""
+    if not _start_of(path, 64):
         raise UserError(f"{path} is empty: download it again")
-    if begin.startswith(LFS_POINTER):
-        raise UserError(
-            f"{path} is a pointer of Git LFS, not the data: run `git lfs pull` there, or download the "
-            "dataset with `hf download --repo-type dataset`"
-        )
+    check_fetched(path)
 
 
 def _feature(key: str, values: dict[str, Any]) -> LerobotFeature:

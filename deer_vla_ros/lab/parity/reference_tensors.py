@@ -9,9 +9,6 @@ float64, `*_train_fp64.json` and `*_train_fp64.npz`. All models share `preproc.n
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +20,13 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause, one_line
 from deer_vla_ros.model.config import DecoderConfig, HeadConfig, ModelConfig, ResamplerConfig, VisionConfig
 from deer_vla_ros.model.network import MultiExitVLA
 from deer_vla_ros.model.reference import from_reference
 from deer_vla_ros.model.text import END_OF_CHUNK, END_OF_TEXT, IMAGE, PAD, InstructionTokenizer
+from deer_vla_ros.untrusted import read_json as read_json_file
+from deer_vla_ros.untrusted import read_npz
 
 MLP_WIDTHS = (1024, 512, 256)
 REFERENCE_HEAD_WIDTH = 64
@@ -78,21 +77,42 @@ def read_model(folder: Path, name: str) -> ModelRecording:
         key: torch.from_numpy(array).float()
         for key, array in read_arrays(folder / f"{name}_weights.npz").items()
     }
-    tensors = {entry["key"]: stored[entry["stored_as"]] for entry in keys["keys"]}
-    config = model_config(keys, tensors)
-    model = from_reference(tensors, config)
-    named = {
-        entry["key"]: tensors[entry["key"]] for entry in keys["keys"] if entry["listed_by_named_parameters"]
-    }
+    model, named, tokenizer = recorded_network(keys, stored, folder / f"{name}_keys.json")
     return ModelRecording(
         name=name,
         model=model,
         reference_names=_same_tensors(dict(model.named_parameters()), named),
-        tokenizer=toy_tokenizer(keys["tokenizer_vocab"], config.max_tokens),
+        tokenizer=tokenizer,
         info=read_json(folder / f"{name}_info.json"),
         rollout=read_arrays(folder / f"{name}_rollout.npz"),
         window=read_arrays(folder / f"{name}_window.npz"),
     )
+
+
+def recorded_network(
+    keys: dict[str, Any], stored: Mapping[str, torch.Tensor], where: Path
+) -> tuple[MultiExitVLA, dict[str, torch.Tensor], InstructionTokenizer]:
+    """The network that `keys`, the content of the file `where`, makes of stored tensors.
+
+    Returns it, its parameters by the reference's names, and its tokenizer. Raises UserError if `keys` does
+    not describe such a network.
+    """
+    try:
+        tensors = {entry["key"]: stored[entry["stored_as"]] for entry in keys["keys"]}
+        config = model_config(keys, tensors)
+        model = from_reference(tensors, config)
+        named = {
+            entry["key"]: tensors[entry["key"]]
+            for entry in keys["keys"]
+            if entry["listed_by_named_parameters"]
+        }
+        return model, named, toy_tokenizer(keys["tokenizer_vocab"], config.max_tokens)
+    except UserError:
+        raise
+    except Exception as error:  # the file may say anything of a network that it lists
+        raise UserError(
+            f"{where} does not describe the tensors beside it ({one_line(error)}): copy the recording again"
+        ) from error
 
 
 def read_training(folder: Path, name: str, precision: str = "") -> TrainingRecording:
@@ -179,12 +199,9 @@ def toy_tokenizer(vocabulary: dict[str, int], max_tokens: int) -> InstructionTok
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file of a recording. Raises UserError if it is missing or malformed."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
-    except ValueError as error:  # The bytes are not text, or the text is not JSON.
-        raise UserError(f"{path}: not JSON ({error}): copy the recording again") from error
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden")
+    return read_json_file(path, "copy the recording again")
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -193,12 +210,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises UserError if it is missing or malformed.
     """
     try:
-        arrays = np.load(path, allow_pickle=False)
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with arrays:
-            return {name: arrays[name] for name in arrays.files}
+        return read_npz(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a folder of recorded tensors like shared/golden") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable npz file ({error}): copy the recording again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable npz file ({cause(error)}): copy the recording again"
+        ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from deer_vla_ros.lab.scoring.chains import Chain, set_up
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.lab.sim.tasks import BY_NAME
+from deer_vla_ros.model.from_json import from_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +72,9 @@ class Attempt:
     exits: dict[int, int]
 
     @classmethod
-    def from_json(cls, values: dict) -> Attempt:
-        """The attempt whose `dataclasses.asdict` was written as JSON and read again."""
-        return cls(**{**values, "exits": {int(layer): count for layer, count in values["exits"].items()}})
+    def read(cls, values: Any) -> Attempt:
+        """The attempt whose `dataclasses.asdict` was written as JSON and read again. UserError for others."""
+        return from_json(cls, values, "attempt")
 
 
 def run_chains(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deer_vla_ros.budget.calibration import CALIBRATION
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.files import write_json
 from deer_vla_ros.lab.scoring.chain_report import summary
 from deer_vla_ros.lab.scoring.chain_run import Attempt, run_chains
@@ -197,7 +197,8 @@ def evaluate(
     Both lists have the order of `groups`, for any number of processes. resume: has the groups that are
     finished already, which are not run again, and gets every newly finished one.
     """
-    done = dict(resume.done) if resume else {}
+    known = resume.done if resume else {}
+    done = {group.key: _results_of(group, known[group.key]) for group in groups if group.key in known}
     left = [group for group in groups if group.key not in done]
     lanes = max(len(group.indices) for group in groups)
     with progress_bar() as progress:
@@ -209,14 +210,31 @@ def evaluate(
             _worker, arguments, jobs, processes, lambda: progress.advance(bar)
         ):
             _drawn[seed, phrasings, group] = drawn
-            done[group.key] = [[dataclasses.asdict(attempt) for attempt in attempts] for attempts in results]
+            done[group.key] = results
             if resume:
-                resume.add(group.key, done[group.key])
-    found = {
-        group: [tuple(map(Attempt.from_json, attempts)) for attempts in done[group.key]] for group in groups
-    }
+                resume.add(
+                    group.key, [[dataclasses.asdict(each) for each in attempts] for attempts in results]
+                )
+    found = {group: done[group.key] for group in groups}
     chains = [attempts for group, results in found.items() if not group.task for attempts in results]
     return chains, [attempts for group, results in found.items() if group.task for attempts in results]
+
+
+def _results_of(group: Group, values: Any) -> Results:
+    """The results of a group that an interrupted run has written. Raises UserError if they are others."""
+    if not isinstance(values, list) or len(values) != len(group.indices):
+        raise _damaged(group, "other numbers of chains")
+    try:
+        return [tuple(map(Attempt.read, attempts)) for attempts in values]
+    except (TypeError, UserError) as error:
+        raise _damaged(group, cause(error)) from error
+
+
+def _damaged(group: Group, why: str) -> UserError:
+    return UserError(
+        f"evaluate: the file of the interrupted run is damaged in '{group.key}' ({why}): delete the file "
+        "*.partial.jsonl beside the report, and everything is run again"
+    )
 
 
 def _worker(

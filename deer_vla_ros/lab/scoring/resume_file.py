@@ -7,8 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.files import write_text, writing
+from deer_vla_ros.untrusted import parse_json, read_bytes
+
+MOST_BYTES = 128 * 2**20
+"""The largest file that is read."""
 
 
 class ResumeFile:
@@ -16,7 +20,7 @@ class ResumeFile:
     finished part.
 
     `done` maps the key of every finished part to its value. The constructor raises UserError if the file has
-    other arguments.
+    other arguments or is damaged.
     It drops an incomplete last line, which a killed process may leave; the caller then runs that part again.
     """
 
@@ -24,10 +28,15 @@ class ResumeFile:
         self._path = path
         self.done: dict[str, Any] = {}
         header = json.dumps(arguments)
-        lines = path.read_text(errors="replace").split("\n")[:-1] if path.is_file() else []
+        content = read_bytes(path, MOST_BYTES, "delete it") if path.is_file() else b""
+        lines = content.decode(errors="replace").split("\n")[:-1]
         if lines:
-            _check(path, json.loads(lines[0]), json.loads(header))
-            self.done = dict(json.loads(line) for line in lines[1:])
+            _check(path, _parsed(path, 1, lines[0], dict), json.loads(header))
+            for number, line in enumerate(lines[1:], start=2):
+                part = _parsed(path, number, line, list)
+                if len(part) != 2 or not isinstance(part[0], str):
+                    raise _damaged(path, number, "no key and value")
+                self.done[part[0]] = part[1]
         write_text(path, "".join(line + "\n" for line in lines or [header]))
 
     def add(self, key: str, value: Any) -> None:
@@ -42,13 +51,30 @@ class ResumeFile:
         self._path.unlink()
 
 
+def _parsed(path: Path, number: int, line: str, kind: type) -> Any:
+    """The value of a line. Raises UserError if it is not JSON of this kind."""
+    try:
+        value = parse_json(line)
+    except ValueError as error:
+        raise _damaged(path, number, cause(error)) from error
+    if not isinstance(value, kind):
+        raise _damaged(path, number, f"{shown(value)} is no {kind.__name__}")
+    return value
+
+
+def _damaged(path: Path, number: int, why: str) -> UserError:
+    return UserError(
+        f"{path}: line {number} is damaged ({why}): delete the file, and everything is run again"
+    )
+
+
 def _check(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     if found != wanted:
         names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-        first = names[0]
+        first = names[0][:100]
         raise UserError(
             f"{path} is of an interrupted run with other arguments "
-            f"({first}: {found.get(first)} there, {wanted.get(first)} now"
-            f"{', and ' + ', '.join(names[1:]) if names[1:] else ''}): "
+            f"({first}: {shown(found.get(first))} there, {shown(wanted.get(first))} now"
+            f"{', and ' + ', '.join(names[1:])[:200] if names[1:] else ''}): "
             "repeat that run to finish it, or delete the file"
         )

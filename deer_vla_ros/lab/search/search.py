@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.files import writing
 from deer_vla_ros.lab.search.search_task import Outcome, SearchTask
 
@@ -178,18 +178,37 @@ class _Study:
                     storage=self._storage, study_name=name, direction="maximize", load_if_exists=True
                 )
                 self._check_identity(name)
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"search: {file.name} is damaged ({error}): move it away, and the search begins anew"
-            ) from error
+        except UserError:
+            raise
+        except Exception as error:  # for a changed journal, Optuna may raise anything
+            raise self._damaged(error) from error
 
     def complete(self) -> list[_CompleteTrial]:
-        return [
-            _CompleteTrial(
-                t.number, tuple(t.user_attrs["thresholds"]), Outcome(t.value, t.user_attrs["cost"])
-            )
-            for t in self._trials(self._states.COMPLETE)
-        ]
+        """The complete trials. Raises UserError if the journal says other things of them than `finish`."""
+        try:
+            return [
+                _CompleteTrial(
+                    t.number, self._thresholds_of(t), Outcome(float(t.value), float(t.user_attrs["cost"]))
+                )
+                for t in self._trials(self._states.COMPLETE)
+            ]
+        except UserError:
+            raise
+        except Exception as error:  # for a changed journal, Optuna may raise anything
+            raise self._damaged(error) from error
+
+    def _thresholds_of(self, trial: Any) -> tuple[float, ...]:
+        found = tuple(map(float, trial.user_attrs["thresholds"]))
+        if len(found) != len(self._task.start):
+            raise ValueError(f"{len(found)} thresholds")
+        return found
+
+    def _damaged(self, error: Exception) -> Exception:
+        if self._file is None:
+            return error
+        return UserError(
+            f"search: {self._file.name} is damaged ({cause(error)}): move it away, and the search begins anew"
+        )
 
     def take(self, trials: int) -> Any:
         """Returns the Optuna trial that this process evaluates next; its attribute "thresholds" says where.
@@ -262,7 +281,7 @@ class _Study:
                 self._study.set_user_attr(key, value)
             elif begun[key] != value:
                 raise UserError(
-                    f"search: study '{name}' in {self._file.name} was begun with {key} {begun[key]}, "
+                    f"search: study '{name}' in {self._file.name} was begun with {key} {shown(begun[key])}, "
                     f"not {value}: use another name or storage, or the same {key}"
                 )
 

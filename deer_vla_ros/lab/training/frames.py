@@ -12,13 +12,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.bag.calvin_files import ANNOTATIONS
+from deer_vla_ros.bag.folder_kinds import what_to_do_with
+from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.files import whole_folder
+from deer_vla_ros.untrusted import map_array, read_json
 
 FORMAT = 6
+MOST_PIXELS = 4096
+"""The largest image size of a shard."""
 THINGS = 7
 """Number of things on the table, in the order of sim.things.NAMES."""
 POSE, GRIPPER = slice(0, 6), 6
@@ -92,10 +98,11 @@ class Frames:
         shards = [shard for folder in folders for shard in sorted(folder.glob("shard-*")) if shard.is_dir()]
         for folder in folders:
             if not any(shard.parent == folder for shard in shards):
-                raise UserError(
-                    f"{folder}: no shard-* folders: record some with "
-                    f"`python -m deer_vla_ros record-demos --out {folder}`"
-                )
+                remedy = what_to_do_with(folder) if folder.is_dir() else ""
+                if (folder / ANNOTATIONS).is_file():
+                    remedy = "it is in CALVIN's format: give `format: calvin` in the recipe"
+                remedy = remedy or f"record some with `python -m deer_vla_ros record-demos --out {folder}`"
+                raise UserError(f"{folder}: no shard-* folders: {remedy}")
         metas = [_read_meta(shard) for shard in shards]
         self.tasks = tuple(metas[0]["tasks"])
         self.image_size = int(metas[0]["image_size"])
@@ -105,9 +112,7 @@ class Frames:
                 raise UserError(
                     f"{shard}: other tasks or image size than {shards[0]}: train on one kind of recording"
                 )
-        self._shards = [
-            {name: np.load(shard / f"{name}.npy", mmap_mode="r") for name in ARRAYS} for shard in shards
-        ]
+        self._shards = [_arrays(shard, meta) for shard, meta in zip(shards, metas)]
         lengths = [len(shard["task"]) for shard in self._shards]
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         offsets = np.concatenate([[0], np.cumsum([meta["episodes"] for meta in metas])])
@@ -140,16 +145,62 @@ class Frames:
 
 
 def _read_meta(shard: Path) -> dict:
-    try:
-        meta = json.loads((shard / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shard}: meta.json is not readable ({error}): record this shard again") from error
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{shard}: format {meta.get('format')}, this version reads {FORMAT}: record it again")
+    """The facts on a shard. Raises UserError for a file that says other things."""
+    meta = read_json(shard / "meta.json", "record this shard again")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise UserError(f"{shard}: format {shown(found)}, this version reads {FORMAT}: record it again")
     missing = [name for name in ("tasks", "image_size", "episodes", "phrasings") if name not in meta]
     if missing:
         raise UserError(
             f"{shard}: meta.json says nothing of {', '.join(missing)}: an older version recorded it, "
             "record it again"
         )
+    tasks, size, episodes, phrasings = (
+        meta[name] for name in ("tasks", "image_size", "episodes", "phrasings")
+    )
+    if not _is_texts(tasks) or len(set(tasks)) < len(tasks):
+        raise UserError(f"{shard}: meta.json has the tasks {shown(tasks)}: record this shard again")
+    if type(size) is not int or not 1 <= size <= MOST_PIXELS or type(episodes) is not int or episodes < 1:
+        raise UserError(
+            f"{shard}: meta.json has {shown(episodes)} episodes of {shown(size)} pixels: record it again"
+        )
+    if not isinstance(phrasings, dict) or not all(_is_texts(phrasings.get(task)) for task in tasks):
+        raise UserError(f"{shard}: meta.json lacks phrasings of some tasks: record this shard again")
     return meta
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
+
+
+def _arrays(shard: Path, meta: dict) -> dict[str, np.ndarray]:
+    """The arrays of a shard, on disk. UserError if one is missing or damaged, or does not fit `meta`."""
+    size, tasks = meta["image_size"], len(meta["tasks"])
+    shapes = {
+        "images": (2, size, size, 3),
+        "tcp": (7,),
+        "task": (),
+        "episode": (),
+        "actions": (tasks, 7),
+        "valid": (tasks,),
+        "points": (THINGS, 3),
+        "yaws": (THINGS,),
+        "pixels": (THINGS, 2, 2),
+    }
+    arrays = {}
+    for name, kind in ARRAYS.items():
+        path = shard / f"{name}.npy"
+        try:
+            arrays[name] = map_array(path)
+            frames = len(arrays["images"])
+            if arrays[name].dtype != kind or arrays[name].shape != (frames, *shapes[name]) or not frames:
+                raise ValueError(f"shape {arrays[name].shape} and type {arrays[name].dtype}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not such an array ({cause(error)}): record this shard again") from error
+    task, episode = arrays["task"], arrays["episode"]
+    if task.min() < 0 or task.max() >= tasks:
+        raise UserError(f"{shard}: task.npy has numbers that no task has: record this shard again")
+    if episode[0] != 0 or episode[-1] != meta["episodes"] - 1 or not np.isin(np.diff(episode), (0, 1)).all():
+        raise UserError(f"{shard}: episode.npy does not number {meta['episodes']} episodes: record it again")
+    return arrays

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.files import whole_file, write_text, writing
 from deer_vla_ros.inference.preprocess import normalised
 from deer_vla_ros.lab.training.batches import Batch, BatchSource, Share, rng_of
@@ -40,6 +40,7 @@ from deer_vla_ros.lab.training.optimisation import Optimiser, Stage
 from deer_vla_ros.lab.training.recipe import Train
 from deer_vla_ros.model.grounding import Found
 from deer_vla_ros.model.network import MultiExitVLA
+from deer_vla_ros.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,38 @@ class StageState:
     def read(self) -> tuple[dict[str, Tensor], int]:
         """Returns the tensors and the number of completed steps; both are empty or 0 without a saved state.
 
-        Raises UserError if the state belongs to another recipe.
+        Raises UserError if the state belongs to another recipe or is damaged.
         """
         if not self.is_there:
             return {}, 0
-        with safe_open(self._path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {}).get("about", "{}"))
-            self._compare(saved.get("recipe", {}))
-            return {name: file.get_tensor(name) for name in file.keys()}, saved["steps"]
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                saved = parse_json((file.metadata() or {}).get("about", "{}"))
+                if not (isinstance(saved, dict) and isinstance(saved.get("recipe"), dict)):
+                    raise ValueError("it does not say its recipe")
+                if type(saved.get("steps")) is not int or not 0 <= saved["steps"] < 10**12:
+                    raise ValueError("it does not say its steps")
+                self._compare(saved["recipe"])
+                return {name: file.get_tensor(name) for name in file.keys()}, saved["steps"]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self.damaged(cause(error)) from error
+
+    def damaged(self, why: str) -> UserError:
+        """The error for a state that cannot be used."""
+        return UserError(
+            f"{self._path} is damaged ({why}): remove {self._path.parent} to train this stage anew"
+        )
+
+    def check(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+        """Raises UserError unless `found` has the names, shapes and types of `expected`."""
+        if others := found.keys() ^ expected.keys():
+            raise self.damaged(f"{len(others)} tensors are missing or unknown, such as {min(others)[:100]}")
+        for name, tensor in expected.items():
+            if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+                raise self.damaged(
+                    f"{name} has shape {tuple(found[name].shape)} and type {found[name].dtype}, not "
+                    f"{tuple(tensor.shape)} and {tensor.dtype}"
+                )
 
     def write(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Replaces the saved state in one step, and waits until it is on the disk."""
@@ -102,10 +127,14 @@ class StageState:
         if names:
             name = min(names)
             raise UserError(
-                f"{self._path.parent} was trained with {name} {saved.get(name)}, "
-                f"the recipe now says {self._recipe.get(name)}: "
+                f"{self._path.parent} was trained with {name[:100]} {_text(saved.get(name))}, "
+                f"the recipe now says {_text(self._recipe.get(name))}: "
                 f"give another --out, or remove {self._path.parents[1]} to train anew"
             )
+
+
+def _text(value: Any) -> str:
+    return " ".join(value.split())[:100] if isinstance(value, str) else shown(value)
 
 
 class StageLoss(nn.Module):
@@ -230,12 +259,28 @@ class Trainer:
 
     def _load(self) -> None:
         tensors, steps = self._state.read()
+        self._state.check(network_of(tensors), self._model.state_dict())
+        adamw = {name: tensor for name, tensor in tensors.items() if name.startswith("adamw.")}
+        if len(adamw) + len(network_of(tensors)) != len(tensors):
+            raise self._state.damaged("it has tensors of neither network nor optimiser")
+        # Before the first step, and for parameters that were never reached, the optimiser keeps nothing.
+        kept = {name.split(".")[1] for name in adamw}
+        expected = {
+            f"adamw.{index}.{field}": tensor
+            for index, parameter in enumerate(self._optimiser.parameters())
+            if str(index) in kept
+            for field, tensor in (
+                ("step", torch.zeros(())),
+                ("exp_avg", parameter),
+                ("exp_avg_sq", parameter),
+            )
+        }
+        self._state.check(adamw, expected)
         self._model.load_state_dict(network_of(tensors))
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adamw."):
-                _, index, field = name.split(".")
-                state.setdefault(int(index), {})[field] = tensor
+        for name, tensor in adamw.items():
+            _, index, field = name.split(".")
+            state.setdefault(int(index), {})[field] = tensor
         groups = self._optimiser.state_dict()["adamw"]["param_groups"]
         self._optimiser.load_state_dict({"adamw": {"state": state, "param_groups": groups}, "steps": steps})
 
@@ -334,12 +379,15 @@ class _Board:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log, without a last line that a killed run left incomplete."""
+    """Returns the lines of a log. A line that is none is left out: a killed run may leave one at the end."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+                values = parse_json(line)
+                if isinstance(values, dict) and isinstance(values.get("stage"), str):
+                    if type(values.get("step")) is int:
+                        lines.append(values)
     return lines
 
 

@@ -112,6 +112,7 @@ class TrainingRun:
                 f"remove it and what follows it in {self._folder} to train anew"
             )
         if tensors:
+            state.check(network_of(tensors), self._model.state_dict())
             self._model.load_state_dict(network_of(tensors))
         if steps_done >= step.steps:
             return

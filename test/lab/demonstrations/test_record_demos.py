@@ -115,7 +115,7 @@ def test_what_an_older_version_recorded_is_refused_before_anything_is_added(copy
 
 def test_a_shard_whose_description_is_damaged_is_named(copy):
     (copy.folder / "shard-0001/meta.json").write_text("{")
-    with pytest.raises(UserError, match=r"shard-0001/meta.json is not readable"):
+    with pytest.raises(UserError, match=r"shard-0001/meta.json: not JSON"):
         record(copy, jobs=1)
 
 

@@ -1,0 +1,219 @@
+"""Tests with files that somebody forged: each is refused by one line, at once and in little memory."""
+
+import io
+import json
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+from deer_vla_ros.bag.calvin_files import (
+    ANNOTATIONS,
+    Annotation,
+    read_annotations,
+    read_step,
+    write_annotations,
+)
+from deer_vla_ros.bag.pickled_array import read_pickled
+from deer_vla_ros.errors import UserError
+from deer_vla_ros.lab.training.frames import Frames
+from deer_vla_ros.model.checkpoint import CONFIG, EMBEDDED, TOKENIZER, WEIGHTS, load_info
+from deer_vla_ros.model.text import InstructionTokenizer
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def refused(call, *arguments) -> str:
+    with pytest.raises(UserError) as refusal:
+        call(*arguments)
+    assert len(str(refusal.value).splitlines()) == 1
+    return str(refusal.value)
+
+
+# The annotations, which are a pickle
+
+
+def pickled(path, program: bytes) -> None:
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        file.write(program)
+
+
+@pytest.fixture
+def whole(tmp_path) -> bytes:
+    """The bytes of a whole file."""
+    np.save(tmp_path / "whole.npy", np.array({"emb": np.ones((2, 3), np.float32)}, object), allow_pickle=True)
+    return (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # The state of a number type: numpy itself believes the size and the flags.
+        (b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t", b"J\x00\x00\x00\x7fJ\xff\xff\xff\xffK\x00t"),
+        (b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t", b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ft"),
+        # The shape of an array, the kind of object, and the beginning of numpy's arrays.
+        (b"K\x02K\x03\x86", b"K\x02K\x04\x86"),
+        (b"\x8c\x02f4", b"\x8c\x02O8"),
+        (b"K\x00\x85", b"K\x09\x85"),
+    ],
+)
+def test_a_forged_state_of_a_number_type_or_an_array_is_refused(tmp_path, whole, old, new):
+    path = tmp_path / "forged.npy"
+    path.write_bytes(whole)
+    assert read_pickled(path)["emb"].tolist() == [[1.0] * 3] * 2
+    assert whole.count(old)
+    path.write_bytes(whole.replace(old, new))
+    assert "not a file of one pickled object" in refused(read_pickled, path)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x04Nr\xff\xff\xff\x7f.",  # a number under which an unpickler would make room for 2 billion
+        b"\x80\x04" + b"]" * 5_000_000 + b".",
+        b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b".",
+        b"\x80\x04(h\x00.",
+    ],
+)
+def test_a_program_that_would_take_much_memory_is_refused(tmp_path, program):
+    pickled(tmp_path / "forged.npy", program)
+    refused(read_pickled, tmp_path / "forged.npy")
+
+
+def test_what_this_package_writes_is_read(tmp_path):
+    written = [Annotation(0, 5, "lift", "lift it"), Annotation(7, 9, "push", "schieb es, 推")]
+    write_annotations(tmp_path, written)
+    assert read_annotations(tmp_path) == written
+
+
+# CALVIN's steps and folders
+
+
+def test_a_step_that_declares_gigabytes_is_refused_before_they_are_reserved(tmp_path):
+    for shape, kind in (((1_000_000_000,), "|u1"), ((60_000, 60_000, 3), "|u1"), ((7,), "|O")):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(tmp_path / "episode_0000007.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("rgb_static.npy", header.getvalue() + bytes(1000))
+        assert "not a step of CALVIN's format" in refused(read_step, tmp_path, 7, ["rgb_static"])
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path):
+    assert "there is no such folder" in refused(read_annotations, tmp_path / "nowhere")
+    write_annotations(tmp_path / "task_D_D" / "training", [Annotation(0, 5, "lift", "lift it")])
+    assert f"give {tmp_path / 'task_D_D' / 'training'}" in refused(read_annotations, tmp_path / "task_D_D")
+    training = tmp_path / "task_D_D" / "training"
+    (training / ANNOTATIONS.parent).rename(training / "lang_all-mpnet-base-v2")
+    assert "there are lang_all-mpnet-base-v2" in refused(read_annotations, training)
+    lerobot = tmp_path / "lerobot"
+    (lerobot / "meta").mkdir(parents=True)
+    (lerobot / "meta" / "info.json").write_text("{}")
+    assert f"convert-lerobot {lerobot}" in refused(read_annotations, lerobot)
+    assert f"convert-lerobot {lerobot}" in refused(Frames, [lerobot])
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "episode_0000007.npz"):
+        (tmp_path / name).write_bytes(LFS)
+    (tmp_path / ANNOTATIONS).parent.mkdir()
+    (tmp_path / ANNOTATIONS).write_bytes(LFS)
+    assert "git lfs pull" in refused(load_info, tmp_path)
+    assert "git lfs pull" in refused(read_annotations, tmp_path)
+    assert "git lfs pull" in refused(read_step, tmp_path, 7, ["rgb_static"])
+    assert "git lfs pull" in refused(InstructionTokenizer.from_file, tmp_path / TOKENIZER, 8)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (part, name)
+        for part, names in json.loads((EMBEDDED / CONFIG).read_bytes())["model"].items()
+        if isinstance(names, dict)
+        for name, value in names.items()
+        if type(value) in (int, float)
+    ],
+)
+def test_every_number_of_a_config_has_a_limit(tmp_path, part, name):
+    values = json.loads((EMBEDDED / CONFIG).read_bytes())
+    (tmp_path / WEIGHTS).touch(), (tmp_path / TOKENIZER).touch()
+    for huge in (10**9, float("inf"), float("nan")):
+        if type(values["model"][part][name]) is int or huge != 10**9:
+            values["model"][part][name] = huge
+            (tmp_path / CONFIG).write_text(json.dumps(values))
+            assert f"{part}.{name}" in refused(load_info, tmp_path)
+
+
+def tokenizer(path, **changes):
+    values = json.loads((EMBEDDED / TOKENIZER).read_bytes())
+    path.write_text(json.dumps({**values, **changes}))
+    return path
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+REPLACE = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+GROW = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 200}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": SPLIT},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT]}},
+        {"normalizer": REPLACE},
+        {"normalizer": {"type": "Sequence", "normalizers": [GROW] * 4}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"decoder": REPLACE},
+        {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 2**40}, "merges": []}},
+        {"added_tokens": [{"id": 2**31, "content": "x", "special": True}]},
+    ],
+)
+def test_a_tokenizer_with_other_parts_is_refused_before_the_library_sees_it(tmp_path, changes):
+    refused(InstructionTokenizer.from_file, tokenizer(tmp_path / TOKENIZER, **changes), 8)
+
+
+def test_the_forms_of_released_tokenizers_are_read(tmp_path):
+    own = json.loads((EMBEDDED / TOKENIZER).read_bytes())
+    like_neox = tokenizer(
+        tmp_path / "neox.json",
+        truncation=None,
+        padding=None,
+        normalizer={"type": "NFC"},
+        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        post_processor={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        # Merges were written as one text before version 0.20 of the library.
+        model={**own["model"], "merges": [" ".join(merge) for merge in own["model"]["merges"]]},
+    )
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    template = {
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    }
+    like_llama = tokenizer(
+        tmp_path / "llama.json",
+        normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]},
+        pre_tokenizer=None,
+        post_processor={
+            "type": "TemplateProcessing",
+            **template,
+            "pair": template["single"],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+    )
+    expected = InstructionTokenizer.from_file(EMBEDDED / TOKENIZER, 32).encode(["lift the red block"])[0]
+    assert InstructionTokenizer.from_file(like_neox, 32).encode(["lift the red block"])[0].equal(expected)
+    InstructionTokenizer.from_file(like_llama, 32)
