@@ -21,9 +21,9 @@ from deer_vla_ros.files import whole_file
 from deer_vla_ros.untrusted import read_bytes
 
 MOST_BYTES = 192 * 2**20
-"""The largest file. CALVIN's largest split, ABCD, has 36 MB of annotations."""
+"""The largest file. 23,000 annotations with their embeddings take 36 MB."""
 MOST_INSTRUCTIONS = 4_000_000
-"""The longest program. CALVIN's largest split has under 1,000,000. An empty list takes 60 bytes of memory."""
+"""The longest program. 23,000 annotations take 480,000. An instruction can make an empty list, of 60 bytes."""
 
 _HEADER = "{'descr': '|O', 'fortran_order': False, 'shape': (), }"
 """The only header of such a file."""

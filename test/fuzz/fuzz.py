@@ -177,7 +177,8 @@ def _child(kind: Kind, folder: Path, number: int, mutants: int, seed: int, sende
 
 def _read(kind: Kind, work: Path, number: int) -> list:
     """[number, outcome, seconds, bytes] of one reading."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the memory begins anew
+    if _status("VmHWM") - _status("VmRSS") > BYTES // 4:  # the last reading took much
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of the memory begins anew, which takes time
     memory, begin = _status("VmRSS"), time.process_time()
     resource.setrlimit(resource.RLIMIT_CPU, (int(begin) + SECONDS + 1, resource.RLIM_INFINITY))
     try:
