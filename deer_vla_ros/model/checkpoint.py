@@ -123,7 +123,7 @@ def load(
     tokenizer = InstructionTokenizer.from_file(folder / TOKENIZER, info.model.max_tokens)
     if tokenizer.size > info.model.decoder.vocabulary:
         raise UserError(
-            f"checkpoint {folder}: {TOKENIZER} has {tokenizer.size} tokens, "
+            f"checkpoint {folder}: {TOKENIZER} has token ids up to {tokenizer.size - 1}, "
             f"the network embeds {info.model.decoder.vocabulary}: they are not of the same model"
         )
     wanted = _Wanted(info.model, torch.device(device), dtype, layers, for_training, bits)

@@ -43,7 +43,7 @@ class InstructionTokenizer:
         self._tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.image_token = tokenizer.token_to_id(IMAGE)
-        self.size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
     def from_file(cls, path: Path, max_tokens: int) -> InstructionTokenizer:

@@ -40,7 +40,7 @@ def read_tokenizer_file(path: Path, remedy: str) -> Tokenizer:
 
 
 def _check(values: Any) -> None:
-    """Raises ValueError unless all parts of the file are listed, and its tokens have the ids from 0 on."""
+    """Raises ValueError unless all parts of the file are listed, and each token has an id of its own."""
     _fields("the file", values, _FILE)
     model = values["model"]
     _fields("model", model, {"type": lambda kind: kind in _MODELS, **_MODELS.get(model.get("type"), {})})
@@ -49,8 +49,10 @@ def _check(values: Any) -> None:
     if any(vocabulary.get(token, number) != number for token, number in tokens.items()):
         raise ValueError("an added token has another id in the vocabulary")
     tokens = {**vocabulary, **tokens}
-    if len(tokens) > MOST_TOKENS or sorted(tokens.values()) != list(range(len(tokens))):
-        raise ValueError(f"its {len(tokens)} tokens do not have the ids from 0 on")
+    if not all(0 <= number < MOST_TOKENS for number in tokens.values()):
+        raise ValueError(f"a token has an id that is not from 0 to {MOST_TOKENS - 1}")
+    if len(set(tokens.values())) < len(tokens):
+        raise ValueError("two tokens have the same id")
     for merge in model.get("merges", ()):
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if len(parts) != 2 or not all(part in vocabulary for part in (*parts, "".join(parts))):

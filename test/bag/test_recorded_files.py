@@ -334,7 +334,7 @@ def test_git_lfs_pointers_inside_a_folder(tmp_path):
     path = write(tmp_path / "bag", records(INPUTS, seconds=0.3))
     for name in ("bag.mcap", "metadata.yaml"):
         (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
-        assert f"{name}: a git LFS pointer" in refusal(path) and "git lfs pull" in refusal(path)
+        assert f"{name} is a pointer of Git LFS" in refusal(path) and "git lfs pull" in refusal(path)
 
 
 def test_what_a_killed_recorder_left_in_the_wal_file_is_read(tmp_path):

@@ -28,7 +28,8 @@ from pathlib import Path
 from random import Random
 
 sys.path[:0] = [
-    str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "bag", "model", "lab/training")
+    str(Path(__file__).resolve().parents[1] / folder)
+    for folder in ("", "bag", "model", "lab/training", "lab/lerobot")
 ]
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -18,6 +18,8 @@ import deer_vla_ros.msg
 import numpy as np
 import torch
 from bags import records, write
+from lerobot_sets import GRIPPER, STATIC, DatasetPlan
+from lerobot_sets import make as make_lerobot
 from mutations import (
     Mutation,
     compressed,
@@ -36,6 +38,7 @@ from rosbags.rosbag2 import CompressionMode, StoragePlugin
 from runs import JOINT, recipe_file, write_demonstrations
 from small_model import INFO, SMALL, small_model, small_tokenizer
 
+from deer_vla_ros.bag.bag_folder import METADATA
 from deer_vla_ros.bag.calvin_files import (
     ANNOTATIONS,
     IMAGES,
@@ -55,7 +58,6 @@ from deer_vla_ros.bag.conversion import convert
 from deer_vla_ros.bag.golden import compare
 from deer_vla_ros.bag.golden import write as write_golden
 from deer_vla_ros.bag.observed import Account, observed
-from deer_vla_ros.bag.recording import METADATA
 from deer_vla_ros.bag.rows import STEP_TYPE, Row, row_of
 from deer_vla_ros.budget.calibration import CALIBRATION, Calibration, Episode, measure
 from deer_vla_ros.budget.latency import TABLE as LATENCIES
@@ -63,6 +65,9 @@ from deer_vla_ros.budget.latency import LatencyModel, LatencyTable
 from deer_vla_ros.files import write_json
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.demonstrations.record_store import CalvinStore, FrameStore
+from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
+from deer_vla_ros.lab.lerobot.lerobot_folder import LerobotFolder
+from deer_vla_ros.lab.lerobot.lerobot_reading import LerobotMoments
 from deer_vla_ros.lab.parity.reference_tensors import read_arrays, read_json, recorded_network
 from deer_vla_ros.lab.scoring.chain_run import Attempt
 from deer_vla_ros.lab.scoring.evaluation_run import Group, _results_of
@@ -264,6 +269,17 @@ def _read_recipe(folder: Path) -> None:
     recipe.network.config()
 
 
+def _lerobot(version: str, codec: str):
+    return lambda folder: make_lerobot(folder / "lerobot", DatasetPlan(version, (12, 9), codec))
+
+
+def _read_lerobot(folder: Path) -> None:
+    columns = LerobotColumns(STATIC, GRIPPER, ("observation.state",), gripper_open=0.0, gripper_closed=1.0)
+    moments = LerobotMoments(LerobotFolder(folder / "lerobot"), columns, TABLETOP, 10.0)
+    convert(moments.recordings(moments.episodes()), folder / "set", TABLETOP, 10.0, "measured")
+    shutil.rmtree(folder / "set")
+
+
 # Scoring, search, parity
 
 
@@ -383,13 +399,26 @@ KINDS = {
             )
             for file in ("meta.json", "images.npy", "episode.npy", "valid.npy")
         ),
+        *(
+            Kind(f"lerobot-{name}", f"lerobot/{file}", _lerobot(version, codec), _read_lerobot, (raw, *inner))
+            for name, file, version, codec, inner in (
+                ("info", "meta/info.json", "v3.0", "h264", (text, json_tree)),
+                ("episodes-lines", "meta/episodes.jsonl", "v2.1", "h264", (text, json_line)),
+                ("tasks-lines", "meta/tasks.jsonl", "v2.1", "h264", (text, json_line)),
+                ("episodes", "meta/episodes/chunk-000/file-000.parquet", "v3.0", "h264", ()),
+                ("tasks", "meta/tasks.parquet", "v3.0", "h264", ()),
+                ("rows", "data/chunk-000/file-000.parquet", "v3.0", "image", ()),
+                ("h264", f"videos/chunk-000/{STATIC}/episode_000000.mp4", "v2.1", "h264", ()),
+                ("av1", f"videos/{STATIC}/chunk-000/file-000.mp4", "v3.0", "av1", ()),
+            )
+        ),
         Kind("shard-calvin", "shard-0000.json", _calvin_shards, _read_calvin_shards, (raw, text, json_tree)),
         Kind(
             "train-state",
             "stage-1-exit/state.safetensors",
             _train_state,
             _trainer,
-            (raw, safetensors_header, safetensors_json("recipe")),
+            (raw, safetensors_header, safetensors_json("about")),
         ),
         Kind(
             "train-log",

@@ -219,7 +219,7 @@ def test_a_tokenizer_with_more_tokens_than_the_network_embeds_is_refused(folder)
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     tokenizer.add_tokens([f"word{i}" for i in range(20)])
     tokenizer.save(str(folder / TOKENIZER))
-    assert "has 32 tokens, the network embeds 16" in refusal_of(folder)
+    assert "has token ids up to 31, the network embeds 16" in refusal_of(folder)
 
 
 class Bomb:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from deer_vla_ros.bag.observed import ObservedStep
+from deer_vla_ros.control.types import MeasuredPose, Pose
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
@@ -144,7 +145,8 @@ class LerobotMoments:
                 if images is not None:
                     pose, gripper = self._arm_at(episode, row, before or row, time)
                     stamp = round(wanted * 1e9 / self._rate_hz)
-                    yield ObservedStep(text, Observation(*images, pose), stamp, stamp, gripper, None)
+                    measured = MeasuredPose(Pose(pose[:3], pose[3:]), "", stamp)
+                    yield ObservedStep(text, Observation(*images, pose), stamp, measured, gripper, None)
                 wanted += 1
             else:
                 self.account.between += 1
