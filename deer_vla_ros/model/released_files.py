@@ -182,11 +182,18 @@ def _is_torchscript(path: Path) -> bool:
         return False
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of a file that says that it goes on in others
+        return False
+
+
 def _torch_file(path: Path, option: str) -> Any:
     """Reads a file of `torch.save`; its tensors stay in the mapped file."""
     _check_file(path, option)
     size = path.stat().st_size
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         with path.open("rb") as file:
             is_cut = file.read(2) == b"PK"
         raise UserError(
