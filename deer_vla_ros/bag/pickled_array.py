@@ -23,7 +23,7 @@ from deer_vla_ros.untrusted import read_bytes
 MOST_BYTES = 192 * 2**20
 """The largest file. 23,000 annotations with their embeddings take 36 MB."""
 MOST_INSTRUCTIONS = 4_000_000
-"""The longest program. 23,000 annotations take 480,000. An instruction can make an empty list, of 60 bytes."""
+"""The longest program. 23,000 annotations take 480,000. One instruction can make a list of 60 bytes."""
 
 _HEADER = "{'descr': '|O', 'fortran_order': False, 'shape': (), }"
 """The only header of such a file."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.path import ThresholdPath
-from deer_vla_ros.errors import UserError, cause
+from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.files import whole_file
 from deer_vla_ros.inference.exit_rule import DELTAS, ExitRule, compared
 from deer_vla_ros.inference.policy import DeerPolicy
@@ -174,6 +174,8 @@ def _check_about(about: Any) -> None:
     exits, facts = about["exits"], about["provenance"]
     if not isinstance(exits, list) or not exits or not all(type(layer) is int for layer in exits):
         raise ValueError("exits are no list of layers")
+    if about["delta"] not in DELTAS:  # a TypeError for a list
+        raise ValueError(f"its delta is {shown(about['delta'])}")
     if not isinstance(facts, dict) or not all(isinstance(fact, str) for fact in facts.values()):
         raise ValueError("its provenance is not text by name")
 

@@ -41,9 +41,16 @@ def check_checkpoint_folder(folder: Path) -> None:
             raise UserError(f"checkpoint {folder}: {name} is missing: {_remedy(folder)}")
 
 
+def is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of a file that says that it goes on in others
+        return False
+
+
 def is_torch_file(path: Path) -> bool:
     """Whether `torch.save` or TorchScript wrote a file."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return first_bytes(path).startswith(OLD_TORCH)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -57,7 +64,7 @@ def _kind_of_file(path: Path) -> str:
         return stand_in
     if path.suffix in TORCH_SUFFIXES or is_torch_file(path):
         return f"is a file of torch, not a checkpoint folder: {_conversion(path)}"
-    if path.suffix in _ARCHIVES or zipfile.is_zipfile(path):
+    if path.suffix in _ARCHIVES or is_zip(path):
         return "is an archive: unpack it, and give the folder"
     if path.name in PARTS:
         return f"is one file of a checkpoint: give its folder, {path.parent}"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deer_vla_ros.errors import UserError, cause
-from deer_vla_ros.model.foreign_files import OLD_TORCH, is_torch_file
+from deer_vla_ros.model.foreign_files import OLD_TORCH, is_torch_file, is_zip
 from deer_vla_ros.untrusted import first_bytes, stand_in_of
 
 TORCHSCRIPT = "constants.pkl"
@@ -180,7 +180,7 @@ def _torch_file(path: Path, option: str) -> Any:
     """Reads a file of `torch.save`; its tensors stay in the mapped file."""
     _check_file(path, option)
     size = path.stat().st_size
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         begin = first_bytes(path)
         if begin.startswith(OLD_TORCH):
             raise UserError(
