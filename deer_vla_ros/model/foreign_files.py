@@ -42,6 +42,7 @@ def check_checkpoint_folder(folder: Path) -> None:
 
 
 def is_zip(path: Path) -> bool:
+    """Whether a file ends as a zip archive of one part does. Raises OSError."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:  # of a file that says that it goes on in others
@@ -55,7 +56,7 @@ def is_torch_file(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
+    except Exception:  # for arbitrary bytes, zipfile raises many kinds of exceptions
         return False
 
 

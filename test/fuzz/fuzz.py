@@ -43,6 +43,9 @@ PATIENCE = 120.0
 """The most time for one file on a clock [s]: a reader that only waits takes no processor time."""
 BYTES = 10**9
 """The most memory, and the largest file, that one reading may take in addition to what the process has."""
+RESERVED = 4 * BYTES
+"""What one reading may reserve without filling it, as Python does where more is read than a file has."""
+MEMORY = "took over 1 GB"
 LONGEST_LINE = 1000
 """The most characters of an error's line, without the path."""
 MOST_DEATHS = 20
@@ -156,13 +159,19 @@ def _child(kind: Kind, folder: Path, number: int, mutants: int, seed: int, sende
         kind.read(work)  # imports, and fills caches
         path.write_bytes(whole)  # some readers write to the file, too
         before = _listing(folder)
-        soft = _status("VmData") + BYTES
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, soft))
+        data = _status("VmData")
         resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for each in range(number, mutants):
             path.write_bytes(mutant(kind, whole, seed, each))
+            _limit_data(data + BYTES)
             report = _read(kind, work, each)
+            if report[1].startswith(MEMORY):
+                # It may only have reserved the memory: with more room, its peak decides.
+                _limit_data(data + RESERVED)
+                report = _read(kind, work, each)
+                if report[1].startswith(f"{MEMORY}: "):
+                    report[1] = "refused"
             path.write_bytes(whole)
             if report[1] in ("read", "refused") and (left := _listing(folder) ^ before):
                 report[1] = f"left or changed {sorted(left)[0]}"
@@ -174,6 +183,10 @@ def _child(kind: Kind, folder: Path, number: int, mutants: int, seed: int, sende
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def _limit_data(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (size, resource.RLIM_INFINITY))
 
 
 def _read(kind: Kind, work: Path, number: int) -> list:
@@ -194,7 +207,7 @@ def _read(kind: Kind, work: Path, number: int) -> list:
         outcome = f"{type(error).__name__} at {place}: {_shape(str(error))}"
     seconds, peak = time.process_time() - begin, _status("VmHWM") - memory
     if peak > BYTES:
-        outcome = "took over 1 GB"
+        outcome = MEMORY
     return [number, outcome, seconds, max(peak, 0)]
 
 
@@ -207,17 +220,16 @@ def _judge(error: UserError, work: Path) -> str:
         return f"an error of {len(line)} characters: {_shape(line)}"
     chain: BaseException | None = error
     while chain is not None:
-        if (isinstance(chain, MemoryError) and not _only_reserved(chain)) or "can't allocate" in str(chain):
-            return f"took over 1 GB: {_shape(line)}"
+        if _lacks_memory(chain):
+            return f"{MEMORY}: {_shape(line)}"
         if isinstance(chain, OSError) and chain.errno == 27:  # EFBIG
             return f"wrote a file of over 1 GB: {_shape(line)}"
         chain = chain.__cause__ or chain.__context__
     return "refused"
 
 
-def _only_reserved(error: MemoryError) -> bool:
-    """Whether it came of reading more bytes than a file has: Python reserves memory, and never fills it."""
-    return ".read(" in (traceback.extract_tb(error.__traceback__)[-1].line or "")
+def _lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate" in str(error) or "Cannot allocate" in str(error)
 
 
 def _shape(message: str) -> str:
