@@ -1,4 +1,4 @@
-"""Reading of files that other people made: JSON documents and numpy arrays.
+"""Reading of files that other people made: JSON, YAML and numpy arrays.
 
 Sizes are checked before memory is taken, and no pickle is read. Any fault is a UserError of one line.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import yaml
 
 from deer_vla_ros.errors import UserError, cause
 
@@ -22,10 +23,14 @@ MOST_JSON = 32 * 2**20
 """The most bytes of a JSON document. In memory, an empty list takes 30 times what it takes in the file."""
 MOST_ARRAY = 512 * 2**20
 """The most bytes of one array that is read at once."""
+YAML_BYTES, YAML_NODES, YAML_DEPTH = 1_000_000, 100_000, 32
+"""The most that `read_yaml` takes: the size of a file, the number of values in it when every alias is
+replaced by what it stands for, and how deep values are nested."""
 LFS_POINTER = b"version https://git-lfs"
 """The beginning of the small text that Git LFS leaves in place of a file that it has not fetched."""
 HTML = (b"<!doctype html", b"<html")
 """The beginning of a page of a server that was saved in place of a file, in lower case."""
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 KINDS = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 """The number types of arrays that are read."""
 
@@ -90,6 +95,92 @@ def parse_json(content: bytes | str) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_yaml(path: Path, example: str) -> Any:
+    """What is in a YAML file that a person named: dicts, lists and plain values.
+
+    Raises UserError where the file cannot be read, is no YAML, gives a key twice, or exceeds YAML_BYTES,
+    YAML_NODES or YAML_DEPTH; the last two are checked before any value is made. `example` is a file to
+    compare it with.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(YAML_BYTES + 1)
+        if len(data) > YAML_BYTES:
+            raise UserError(f"{path}: longer than {YAML_BYTES} bytes: give a file such as {example}")
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"{path} cannot be read ({reason}): give a file such as {example}") from error
+    loader = None
+    try:
+        _check_extent(text, path)
+        loader = YAML_LOADER(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys(node, path)
+        return loader.construct_document(node)
+    except UserError:
+        raise
+    except Exception as error:  # the constructors of dates and numbers may raise anything
+        raise UserError(f"{path}: not YAML ({cause(error)}): compare with {example}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_extent(text: str, path: Path) -> None:
+    """Raises UserError if the document exceeds YAML_NODES or YAML_DEPTH, or has an alias in its own value."""
+    anchored: dict[str | None, tuple[int, int]] = {}  # by anchor: number of values, and levels of nesting
+    unfinished: list[tuple[str | None, int]] = []  # collections: anchor, and number of values before it
+    deepest: list[int] = [0]  # levels inside each of `unfinished`; the first is the document's
+    count = 0
+    for event in yaml.parse(text, Loader=YAML_LOADER):
+        where = f"{path}, line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.CollectionStartEvent):
+            unfinished.append((event.anchor, count))
+            deepest.append(0)
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            (anchor, before), levels = unfinished.pop(), deepest.pop() + 1
+            anchored[anchor] = count - before, levels
+            deepest[-1] = max(deepest[-1], levels)
+        elif isinstance(event, yaml.ScalarEvent):
+            anchored[event.anchor] = 1, 0
+            count += 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in (anchor for anchor, _ in unfinished):
+                raise UserError(f"{where}: the alias *{event.anchor[:40]} stands in its own value: remove it")
+            values, levels = anchored.get(event.anchor, (1, 0))
+            deepest[-1] = max(deepest[-1], levels)
+            count += values
+        if count > YAML_NODES:
+            raise UserError(f"{where}: more than {YAML_NODES} values, aliases included: shorten the file")
+        if len(unfinished) + deepest[-1] > YAML_DEPTH:
+            raise UserError(f"{where}: values are nested deeper than {YAML_DEPTH}: make them flatter")
+
+
+def _check_keys(node: yaml.Node, path: Path) -> None:
+    """Raises UserError if a mapping in the document has the same key twice: only the last one would count."""
+    checked, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in checked or isinstance(node, yaml.ScalarNode):
+            continue
+        checked.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        keys = set()
+        for key, value in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in keys:
+                line = key.start_mark.line + 1
+                raise UserError(f"{path}, line {line}: {key.value[:80]!r} stands twice: remove one of them")
+            keys.add(name)
+            waiting += [key, value]
 
 
 def read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], bool]:

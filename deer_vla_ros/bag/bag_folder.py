@@ -12,8 +12,7 @@ from rosbags.interfaces import Qos
 from deer_vla_ros.bag.inflation import ZSTD_MAGIC
 from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.errors import UserError, cause
-from deer_vla_ros.files import read_yaml
-from deer_vla_ros.untrusted import check_fetched, stand_in_of
+from deer_vla_ros.untrusted import check_fetched, read_yaml, stand_in_of
 
 METADATA = "metadata.yaml"
 STORAGES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd")

@@ -24,11 +24,11 @@ from deer_vla_ros.budget.types import UNITS, Budget
 from deer_vla_ros.control.guard import GuardLimits
 from deer_vla_ros.control.inputs import InputLimits
 from deer_vla_ros.control.settings import ControllerSettings
-from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import read_yaml
+from deer_vla_ros.errors import UserError, shown
 from deer_vla_ros.model.action_space import ActionSpace
 from deer_vla_ros.ros.gripper import INTERFACES
 from deer_vla_ros.ros.messages import SECOND
+from deer_vla_ros.untrusted import read_yaml
 
 if TYPE_CHECKING:  # launch files check parameters before the start, without torch
     from deer_vla_ros.control.controller import Controller
@@ -63,7 +63,7 @@ class Declaration:
     def checked(self, value: Any, where: str) -> Any:
         """The value in the parameter's type. Raises UserError, `where` first, if the node would refuse it."""
         kind, value = type(self.default), self.typed(value)
-        given = f"{where}: {self.name} is {_shown(value)}"
+        given = f"{where}: {self.name} is {shown(value)}"
         if type(value) is not kind:
             raise UserError(f"{given}: give a {kind.__name__}")
         if kind is list and not (
@@ -640,7 +640,7 @@ def full_name(node: str) -> str:
     """The full name of a node, with one slash before each part. Raises UserError for what is no name."""
     parts = node.strip("/").split("/")
     if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
-        raise UserError(f"--node is {_shown(node)}: give the full name of a node, such as /left/{NODE_NAME}")
+        raise UserError(f"--node is {shown(node)}: give the full name of a node, such as /left/{NODE_NAME}")
     return "/" + "/".join(parts)
 
 
@@ -654,12 +654,12 @@ def _sections(path: Path) -> list[tuple[str, dict[str, Any]]]:
             if key == "ros__parameters":
                 if not isinstance(value, dict | None):
                     raise UserError(
-                        f"{path}: ros__parameters is {_shown(value)}: "
+                        f"{path}: ros__parameters is {shown(value)}: "
                         "give names of parameters with their values"
                     )
                 name = "/" + "/".join(parts)
                 if not all(re.fullmatch(r"\*\*?|[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
-                    raise UserError(f"{path}: {_shown(name)} is no name of a node: correct it")
+                    raise UserError(f"{path}: {shown(name)} is no name of a node: correct it")
                 if values := _flat(value or {}):
                     found.append((name, values))
             elif isinstance(value, dict):
@@ -716,14 +716,6 @@ def _as_float(value: Any) -> Any:
     return float(value) if type(value) is int and abs(value) < 2**63 else value
 
 
-def _shown(value: Any) -> str:
-    """A value as a part of one line."""
-    try:
-        return _short(repr(value))
-    except ValueError:  # a number of more than 4300 digits
-        return f"a very large {type(value).__name__}"
-
-
 def _short(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -739,8 +731,8 @@ def with_defaults(values: dict[str, Any], where: str) -> dict[str, Any]:
         if name.startswith(RCLPYS_OWN):
             continue
         if name not in declared:
-            shown = name if name.isprintable() and len(name) <= 100 else _shown(name)
-            raise UserError(f"{where}: no parameter {shown}: see config/deer_vla.yaml")
+            text = name if name.isprintable() and len(name) <= 100 else shown(name)
+            raise UserError(f"{where}: no parameter {text}: see config/deer_vla.yaml")
         found[name] = declared[name].checked(value, where)
     try:
         controller_settings(found)

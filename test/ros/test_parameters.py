@@ -187,7 +187,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]
         ("/**:\n  ros__parameters: {guard.leash_m: 2001-01-01}\n", "give a float"),
         (
             "/**:\n  ros__parameters: {guard.leash_m: 0x" + "f" * 6000 + "}\n",
-            "a very large int: give a float",
+            "int of too many digits: give a float",
         ),
         ("/**:\n  ros__parameters: {guard.leash_m: .nan}\n", "guard.leash_m is nan: give"),
         ("/**:\n  ros__parameters: {guard.workspace_min: !!set {1, 2, 3}}\n", "give a list"),

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.files import read_yaml
 from deer_vla_ros.lab.training.losses import LossWeights
 from deer_vla_ros.lab.training.optimisation import OptimiserSettings, Schedule, Stage
 from deer_vla_ros.model.config import PRESETS, ModelConfig
 from deer_vla_ros.model.from_json import from_json
+from deer_vla_ros.untrusted import read_yaml
 
 FORMATS = ("frames", "calvin")
 EXAMPLE = "config/training/tabletop.yaml"
