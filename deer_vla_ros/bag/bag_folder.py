@@ -9,6 +9,7 @@ from typing import Any
 
 from rosbags.interfaces import Qos
 
+from deer_vla_ros.bag.folder_kinds import LEROBOT, LEROBOT_REMEDY
 from deer_vla_ros.bag.inflation import ZSTD_MAGIC
 from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.errors import UserError, cause
@@ -165,6 +166,8 @@ def _of(kind: type, value: Any) -> Any:
 def _undescribed(path: Path, there: list[Path]) -> BagFolder:
     """The files of a folder without metadata.yaml, as a killed recorder leaves it, by their numbers."""
     if not there:
+        if (path / LEROBOT).is_file():
+            raise UserError(f"{path}: {LEROBOT_REMEDY.format(path)}")
         inner = sorted(each.parent.name for each in path.glob(f"*/{METADATA}"))
         if inner:
             raise UserError(

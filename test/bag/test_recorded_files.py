@@ -328,6 +328,9 @@ def test_folders_of_several_recordings_are_refused(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "a.bag").write_bytes(b"#ROSBAG V2.0\n")
     assert "rosbags-convert" in refusal(tmp_path / "old")
+    (tmp_path / "lerobot" / "meta").mkdir(parents=True)
+    (tmp_path / "lerobot" / "meta" / "info.json").write_text("{}")
+    assert "convert-lerobot" in refusal(tmp_path / "lerobot")
 
 
 def test_git_lfs_pointers_inside_a_folder(tmp_path):
