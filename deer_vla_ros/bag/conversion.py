@@ -1,7 +1,7 @@
 """Conversion of recordings into training data: episodes of one instruction each, in CALVIN's format.
 
-The action of a step is the motion from its measured pose to the measured pose (or the target) of the next
-step, about one control period later, in units of the action space, and whether the gripper was then open.
+The action of a step is the motion from the pose at its frame to the pose at the next step's frame (or to the
+target), about one control period later, in units of the action space, and whether the gripper was then open.
 Values that a robot does not know (scene_obs) are zero, and so are the joints.
 """
 
@@ -17,16 +17,12 @@ from typing import Protocol
 import numpy as np
 
 from deer_vla_ros.bag.calvin_files import SHAPES, CalvinStep, CalvinWriter
-from deer_vla_ros.bag.observed import ObservedStep
+from deer_vla_ros.bag.observed import LONGEST_SPAN, SHORTEST_SPAN, ObservedStep
 from deer_vla_ros.control.motion import euler_of, motion_between
-from deer_vla_ros.control.pace import JITTER
+from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import whole_folder
 from deer_vla_ros.model.action_space import ActionSpace
-
-SHORTEST_MOTION, LONGEST_MOTION = 1 - 2 * JITTER, 1 + 2 * JITTER
-"""In control periods: the least and the most time from one step to the next in an episode. Both stamps may
-jitter as much as the pace allows a frame to be early."""
 
 
 @dataclass
@@ -34,48 +30,85 @@ class Converted:
     """The result of a conversion.
 
     seconds: the sum of the times from each step to the next. gaps: places where an episode was split, because
-    the next step did not come after about one period. short: episodes that were too short. clipped: steps
-    that moved further than an action can express. open: steps after which the gripper was open.
+    the next step did not come after about one period, or its target is not known. poseless: frames at which
+    the pose is not known. targetless: steps without a fresh target. short: episodes that were too short.
+    clipped: steps that moved further than an action can express. open: steps after which the gripper was
+    open.
     """
 
     episodes: int = 0
     steps: int = 0
     seconds: float = 0.0
     gaps: int = 0
+    poseless: int = 0
+    targetless: int = 0
     short: int = 0
     clipped: int = 0
     open: int = 0
     texts: Counter[str] = field(default_factory=Counter)
 
 
+def spaced(seen: Iterable[ObservedStep], rate_hz: float) -> Iterator[ObservedStep]:
+    """Chooses steps at the control rate: after each, the one whose frame is nearest to a period later.
+
+    The controller itself cannot wait for a better frame. It leaves out one that is early by more than the
+    pace allows, and would lose every other frame of a jittering camera here.
+    """
+    period_ns, last, chosen = 1e9 / rate_hz, None, None
+    for step in chain(seen, (None,)):
+        is_end = step is None or last is None
+        if is_end or step.stamp_ns <= last.stamp_ns or step.instruction != last.instruction:
+            # Frames that come soon after the last step lie between two steps.
+            if chosen is not None and chosen.stamp_ns - last.stamp_ns >= SHORTEST_SPAN * period_ns:
+                yield chosen
+            if step is not None:
+                yield step
+            last, chosen = step, None
+            continue
+        if chosen is not None:
+            due_ns = last.stamp_ns + period_ns
+            if abs(step.stamp_ns - due_ns) >= abs(chosen.stamp_ns - due_ns):
+                yield chosen
+                last = chosen
+        chosen = step
+
+
 def episodes(
-    seen: Iterable[ObservedStep], rate_hz: float, converted: Converted
+    seen: Iterable[ObservedStep], rate_hz: float, source: str, converted: Converted
 ) -> Iterator[Iterator[ObservedStep]]:
     """Splits the steps into episodes of one instruction each, whose steps are about one period apart.
 
     A dataset says no time of a step, so an action has to be the motion of one control period. Where the next
-    step comes earlier or later than SHORTEST_MOTION to LONGEST_MOTION, or its pose was measured so, the
-    episode ends, and `converted` counts a gap. Read each episode to its end before the next one. Only one
+    step comes earlier or later than SHORTEST_SPAN to LONGEST_SPAN, or where the motion leads is not known,
+    the episode ends, and `converted` counts a gap. Read each episode to its end before the next one. Only one
     step at a time is in memory.
     """
     episode, last = 0, None
 
-    def number(moment: ObservedStep) -> int:
+    def number(step: ObservedStep) -> int:
         nonlocal episode, last
         if last is not None:
-            is_gap = moment.instruction == last.instruction and not _follows(last, moment, rate_hz)
+            span = (step.stamp_ns - last.stamp_ns) * rate_hz / 1e9
+            is_gap = not SHORTEST_SPAN <= span <= LONGEST_SPAN or _end(step, source) is None
+            is_gap = is_gap and step.instruction == last.instruction
             converted.gaps += is_gap
-            episode += is_gap or moment.instruction != last.instruction
-        last = moment
+            episode += is_gap or step.instruction != last.instruction
+        last = step
         return episode
 
-    return (moments for _, moments in groupby(seen, key=number))
+    def known() -> Iterator[ObservedStep]:
+        for step in spaced(seen, rate_hz):
+            converted.poseless += step.pose is None
+            converted.targetless += _end(step, source) is None and step.pose is not None
+            if step.pose is not None:
+                yield step
+
+    return (steps for _, steps in groupby(known(), key=number))
 
 
-def _follows(step: ObservedStep, following: ObservedStep, rate_hz: float) -> bool:
-    """Whether both the frames and the poses of two steps are about one period apart."""
-    spans = (following.stamp_ns - step.stamp_ns, following.pose.stamp_ns - step.pose.stamp_ns)
-    return all(SHORTEST_MOTION <= span * rate_hz / 1e9 <= LONGEST_MOTION for span in spans)
+def _end(following: ObservedStep, source: str) -> Pose | None:
+    """Where a motion leads, if the next step is `following`."""
+    return following.target if source == "target" else following.pose
 
 
 class EpisodeWriter(Protocol):
@@ -113,7 +146,7 @@ def convert(
     with whole_folder(out) as made:
         dataset = writer(made, space, actions=source, rate_hz=rate_hz)
         for path, seen in recordings:
-            for episode in episodes(seen, rate_hz, converted):
+            for episode in episodes(seen, rate_hz, source, converted):
                 beginning = list(islice(episode, shortest + 1))
                 if len(beginning) <= shortest:
                     converted.short += 1
@@ -129,15 +162,20 @@ def convert(
         if not converted.episodes:
             raise UserError(
                 f"no episode of more than {shortest} steps in these recordings"
-                + (
-                    f" ({converted.gaps} gaps: set control.rate_hz to the rate of cameras and poses)"
-                    if converted.gaps
-                    else ""
-                )
-                + ": nothing is written"
+                f"{_why_none(converted)}: nothing is written"
             )
         dataset.close()
     return converted
+
+
+def _why_none(converted: Converted) -> str:
+    if converted.targetless:
+        remedy = "name its topic with --topic target_pose:=TOPIC"
+        return f" ({converted.targetless} steps without a fresh target: {remedy})"
+    if converted.gaps or converted.poseless:
+        remedy = "set control.rate_hz to the rate of cameras and poses"
+        return f" ({converted.gaps} gaps, {converted.poseless} frames without poses around them: {remedy})"
+    return ""
 
 
 def _step(
@@ -154,14 +192,7 @@ def _step(
             "name its topic with --topic gripper_command:=TOPIC, start the recording before the first one, "
             "or read the gripper's joint state with --gripper-range CLOSED OPEN"
         )
-    start, end = now.pose.pose, following.pose.pose
-    if source == "target":
-        if following.target is None:
-            raise UserError(
-                f"{path}: no target by {following.stamp_ns / 1e9:.3f} s: "
-                "name its topic with --topic target_pose:=TOPIC"
-            )
-        end = following.target
+    start, end = now.pose, _end(following, source)
     translation, rotation = motion_between(start, end)
     wanted = np.concatenate(
         [translation / space.translation_m, rotation.as_euler("xyz") / space.rotation_rad]

@@ -32,11 +32,12 @@ TYPES: dict[str, tuple[str, ...]] = {
 }
 """The node's names of topics, and the types that it takes there. convert-bag alone reads GRIPPER_STATE."""
 NEEDED = (STATIC, GRIPPER, POSE)
-INPUTS = (POSE, INSTRUCTION, STATIC, GRIPPER)
-"""What the node reads. Cameras come last: they are often called otherwise, or used by several robots."""
-OUTPUTS = (STEPS, TARGET, GRIPPER_COMMAND, GRIPPER_STATE)
-"""What the node publishes, and what its gripper answers. Without a rename, these topics are taken only from a
-namespace of the inputs: in another one they are of another arm."""
+INPUTS = (POSE, INSTRUCTION, STATIC, GRIPPER, GRIPPER_STATE)
+"""What the node reads, and GRIPPER_STATE. Poses come first: cameras are often called otherwise, or used by
+several robots."""
+OUTPUTS = (STEPS, TARGET, GRIPPER_COMMAND)
+"""What the node publishes. Without a rename, these topics are taken only from a namespace of the inputs: in
+another one they are of another arm."""
 CLOCKS = ("receive", "header")
 OTHER_CLOCK_NS = 10_000_000_000
 """A stamp that is further from the time of receipt than this comes from another clock."""

@@ -190,7 +190,7 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
     """Yields the episodes of the recordings, and fills left_out at its end."""
     from itertools import groupby
 
-    from deer_vla_ros.bag.observed import Account, observed
+    from deer_vla_ros.bag.observed import Account, observed, paced
     from deer_vla_ros.budget.calibration import Episode
     from deer_vla_ros.ros import parameters
 
@@ -209,7 +209,9 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
                 args.clock,
                 args.instruction,
             )
-            for text, moments in groupby(seen, key=lambda moment: moment.instruction):
+            for text, moments in groupby(
+                paced(seen, settings.rate_hz), key=lambda moment: moment.instruction
+            ):
                 yield Episode(text, (moment.observation for moment in moments))
     finally:
         left_out += account.lines()

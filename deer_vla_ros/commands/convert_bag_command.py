@@ -5,11 +5,12 @@ Example: convert a recording, and train the released network on it (its weights 
     python -m deer_vla_ros convert-bag test/data/table --out out/dataset
     python -m deer_vla_ros train --config config/training/deer_3b_d.yaml --data out/dataset
 
-Frames are paired and paced as in the policy node, at control.rate_hz. An action is the motion from one
-step's measured pose (the nearest to its frame) to the next one's in the checkpoint's action space; with
---actions target, it is the motion to the recorded target. An episode ends where the next frame or its pose
-does not follow after about one control period (0.6 to 1.4), because a lost frame would make an action of two
-periods. The command counts these gaps, and what else it leaves out.
+Frames are paired as in the policy node. After each step comes the frame that is nearest to one period of
+control.rate_hz later. An action is the motion from the pose at one step's frame to that at the next one's, in
+the checkpoint's action space; poses are interpolated between measured ones. With --actions target, it is the
+motion to the recorded target. An episode ends where the next frame does not follow after about one control
+period (0.6 to 1.4), because a lost frame would make an action of two periods, and where the pose or the
+target is not known. The command counts these gaps, and what else it leaves out.
 
 An arm that was led by hand has no commands. Its gripper's joint state tells when the gripper closed and
 opened: by its motion, a tenth of its range or more, so that a wide object in the fingers counts as closed.
@@ -26,7 +27,8 @@ from pathlib import Path
 from deer_vla_ros.commands import arguments
 
 GAPS = (
-    "gaps, where the next frame or pose did not follow after 0.6 to 1.4 control periods: episodes end there"
+    "gaps, where no next frame with a pose (and a target) follows after 0.6 to 1.4 control periods: episodes "
+    "end there"
 )
 
 
@@ -118,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         *account.lines(),
         f"{found.episodes} last steps of episodes, which have no next pose",
         *([f"{found.gaps} {GAPS}"] if found.gaps else []),
+        *([f"{found.poseless} frames with no measured poses around them"] if found.poseless else []),
+        *([f"{found.targetless} steps whose target is missing or old"] if found.targetless else []),
         *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
     ]
     print("left out:\n  " + "\n  ".join(left_out))

@@ -32,6 +32,12 @@ def motion_between(start: Pose, end: Pose) -> tuple[np.ndarray, Rotation]:
     return end.position - start.position, rotation
 
 
+def between(start: Pose, end: Pose, share: float) -> Pose:
+    """The pose after this share (0..1) of the motion from `start` to `end`: straight, and about one axis."""
+    translation, rotation = motion_between(start, end)
+    return moved(start, share * translation, Rotation.from_rotvec(share * rotation.as_rotvec()))
+
+
 def euler_of(quaternion: np.ndarray) -> np.ndarray:
     """XYZ Euler angles (3,) about fixed axes [rad] of a quaternion (4,) xyzw. In gimbal lock, one of the
     possible solutions."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 JITTER = 0.2
-"""Share of a period by which a frame may be early, so that no frame of a jittering camera at the control rate
-is lost."""
+"""Share of a period by which a frame may be early. A camera at the control rate loses no frame while its
+stamps are at most this share apart from an even pace, from the earliest to the latest."""
 
 
 class Pace:
