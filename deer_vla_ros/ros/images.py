@@ -241,8 +241,10 @@ def _decoded(data: bytes, name: str) -> tuple[np.ndarray, bool]:
 
 
 def _is_of_depth(name: str) -> bool:
-    """Whether a `format` says that the image holds depths. image_transport's `compressed` compresses them, too,
-    as if they were grey."""
+    """Whether a `format` says that the image holds depths.
+
+    image_transport's `compressed` compresses these, too, as if they were grey.
+    """
     words = re.findall(r"\w+", name.lower())
     return "compresseddepth" in words or any(depth.lower() in words for depth in DEPTHS)
 
@@ -252,7 +254,7 @@ def _is_of_colours(name: str) -> bool:
 
     image_transport writes "ENCODING; jpeg compressed ENCODING", and keeps only the brightness of encodings
     that it does not know, such as yuv422_yuy2. It compresses a Bayer pattern as if it were grey. An encoding
-    that this package does not know, either, counts as one of colours. Some drivers name the file format alone.
+    that this package does not know, either, counts as one of colours. Some drivers only name the file format.
     """
     encoding, mark, _ = name.lower().partition(";")
     encoding = encoding.strip()

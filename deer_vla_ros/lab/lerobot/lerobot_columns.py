@@ -52,10 +52,10 @@ class LerobotColumns:
         cameras = [key for key, feature in folder.features.items() if feature.is_image]
         if len(cameras) == 1:
             raise UserError(f"{folder.path}: has one camera, {cameras[0]}: {why}")
-        if self.static == self.gripper:
-            raise UserError(f"--static and --gripper are both {self.static}: {why}")
         for option, key in (("--static", self.static), ("--gripper", self.gripper)):
             folder.feature(option, key, image=True)
+        if self.static == self.gripper:
+            raise UserError(f"--static and --gripper are both {self.static}: {why}")
         state = [folder.feature("--state", key, image=False) for key in self.state]
         size = sum(each.numbers for each in state)
         names = [name for each in state for name in each.names]

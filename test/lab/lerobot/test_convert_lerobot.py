@@ -275,6 +275,23 @@ def test_wrong_options_and_datasets_are_refused_in_one_line(tmp_path, capsys, pl
     assert [each.name for each in tmp_path.iterdir()] == ["lerobot"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--static", "x", "--gripper", "x", "--state", "x"],
+        ["--gripper", "x"],
+        ["--state", "observation.state", "x"],
+        ["--gripper-from", "x:0"],
+    ],
+)
+def test_a_key_that_is_not_there_lists_every_column(tmp_path, capsys, options):
+    assert run(make(tmp_path / "lerobot", DatasetPlan(codec="image")), tmp_path / "set", *options) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{options[0]} is x: " in error
+    for column in (STATIC, GRIPPER, "observation.state", "action"):
+        assert f"{column} (" in error
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
 
 
