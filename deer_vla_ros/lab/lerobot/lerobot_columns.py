@@ -93,9 +93,25 @@ class LerobotColumns:
         """A number of an action says what the gripper shall do from its row on; another was measured then."""
         return self.gripper_key.split(".")[0] in ("action", "actions")
 
-    def opening(self, values: np.ndarray) -> bool:
+    def repeated_command(self, folder: LerobotFolder) -> tuple[str, int] | None:
+        """The key and position of the number in the state that has the same name as the gripper's command."""
+        name = folder.features[self.gripper_key].name_of(self.gripper_at)
+        if not self.gripper_is_command or name is None:
+            return None
+        for key in self.state:
+            feature = folder.features[key]
+            for number in range(feature.numbers):
+                if feature.name_of(number) == name:
+                    return key, number
+        return None
+
+    def is_end(self, value: float) -> bool:
+        """Whether the value is that of an open or of a closed gripper."""
+        tolerance = 1e-3 * abs(self.gripper_open - self.gripper_closed)
+        return min(abs(value - self.gripper_open), abs(value - self.gripper_closed)) <= tolerance
+
+    def is_open(self, value: float) -> bool:
         """Whether the gripper's number is nearer to open than to closed. Raises ValueError."""
-        value = values[self.gripper_at]
         if not np.isfinite(value):
             raise ValueError(f"{self.gripper_key}[{self.gripper_at}] is {value}")
         return bool(abs(value - self.gripper_open) < abs(value - self.gripper_closed))

@@ -67,6 +67,10 @@ class LerobotFeature:
     def numbers(self) -> int:
         return math.prod(self.shape)
 
+    def name_of(self, number: int) -> str | None:
+        """The name of a number; None if info.json does not name each of them."""
+        return self.names[number] if len(self.names) == self.numbers else None
+
     def __str__(self) -> str:
         names = f" [{' '.join(self.names)}]" if self.names and self.dtype not in ("video", "image") else ""
         return _one_line(f"{self.key} ({self.dtype} {'x'.join(map(str, self.shape))}{names})")[:300]
@@ -132,8 +136,8 @@ class LerobotFolder:
         if key not in wanted:
             kind, other = ("images", "numbers") if image else ("numbers", "images")
             raise UserError(
-                f"{option} is {key}: {self.path} has no such column of {kind}: give one of {_listed(wanted)}; "
-                f"the columns of {other} are {_listed(others)}"
+                f"{option} is {key}: {self.path} has no such column of {kind}: give one of "
+                f"{_listed(wanted)}; the columns of {other} are {_listed(others)}"
             )
         return wanted[key]
 
