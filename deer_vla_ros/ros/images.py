@@ -245,8 +245,8 @@ def _is_of_depth(name: str) -> bool:
 
     image_transport's `compressed` compresses these, too, as if they were grey.
     """
-    words = re.findall(r"\w+", name.lower())
-    return "compresseddepth" in words or any(depth.lower() in words for depth in DEPTHS)
+    name = name.lower()
+    return any(depth.lower() in name for depth in ("compressedDepth", *DEPTHS))
 
 
 def _is_of_colours(name: str) -> bool:

@@ -95,14 +95,11 @@ class LerobotColumns:
 
     def repeated_command(self, folder: LerobotFolder) -> tuple[str, int] | None:
         """The key and position of the number in the state that has the same name as the gripper's command."""
-        name = folder.features[self.gripper_key].name_of(self.gripper_at)
-        if not self.gripper_is_command or name is None:
-            return None
-        for key in self.state:
-            feature = folder.features[key]
-            for number in range(feature.numbers):
-                if feature.name_of(number) == name:
-                    return key, number
+        names = folder.features[self.gripper_key].names_of_all
+        for key in self.state if names and self.gripper_is_command else ():
+            there = folder.features[key].names_of_all
+            if names[self.gripper_at] in there:
+                return key, there.index(names[self.gripper_at])
         return None
 
     def is_end(self, value: float) -> bool:

@@ -67,9 +67,10 @@ class LerobotFeature:
     def numbers(self) -> int:
         return math.prod(self.shape)
 
-    def name_of(self, number: int) -> str | None:
-        """The name of a number; None if info.json does not name each of them."""
-        return self.names[number] if len(self.names) == self.numbers else None
+    @property
+    def names_of_all(self) -> tuple[str, ...]:
+        """The name of each number; empty if info.json does not name them all."""
+        return self.names if len(self.names) == self.numbers else ()
 
     def __str__(self) -> str:
         names = f" [{' '.join(self.names)}]" if self.names and self.dtype not in ("video", "image") else ""
