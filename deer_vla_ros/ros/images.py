@@ -78,7 +78,7 @@ def compressed_frame(message: CompressedImage) -> Frame:
     The first bytes show the file format. `format` also names the encoding before compression. The order of
     its channels does not matter: both file formats store RGB.
     """
-    if "compresseddepth" in message.format.lower():
+    if _is_of_depth(message.format):
         raise UserError(
             f"format {_quoted(message.format)} is a depth image: remap to the camera's colour image"
         )
@@ -221,7 +221,7 @@ def _decoded(data: bytes, name: str) -> tuple[np.ndarray, bool]:
     if is_grey and _is_of_colours(name):
         raise UserError(
             f"format {_quoted(name)}: the compression has lost the camera's colours: publish raw images, or "
-            "convert them to rgb8 before they are compressed"
+            "convert them to rgb8 before they are compressed (to mono8 if the camera is grey)"
         )
     try:
         if picture.format == "PNG":
@@ -240,14 +240,28 @@ def _decoded(data: bytes, name: str) -> tuple[np.ndarray, bool]:
         ) from error
 
 
+def _is_of_depth(name: str) -> bool:
+    """Whether a `format` says that the image holds depths.
+
+    image_transport's `compressed` compresses these, too, as if they were grey.
+    """
+    name = name.lower()
+    return any(depth.lower() in name for depth in ("compressedDepth", *DEPTHS))
+
+
 def _is_of_colours(name: str) -> bool:
-    """Whether a `format` says that the image had colours before its compression.
+    """Whether a `format` names an encoding before the compression that is not a grey one.
 
     image_transport writes "ENCODING; jpeg compressed ENCODING", and keeps only the brightness of encodings
-    that it does not know, such as yuv422_yuy2. It compresses a Bayer pattern as if it were grey.
+    that it does not know, such as yuv422_yuy2. It compresses a Bayer pattern as if it were grey. An encoding
+    that this package does not know, either, counts as one of colours. Some drivers only name the file format.
     """
-    encoding, mark, _ = name.partition(";")
-    return bool(mark) and encoding in ENCODINGS and not ENCODINGS[encoding].is_grey
+    encoding, mark, _ = name.lower().partition(";")
+    encoding = encoding.strip()
+    if not encoding or any(file in encoding for file in ("jpeg", "jpg", "png")):
+        return False
+    is_grey = {known.lower(): each.is_grey for known, each in ENCODINGS.items()}
+    return not is_grey[encoding] if encoding in is_grey else bool(mark)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -5,6 +5,7 @@ import resource
 import shutil
 
 import pytest
+from lerobot_sets import GRIPPER, STATIC, DatasetPlan, make
 from paths import ROOT
 from runs import JOINT, recipe_file, write_demonstrations
 
@@ -14,11 +15,18 @@ from deer_vla_ros.model.checkpoint import EMBEDDED
 TABLE = str(ROOT / "test" / "data" / "table")
 SEARCH = ("--fraction", "0.5", "--chains", "1", "--steps", "1", "--trials", "1", "--jobs", "1")
 CALIBRATE = ("calibrate", "table", "--episodes", "5", "--steps", "45", "--checkpoint", "OUT")
+COLUMNS = f"--static {STATIC} --gripper {GRIPPER} --state observation.state --gripper-range 1 0".split()
 CASES = {
     # the words of the command; the most bytes of a file; the file or folder that is named; what there then is
     "budget": (("budget", "--plot", "OUT/budget.png"), 2**12, "budget.png", set()),
     "budget --json": (("budget", "--fraction", "0.5", "--json", "OUT/b.json"), 0, "b.json", set()),
     "convert-bag": (("convert-bag", TABLE, "--out", "OUT/data"), 2**12, "data/training", set()),
+    "convert-bag lerobot": (("convert-bag", TABLE, "--format", "lerobot", "--out", "OUT/data"), 2**12,
+                            "out/data", set()),
+    "convert-bag lerobot-png": (("convert-bag", TABLE, "--format", "lerobot-png", "--out", "OUT/data"), 2**12,
+                                "out/data", set()),
+    "convert-lerobot": (("convert-lerobot", "DATA/lerobot", "--out", "OUT/data", *COLUMNS), 2**10,
+                        "data/training", set()),
     "search": (("search", *SEARCH, "--study", "OUT/study"), 0, "study", set()),
     "train": (("train", "--config", "DATA/recipe.yaml", "--data", "DATA", "--out", "OUT/train"), 2**20,
               "state.safetensors", {"log.jsonl"}),
@@ -32,7 +40,8 @@ CASES = {
     "evaluate": (("evaluate", "--chains", "0", "--trials", "1", "--steps", "1", "--jobs", "1", "--json",
                   "OUT/e.json"), 0, "e.json.partial.jsonl", set()),
 }  # fmt: skip
-CHEAP = ("budget", "budget --json", "convert-bag", "search", "train")
+LEROBOT = ("convert-bag lerobot", "convert-lerobot")
+CHEAP = ("budget", "budget --json", "convert-bag", *LEROBOT, "search", "train")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +49,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_demonstrations(folder / "demos")
     recipe_file(folder, {**JOINT, "steps": 2})
+    make(folder / "lerobot", DatasetPlan(codec="image"))
     return folder
 
 

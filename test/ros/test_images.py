@@ -566,6 +566,11 @@ def test_the_first_of_several_pictures_in_a_file_is_taken():
         ("bayer_rggb8; jpeg compressed ", "JPEG"),
         ("bayer_rggb8; png compressed ", "PNG"),
         ("rgb8; jpeg compressed mono8", "JPEG"),
+        ("nv16; jpeg compressed mono8", "JPEG"),
+        ("yuv422_uyvy; jpeg compressed mono8", "JPEG"),
+        ("YUV422_YUY2; jpeg compressed mono8", "JPEG"),
+        (" Bayer_RGGB8 ;png compressed", "PNG"),
+        ("bgr8", "JPEG"),
     ],
 )
 def test_a_picture_that_lost_its_colours_is_refused_by_the_name_of_its_format(format, file):
@@ -573,7 +578,11 @@ def test_a_picture_that_lost_its_colours_is_refused_by_the_name_of_its_format(fo
     assert repr(format) in text and "lost the camera's colours: publish raw images" in text
 
 
-@pytest.mark.parametrize("format", ["jpeg", "mono8; jpeg compressed ", "mono8; jpeg compressed mono8", ""])
+@pytest.mark.parametrize(
+    "format",
+    ["jpeg", "mono8; jpeg compressed ", "mono8; jpeg compressed mono8", "", "MONO16; jpeg", "8uc1; jpeg"]
+    + ["image/jpeg; quality 90", "; jpeg compressed mono8", "mjpeg", "mono8"],
+)
 def test_a_picture_of_a_grey_camera_is_marked(format):
     assert images.compressed_frame(compressed(encoded(SMOOTH[..., 0], "JPEG"), format)).is_grey
     assert not images.compressed_frame(compressed(encoded(SMOOTH, "JPEG"), format)).is_grey
@@ -582,11 +591,17 @@ def test_a_picture_of_a_grey_camera_is_marked(format):
 # --- Depth images.
 
 
-@pytest.mark.parametrize("format", ["16UC1; compressedDepth png", "compressedDepth"])
-def test_a_depth_image_is_refused_with_the_remedy(format):
-    assert "remap to the camera's colour image" in refusal(
-        images.compressed_frame, compressed(encoded(COLOURS, "PNG"), format)
-    )
+@pytest.mark.parametrize("file", ["PNG", "JPEG"])
+@pytest.mark.parametrize(
+    "format",
+    ["16UC1; compressedDepth png", "compressedDepth", "16UC1; png compressed 16UC1"]
+    + ["16UC1; jpeg compressed mono8", "32fc1; jpeg compressed ", "16UC1", "png; 16uc1"],
+)
+def test_a_depth_image_is_refused_with_the_remedy(format, file):
+    for image in (COLOURS, SMOOTH[..., 0], np.full((4, 5), 1200, np.uint16)):
+        if file == "PNG" or image.dtype == np.uint8:
+            text = refusal(images.compressed_frame, compressed(encoded(image, file), format))
+            assert f"format {format!r} is a depth image: remap to the camera's colour image" in text
 
 
 # --- Arbitrary data.

@@ -52,10 +52,10 @@ class LerobotColumns:
         cameras = [key for key, feature in folder.features.items() if feature.is_image]
         if len(cameras) == 1:
             raise UserError(f"{folder.path}: has one camera, {cameras[0]}: {why}")
-        if self.static == self.gripper:
-            raise UserError(f"--static and --gripper are both {self.static}: {why}")
         for option, key in (("--static", self.static), ("--gripper", self.gripper)):
             folder.feature(option, key, image=True)
+        if self.static == self.gripper:
+            raise UserError(f"--static and --gripper are both {self.static}: {why}")
         state = [folder.feature("--state", key, image=False) for key in self.state]
         size = sum(each.numbers for each in state)
         names = [name for each in state for name in each.names]
@@ -93,9 +93,22 @@ class LerobotColumns:
         """A number of an action says what the gripper shall do from its row on; another was measured then."""
         return self.gripper_key.split(".")[0] in ("action", "actions")
 
-    def opening(self, values: np.ndarray) -> bool:
+    def repeated_command(self, folder: LerobotFolder) -> tuple[str, int] | None:
+        """The key and position of the number in the state that has the same name as the gripper's command."""
+        names = folder.features[self.gripper_key].names_of_all
+        for key in self.state if names and self.gripper_is_command else ():
+            there = folder.features[key].names_of_all
+            if names[self.gripper_at] in there:
+                return key, there.index(names[self.gripper_at])
+        return None
+
+    def is_end(self, value: float) -> bool:
+        """Whether the value is that of an open or of a closed gripper."""
+        tolerance = 1e-3 * abs(self.gripper_open - self.gripper_closed)
+        return min(abs(value - self.gripper_open), abs(value - self.gripper_closed)) <= tolerance
+
+    def is_open(self, value: float) -> bool:
         """Whether the gripper's number is nearer to open than to closed. Raises ValueError."""
-        value = values[self.gripper_at]
         if not np.isfinite(value):
             raise ValueError(f"{self.gripper_key}[{self.gripper_at}] is {value}")
         return bool(abs(value - self.gripper_open) < abs(value - self.gripper_closed))

@@ -67,6 +67,11 @@ class LerobotFeature:
     def numbers(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def names_of_all(self) -> tuple[str, ...]:
+        """The name of each number; empty if info.json does not name them all."""
+        return self.names if len(self.names) == self.numbers else ()
+
     def __str__(self) -> str:
         names = f" [{' '.join(self.names)}]" if self.names and self.dtype not in ("video", "image") else ""
         return _one_line(f"{self.key} ({self.dtype} {'x'.join(map(str, self.shape))}{names})")[:300]
@@ -125,18 +130,17 @@ class LerobotFolder:
         self.tasks = self._read_tasks()
 
     def feature(self, option: str, key: str, image: bool) -> LerobotFeature:
-        """The column `key` that `option` names. Raises UserError that lists those that there are."""
-        there = {
-            name: each
-            for name, each in self.features.items()
-            if (each.is_image if image else each.is_numbers)
-        }
-        if key not in there:
+        """The column `key` that `option` names. Raises UserError that lists all that there are."""
+        images = {name: each for name, each in self.features.items() if each.is_image}
+        numbers = {name: each for name, each in self.features.items() if each.is_numbers}
+        wanted, others = (images, numbers) if image else (numbers, images)
+        if key not in wanted:
+            kind, other = ("images", "numbers") if image else ("numbers", "images")
             raise UserError(
-                f"{option} is {key}: {self.path} has no such column of {'images' if image else 'numbers'}: "
-                f"give one of {', '.join(map(str, there.values())) or '(there is none)'}"
+                f"{option} is {key}: {self.path} has no such column of {kind}: give one of "
+                f"{_listed(wanted)}; the columns of {other} are {_listed(others)}"
             )
-        return there[key]
+        return wanted[key]
 
     def episodes(self, cameras: tuple[str, ...]) -> Iterator[LerobotEpisode]:
         """The episodes in the order of the metadata, one at a time. cameras: keys of dtype `video`."""
@@ -237,6 +241,10 @@ def _feature(key: str, values: dict[str, Any]) -> LerobotFeature:
     is_depth = bool(details.get("is_depth_map") or details.get("video.is_depth_map"))
     shape = tuple(int(each) for each in values.get("shape") or (1,))
     return LerobotFeature(key, str(values["dtype"]), shape, tuple(_flat(values.get("names"))), is_depth)
+
+
+def _listed(features: dict[str, LerobotFeature]) -> str:
+    return ", ".join(map(str, features.values())) or "(there is none)"
 
 
 def _one_line(text: Any) -> str:

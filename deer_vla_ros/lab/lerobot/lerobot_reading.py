@@ -80,6 +80,7 @@ class LerobotMoments:
         instruction: str | None = None,
     ):
         columns.check(folder)
+        self._repeated = columns.repeated_command(folder)
         self._folder, self._columns, self._space, self._instruction = folder, columns, space, instruction
         self._rate_hz, self._spacing = rate_hz, spacing(folder.fps, rate_hz)
         cameras = (columns.static, columns.gripper)
@@ -143,7 +144,7 @@ class LerobotMoments:
                 taskless = taskless or not text
                 images = self._images_at(episode, row, time) if text else None
                 if images is not None:
-                    pose, gripper = self._arm_at(episode, row, before or row, time)
+                    pose, gripper = self._arm_at(episode, row, before, time)
                     stamp = round(wanted * 1e9 / self._rate_hz)
                     measured = MeasuredPose(Pose(pose[:3], pose[3:]), "", stamp)
                     yield ObservedStep(text, Observation(*images, pose), stamp, measured, gripper, None)
@@ -167,22 +168,34 @@ class LerobotMoments:
         return images[0], images[1]
 
     def _arm_at(
-        self, episode: LerobotEpisode, row: _DataRow, before: _DataRow, time: float
+        self, episode: LerobotEpisode, row: _DataRow, before: _DataRow | None, time: float
     ) -> tuple[np.ndarray, float]:
-        """The TCP pose, and the gripper as a value of the action space.
-
-        A command is that of the row before: what the gripper was told by the time of this row.
-        """
+        """The TCP pose, and the gripper as a value of the action space."""
         columns = self._columns
         try:
             pose = columns.pose([row.array(key) for key in columns.state])
-            told = before if columns.gripper_is_command else row
-            is_open = columns.opening(told.array(columns.gripper_key))
+            is_open = columns.is_open(self._gripper_number(row, before))
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(
                 f"{episode.rows}: episode {episode.index} at {time:.3f} s: {cause(error)}"
             ) from error
         return pose, self._space.gripper_open if is_open else self._space.gripper_closed
+
+    def _gripper_number(self, row: _DataRow, before: _DataRow | None) -> float:
+        """How open the gripper is at this row, or what it was told by then.
+
+        A command counts from its row on, so it is that of the row before. An episode's first row has none
+        before it. If the state repeats the last command, as the state that `convert-bag` writes does, it is
+        taken from there: that number has the command's name and one of its two values. Otherwise the first
+        row's own command is taken, as if the gripper did not act there.
+        """
+        if before is None and self._repeated:
+            key, number = self._repeated
+            value = row.array(key)[number]
+            if self._columns.is_end(value):
+                return value
+        told = before if before and self._columns.gripper_is_command else row
+        return told.array(self._columns.gripper_key)[self._columns.gripper_at]
 
     def _text(self, episode: LerobotEpisode, row: _DataRow) -> str:
         if self._instruction is not None:

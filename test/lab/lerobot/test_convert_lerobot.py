@@ -218,6 +218,28 @@ def test_an_instruction_in_place_of_the_tasks(tmp_path):
     assert [text for text, _ in steps_of(tmp_path / "set")] == ["push the block"] * 2
 
 
+@pytest.mark.parametrize(
+    "before, names, is_open",
+    [
+        (1.0, ("gripper", "gripper"), False),  # the state repeats the last command
+        (0.08, ("gripper", "gripper"), True),  # the state is a width: the row's own command is taken
+        (1.0, ("gripper", "hand"), True),
+        (1.0, None, True),
+    ],
+)
+def test_what_the_gripper_was_told_before_the_first_row(tmp_path, before, names, is_open):
+    plan = DatasetPlan(codec="image", lengths=(12,), tasks=("go",), state=lambda i: [*pose(i), before])
+    folder = make(tmp_path / "lerobot", plan)
+    info = json.loads((folder / "meta/info.json").read_text())
+    axes = ["x", "y", "z", "roll", "pitch", "yaw"]
+    for key, name in zip(("observation.state", "action"), names or (None, None), strict=True):
+        info["features"][key]["names"] = name and [*axes, name]
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    converted(folder, tmp_path / "set")
+    ((_, steps),) = steps_of(tmp_path / "set")
+    assert steps[0]["robot_obs"][14] == (1.0 if is_open else -1.0), "row 0 tells it to open"
+
+
 def test_a_measured_gripper_is_that_of_the_next_step(tmp_path, capsys):
     folder = make(tmp_path / "lerobot", DatasetPlan(codec="image"))
     converted(folder, tmp_path / "set", "--gripper-from", "observation.state:6", "--rate-hz", "10")
@@ -273,6 +295,23 @@ def test_wrong_options_and_datasets_are_refused_in_one_line(tmp_path, capsys, pl
     assert error.count("\n") == 1 and error.startswith("error: ")
     assert re.search(words, error), error
     assert [each.name for each in tmp_path.iterdir()] == ["lerobot"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--static", "x", "--gripper", "x", "--state", "x"],
+        ["--gripper", "x"],
+        ["--state", "observation.state", "x"],
+        ["--gripper-from", "x:0"],
+    ],
+)
+def test_a_key_that_is_not_there_lists_every_column(tmp_path, capsys, options):
+    assert run(make(tmp_path / "lerobot", DatasetPlan(codec="image")), tmp_path / "set", *options) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{options[0]} is x: " in error
+    for column in (STATIC, GRIPPER, "observation.state", "action"):
+        assert f"{column} (" in error
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"

@@ -43,6 +43,7 @@ def compare(one, other, image_loss: float) -> int:
             )
             assert b["rel_actions"] == pytest.approx(a["rel_actions"], abs=1e-5), "state is float32"
             assert b["robot_obs"][:3] == pytest.approx(a["robot_obs"][:3], abs=1e-6)
+            assert b["robot_obs"][14] == a["robot_obs"][14], "the gripper before the step"
             for name in IMAGES:
                 assert np.abs(a[name].astype(float) - b[name]).mean() <= image_loss
             compared += 1
