@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from deer_vla_ros.bag.observed import ObservedStep
-from deer_vla_ros.control.types import MeasuredPose, Pose
+from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
@@ -146,8 +146,8 @@ class LerobotMoments:
                 if images is not None:
                     pose, gripper = self._arm_at(episode, row, before, time)
                     stamp = round(wanted * 1e9 / self._rate_hz)
-                    measured = MeasuredPose(Pose(pose[:3], pose[3:]), "", stamp)
-                    yield ObservedStep(text, Observation(*images, pose), stamp, measured, gripper, None)
+                    at_frame = Pose(pose[:3], pose[3:])
+                    yield ObservedStep(text, Observation(*images, pose), stamp, at_frame, gripper, None)
                 wanted += 1
             else:
                 self.account.between += 1

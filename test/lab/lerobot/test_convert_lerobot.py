@@ -19,7 +19,7 @@ from deer_vla_ros.bag.calvin_files import read_action_space, read_annotations, r
 from deer_vla_ros.bag.conversion import convert
 from deer_vla_ros.bag.observed import ObservedStep
 from deer_vla_ros.control.motion import motion_of, moved
-from deer_vla_ros.control.types import MeasuredPose, Pose
+from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
@@ -159,7 +159,7 @@ def test_actions_lead_from_the_first_pose_through_all_others(tmp_path, given_pos
             "go",
             Observation(image, image, tcp),
             k * 10**8,
-            MeasuredPose(Pose(tcp[:3], tcp[3:]), "", k * 10**8),
+            Pose(tcp[:3], tcp[3:]),
             1.0,
             None,
         )
