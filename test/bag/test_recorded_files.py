@@ -13,6 +13,7 @@ import pytest
 from backports import zstd
 from bags import (
     INPUTS,
+    INSTRUCTION,
     POSE,
     STATIC,
     TABLE,
@@ -26,6 +27,7 @@ from bags import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from mcap.opcode import Opcode
 from mcap.writer import CompressionType, IndexType
 from mcap.writer import Writer as McapWriter
 from rcl_interfaces.msg import Parameter, ParameterEvent
@@ -35,6 +37,7 @@ from deer_vla_ros.bag import inflation, mcap_storage, offered_qos
 from deer_vla_ros.bag.bag_file import BagFile
 from deer_vla_ros.bag.cdr import types
 from deer_vla_ros.bag.input_topics import PARAMETERS, Tally, find_topics, messages
+from deer_vla_ros.bag.mcap_storage import RECORD
 from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.bag.recording import Record, Recording
 from deer_vla_ros.errors import UserError
@@ -208,7 +211,9 @@ def test_a_topic_without_messages_is_not_taken_for_one_with_messages(tmp_path, s
         with Recording(path) as recording:
             topics = find_topics(recording, {}, (INSTRUCTION[1:],), Tally())
             assert set(topics.values()) == set(kinds)
-            chosen = find_topics(recording, {INSTRUCTION[1:]: "/right/instruction"}, (), Tally())
+            chosen = find_topics(
+                recording, {INSTRUCTION[1:]: "/right/instruction"}, (INSTRUCTION[1:],), Tally()
+            )
             assert chosen[POSE[1:]] == "/right/ee_pose"  # as the person asked
 
 
@@ -438,7 +443,7 @@ def test_a_compressed_file_alone_is_read_and_its_copy_removed(tmp_path, storage,
     (file,) = path.glob("*.zstd")
     assert read(file) == (found, [])
     whole = zstd.decompress(file.read_bytes())
-    file.write_bytes(zstd.compress(whole[:40] + bytes(len(whole) - 40)))
+    file.write_bytes(zstd.compress(whole[: 8 if storage is MCAP else 40].ljust(len(whole), b"\0")))
     tool = "mcap recover" if storage is MCAP else "sqlite3"
     assert f"`zstd -d {file}` and `{tool} {file.with_suffix('')} " in refusal(file)
     file.write_bytes(zstd.compress(whole)[:-100])
@@ -537,6 +542,17 @@ def chunks(path: Path, *contents: bytes) -> Path:
     return path
 
 
+def test_an_index_that_names_a_chunk_many_times_is_not_used(tmp_path):
+    found = records(INPUTS, seconds=1)
+    data = mcap(tmp_path / "bag.mcap", found, enable_crcs=False, chunk_size=2**22).read_bytes()
+    at = data.rindex(struct.pack("<B", Opcode.CHUNK_INDEX), 0, data.rindex(b"zstd"))
+    length = RECORD.size + struct.unpack_from("<Q", data, at + 1)[0]
+    entry = data[at : at + length]
+    (tmp_path / "bag.mcap").write_bytes(data[:at] + entry * 100 + data[at:])
+    messages, (note,) = read(tmp_path / "bag.mcap")
+    assert messages == found and "made anew" in note
+
+
 @pytest.mark.parametrize("record", [mcap_record(0x80, b""), mcap_message(1)], ids=["unknown", "messages"])
 def test_a_small_chunk_of_very_many_records_is_refused(tmp_path, record):
     path = chunks(tmp_path / "bag.mcap", mcap_message(1) * 1000, record * 2**18)
@@ -551,6 +567,9 @@ def test_chunks_that_overlap_are_bounded_together(tmp_path, monkeypatch):
     monkeypatch.setattr(mcap_storage, "MOST_WAITING", 2**22)
     large = [mcap_message(5 + place, bytes(2**20)) for place in range(24)]
     assert len(read(chunks(tmp_path / "long.mcap", *large))[0]) == 24  # only the messages' times count
+    repeated = chunks(tmp_path / "bag.mcap.zstd", *[mcap_message(1) + each for each in large])
+    repeated.write_bytes(zstd.compress(repeated.read_bytes()))
+    assert f"`zstd -d {repeated}` and `mcap sort {tmp_path / 'bag.mcap'} -o" in refusal(repeated)
     overlapping = [mcap_message(1) + each for each in large]
     tracemalloc.start()
     told = refusal(chunks(tmp_path / "bag.mcap", *overlapping))
