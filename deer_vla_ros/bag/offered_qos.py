@@ -11,7 +11,7 @@ from rosbags.rosbag2.metadata import parse_qos
 from deer_vla_ros.untrusted import parse_yaml
 
 LONGEST = 16_384
-"""Characters of a topic's profiles. A recorder writes some 350 for each publisher."""
+"""Characters of a topic's profiles. A recorder writes less than 1000 for each publisher."""
 
 
 def parsed_qos(found: Any) -> list[Qos]:
