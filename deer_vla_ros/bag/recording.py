@@ -81,7 +81,7 @@ class Recording:
             storage for _, storage in self._storages if any(each.msgcount for each in storage.connections)
         ]
         if not used:
-            why = f" ({'; '.join(self.notes)})" if self.notes else ""
+            why = f" ({'; '.join(self.notes)[:1000]})" if self.notes else ""
             what = "cannot be read: it has no message that can be read" if why else "the recording is empty"
             raise UserError(f"{self.path}: {what}{why}: record it again, with the cameras running")
         self._check_promises(folder.promises, merged)

@@ -421,6 +421,8 @@ def test_an_mcap_file_is_judged_by_its_encodings_if_it_names_no_profile(tmp_path
     assert "rosbags-convert" in refusal(mcap(tmp_path / "one.mcap", found, profile="ros1"))
     assert "'px4'" in refusal(mcap(tmp_path / "px4.mcap", found, profile="px4"))
     assert "encoded as protobuf" in refusal(mcap(tmp_path / "p.mcap", found, "", encoding="protobuf"))
+    many = [dataclasses.replace(found[0], topic=f"/t{number}") for number in range(100)]
+    assert "encoded as protobuf" in refusal(mcap(tmp_path / "m.mcap", many, "", encoding="protobuf"))
 
 
 def test_a_type_without_msg_in_its_name_is_the_ros_2_type(tmp_path):
