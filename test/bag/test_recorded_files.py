@@ -584,8 +584,8 @@ def test_chunks_that_overlap_are_bounded_together(tmp_path, monkeypatch):
     )
 
 
-def test_a_small_message_that_decodes_to_very_many_objects_is_counted(tmp_path):
-    many = ParameterEvent(node="/deer_vla", changed_parameters=[Parameter()] * 30_000)
+def test_a_message_that_is_no_image_and_decompresses_to_over_a_megabyte_is_counted(tmp_path):
+    many = ParameterEvent(node="/deer_vla", changed_parameters=[Parameter(name="a" * 1000)] * 1100)
     event = record("/parameter_events", many, 1)
     path = write(tmp_path / "bag", [dataclasses.replace(event, data=zstd.compress(event.data))])
     assert (path / "bag.mcap").stat().st_size < 20_000
