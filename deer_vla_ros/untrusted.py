@@ -113,6 +113,11 @@ def read_yaml(path: Path, example: str) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"{path} cannot be read ({reason}): give a file such as {example}") from error
+    return parse_yaml(text, path, example)
+
+
+def parse_yaml(text: str, path: Path, example: str) -> Any:
+    """The values of a YAML text, which is the content of `path`. Raises UserError as `read_yaml`."""
     loader = None
     try:
         _check_extent(text, path)

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from rosbags.interfaces import Qos
-
 from deer_vla_ros.bag.folder_kinds import LEROBOT, LEROBOT_REMEDY
 from deer_vla_ros.bag.inflation import ZSTD_MAGIC
-from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.untrusted import check_fetched, read_yaml, stand_in_of
 
@@ -40,10 +37,10 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Promise:
-    """What metadata.yaml says about a topic of one type."""
+    """What metadata.yaml says about a topic of one type. qos: not parsed."""
 
     count: int
-    qos: list[Qos]
+    qos: Any
     digest: str
 
 
@@ -133,13 +130,31 @@ def _described(path: Path, there: list[Path]) -> BagFolder:
             f"{path}: {METADATA} names {', '.join(missing)[:200]}, which is not in the folder; its recording "
             f"files are: {have[:200]}: give the files their names again, or {advice}"
         )
-    folder = BagFolder([path / name for name in names], promises, mode == "message")
+    files, notes = _begun([path / name for name in names], path)
+    folder = BagFolder(files, promises, mode == "message", notes)
     if unnamed := [each.name for each in there if each.name not in names]:
         folder.notes.append(
             f"{path}: {', '.join(unnamed)[:200]} not read, because {METADATA} does not name it: `ros2 bag "
             f"reindex {path}` would add it"
         )
     return folder
+
+
+def _begun(files: list[Path], path: Path) -> tuple[list[Path], list[str]]:
+    """The files without empty ones, which a recorder leaves that is killed while it begins a file, and a line
+    that names those. All files, if all are empty."""
+    empty = [each for each in files if not _has_content(each)]
+    if not empty or len(empty) == len(files):
+        return files, []
+    names = ", ".join(each.name for each in empty)[:200]
+    note = f"{path}: {names}: empty, as when a recorder is killed while it begins a file: read without it"
+    return [each for each in files if each not in empty], [note]
+
+
+def _has_content(path: Path) -> bool:
+    """Whether a byte at the file's beginning is not zero. A power failure leaves zeros."""
+    with open(path, "rb") as file:
+        return any(file.read(512))
 
 
 def _promises(found: dict[str, Any]) -> dict[tuple[str, str], Promise]:
@@ -150,7 +165,7 @@ def _promises(found: dict[str, Any]) -> dict[tuple[str, str], Promise]:
         before = promises.get(key)
         promises[key] = Promise(
             _of(int, each["message_count"]) + (before.count if before else 0),
-            parsed_qos(topic.get("offered_qos_profiles") or []),
+            topic.get("offered_qos_profiles") or [],
             _of(str, topic.get("type_description_hash") or ""),
         )
     return promises
@@ -190,12 +205,12 @@ def _undescribed(path: Path, there: list[Path]) -> BagFolder:
                 f"run `ros2 bag reindex {path}`"
             )
         there.sort(key=lambda each: int(names[each]["number"] or names[each]["first"]))
-        # A recorder that is killed while it begins a new file leaves an empty one.
-        there = [each for each in there if each.stat().st_size] or there
+    there, notes = _begun(there, path)
     return BagFolder(
         there,
         notes=[
+            *notes,
             f"{path}: no {METADATA}, which a recorder writes when it ends: its "
-            f"{'file is' if len(there) == 1 else f'{len(there)} files are'} read without it"
+            f"{'file is' if len(there) == 1 else f'{len(there)} files are'} read without it",
         ],
     )

@@ -73,6 +73,14 @@ def inflated_file(path: Path) -> IO[bytes]:
         ) from error
 
 
+def decompressed_first(path: Path) -> tuple[str, Path]:
+    """For tools that read no .zstd file: the command to run before, with "and", and the file that it makes;
+    nothing, and `path`, for any other file."""
+    if path.suffix != ".zstd":
+        return "", path
+    return f"`zstd -d {path}` and ", path.with_suffix("")
+
+
 def _room() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free - RESERVE
 

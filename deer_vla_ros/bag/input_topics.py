@@ -152,21 +152,31 @@ def _transports(name: str) -> tuple[str, ...]:
 
 
 def _by_name(recording: Recording, name: str, is_read: bool, preferred: list[str]) -> str | None:
-    """The topic of this name. preferred: namespaces of the inputs that a person chose."""
+    """The topic of this name. preferred: namespaces of the inputs that a person chose.
+
+    A topic without messages is taken only where no topic with messages has the name: recorders also list
+    topics that were silent.
+    """
     names = _transports(name)
-    for namespace in [*(preferred if len(preferred) == 1 else []), ""]:
+    heard = [topic for topic in recording.topics if recording.counts[topic]]
+    if len(preferred) == 1:
+        for topics in (heard, recording.topics):
+            for each in names:
+                if f"{preferred[0]}/{each}" in topics:
+                    return f"{preferred[0]}/{each}"
+    for topics in (heard, recording.topics):
         for each in names:
-            if f"{namespace}/{each}" in recording.topics:
-                return f"{namespace}/{each}"
-    for each in names:
-        ending = [topic for topic in recording.topics if topic.endswith(f"/{each}")]
-        if len(ending) > 1 and is_read:
-            raise UserError(
-                f"{recording.path}: {', '.join(sorted(ending))} could all be {name}: "
-                f"choose with --topic {name}:=TOPIC; other topics are then taken from the same namespace"
-            )
-        if len(ending) == 1:
-            return ending[0]
+            if f"/{each}" in topics:
+                return f"/{each}"
+        for each in names:
+            ending = [topic for topic in topics if topic.endswith(f"/{each}")]
+            if len(ending) > 1 and is_read:
+                raise UserError(
+                    f"{recording.path}: {', '.join(sorted(ending))} could all be {name}: "
+                    f"choose with --topic {name}:=TOPIC; other topics are then taken from the same namespace"
+                )
+            if len(ending) == 1:
+                return ending[0]
     return None
 
 

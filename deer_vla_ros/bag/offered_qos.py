@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rosbags.interfaces import Qos
 from rosbags.rosbag2.metadata import parse_qos
 
-LONGEST = 65_536
+from deer_vla_ros.untrusted import parse_yaml
+
+LONGEST = 16_384
+"""Characters of a topic's profiles. A recorder writes less than 1000 for each publisher."""
 
 
 def parsed_qos(found: Any) -> list[Qos]:
@@ -19,7 +23,8 @@ def parsed_qos(found: Any) -> list[Qos]:
     if isinstance(found, str) and (len(found) > LONGEST or "&" in found or "*" in found):
         return []
     try:
-        profiles = parse_qos(found)
+        tree = parse_yaml(found, Path("offered_qos_profiles"), "") if isinstance(found, str) else found
+        profiles = parse_qos(tree)
         numbers = (
             (each.depth, *each.deadline, *each.lifespan, *each.liveliness_lease_duration) for each in profiles
         )

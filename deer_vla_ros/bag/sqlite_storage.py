@@ -20,7 +20,6 @@ from rosbags.interfaces import (
 )
 
 from deer_vla_ros.bag.inflation import LARGEST
-from deer_vla_ros.bag.offered_qos import parsed_qos
 
 DEFINITIONS = {"ros2msg": MessageDefinitionFormat.MSG, "ros2idl": MessageDefinitionFormat.IDL}
 
@@ -72,7 +71,7 @@ class SqliteStorage:
                         definitions.get(kind, MessageDefinition(MessageDefinitionFormat.NONE, "")),
                         str(row.get("type_description_hash") or ""),
                         count,
-                        ConnectionExtRosbag2(encoding, parsed_qos(row.get("offered_qos_profiles") or "")),
+                        ConnectionExtRosbag2(encoding, row.get("offered_qos_profiles") or ""),
                         None,
                     )
                 )

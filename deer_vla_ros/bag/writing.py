@@ -13,6 +13,7 @@ from std_msgs.msg import Float64MultiArray
 from deer_vla_ros.bag.bag_file import BagFile
 from deer_vla_ros.bag.cdr import to_cdr
 from deer_vla_ros.bag.input_topics import GRIPPER_COMMAND, STEPS, TARGET, TYPES, Tally
+from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.bag.recording import Record, Recording, definition
 from deer_vla_ros.bag.rows import DECIDED, TIMINGS, WALL, Row, RowWriter
 from deer_vla_ros.control.types import Command, HoldReason
@@ -82,7 +83,7 @@ class ReplayBag:
                     _free(each.topic, recording) if each.topic in OUTPUTS else each.topic
                 )
                 self._file.declare(
-                    self._names[each.topic], each.msgtype, found, each.ext.offered_qos_profiles
+                    self._names[each.topic], each.msgtype, found, parsed_qos(each.ext.offered_qos_profiles)
                 )
         for topic, kind in OUTPUTS.items():
             self._file.declare(topic, kind)

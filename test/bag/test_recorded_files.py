@@ -1,7 +1,9 @@
 """Tests of recordings as people have them: split, reindexed, cut, compressed, edited, by other tools."""
 
+import dataclasses
 import itertools
 import sqlite3
+import struct
 import tempfile
 import time
 import tracemalloc
@@ -11,10 +13,12 @@ import pytest
 from backports import zstd
 from bags import (
     INPUTS,
+    INSTRUCTION,
     POSE,
     STATIC,
     TABLE,
     metadata,
+    record,
     records,
     said,
     set_metadata,
@@ -23,13 +27,18 @@ from bags import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from mcap.opcode import Opcode
 from mcap.writer import CompressionType, IndexType
 from mcap.writer import Writer as McapWriter
+from rcl_interfaces.msg import Parameter, ParameterEvent
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
 
-from deer_vla_ros.bag import inflation
+from deer_vla_ros.bag import inflation, mcap_storage, offered_qos
 from deer_vla_ros.bag.bag_file import BagFile
 from deer_vla_ros.bag.cdr import types
+from deer_vla_ros.bag.input_topics import PARAMETERS, Tally, find_topics, messages
+from deer_vla_ros.bag.mcap_storage import RECORD
+from deer_vla_ros.bag.offered_qos import parsed_qos
 from deer_vla_ros.bag.recording import Record, Recording
 from deer_vla_ros.errors import UserError
 
@@ -184,6 +193,30 @@ def test_promised_messages_that_are_not_there_are_said_in_one_line(tmp_path):
     assert f"{count + 5} of {topic}, and {count} are found; 7 of /gone, and 0 are found" in note
 
 
+@STORAGES
+def test_a_topic_without_messages_is_not_taken_for_one_with_messages(tmp_path, storage):
+    """metadata.yaml and recorders also list topics of other arms that were silent."""
+    found = [dataclasses.replace(each, topic=f"/left{each.topic}") for each in records(INPUTS, seconds=1)]
+    kinds = {each.topic: each.type for each in found}
+    silent = {
+        topic.replace("/left", space): kind for topic, kind in kinds.items() for space in ("/right", "")
+    }
+    listed = write(tmp_path / "listed", found, storage, topics=kinds | silent)
+    promised = write(tmp_path / "promised", found, storage)
+    set_metadata(
+        promised,
+        metadata(promised) | {"topics_with_message_count": metadata(listed)["topics_with_message_count"]},
+    )
+    for path in (listed, promised):
+        with Recording(path) as recording:
+            topics = find_topics(recording, {}, (INSTRUCTION[1:],), Tally())
+            assert set(topics.values()) == set(kinds)
+            chosen = find_topics(
+                recording, {INSTRUCTION[1:]: "/right/instruction"}, (INSTRUCTION[1:],), Tally()
+            )
+            assert chosen[POSE[1:]] == "/right/ee_pose"  # as the person asked
+
+
 def test_a_topic_of_two_types_keeps_the_one_with_the_most_messages(tmp_path):
     found = records(INPUTS, seconds=1)
     wrong = [Record(POSE, "std_msgs/msg/String", each.time_ns, said("", 0).data) for each in found[:3]]
@@ -310,11 +343,33 @@ def test_a_folder_without_metadata_is_read_by_the_numbers_of_its_files(tmp_path)
     assert messages == found and "no metadata.yaml" in note
     (path / f"bag_{len(list(path.iterdir()))}.mcap").write_bytes(b"")  # the next file, just begun
     messages, notes = read(path)
-    assert messages == found and len(notes) == 1
+    assert (
+        messages == found
+        and len(notes) == 2
+        and f"bag_{len(list(path.iterdir())) - 1}.mcap: empty" in notes[0]
+    )
     for file in list(path.iterdir()):  # the names of newer recorders
         number = file.stem.rpartition("_")[2]
         file.rename(path / f"{number}_bag_2026_01_31-12_00_{int(number):02}.mcap")
     assert read(path)[0] == found
+
+
+@STORAGES
+@pytest.mark.parametrize("content", [b"", bytes(4096)], ids=["empty", "zeros"])
+@pytest.mark.parametrize("is_described", [True, False], ids=["described", "undescribed"])
+def test_a_file_that_a_killed_recorder_just_began_is_named_and_left_out(
+    tmp_path, storage, content, is_described
+):
+    found = records(INPUTS, seconds=1)
+    path = write_split(tmp_path / "bag", [found[:20], found[20:]], storage)
+    begun = max(path.glob("bag_1.*"))
+    begun.write_bytes(content)
+    if not is_described:
+        (path / "metadata.yaml").unlink()
+    messages, notes = read(path)
+    assert messages == found[:20] and f"{begun.name}: empty, as when" in notes[0]
+    max(path.glob("bag_0.*")).write_bytes(content)
+    assert "copy it again" in refusal(path)
 
 
 def test_folders_of_several_recordings_are_refused(tmp_path):
@@ -366,6 +421,8 @@ def test_an_mcap_file_is_judged_by_its_encodings_if_it_names_no_profile(tmp_path
     assert "rosbags-convert" in refusal(mcap(tmp_path / "one.mcap", found, profile="ros1"))
     assert "'px4'" in refusal(mcap(tmp_path / "px4.mcap", found, profile="px4"))
     assert "encoded as protobuf" in refusal(mcap(tmp_path / "p.mcap", found, "", encoding="protobuf"))
+    many = [dataclasses.replace(found[0], topic=f"/t{number}") for number in range(100)]
+    assert "encoded as protobuf" in refusal(mcap(tmp_path / "m.mcap", many, "", encoding="protobuf"))
 
 
 def test_a_type_without_msg_in_its_name_is_the_ros_2_type(tmp_path):
@@ -387,7 +444,11 @@ def test_a_compressed_file_alone_is_read_and_its_copy_removed(tmp_path, storage,
     path = write(tmp_path / "bag", found, storage, CompressionMode.FILE)
     (file,) = path.glob("*.zstd")
     assert read(file) == (found, [])
-    file.write_bytes(file.read_bytes()[:-100])
+    whole = zstd.decompress(file.read_bytes())
+    file.write_bytes(zstd.compress(whole[: 8 if storage is MCAP else 40].ljust(len(whole), b"\0")))
+    tool = "mcap recover" if storage is MCAP else "sqlite3"
+    assert f"`zstd -d {file}` and `{tool} {file.with_suffix('')} " in refusal(file)
+    file.write_bytes(zstd.compress(whole)[:-100])
     assert "cannot be decompressed" in refusal(file)
     file.write_bytes(zstd.compress(b"something else"))
     assert f"{file}: cannot be read (its first bytes" in refusal(file)
@@ -445,6 +506,118 @@ def test_a_chunk_that_declares_a_huge_size_is_refused(tmp_path):
     data[at : at + 8] = (2**40).to_bytes(8, "little")
     (tmp_path / "bag.mcap").write_bytes(data)
     assert f"a chunk of {2**40} bytes, decompressed; the limit is" in refusal(tmp_path / "bag.mcap")
+
+
+def mcap_record(kind: int, content: bytes) -> bytes:
+    return struct.pack("<BQ", kind, len(content)) + content
+
+
+def mcap_text(text: str) -> bytes:
+    return struct.pack("<I", len(text)) + text.encode()
+
+
+def mcap_channel(number: int, topic: str, qos: str = "") -> bytes:
+    qos = mcap_text("offered_qos_profiles") + mcap_text(qos)
+    return mcap_record(
+        4, struct.pack("<HH", number, 1) + mcap_text(topic) + mcap_text("cdr") + mcap_text("") + qos
+    )
+
+
+def mcap_message(time_ns: int, data: bytes = b"") -> bytes:
+    return mcap_record(5, struct.pack("<HIQQ", 1, 0, time_ns, time_ns) + data)
+
+
+def chunks(path: Path, *contents: bytes) -> Path:
+    """Writes an MCAP file without an index, of compressed chunks of these records."""
+    schema = struct.pack("<H", 1) + mcap_text("std_msgs/msg/Empty") + mcap_text("ros2msg") + mcap_text("")
+    parts = [
+        b"\x89MCAP0\r\n",
+        mcap_record(1, mcap_text("ros2") + mcap_text("")),
+        mcap_record(3, schema),
+        mcap_channel(1, "/ee_pose"),
+    ]
+    for content in contents:
+        packed = zstd.compress(content)
+        head = struct.pack("<QQQI", 0, 0, len(content), 0) + mcap_text("zstd")
+        parts.append(mcap_record(6, head + struct.pack("<Q", len(packed)) + packed))
+    path.write_bytes(b"".join([*parts, mcap_record(15, bytes(4))]))
+    return path
+
+
+def test_an_index_that_names_a_chunk_many_times_is_not_used(tmp_path):
+    found = records(INPUTS, seconds=1)
+    data = mcap(tmp_path / "bag.mcap", found, enable_crcs=False, chunk_size=2**22).read_bytes()
+    at = data.rindex(struct.pack("<B", Opcode.CHUNK_INDEX), 0, data.rindex(b"zstd"))
+    length = RECORD.size + struct.unpack_from("<Q", data, at + 1)[0]
+    entry = data[at : at + length]
+    (tmp_path / "bag.mcap").write_bytes(data[:at] + entry * 100 + data[at:])
+    messages, (note,) = read(tmp_path / "bag.mcap")
+    assert messages == found and "made anew" in note
+
+
+@pytest.mark.parametrize("record", [mcap_record(0x80, b""), mcap_message(1)], ids=["unknown", "messages"])
+def test_a_small_chunk_of_very_many_records_is_refused(tmp_path, record):
+    path = chunks(tmp_path / "bag.mcap", mcap_message(1) * 1000, record * 2**18)
+    tracemalloc.start()
+    messages, (note,) = read(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    assert len(messages) == 1000 and "more records in " in note
+
+
+def test_chunks_that_overlap_are_bounded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(mcap_storage, "MOST_WAITING", 2**22)
+    large = [mcap_message(5 + place, bytes(2**20)) for place in range(24)]
+    assert len(read(chunks(tmp_path / "long.mcap", *large))[0]) == 24  # only the messages' times count
+    repeated = chunks(tmp_path / "bag.mcap.zstd", *[mcap_message(1) + each for each in large])
+    repeated.write_bytes(zstd.compress(repeated.read_bytes()))
+    assert f"`zstd -d {repeated}` and `mcap sort {tmp_path / 'bag.mcap'} -o" in refusal(repeated)
+    overlapping = [mcap_message(1) + each for each in large]
+    tracemalloc.start()
+    told = refusal(chunks(tmp_path / "bag.mcap", *overlapping))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert (
+        "4 chunks with 8 messages" in told
+        and "overlap in time; the limits are" in told
+        and "`mcap sort" in told
+    )
+
+
+def test_a_message_that_is_no_image_and_decompresses_to_over_a_megabyte_is_counted(tmp_path):
+    many = ParameterEvent(node="/deer_vla", changed_parameters=[Parameter(name="a" * 1000)] * 1100)
+    event = record("/parameter_events", many, 1)
+    path = write(tmp_path / "bag", [dataclasses.replace(event, data=zstd.compress(event.data))])
+    assert (path / "bag.mcap").stat().st_size < 20_000
+    tally = Tally()
+    with Recording(path) as recording:
+        assert list(messages(recording, {PARAMETERS: event.topic}, tally)) == []
+    assert f"{len(event.data)} bytes are more than the 1048576 that" in tally.lines()[0]
+
+
+def test_long_texts_of_quality_of_service_cost_no_time(tmp_path, monkeypatch):
+    """They are parsed only where a topic is copied, and the bytes of all topics' descriptions are bounded."""
+    monkeypatch.setattr(offered_qos, "parse_yaml", lambda *_: pytest.fail("it was parsed"))
+    text = "".join(f"- {{history: 3, depth: {number}}}\n" for number in range(2000))
+    channels = [mcap_channel(number, f"/t{number}", text) for number in range(2, 300)]
+    path = chunks(tmp_path / "bag.mcap", mcap_message(1) + b"".join(channels))
+    assert len(read(path)[0]) == 1
+    (note,) = read(chunks(tmp_path / "bag.mcap", mcap_message(1), b"".join(channels) * 2))[1]
+    assert "made anew from its messages" in note  # a file may repeat the descriptions of its topics
+    channels = [mcap_channel(number, f"/t{number}", text) for number in range(2, 600)]
+    messages, (note,) = read(chunks(tmp_path / "bag.mcap", mcap_message(1), b"".join(channels)))
+    assert len(messages) == 1 and "bytes of their descriptions" in note
+
+
+def test_profiles_of_quality_of_service_are_those_of_the_text():
+    never = "{sec: 9223372036, nsec: 854775807}"
+    text = (
+        "- history: 1\n  depth: 9\n  reliability: 1\n  durability: 2\n  liveliness: 1\n"
+        f"  deadline: {never}\n  lifespan: {never}\n  liveliness_lease_duration: {never}\n"
+        "  avoid_ros_namespace_conventions: false\n"
+    )
+    assert [each.depth for each in parsed_qos(text)] == [9]
+    assert parsed_qos(text * 1000) == parsed_qos("- &a 1") == parsed_qos("[" * 10_000) == []
 
 
 # Names.
