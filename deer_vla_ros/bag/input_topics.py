@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.control.types import Camera, Frame
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros import images
+from deer_vla_ros.ros import images, parameters
 from deer_vla_ros.ros.messages import nanoseconds
 from deer_vla_ros.ros.parameters import NODE_NAME
 
@@ -83,10 +84,10 @@ def find_topics(
     renames: recorded topics by the node's names. Without a rename, an input is the topic of that name in the
     namespace of the renamed inputs, or the one without a namespace, or the only one that ends with the name.
     For OUTPUTS see there; a topic in another namespace is counted and left out. read: the topics that will be
-    read besides NEEDED. node: full name of the node whose `~/step` is meant, if it is known. Raises UserError
-    if one of NEEDED is missing, a rename names no topic, several topics could be one that is read, the inputs
-    are of several robots, or the type is wrong. Any other topic of a wrong type is counted and left out.
-    tally: gets the recording's notes, too.
+    read besides NEEDED; without INSTRUCTION there, the result has none. node: full name of the node whose
+    `~/step` is meant, if it is known. Raises UserError if one of NEEDED is missing, a rename names no topic,
+    several topics could be one that is read, the inputs are of several robots, or the type is wrong. Any
+    other topic of a wrong type is counted and left out. tally: gets the recording's notes, too.
     """
     for line in recording.notes:
         tally.note(line)
@@ -128,6 +129,8 @@ def find_topics(
             )
         found[name] = topic
     _check_one_robot(recording, found, renames, inputs)
+    if INSTRUCTION not in read:
+        found.pop(INSTRUCTION, None)
     return found
 
 
@@ -137,6 +140,35 @@ def node_of(topics: Mapping[str, str]) -> str:
     if topics.get(STEPS, "").endswith("/step"):
         return topics[STEPS].removesuffix("/step")
     return f"{next(iter(_namespaces(topics, INPUTS)), '')}/{NODE_NAME}"
+
+
+def recorded_parameters(
+    params: Path | None,
+    bags: Iterable[Path],
+    renames: Mapping[str, str],
+    read: tuple[str, ...],
+    node: str = "",
+) -> dict[str, Any]:
+    """Every parameter's value that a parameter file gives to the policy node of these recordings.
+
+    node: full name of the node; empty: that of `node_of`. The other arguments are as in `find_topics`. Raises
+    UserError as `parameters.from_file` and `find_topics`, and if the file has different values for the nodes
+    of several recordings.
+    """
+    if params is None or node:
+        return parameters.from_file(params, node)
+    given: dict[str, Any] = {}
+    for bag in bags:
+        with Recording(bag) as recording:
+            node = node_of(find_topics(recording, renames, read, Tally()))
+        values = parameters.from_file(params, node, bag)
+        if given and values != given:
+            raise UserError(
+                f"{params}: different parameters for {node} of {bag} than for the recordings before it: "
+                "give the recordings of each node in a command of their own, or choose the node with --node"
+            )
+        given = values
+    return given
 
 
 def _namespaces(topics: Mapping[str, str], names: Iterable[str]) -> list[str]:

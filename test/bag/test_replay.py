@@ -547,12 +547,50 @@ def test_the_policy_node_follows_from_the_topics():
     assert node_of({pose: "/franka/current_pose"}) == "/deer_vla"
 
 
-def test_a_parameter_file_for_another_robot_is_refused(tiny, tmp_path):
+def sections(**leashes: float) -> str:
+    """A parameter file with a section of one value for each name."""
+    return "".join(
+        f"{name}:\n  ros__parameters:\n    guard.leash_m: {leash}\n" for name, leash in leashes.items()
+    )
+
+
+@pytest.mark.parametrize("namespace", ["", "/left", "/right", "/cell/left"])
+@pytest.mark.parametrize(
+    "names,meant",
+    [
+        (["/left/*"], {"/left"}),
+        (["/left/**"], {"/left"}),
+        (["/left/**/deer_vla"], {"/left"}),
+        (["/left/deer_vla"], {"/left"}),
+        (["/*/deer_vla"], {"/left", "/right"}),
+        (["/**"], {"", "/left", "/right", "/cell/left"}),
+        (["deer_vla"], {""}),
+        (["/left/deer_vla", "/right/deer_vla"], {"/left", "/right"}),
+    ],
+    ids=lambda value: " ".join(sorted(value)),
+)
+def test_a_parameter_file_counts_for_the_node_of_the_recording_and_is_refused_for_others(
+    tiny, tmp_path, namespace, names, meant
+):
+    """As in ROS 2. Two sections may have different values: the node's one counts."""
+    path = write(tmp_path / "bag", in_namespace(records(INPUTS, tiny), namespace))
+    file = tmp_path / "cell.yaml"
+    leashes = {name: number / 10 for number, name in enumerate(names, start=2)}
+    file.write_text(sections(**leashes))
+    if namespace in meant:
+        expected = leashes.get(f"{namespace}/deer_vla", 0.2)
+        assert request(path, file).given["guard.leash_m"] == expected
+    else:
+        with pytest.raises(UserError) as caught:
+            request(path, file)
+        assert f"the node {namespace}/deer_vla of {path}, only for /" in str(caught.value)
+        assert str(caught.value).endswith(", or name the policy node with --node")
+
+
+def test_a_parameter_file_for_another_robot_is_obeyed_when_its_node_is_named(tiny, tmp_path):
     path = write(tmp_path / "bag", in_namespace(records(INPUTS, tiny), "/left"))
     file = tmp_path / "right.yaml"
-    file.write_text("/right/deer_vla:\n  ros__parameters:\n    guard.leash_m: 0.2\n")
-    with pytest.raises(UserError, match="is for /right/deer_vla, but .* are those of /left/deer_vla"):
-        decisions(path, params=file)
+    file.write_text(sections(**{"/right/deer_vla": 0.2}))
     assert decided(path, params=file, node="/right/deer_vla") == decided(tiny)
 
 
