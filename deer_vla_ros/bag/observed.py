@@ -79,17 +79,19 @@ def observed(
     clock: str = "receive",
     instruction: str | None = None,
     gripper_state: GripperState | None = None,
+    node: str = "",
 ) -> Iterator[ObservedStep]:
     """Yields the moments of a recording at which a controller with these settings would step.
 
     account: its counts go on. frame: the action frame. topics: recorded topics by the node's names, if they
     differ. gripper_state: read in place of gripper commands. Moments before its first position are left out
-    and counted. Raises UserError for a recording that cannot be read or lacks an input.
+    and counted. node: as in `find_topics`. Raises UserError for a recording that cannot be read or lacks an
+    input.
     """
     with Recording(path) as recording:
         said = (INSTRUCTION,) if instruction is None else ()
         state = (GRIPPER_STATE,) if gripper_state else ()
-        found = find_topics(recording, topics, (*said, *state), account.tally)
+        found = find_topics(recording, topics, (*said, *state), account.tally, node)
         if said and INSTRUCTION not in found:
             raise UserError(
                 f"{path} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, t
 from deer_vla_ros.bag.run import run
 from deer_vla_ros.budget import budgeted_policy
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.checkpoint import EMBEDDED
 from deer_vla_ros.ros.messages import nanoseconds
 
 MS = 1_000_000
@@ -592,6 +594,26 @@ def test_a_parameter_file_for_another_robot_is_obeyed_when_its_node_is_named(tin
     file = tmp_path / "right.yaml"
     file.write_text(sections(**{"/right/deer_vla": 0.2}))
     assert decided(path, params=file, node="/right/deer_vla") == decided(tiny)
+
+
+@pytest.mark.parametrize("command", ["convert-bag", "calibrate"])
+def test_convert_bag_and_calibrate_match_a_parameter_file_with_the_node_as_replay_does(
+    tiny, tmp_path, capsys, command
+):
+    left = write(tmp_path / "left", in_namespace(records(INPUTS, tiny), "/left"))
+    right = write(tmp_path / "right", in_namespace(records(INPUTS, tiny), "/right"))
+    shutil.copytree(EMBEDDED, tmp_path / "own")
+    options = {"convert-bag": ["--out", str(tmp_path / "set")]}
+    options["calibrate"] = ["--checkpoint", str(tmp_path / "own")]
+    file = tmp_path / "cell.yaml"
+    asked = [command, *options[command], "--params", str(file)]
+    file.write_text(sections(**{"/right/deer_vla": 0.2}))
+    assert main([*asked, str(left)]) == 1
+    told = capsys.readouterr().err
+    assert f"for the node /left/deer_vla of {left}, only for /right/deer_vla" in told
+    file.write_text(sections(**{"/left/deer_vla": 0.2, "/right/deer_vla": 0.3}))
+    assert main([*asked, str(left), str(right)]) == 1
+    assert f"different parameters for /right/deer_vla of {right}" in capsys.readouterr().err
 
 
 def restamped(found: list[Record], shift) -> list[Record]:
