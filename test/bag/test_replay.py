@@ -522,8 +522,8 @@ def test_of_two_robots_one_topic_chooses_the_robot_and_outputs_of_the_other_are_
     chosen = found_in(path, tally, renames={"ee_pose": "/left/ee_pose"})
     assert set(chosen.values()) == {f"/left{topic}" for topic in INPUTS}
     assert tally.lines() == [
-        "/right/target_pose: 1 left out: not in the namespace /left of the inputs: name it with --topic "
-        "target_pose:=/right/target_pose if it belongs to the same robot"
+        "/right/target_pose: 1 left out: not in the namespace /left of this robot: name it with --topic "
+        "target_pose:=/right/target_pose if it belongs to it"
     ]
     assert found_in(path, renames={"ee_pose": "/right/ee_pose"})["target_pose"] == "/right/target_pose"
     mixed = [each for each in left if not each.topic.endswith("ee_pose")]
@@ -537,6 +537,29 @@ def test_of_two_robots_one_topic_chooses_the_robot_and_outputs_of_the_other_are_
         del named[name]
         with pytest.raises(UserError, match=f"several namespaces .*--topic {name}:=/left/{name}"):
             found_in(mixed, renames=named)
+
+
+def test_a_named_node_chooses_the_topics_in_its_namespace_and_a_named_topic_comes_first(tiny, tmp_path):
+    def all_in(namespace: str) -> dict[str, str]:
+        return {topic[1:]: f"{namespace}{topic}" for topic in (*INPUTS, "/target_pose")}
+
+    target = dataclasses.replace(records([POSE], tiny)[0], topic="/target_pose")
+    found = [*records(INPUTS, tiny), target]
+    two = write(tmp_path / "two", [*in_namespace(found, "/cell/left"), *in_namespace(found, "/cell/right")])
+    with pytest.raises(UserError, match="could all be .* choose with --topic .* or --node NAME"):
+        found_in(two)
+    assert found_in(two, node="/cell/left/deer_vla") == all_in("/cell/left")
+    assert found_in(two, node="cell/right/arm_policy") == all_in("/cell/right")
+    shared = write(tmp_path / "shared", [*found, *in_namespace(found, "/left")])
+    assert found_in(shared) == found_in(shared, node="/deer_vla") == all_in("")
+    assert found_in(shared, node="/left/deer_vla") == all_in("/left")
+    scene = {"camera/static/image_raw": STATIC}
+    assert found_in(shared, node="/left/deer_vla", renames=scene) == all_in("/left") | scene
+    only_pose = write(tmp_path / "pose", [*found, *in_namespace(records([POSE], tiny), "/left")])
+    assert found_in(only_pose, node="/left/deer_vla") == all_in("") | {"ee_pose": "/left/ee_pose"}
+    tally = Tally()
+    assert found_in(only_pose, tally, node="/right/deer_vla") == all_in("")
+    assert tally.lines() == ["no input is in the namespace of /right/deer_vla: inputs are taken from /"]
 
 
 def test_the_policy_node_follows_from_the_topics():
