@@ -926,6 +926,44 @@ def test_a_step_that_was_recorded_twice_is_repeated_once(live, tmp_path):
     assert result.tally.lines() == ["/deer_vla/step: 1 left out: recorded twice"]
 
 
+@pytest.mark.parametrize(
+    "moves", [{10: 11}, {0: 1}, {3: 7, 12: 13}, {18: 19}], ids=["one", "the first", "two", "the last"]
+)
+def test_steps_that_were_recorded_out_of_order_are_repeated_in_their_order(live, tmp_path, moves):
+    """moves: each of these steps is recorded just after the other one."""
+    found = records([*INPUTS, "/deer_vla/step"], live, 2.0)
+    times = {decode(each).step: each.time_ns for each in found if each.topic == "/deer_vla/step"}
+    moved = [
+        dataclasses.replace(each, time_ns=times[moves[step]] + 1)
+        if each.topic == "/deer_vla/step" and (step := decode(each).step) in moves
+        else each
+        for each in found
+    ]
+    path = write(tmp_path / "bag", sorted(moved, key=lambda each: each.time_ns))
+    result, rows = replayed(path, follow=True, budget="average_fraction=0.25")
+    assert [row["step"] for row in rows] == sorted(times)
+    assert result.differences == [] and result.notes == [] and result.tally.lines() == []
+
+
+def test_a_node_that_was_started_again_is_followed_in_the_order_of_its_steps(live, tmp_path):
+    found = records([*INPUTS, "/deer_vla/step"], live, 1.0)
+    length = found[-1].time_ns - found[0].time_ns + SECOND // 10
+    from deer_vla_ros.bag.cdr import types
+
+    again = []
+    for each in restamped(found, lambda index, now: now + length):
+        if each.topic == "/deer_vla/step":
+            step = decode(each)
+            for stamp in (step.gripper_stamp, step.static_stamp, step.pose_stamp):
+                stamp.sec, stamp.nanosec = divmod(nanoseconds(stamp) + length, SECOND)
+            each = dataclasses.replace(each, data=bytes(types().serialize_cdr(step, STEP_TYPE)))
+        again.append(dataclasses.replace(each, time_ns=each.time_ns + length))
+    path = write(tmp_path / "bag", [*found, *again])
+    result, rows = replayed(path, follow=True, budget="average_fraction=0.25")
+    assert [row["stamp"] for row in rows] == sorted(row["stamp"] for row in rows) and len(rows) == 20
+    assert result.followed.not_repeated == 0 and result.followed.gaps == []
+
+
 def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_known(live):
     steps = [decode(each) for each in records(["/deer_vla/step"], live)]
     begins = next(step for step in steps[1:] if step.episode_step == 0)
