@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.bag.recording import Record, Recording, decode
 from deer_vla_ros.control.types import Camera, Frame
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.ros import images
+from deer_vla_ros.ros import images, parameters
 from deer_vla_ros.ros.messages import nanoseconds
 from deer_vla_ros.ros.parameters import NODE_NAME
 
@@ -32,12 +33,12 @@ TYPES: dict[str, tuple[str, ...]] = {
 }
 """The node's names of topics, and the types that it takes there. convert-bag alone reads GRIPPER_STATE."""
 NEEDED = (STATIC, GRIPPER, POSE)
-INPUTS = (POSE, INSTRUCTION, STATIC, GRIPPER, GRIPPER_STATE)
-"""What the node reads, and GRIPPER_STATE. Poses come first: cameras are often called otherwise, or used by
-several robots."""
-OUTPUTS = (STEPS, TARGET, GRIPPER_COMMAND)
-"""What the node publishes. Without a rename, these topics are taken only from a namespace of the inputs: in
-another one they are of another arm."""
+INPUTS = (POSE, INSTRUCTION, STATIC, GRIPPER)
+"""What the node reads. Cameras come last: they are often called otherwise, or used by several robots."""
+OUTPUTS = (STEPS, TARGET, GRIPPER_COMMAND, GRIPPER_STATE)
+"""What the node publishes, and what its gripper answers. Without a rename, these topics are taken only from a
+namespace of the inputs, or from the node's: in another one they are of another arm. GRIPPER_STATE is found as
+an input is, where it is read."""
 CLOCKS = ("receive", "header")
 OTHER_CLOCK_NS = 10_000_000_000
 """A stamp that is further from the time of receipt than this comes from another clock."""
@@ -81,13 +82,15 @@ def find_topics(
 ) -> dict[str, str]:
     """The recorded topics by the node's names.
 
-    renames: recorded topics by the node's names. Without a rename, an input is the topic of that name in the
-    namespace of the renamed inputs, or the one without a namespace, or the only one that ends with the name.
-    For OUTPUTS see there; a topic in another namespace is counted and left out. read: the topics that will be
-    read besides NEEDED. node: full name of the node whose `~/step` is meant, if it is known. Raises UserError
-    if one of NEEDED is missing, a rename names no topic, several topics could be one that is read, the inputs
-    are of several robots, or the type is wrong. Any other topic of a wrong type is counted and left out.
-    tally: gets the recording's notes, too.
+    node: full name of the policy node, if it is known. renames: recorded topics by the node's names. Without
+    a rename, an input is the topic of that name in the node's namespace, or in that of the renamed inputs, or
+    the one without a namespace, or the only one that ends with the name. For OUTPUTS see there; a topic in
+    another namespace is counted and left out. read: the topics that will be read besides NEEDED; without
+    INSTRUCTION there, the result has none. tally: gets the recording's notes, too.
+
+    Raises UserError if one of NEEDED is missing, a rename names no topic, several topics could be one that is
+    read, the inputs are of several robots, or the type is wrong. Any other topic of a wrong type is counted
+    and left out.
     """
     for line in recording.notes:
         tally.note(line)
@@ -96,16 +99,20 @@ def find_topics(
         raise UserError(
             f"--topic {unknown[0]}:=...: the policy has no such topic: use one of {', '.join(TYPES)}"
         )
-    inputs = [name for name in INPUTS if name in read]
+    inputs = [name for name in (*INPUTS, GRIPPER_STATE) if name in read]
+    node = parameters.full_name(node) if node else ""
+    own = [node.rpartition("/")[0]] if node else []
     found: dict[str, str] = {}
     for name in TYPES:
-        topic = renames.get(name)
+        topic, spaces = renames.get(name), _namespaces(found, inputs)
         if topic is None and name == STEPS and node:
             topic = f"{node}/step" if f"{node}/step" in recording.topics else None
-        elif topic is None and name in OUTPUTS and (spaces := _namespaces(found, inputs)):
-            topic = _output(recording, name, spaces, tally)
+        elif topic is None and name in OUTPUTS and name not in inputs and spaces:
+            topic = _output(recording, name, [*own, *spaces], tally)
         elif topic is None:
-            topic = _by_name(recording, name, name in read, _namespaces(renames, inputs))
+            chosen = spaces if name == GRIPPER_STATE else _namespaces(renames, inputs)
+            preferred = [*own, *(chosen if len(chosen) == 1 else [])]
+            topic = _by_name(recording, name, name in read, preferred)
         if topic is None and name in NEEDED:
             raise UserError(
                 f"{recording.path} has no topic {name}: name the one it has with --topic {name}:=TOPIC; "
@@ -129,6 +136,14 @@ def find_topics(
             )
         found[name] = topic
     _check_one_robot(recording, found, renames, inputs)
+    spaces = _namespaces(found, inputs)
+    if spaces and not renames and not {*own} <= {*spaces}:
+        tally.note(
+            f"no input is in the namespace of {node}: inputs are taken from "
+            f"{', '.join(each or '/' for each in spaces)}"
+        )
+    if INSTRUCTION not in read:
+        found.pop(INSTRUCTION, None)
     return found
 
 
@@ -138,6 +153,35 @@ def node_of(topics: Mapping[str, str]) -> str:
     if topics.get(STEPS, "").endswith("/step"):
         return topics[STEPS].removesuffix("/step")
     return f"{next(iter(_namespaces(topics, INPUTS)), '')}/{NODE_NAME}"
+
+
+def recorded_parameters(
+    params: Path | None,
+    bags: Iterable[Path],
+    renames: Mapping[str, str],
+    read: tuple[str, ...],
+    node: str = "",
+) -> dict[str, Any]:
+    """Every parameter's value that a parameter file gives to the policy node of these recordings.
+
+    node: full name of the node; empty: that of `node_of`. The other arguments are as in `find_topics`. Raises
+    UserError as `parameters.from_file` and `find_topics`, and if the file has different values for the nodes
+    of several recordings.
+    """
+    if params is None or node:
+        return parameters.from_file(params, node)
+    given: dict[str, Any] = {}
+    for bag in bags:
+        with Recording(bag) as recording:
+            node = node_of(find_topics(recording, renames, read, Tally()))
+        values = parameters.from_file(params, node, bag)
+        if given and values != given:
+            raise UserError(
+                f"{params}: different parameters for {node} of {bag} than for the recordings before it: "
+                "give the recordings of each node in a command of their own, or choose the node with --node"
+            )
+        given = values
+    return given
 
 
 def _namespaces(topics: Mapping[str, str], names: Iterable[str]) -> list[str]:
@@ -152,28 +196,26 @@ def _transports(name: str) -> tuple[str, ...]:
 
 
 def _by_name(recording: Recording, name: str, is_read: bool, preferred: list[str]) -> str | None:
-    """The topic of this name. preferred: namespaces of the inputs that a person chose.
+    """The topic of this name. preferred: namespaces that a person chose.
 
     A topic without messages is taken only where no topic with messages has the name: recorders also list
     topics that were silent.
     """
     names = _transports(name)
     heard = [topic for topic in recording.topics if recording.counts[topic]]
-    if len(preferred) == 1:
+    for namespaces in (preferred, [""]):
         for topics in (heard, recording.topics):
-            for each in names:
-                if f"{preferred[0]}/{each}" in topics:
-                    return f"{preferred[0]}/{each}"
+            for topic in (f"{namespace}/{each}" for namespace in namespaces for each in names):
+                if topic in topics:
+                    return topic
     for topics in (heard, recording.topics):
-        for each in names:
-            if f"/{each}" in topics:
-                return f"/{each}"
         for each in names:
             ending = [topic for topic in topics if topic.endswith(f"/{each}")]
             if len(ending) > 1 and is_read:
                 raise UserError(
                     f"{recording.path}: {', '.join(sorted(ending))} could all be {name}: "
-                    f"choose with --topic {name}:=TOPIC; other topics are then taken from the same namespace"
+                    f"choose with --topic {name}:=TOPIC or --node NAME; "
+                    "other topics are then taken from the same namespace"
                 )
             if len(ending) == 1:
                 return ending[0]
@@ -189,8 +231,8 @@ def _output(recording: Recording, name: str, namespaces: list[str], tally: Tally
         if topic.endswith(f"/{name}"):
             tally.skip(
                 topic,
-                f"not in the namespace {namespaces[0] or '/'} of the inputs: name it with --topic "
-                f"{name}:={topic} if it belongs to the same robot",
+                f"not in the namespace {namespaces[0] or '/'} of this robot: name it with --topic "
+                f"{name}:={topic} if it belongs to it",
             )
     return None
 

@@ -85,6 +85,7 @@ def observed(
     clock: str = "receive",
     instruction: str | None = None,
     gripper_state: GripperState | None = None,
+    node: str = "",
 ) -> Iterator[ObservedStep]:
     """Yields every moment of a recording at which a controller could step, at whatever rate cameras have:
     `paced` and `conversion.spaced` choose among them.
@@ -92,12 +93,13 @@ def observed(
     account: its counts go on. rate_hz: the control rate; a pose is known where those around it are at most
     LONGEST_SPAN control periods apart. frame: the action frame. topics: recorded topics by the node's names,
     if they differ. gripper_state: read in place of gripper commands. Moments before its first position are
-    left out and counted. Raises UserError for a recording that cannot be read or lacks an input.
+    left out and counted. node: as in `find_topics`. Raises UserError for a recording that cannot be read or
+    lacks an input.
     """
     with Recording(path) as recording:
         said = (INSTRUCTION,) if instruction is None else ()
         state = (GRIPPER_STATE,) if gripper_state else ()
-        found = find_topics(recording, topics, (*said, *state), account.tally)
+        found = find_topics(recording, topics, (*said, *state), account.tally, node)
         if said and INSTRUCTION not in found:
             raise UserError(
                 f"{path} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "

@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from deer_vla_ros.bag.input_topics import (
@@ -52,6 +53,8 @@ repeat a hold, until one period before the next message."""
 REMEMBERED_NS = 3_000_000_000
 """`along_steps` forgets a message when one of the same topic is received this much later. An inference takes
 less time, so the inputs of a step are still known when the step is read."""
+LATE_NS, LATE_STEPS = REMEMBERED_NS // 2, 8
+"""`along_steps` waits this long [ns], and for this many steps, for a step that was recorded too late."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,8 @@ class Followed:
             more = [f"{len(self.gaps) - NAMED_GAPS} more gaps"] if len(self.gaps) > NAMED_GAPS else []
             lines.append(
                 f"{', '.join([*names, *more])} {'is' if lost == 1 else 'are'} missing in the recording "
-                f"({lost} in all): what follows in the same episode is unknown"
+                f"or more than {LATE_NS / 1e9:g} s late there ({lost} in all): "
+                "what follows in the same episode is unknown"
             )
         depend = (
             "thresholds of this budget depend on measured times, or on the cost of steps that are not known"
@@ -288,7 +292,7 @@ def along_steps(
     is_known = False
     newest_step: int | None = None
     controller.start()
-    for name, record, message in messages:
+    for name, record, message in _in_order(messages):
         if name in recent:
             past = recent[name]
             # The message is decoded, so its bytes are not needed again.
@@ -329,6 +333,47 @@ def along_steps(
             followed.recorded_rule += controller.policy.given_rule is not None
             followed.own_rule += not budget.is_comparable
             yield dataclasses.replace(moment, is_comparable=budget.is_comparable)
+
+
+def _in_order(messages: Messages) -> Messages:
+    """Yields the messages, with their steps in order.
+
+    A step whose predecessor is not there waits for it (see LATE_NS), and so do the steps and parameter events
+    after it. Inputs do not wait: `along_steps` only remembers them.
+    """
+    waiting: list[tuple[str, Record, Any]] = []
+    expected = 0
+    for each in messages:
+        if each[0] in (STEPS, PARAMETERS):
+            waiting.append(each)
+            _sort(waiting)
+        while waiting:
+            name, record, message = waiting[0]
+            if name == STEPS:
+                is_over = each[1].time_ns > record.time_ns + LATE_NS or len(_steps(waiting)) > LATE_STEPS
+                if message.step > expected and not is_over:
+                    break
+                expected = message.step + 1
+            yield waiting.pop(0)
+        if each[0] not in (STEPS, PARAMETERS):
+            yield each
+    yield from waiting
+
+
+def _steps(waiting: list[tuple[str, Record, Any]]) -> list[int]:
+    return [place for place, (name, _, _) in enumerate(waiting) if name == STEPS]
+
+
+def _sort(waiting: list[tuple[str, Record, Any]]) -> None:
+    """Moves the last step to its place among the others, which are sorted. It comes before a step with a
+    higher number and a later stamp: after a restart of the node only the numbers are lower, and after a clock
+    was set back only the stamps are earlier."""
+    places = _steps(waiting)
+    for before, last in reversed(list(pairwise(places))):
+        first, second = waiting[before][2], waiting[last][2]
+        if not (0 < first.step - second.step <= LATE_STEPS and stamp_of(first) > stamp_of(second)):
+            break
+        waiting[before], waiting[last] = waiting[last], waiting[before]
 
 
 class _FollowedBudget:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deer_vla_ros.bag.input_topics import recorded_parameters
 from deer_vla_ros.bag.parameter_events import MS_BUDGETS
-from deer_vla_ros.bag.run import Request
+from deer_vla_ros.bag.run import Request, topics_read
 from deer_vla_ros.budget.latency import TABLE, LatencyTable
 from deer_vla_ros.budget.types import AVERAGES, PEAKS, amounts_of
 from deer_vla_ros.model.checkpoint import folder_of
@@ -32,11 +33,12 @@ def request(
 
     params: the node's parameter file; None: its defaults. budget: NAME=VALUE, several with commas between; it
     replaces the budget of the parameters, and recorded changes of budgets then have no effect. latency_table:
-    None takes the checkpoint folder's, if a budget needs one. node: as in `Request`; it also chooses among
-    the nodes of the parameter file. The other arguments are as in `Request`.
+    None takes the checkpoint folder's, if a budget needs one. node: as in `Request`. The sections of the
+    parameter file count that match this node, or else the node of the recording. The other arguments are as
+    in `Request`.
     """
     node = parameters.full_name(node) if node else ""
-    given = parameters.from_file(params, node)
+    given = recorded_parameters(params, [bag], topics or {}, topics_read(instruction, follow), node)
     if budget:
         parts = [part.removeprefix("budget.") for part in budget.split(",")]
         asked = {
@@ -60,7 +62,6 @@ def request(
         latencies=LatencyTable.load(Path(latency_table)) if latency_table else None,
         with_inputs=with_inputs,
         node=node,
-        file_node=parameters.node_in_file(params),
     )
 
 

@@ -61,7 +61,7 @@ class Request:
     instruction: replaces the recorded ones. follow: along recorded steps. keep: prefixes of the parameters on
     which recorded changes have no effect. latencies: give the time of an inference. with_inputs: copy the
     inputs to the output. node: full name of the policy node, whose parameter events and `~/step` count;
-    empty: see `input_topics.node_of`. file_node: the node that the parameter file names, if it names one.
+    empty: see `input_topics.node_of`.
     """
 
     bag: Path
@@ -76,7 +76,6 @@ class Request:
     latencies: LatencyTable | None = None
     with_inputs: bool = True
     node: str = ""
-    file_node: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,32 +150,19 @@ def run(
     with contextlib.ExitStack() as stack:
         recording = stack.enter_context(Recording(request.bag))
         result = Result(label)
-        said = () if request.instruction is not None or request.follow else (INSTRUCTION,)
-        topics = find_topics(
-            recording,
-            request.topics,
-            (*said, *([STEPS] if request.follow else [])),
-            result.tally,
-            request.node,
-        )
+        read = topics_read(request.instruction, request.follow)
+        topics = find_topics(recording, request.topics, read, result.tally, request.node)
         if request.follow and STEPS not in topics:
             raise UserError(
                 f"{request.bag} has no topic {STEPS} to follow: record ~/step too, name it with --topic "
                 f"{STEPS}:=TOPIC, or replay without --follow"
             )
-        if request.instruction is None and INSTRUCTION not in topics and not request.follow:
+        if INSTRUCTION in read and INSTRUCTION not in topics:
             raise UserError(
                 f"{request.bag} has no topic {INSTRUCTION}: name one with --topic {INSTRUCTION}:=TOPIC, "
                 "or say what to do with --instruction"
             )
-        if request.instruction is not None or request.follow:
-            topics.pop(INSTRUCTION, None)
         node = request.node or node_of(topics)
-        if request.file_node not in ("", node) and not request.node:
-            raise UserError(
-                f"the parameter file is for {request.file_node}, but the replayed topics of {request.bag} "
-                f"are those of {node}: give --node {request.file_node} if these parameters are meant"
-            )
         window = _window(request, recording)
         # Along recorded steps, the measured pose is the live arm's. Only holds between steps are unknown.
         feedback = {"guard.follow_timeout_s": 0.0} if request.follow else parameters.NO_FEEDBACK
@@ -192,6 +178,13 @@ def run(
         replaying = _Replaying(request, recording, topics, window, controller, events, files, result)
         replaying.finish(on_row, on_progress)
         return result
+
+
+def topics_read(instruction: str | None, follow: bool) -> tuple[str, ...]:
+    """The topics that a replay reads besides NEEDED, by the node's names. Arguments: as in `Request`."""
+    if follow:
+        return (STEPS,)
+    return (INSTRUCTION,) if instruction is None else ()
 
 
 def _window(request: Request, recording: Recording) -> tuple[int, int]:

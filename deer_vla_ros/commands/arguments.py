@@ -37,7 +37,7 @@ def add_recording_arguments(parser: argparse.ArgumentParser, of: str = "") -> No
         "--node",
         default="",
         metavar="NAME",
-        help=f"{of}full name of the policy node, such as /left/deer_vla: the parameters of that node count "
+        help=f"{of}full name of the policy node, such as /left/deer_vla: its parameters and topics count "
         "(default: deer_vla in the namespace of the topics)",
     )
     parser.add_argument(

@@ -190,17 +190,20 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
     """Yields the episodes of the recordings, and fills left_out at its end."""
     from itertools import groupby
 
+    from deer_vla_ros.bag.input_topics import INSTRUCTION, recorded_parameters
     from deer_vla_ros.bag.observed import Account, observed, paced
     from deer_vla_ros.budget.calibration import Episode
     from deer_vla_ros.ros import parameters
 
-    given = parameters.from_file(args.params, args.node)
+    bags, topics = [Path(name) for name in args.source], arguments.topics_of(args)
+    read = (INSTRUCTION,) if args.instruction is None else ()
+    given = recorded_parameters(args.params, bags, topics, read, args.node)
     settings, frame = parameters.controller_settings(given), parameters.action_space(given, space).frame
-    account, topics = Account(), arguments.topics_of(args)
+    account = Account()
     try:
-        for path in args.source:
+        for path in bags:
             seen = observed(
-                Path(path),
+                path,
                 account,
                 settings.rate_hz,
                 settings.inputs,
@@ -208,6 +211,7 @@ def _recorded(args: argparse.Namespace, space: ActionSpace, left_out: list[str])
                 topics,
                 args.clock,
                 args.instruction,
+                node=args.node,
             )
             for text, moments in groupby(
                 paced(seen, settings.rate_hz), key=lambda moment: moment.instruction

@@ -74,19 +74,23 @@ def run(args: argparse.Namespace) -> int:
 
     from deer_vla_ros.bag.conversion import convert
     from deer_vla_ros.bag.gripper_state import GripperState
-    from deer_vla_ros.bag.input_topics import GRIPPER_STATE
+    from deer_vla_ros.bag.input_topics import GRIPPER_STATE, INSTRUCTION, recorded_parameters
     from deer_vla_ros.bag.observed import Account, observed
     from deer_vla_ros.errors import UserError
     from deer_vla_ros.files import write_json
     from deer_vla_ros.model.checkpoint import folder_of, load_info
     from deer_vla_ros.ros import parameters
 
-    given = parameters.from_file(args.params, args.node)
-    space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
-    settings, account = parameters.controller_settings(given), Account()
     topics = arguments.topics_of(args)
     if args.gripper_range is None and (args.gripper_joint or GRIPPER_STATE in topics):
         raise UserError("--gripper-range CLOSED OPEN is missing: give the positions of the gripper's joint")
+    read = (
+        *([INSTRUCTION] if args.instruction is None else []),
+        *([GRIPPER_STATE] if args.gripper_range else []),
+    )
+    given = recorded_parameters(args.params, args.bag, topics, read, args.node)
+    space = parameters.action_space(given, load_info(folder_of(given["model.path"])).action_space)
+    settings, account = parameters.controller_settings(given), Account()
     recordings = (
         (
             path,
@@ -100,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
                 args.clock,
                 args.instruction,
                 GripperState(space, *args.gripper_range, args.gripper_joint) if args.gripper_range else None,
+                args.node,
             ),
         )
         for path in track(args.bag, description="converting")

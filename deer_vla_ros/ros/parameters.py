@@ -597,13 +597,14 @@ def changes(changed: Iterable[str], given: dict[str, Any]) -> dict[str, Callable
     return found
 
 
-def from_file(path: Path | None, node: str = "") -> dict[str, Any]:
+def from_file(path: Path | None, node: str = "", recording: Path | None = None) -> dict[str, Any]:
     """Every parameter's value if the node gets this ROS parameter file. Parameters that it leaves out, or all
     if path is None, have their defaults.
 
     node: full name of the node, such as /left/deer_vla. As in ROS 2, the sections of the file whose names
     match it apply, the last one wins, `*` is one part of a name and `**` any number of parts. Empty: a node
     with the name deer_vla, in any namespace that the file names; the values must be the same in all of them.
+    recording: the node's name follows from the topics of this recording.
 
     Raises UserError for a file that cannot be read (see `read_yaml`), that has no parameters for the node or
     different ones for several nodes, a name that no parameter has, or a value that the node would refuse.
@@ -616,9 +617,11 @@ def from_file(path: Path | None, node: str = "") -> dict[str, Any]:
     if not any(given):
         names = ", ".join(dict.fromkeys(name for name, _ in sections))
         found = f"only for {_short(names)}" if names else "none at all"
-        other = "" if node or not names else ", or name the policy node with --node"
+        is_chosen = node and recording is None
+        other = "" if is_chosen or not names else ", or name the policy node with --node"
+        of = f" of {recording}" if recording else ""
         raise UserError(
-            f"{path}: no ros__parameters for the node {node or NODE_NAME}, {found}: "
+            f"{path}: no ros__parameters for the node {node or NODE_NAME}{of}, {found}: "
             f"give them as config/deer_vla.yaml does{other}"
         )
     if any(each != given[0] for each in given):
@@ -627,13 +630,6 @@ def from_file(path: Path | None, node: str = "") -> dict[str, Any]:
             "choose one with --node NAME"
         )
     return with_defaults(given[0], str(path))
-
-
-def node_in_file(path: Path | None) -> str:
-    """The full name of the node deer_vla that a parameter file names; empty if it names none or several, or
-    has a wildcard in the name. Raises UserError as `from_file`."""
-    names = {name for name, _ in _sections(path) if _is_policy(name) and "*" not in name} if path else set()
-    return names.pop() if len(names) == 1 else ""
 
 
 def full_name(node: str) -> str:

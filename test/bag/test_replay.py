@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from deer_vla_ros.bag.rows import DECIDED, FIELDS, STEP_TYPE, TIMINGS, row_of, t
 from deer_vla_ros.bag.run import run
 from deer_vla_ros.budget import budgeted_policy
 from deer_vla_ros.errors import UserError
+from deer_vla_ros.model.checkpoint import EMBEDDED
 from deer_vla_ros.ros.messages import nanoseconds
 
 MS = 1_000_000
@@ -520,8 +522,8 @@ def test_of_two_robots_one_topic_chooses_the_robot_and_outputs_of_the_other_are_
     chosen = found_in(path, tally, renames={"ee_pose": "/left/ee_pose"})
     assert set(chosen.values()) == {f"/left{topic}" for topic in INPUTS}
     assert tally.lines() == [
-        "/right/target_pose: 1 left out: not in the namespace /left of the inputs: name it with --topic "
-        "target_pose:=/right/target_pose if it belongs to the same robot"
+        "/right/target_pose: 1 left out: not in the namespace /left of this robot: name it with --topic "
+        "target_pose:=/right/target_pose if it belongs to it"
     ]
     assert found_in(path, renames={"ee_pose": "/right/ee_pose"})["target_pose"] == "/right/target_pose"
     mixed = [each for each in left if not each.topic.endswith("ee_pose")]
@@ -537,6 +539,29 @@ def test_of_two_robots_one_topic_chooses_the_robot_and_outputs_of_the_other_are_
             found_in(mixed, renames=named)
 
 
+def test_a_named_node_chooses_the_topics_in_its_namespace_and_a_named_topic_comes_first(tiny, tmp_path):
+    def all_in(namespace: str) -> dict[str, str]:
+        return {topic[1:]: f"{namespace}{topic}" for topic in (*INPUTS, "/target_pose")}
+
+    target = dataclasses.replace(records([POSE], tiny)[0], topic="/target_pose")
+    found = [*records(INPUTS, tiny), target]
+    two = write(tmp_path / "two", [*in_namespace(found, "/cell/left"), *in_namespace(found, "/cell/right")])
+    with pytest.raises(UserError, match="could all be .* choose with --topic .* or --node NAME"):
+        found_in(two)
+    assert found_in(two, node="/cell/left/deer_vla") == all_in("/cell/left")
+    assert found_in(two, node="cell/right/arm_policy") == all_in("/cell/right")
+    shared = write(tmp_path / "shared", [*found, *in_namespace(found, "/left")])
+    assert found_in(shared) == found_in(shared, node="/deer_vla") == all_in("")
+    assert found_in(shared, node="/left/deer_vla") == all_in("/left")
+    scene = {"camera/static/image_raw": STATIC}
+    assert found_in(shared, node="/left/deer_vla", renames=scene) == all_in("/left") | scene
+    only_pose = write(tmp_path / "pose", [*found, *in_namespace(records([POSE], tiny), "/left")])
+    assert found_in(only_pose, node="/left/deer_vla") == all_in("") | {"ee_pose": "/left/ee_pose"}
+    tally = Tally()
+    assert found_in(only_pose, tally, node="/right/deer_vla") == all_in("")
+    assert tally.lines() == ["no input is in the namespace of /right/deer_vla: inputs are taken from /"]
+
+
 def test_the_policy_node_follows_from_the_topics():
     pose, static = "ee_pose", "camera/static/image_raw"
     assert node_of({pose: "/left/ee_pose", static: "/scene/camera/static/image_raw"}) == "/left/deer_vla"
@@ -547,13 +572,71 @@ def test_the_policy_node_follows_from_the_topics():
     assert node_of({pose: "/franka/current_pose"}) == "/deer_vla"
 
 
-def test_a_parameter_file_for_another_robot_is_refused(tiny, tmp_path):
+def sections(**leashes: float) -> str:
+    """A parameter file with a section of one value for each name."""
+    return "".join(
+        f"{name}:\n  ros__parameters:\n    guard.leash_m: {leash}\n" for name, leash in leashes.items()
+    )
+
+
+@pytest.mark.parametrize("namespace", ["", "/left", "/right", "/cell/left"])
+@pytest.mark.parametrize(
+    "names,meant",
+    [
+        (["/left/*"], {"/left"}),
+        (["/left/**"], {"/left"}),
+        (["/left/**/deer_vla"], {"/left"}),
+        (["/left/deer_vla"], {"/left"}),
+        (["/*/deer_vla"], {"/left", "/right"}),
+        (["/**"], {"", "/left", "/right", "/cell/left"}),
+        (["deer_vla"], {""}),
+        (["/left/deer_vla", "/right/deer_vla"], {"/left", "/right"}),
+    ],
+    ids=lambda value: " ".join(sorted(value)),
+)
+def test_a_parameter_file_counts_for_the_node_of_the_recording_and_is_refused_for_others(
+    tiny, tmp_path, namespace, names, meant
+):
+    """As in ROS 2. Two sections may have different values: the node's one counts."""
+    path = write(tmp_path / "bag", in_namespace(records(INPUTS, tiny), namespace))
+    file = tmp_path / "cell.yaml"
+    leashes = {name: number / 10 for number, name in enumerate(names, start=2)}
+    file.write_text(sections(**leashes))
+    if namespace in meant:
+        expected = leashes.get(f"{namespace}/deer_vla", 0.2)
+        assert request(path, file).given["guard.leash_m"] == expected
+    else:
+        with pytest.raises(UserError) as caught:
+            request(path, file)
+        assert f"the node {namespace}/deer_vla of {path}, only for /" in str(caught.value)
+        assert str(caught.value).endswith(", or name the policy node with --node")
+
+
+def test_a_parameter_file_for_another_robot_is_obeyed_when_its_node_is_named(tiny, tmp_path):
     path = write(tmp_path / "bag", in_namespace(records(INPUTS, tiny), "/left"))
     file = tmp_path / "right.yaml"
-    file.write_text("/right/deer_vla:\n  ros__parameters:\n    guard.leash_m: 0.2\n")
-    with pytest.raises(UserError, match="is for /right/deer_vla, but .* are those of /left/deer_vla"):
-        decisions(path, params=file)
+    file.write_text(sections(**{"/right/deer_vla": 0.2}))
     assert decided(path, params=file, node="/right/deer_vla") == decided(tiny)
+
+
+@pytest.mark.parametrize("command", ["convert-bag", "calibrate"])
+def test_convert_bag_and_calibrate_match_a_parameter_file_with_the_node_as_replay_does(
+    tiny, tmp_path, capsys, command
+):
+    left = write(tmp_path / "left", in_namespace(records(INPUTS, tiny), "/left"))
+    right = write(tmp_path / "right", in_namespace(records(INPUTS, tiny), "/right"))
+    shutil.copytree(EMBEDDED, tmp_path / "own")
+    options = {"convert-bag": ["--out", str(tmp_path / "set")]}
+    options["calibrate"] = ["--checkpoint", str(tmp_path / "own")]
+    file = tmp_path / "cell.yaml"
+    asked = [command, *options[command], "--params", str(file)]
+    file.write_text(sections(**{"/right/deer_vla": 0.2}))
+    assert main([*asked, str(left)]) == 1
+    told = capsys.readouterr().err
+    assert f"for the node /left/deer_vla of {left}, only for /right/deer_vla" in told
+    file.write_text(sections(**{"/left/deer_vla": 0.2, "/right/deer_vla": 0.3}))
+    assert main([*asked, str(left), str(right)]) == 1
+    assert f"different parameters for /right/deer_vla of {right}" in capsys.readouterr().err
 
 
 def restamped(found: list[Record], shift) -> list[Record]:
@@ -841,6 +924,44 @@ def test_a_step_that_was_recorded_twice_is_repeated_once(live, tmp_path):
     result, rows = replayed(path, follow=True, budget="average_fraction=0.25", duration_s=2.0)
     assert result.differences == [] and [row["step"] for row in rows] == list(range(20))
     assert result.tally.lines() == ["/deer_vla/step: 1 left out: recorded twice"]
+
+
+@pytest.mark.parametrize(
+    "moves", [{10: 11}, {0: 1}, {3: 7, 12: 13}, {18: 19}], ids=["one", "the first", "two", "the last"]
+)
+def test_steps_that_were_recorded_out_of_order_are_repeated_in_their_order(live, tmp_path, moves):
+    """moves: each of these steps is recorded just after the other one."""
+    found = records([*INPUTS, "/deer_vla/step"], live, 2.0)
+    times = {decode(each).step: each.time_ns for each in found if each.topic == "/deer_vla/step"}
+    moved = [
+        dataclasses.replace(each, time_ns=times[moves[step]] + 1)
+        if each.topic == "/deer_vla/step" and (step := decode(each).step) in moves
+        else each
+        for each in found
+    ]
+    path = write(tmp_path / "bag", sorted(moved, key=lambda each: each.time_ns))
+    result, rows = replayed(path, follow=True, budget="average_fraction=0.25")
+    assert [row["step"] for row in rows] == sorted(times)
+    assert result.differences == [] and result.notes == [] and result.tally.lines() == []
+
+
+def test_a_node_that_was_started_again_is_followed_in_the_order_of_its_steps(live, tmp_path):
+    found = records([*INPUTS, "/deer_vla/step"], live, 1.0)
+    length = found[-1].time_ns - found[0].time_ns + SECOND // 10
+    from deer_vla_ros.bag.cdr import types
+
+    again = []
+    for each in restamped(found, lambda index, now: now + length):
+        if each.topic == "/deer_vla/step":
+            step = decode(each)
+            for stamp in (step.gripper_stamp, step.static_stamp, step.pose_stamp):
+                stamp.sec, stamp.nanosec = divmod(nanoseconds(stamp) + length, SECOND)
+            each = dataclasses.replace(each, data=bytes(types().serialize_cdr(step, STEP_TYPE)))
+        again.append(dataclasses.replace(each, time_ns=each.time_ns + length))
+    path = write(tmp_path / "bag", [*found, *again])
+    result, rows = replayed(path, follow=True, budget="average_fraction=0.25")
+    assert [row["stamp"] for row in rows] == sorted(row["stamp"] for row in rows) and len(rows) == 20
+    assert result.followed.not_repeated == 0 and result.followed.gaps == []
 
 
 def test_a_recording_that_begins_while_the_node_was_running_says_what_cannot_be_known(live):

@@ -1,6 +1,7 @@
 """Tests that parameters follow their declarations: in YAML, at the start, set live, dumped and loaded."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import rclpy
@@ -148,12 +149,12 @@ def test_a_file_for_several_nodes_or_another_one_names_them_and_what_to_do(tmp_p
         parameters.from_file(file)
     assert parameters.from_file(file, "/right/deer_vla")["guard.leash_m"] == 0.3
     assert parameters.from_file(file, "left/deer_vla")["guard.leash_m"] == 0.2
-    assert parameters.node_in_file(file) == ""
+    with pytest.raises(UserError, match="for the node /middle/deer_vla of my_bag, only for /left/.* --node"):
+        parameters.from_file(file, "/middle/deer_vla", Path("my_bag"))
     file.write_text(left + SECTION.format(0.2) + right + SECTION.format(0.2))
     assert parameters.from_file(file)["guard.leash_m"] == 0.2, "the same for both"
     file.write_text("/**:\n" + SECTION.format(0.3) + left + SECTION.format(0.2))
     assert parameters.from_file(file)["guard.leash_m"] == 0.2
-    assert parameters.node_in_file(file) == "/left/deer_vla"
     file.write_text("/left/arm_policy:\n" + SECTION.format(0.2))
     with pytest.raises(UserError, match="only for /left/arm_policy: .*or name the policy node with --node"):
         parameters.from_file(file)
