@@ -47,8 +47,8 @@ def read_pickled(path: Path) -> Any:
         return _object(content)
     except Exception as error:  # damaged bytes can raise any exception of pickletools
         raise UserError(
-            f"{path}: not a file of one pickled object of arrays and text ({cause(error)}): copy it again, or "
-            "save it again with numpy.save(path, array, allow_pickle=True)"
+            f"{path}: not a file of one pickled object of arrays and text ({cause(error)}): copy it again, "
+            "or save it again with numpy.save(path, array, allow_pickle=True)"
         ) from error
 
 

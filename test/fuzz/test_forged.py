@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from deer_vla_ros import untrusted
 from deer_vla_ros.bag.calvin_files import (
     ANNOTATIONS,
     Annotation,
@@ -20,6 +21,7 @@ from deer_vla_ros.bag.calvin_files import (
 )
 from deer_vla_ros.bag.pickled_array import read_pickled
 from deer_vla_ros.budget.calibration import CALIBRATION, Calibration
+from deer_vla_ros.budget.latency import TABLE, LatencyTable
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.model.checkpoint import CONFIG, EMBEDDED, TOKENIZER, WEIGHTS, load_info
@@ -300,6 +302,19 @@ def test_the_forms_of_released_tokenizers_are_read(tmp_path):
     expected = InstructionTokenizer.from_file(EMBEDDED / TOKENIZER, 32).encode(["lift the red block"])[0]
     assert InstructionTokenizer.from_file(like_neox, 32).encode(["lift the red block"])[0].equal(expected)
     InstructionTokenizer.from_file(like_llama, 32)
+
+
+def test_files_of_many_objects_are_refused_before_they_are_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted.json, "loads", lambda content: pytest.fail("it was parsed"))
+    (tmp_path / WEIGHTS).touch()
+    (tmp_path / TOKENIZER).touch()
+    for name in (CONFIG, TABLE):
+        (tmp_path / name).write_bytes(b"[" + b'{"":0},' * 200_000)
+    assert "are the most that is read" in refused(load_info, tmp_path)
+    assert "are the most that is read" in refused(LatencyTable.load, tmp_path / TABLE)
+    for objects in (b'{"":0},' * 100_000, b"[]," * 1_100_000):
+        (tmp_path / TOKENIZER).write_bytes(b"[" + objects)
+        assert "objects or" in refused(InstructionTokenizer.from_file, tmp_path / TOKENIZER, 8)
 
 
 # Calibrations

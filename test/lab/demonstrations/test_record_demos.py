@@ -14,6 +14,7 @@ import pytest
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.record_run import DemoRequest, record
+from deer_vla_ros.lab.demonstrations.record_store import CalvinStore
 from deer_vla_ros.lab.training.frames import FORMAT, Frames
 from deer_vla_ros.model.checkpoint import EMBEDDED
 
@@ -111,6 +112,13 @@ def test_what_an_older_version_recorded_is_refused_before_anything_is_added(copy
     with pytest.raises(UserError, match=f"another format: {FORMAT - 1}, and now {FORMAT}"):
         record(replace(copy, demos=6), jobs=1)
     assert not (copy.folder / "shard-0002").exists()
+
+
+def test_what_is_called_almost_as_a_shard_is_left_alone(copy, tmp_path):
+    shutil.copytree(copy.folder / "shard-0001", copy.folder / "shard-0001-old")
+    assert record(copy, jobs=1)[1] == 3
+    (tmp_path / "shard-0001 (copy).json").write_text("mine")
+    assert CalvinStore(tmp_path).found() == {}
 
 
 def test_a_shard_whose_description_is_damaged_is_named(copy):
