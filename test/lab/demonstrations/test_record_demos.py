@@ -58,8 +58,8 @@ def test_shard_k_of_run_s_is_made_from_seed_1000_s_plus_k(recording):
 
 def test_a_shard_that_was_half_written_is_written_again_and_the_others_are_left_alone(recording, copy):
     shutil.rmtree(copy.folder / "shard-0001")
-    half = copy.folder / ".shard-0001.partial-4711"
-    half.mkdir()
+    half = copy.folder / ".shard-0001.partial-00004711" / "new" / "shard-0001"
+    half.mkdir(parents=True)
     (half / "images.npy").write_bytes(b"half of a file")
     untouched = (copy.folder / "shard-0000/images.npy").stat().st_mtime_ns
     frames, kept = record(copy, jobs=1)
