@@ -234,7 +234,9 @@ def _entry(values: Any, name: str) -> Any:
 
 def _annotation(bounds: Iterable, task: Any, text: Any) -> Annotation:
     first, end = bounds
-    if not all(isinstance(bound, (int, np.integer)) and bound is not True for bound in (first, end)):
+    if not all(
+        isinstance(bound, (int, np.integer)) and not isinstance(bound, bool) for bound in (first, end)
+    ):
         raise ValueError(f"{shown(first)} to {shown(end)} is no interval")
     if not isinstance(task, str) or not isinstance(text, str):
         raise ValueError(f"{shown(task)} and {shown(text)} are no task and instruction")
