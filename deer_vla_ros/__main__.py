@@ -7,6 +7,7 @@ Exit status: 0 (success), 1 (failure), 2 (wrong arguments).
 
 import argparse
 import importlib
+import os
 import sys
 from types import ModuleType
 
@@ -26,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         module = importlib.import_module(command.module)
-        return _run(name, command, module, own[1:], ros_args)
+        try:
+            return _run(name, command, module, own[1:], ros_args)
+        finally:
+            print(end="", flush=True)  # what standard output refuses is told here, not after the end
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
@@ -45,10 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from deer_vla_ros.files import refusal
 
-        if (told := refusal(error)) is None:
+        lost = _lost_output(error)
+        told = f"standard output cannot be written ({lost.strerror}): make room" if lost else refusal(error)
+        if told is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        if not isinstance(lost, BrokenPipeError):  # otherwise the reader, such as `head`, has seen enough
+            print(f"error: {told}", file=sys.stderr)
     return 1
+
+
+def _lost_output(error: Exception) -> OSError | None:
+    """Why standard output cannot be written, if that is behind an error, or None. What is printed after that
+    is lost without another error."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            print(flush=True)  # an empty line: a text of no letters would not reach the device
+        except OSError as refused:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return refused
+    return None
 
 
 def _run(name: str, command: CommandEntry, module: ModuleType, own: list[str], ros_args: list[str]) -> int:

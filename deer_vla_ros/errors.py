@@ -1,5 +1,7 @@
 """The error that a user can solve, the end of cancelled work, and one line of text for any error or value."""
 
+import reprlib
+
 
 class UserError(Exception):
     """An error that the person at the terminal can solve.
@@ -27,9 +29,34 @@ def cause(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error's text shows it: the first 100 characters of its representation."""
+    """A value as an error's text shows it: the first 100 characters of its representation.
+
+    Of nested values only the beginning is looked at: the whole can be endless in a file that somebody forged.
+    """
     try:
-        text = repr(value)
+        text = _BEGINNING.repr(value)
     except ValueError:  # Python writes no decimal numbers of over 4300 digits
         text = f"{type(value).__name__} of too many digits"
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+class _Beginning(reprlib.Repr):
+    """The beginning of a value's representation, made without the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = 10
+        self.maxlong = 5000
+
+    def repr_str(self, text: str, level: int) -> str:
+        return repr(text[:101])
+
+    def repr_instance(self, value: object, level: int) -> str:
+        if isinstance(value, (str, bytes)):
+            return repr(value[:101])
+        # Arrays, queues and the like
+        return f"a value of type {type(value).__name__}" if hasattr(value, "__len__") else repr(value)
+
+
+_BEGINNING = _Beginning()

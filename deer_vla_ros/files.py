@@ -1,9 +1,10 @@
 """Files and folders that a command writes: whole or not at all, and with errors of one line.
 
-A new file or folder is made in a scratch folder beside its final name, `.NAME.partial-XXXXXXXX`, and takes
-that name in one step. A process holds a lock on its scratch folders; the kernel releases it however the
-process ends. A scratch folder without a lock was left by a killed process, and the next writer of NAME
-removes it. On a file system without locks on folders (NFS) it stays, and can be deleted by hand.
+A new file or folder is made in a scratch folder beside its final name, `.NAME.partial-XXXXXXXX/new/NAME`,
+and takes that name in one step. Where the final name is a symbolic link, this happens where the link leads.
+A process holds a lock on its scratch folders; the kernel releases it however the process ends. A scratch
+folder without a lock was left by a killed process, and the next writer of NAME removes it. On a file system
+without locks on folders (NFS) it stays, and can be deleted by hand.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, cause
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The errors of a disk that has no room, of a quota, and of a limit on a file's size."""
-_PARTIAL = ".partial-"
-_BEFORE = "before"
+_PARTIAL = re.compile(r"\.(.+)\.partial-[a-z0-9_]{8}", re.DOTALL)
+"""The name of a scratch folder; the letters at the end are those of tempfile.mkdtemp."""
+_LONGEST = 200
+"""The most bytes of a final name that its scratch folder's name repeats: 255 bytes are the most of any."""
+_NEW, _OLD = "new", "old"
+"""What a scratch folder holds: folders with what is made, and with what had the final name before."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -43,12 +48,16 @@ def write_text(path: Path, text: str) -> None:
     An older file stays as it was when this is interrupted. Devices and pipes (/dev/stdout) are written to,
     they are not replaced. Raises UserError where it cannot be written.
     """
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} cannot be written ({cause(error)}): correct this text") from error
     with writing(path):
         if path.exists() and not path.is_file():
-            path.write_text(text)
+            path.write_bytes(content)
             return
-    with whole_file(path, len(text)) as scratch:
-        scratch.write_text(text)
+    with whole_file(path, len(content)) as scratch:
+        scratch.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -59,11 +68,10 @@ def whole_file(path: Path, size: int = 0) -> Iterator[Path]:
     Makes the folders that lead to `path`. size: the bytes that are needed, if known, for the error. Raises
     UserError where the disk refuses.
     """
-    with _scratch_folder(path) as folder, writing(path, folder, size):
-        scratch = folder / path.name
+    with _scratch(path) as (scratch, place), writing(path, scratch, size):
         yield scratch
         scratch.chmod(0o644)  # safetensors makes files that only the owner can read
-        scratch.replace(path)
+        scratch.replace(place)
 
 
 @contextlib.contextmanager
@@ -72,22 +80,23 @@ def whole_folder(path: Path, size: int = 0) -> Iterator[Path]:
     of `path` at the end; after an exception nothing is left.
 
     An older folder and the new one change places in one step, so `path` is complete at every instant. Some
-    file systems cannot do this. There `path` is missing for a moment, and if the process is killed in that
-    moment, the next writer of `path` puts the older folder back.
+    file systems cannot do this, NFS and SMB among them (RENAME_EXCHANGE in the manual page rename(2)). There
+    `path` is missing for a moment, and if the process is killed in that moment, the next writer of `path`
+    puts the older folder back.
 
     Makes the folders that lead to `path`. size: the bytes that are needed, if known, for the error. Raises
     UserError where the disk refuses.
     """
-    with _scratch_folder(path) as folder, writing(path, folder, size):
-        yield folder / path.name
-        _replace(path, folder)
+    with _scratch(path) as (scratch, place), writing(path, scratch, size):
+        yield scratch
+        _replace(place, scratch)
 
 
 @contextlib.contextmanager
 def writing(path: Path, scratch: Path | None = None, size: int = 0) -> Iterator[None]:
     """Raises a UserError that names `path` and its size where the disk refuses to write it.
 
-    scratch: the folder in which it is made, if that is another one; an error then names `path` instead.
+    scratch: the path at which it is made, if that is another one; an error then names `path` instead.
     size: the bytes that are needed, if known.
     """
     place = path if scratch is None else scratch
@@ -96,7 +105,7 @@ def writing(path: Path, scratch: Path | None = None, size: int = 0) -> Iterator[
     except UserError as error:
         if scratch is None or str(scratch) not in str(error):
             raise
-        raise UserError(str(error).replace(str(scratch / path.name), str(path))) from error
+        raise UserError(str(error).replace(str(scratch), str(path))) from error
     except Exception as error:
         if (code := _code_of(error)) in FULL or (code and _names(error, place)):
             raise _cannot_write(path, code, size, _size_of(place) if code in FULL else 0) from error
@@ -121,28 +130,32 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     What a living process writes is not touched.
     """
     for entry in os.scandir(folder) if folder.is_dir() else ():
-        final, partial, _ = entry.name.removeprefix(".").rpartition(_PARTIAL)
-        if not partial or not entry.name.startswith(".") or name not in (None, final):
+        partial = _PARTIAL.fullmatch(entry.name)
+        if not partial or (name is not None and partial[1] != _shortened(name)):
             continue
         with contextlib.suppress(OSError):
             if entry.is_dir(follow_symlinks=False) and entry.stat().st_uid == os.geteuid():
                 with _locked(Path(entry.path)):
-                    before = Path(entry.path, _BEFORE)
-                    if before.exists() and not (folder / final).exists():
-                        before.rename(folder / final)
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    if set(os.listdir(entry.path)) <= {_NEW, _OLD}:
+                        for old in Path(entry.path).glob(f"{_OLD}/*"):
+                            if not (folder / old.name).exists():
+                                old.rename(folder / old.name)
+                        shutil.rmtree(entry.path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _scratch_folder(path: Path) -> Iterator[Path]:
-    """Yields a new locked folder beside `path`, after it has removed what killed processes left there."""
+def _scratch(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Yields a path of the same name in a new locked folder, and the final place: where `path` leads, if it
+    is a link. Before, it removes what killed processes left there."""
     with contextlib.ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path.parent, path.name)
+            place = Path(os.path.realpath(path)) if path.is_symlink() else path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(place.parent, place.name)
             folder = None
             while folder is None:
-                folder = Path(tempfile.mkdtemp(prefix=f".{path.name}{_PARTIAL}", dir=path.parent))
+                prefix = f".{_shortened(place.name)}.partial-"
+                folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
                 try:
                     stack.enter_context(_locked(folder))
                 except (BlockingIOError, FileNotFoundError):  # another process took it for a leftover
@@ -150,9 +163,17 @@ def _scratch_folder(path: Path) -> Iterator[Path]:
                 except OSError:  # a file system without locks on folders
                     pass
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            (folder / _NEW).mkdir()
         except OSError as error:
             raise _cannot_write(path, error.errno) from error
-        yield folder
+        except ValueError as error:  # zero bytes or half of a letter in the name
+            raise UserError(f"{str(path)!a} cannot be written ({error}): give another place") from error
+        yield folder / _NEW / path.name, place
+
+
+def _shortened(name: str) -> str:
+    """The beginning of a final name as the name of its scratch folder repeats it."""
+    return os.fsencode(name)[:_LONGEST].decode(errors="ignore")
 
 
 @contextlib.contextmanager
@@ -172,12 +193,13 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _replace(path: Path, folder: Path) -> None:
-    """Gives the new folder in the scratch folder its final name; what had that name goes to the scratch."""
-    new, before = folder / path.name, folder / _BEFORE
+def _replace(path: Path, new: Path) -> None:
+    """Gives the new folder its final name; what had that name goes to the scratch folder."""
     if not os.path.lexists(path):
         new.rename(path)
     elif not _exchange(new, path):
+        before = new.parent.with_name(_OLD) / path.name
+        before.parent.mkdir()
         path.rename(before)
         try:
             new.rename(path)

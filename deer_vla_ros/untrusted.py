@@ -19,8 +19,8 @@ import yaml
 
 from deer_vla_ros.errors import UserError, cause
 
-MOST_JSON = 32 * 2**20
-"""The most bytes of a JSON document. In memory, an empty list takes 30 times what it takes in the file."""
+MOST_JSON = 2**20
+"""The most bytes of a JSON document. In memory, an object takes 50 times what it takes in the file."""
 MOST_ARRAY = 512 * 2**20
 """The most bytes of one array that is read at once."""
 YAML_BYTES, YAML_NODES, YAML_DEPTH = 1_000_000, 100_000, 32
@@ -80,17 +80,20 @@ def read_bytes(path: Path, most: int, remedy: str) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
 
 
-def read_json(path: Path, remedy: str, most: int = MOST_JSON) -> Any:
+def read_json(path: Path, remedy: str) -> Any:
     """The values of a JSON file. Raises UserError, with the remedy, as `read_bytes` and if it is no JSON."""
-    content = read_bytes(path, most, remedy)
+    content = read_bytes(path, MOST_JSON, remedy)
     try:
         return parse_json(content)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({cause(error)}): {remedy}") from error
 
 
-def parse_json(content: bytes | str) -> Any:
-    """The values of a JSON text. Raises ValueError for everything that is not JSON."""
+def parse_json(content: bytes | str, most: int = MOST_JSON) -> Any:
+    """The values of a JSON text. Raises ValueError for everything that is not JSON, and for a text that is
+    longer than `most`."""
+    if len(content) > most:
+        raise ValueError(f"its length is {len(content)}, and {most} is the most")
     try:
         return json.loads(content)
     except RecursionError:

@@ -151,15 +151,56 @@ def test_what_a_living_process_writes_is_not_touched(tmp_path):
 
 def test_leftovers_are_known_by_their_lock_not_by_a_process_number(tmp_path):
     """In a container, a new process often has the id of one that was killed."""
-    left = tmp_path / f".result.partial-{os.getpid()}"
-    (left / "result").mkdir(parents=True)
-    (left / "result" / "half").write_text("half")
-    other = tmp_path / ".another.partial-abc"
+    left = tmp_path / f".result.partial-{os.getpid():08}"
+    (left / "new" / "result").mkdir(parents=True)
+    (left / "new" / "result" / "half").write_text("half")
+    other = tmp_path / ".another.partial-abcdefg_"
     other.mkdir()
     write_folder(tmp_path / "result", "new")
     assert sorted(each.name for each in tmp_path.iterdir()) == [other.name, "result"]
     remove_leftovers(tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["result"]
+
+
+def test_what_only_looks_like_a_leftover_stays(tmp_path):
+    for name in (".result.partial-notes", ".result.partial-ABCDEFGH", ".result.partial-mynotes_"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").touch()
+    write_folder(tmp_path / "result", "new")
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.glob(".result.partial-*/precious"))) == 3
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_where_a_link_leads_is_written(write, tmp_path):
+    """The link stays, and a link to nothing gets what it leads to."""
+    (tmp_path / "place").mkdir()
+    write(tmp_path / "place" / "target", "old")
+    for target in ("target", "nothing/yet"):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("place") / target)
+        write(link, "new")
+        assert link.is_symlink() and content_of(tmp_path / "place" / target) == "new"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "place"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "old", "new"])
+@pytest.mark.parametrize("write", [write_file, write_folder])
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_every_name_that_a_file_can_have_is_written(write, name, exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda new, path: False)
+    for content in ("old", "new"):
+        write(tmp_path / name, content)
+        assert content_of(tmp_path / name) == content
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a\0b", "x"), ("\ud800", "x"), ("name", "\ud800")])
+def test_a_name_or_text_that_no_file_can_have_is_one_line(name, text, tmp_path):
+    with pytest.raises(UserError, match=r"^.* cannot be written \(.*\): (give|correct)[^\n]*$"):
+        write_text(tmp_path / name, text)
 
 
 def test_a_link_with_the_name_of_a_leftover_is_not_followed(tmp_path):
@@ -168,8 +209,8 @@ def test_a_link_with_the_name_of_a_leftover_is_not_followed(tmp_path):
     (theirs / "file").write_text("theirs")
     folder = tmp_path / "shared"
     folder.mkdir()
-    (folder / ".result.partial-0").symlink_to(theirs)
-    for guess in (".result.new.txt", ".result.txt.partial-1"):
+    (folder / ".result.partial-00000000").symlink_to(theirs)
+    for guess in (".result.new.txt", ".result.txt.partial-11111111"):
         (folder / guess).symlink_to(theirs / "file")
     write_text(folder / "result.txt", "ours")
     write_folder(folder / "result", "ours")

@@ -176,10 +176,10 @@ def read_annotations(folder: Path) -> list[Annotation]:
         raise UserError(f"{path} is missing: {_instead(folder)}")
     found = read_pickled(path)
     try:
-        texts, tasks, bounds = found["language"]["ann"], found["language"]["task"], found["info"]["indx"]
+        language = _entry(found, "language")
+        texts, tasks = _entry(language, "ann"), _entry(language, "task")
+        bounds = _entry(_entry(found, "info"), "indx")
         annotations = [_annotation(*each) for each in zip(bounds, tasks, texts, strict=True)]
-    except KeyError as error:
-        raise UserError(f"{path}: not CALVIN's annotations (no {error}): copy it again") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: not CALVIN's annotations ({cause(error)}): copy it again") from error
     steps = sum(each.end - each.first for each in annotations)
@@ -225,14 +225,25 @@ def _instead(folder: Path) -> str:
     return "give a folder in CALVIN's format, such as task_D_D/training"
 
 
-def _annotation(bounds: tuple, task: Any, text: Any) -> Annotation:
+def _entry(values: Any, name: str) -> Any:
+    """The value under a name. Raises ValueError if there is none."""
+    if not isinstance(values, dict) or name not in values:
+        raise ValueError(f"no {name!r}")
+    return values[name]
+
+
+def _annotation(bounds: Iterable, task: Any, text: Any) -> Annotation:
     first, end = bounds
-    if not all(type(bound) is int for bound in (first, end)) or not isinstance(text, str):
-        raise ValueError(f"{shown(bounds)} and {shown(text)} are no interval and instruction")
+    if not all(
+        isinstance(bound, (int, np.integer)) and not isinstance(bound, bool) for bound in (first, end)
+    ):
+        raise ValueError(f"{shown(first)} to {shown(end)} is no interval")
+    if not isinstance(task, str) or not isinstance(text, str):
+        raise ValueError(f"{shown(task)} and {shown(text)} are no task and instruction")
     if not 0 <= first < end <= LARGEST_NUMBER + 1:
         raise ValueError(f"steps {first} to {end} are no interval")
     text.encode()  # half of a character is a ValueError
-    return Annotation(first, end, str(task), str(text))
+    return Annotation(int(first), int(end), str(task), str(text))
 
 
 def _step_path(folder: Path, number: int) -> str:

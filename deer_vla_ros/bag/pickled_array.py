@@ -24,6 +24,9 @@ MOST_BYTES = 192 * 2**20
 """The largest file. 23,000 annotations with their embeddings take 36 MB."""
 MOST_INSTRUCTIONS = 4_000_000
 """The longest program. 23,000 annotations take 480,000. One instruction can make a list of 60 bytes."""
+MOST_MADE = 64 * 2**20
+"""The most bytes that arrays of objects and single numbers and texts take together. Each can be made from the
+same bytes of the file again and again."""
 
 _HEADER = "{'descr': '|O', 'fortran_order': False, 'shape': (), }"
 """The only header of such a file."""
@@ -44,7 +47,8 @@ def read_pickled(path: Path) -> Any:
         return _object(content)
     except Exception as error:  # damaged bytes can raise any exception of pickletools
         raise UserError(
-            f"{path}: not a file of one pickled object of arrays and text ({cause(error)}): copy it again"
+            f"{path}: not a file of one pickled object of arrays and text ({cause(error)}): copy it again, "
+            "or save it again with numpy.save(path, array, allow_pickle=True)"
         ) from error
 
 
@@ -105,6 +109,7 @@ class _Reading:
     def __init__(self) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._made = 0
 
     def run(self, program: bytes) -> Any:
         """The value that the program ends with. Raises ValueError, or an error of pickletools."""
@@ -118,9 +123,11 @@ class _Reading:
 
     def _do(self, name: str, given: Any) -> None:
         stack = self._stack
-        if name in ("PROTO", "FRAME"):
+        if name == "PROTO" and given not in (3, 4):
+            raise ValueError(f"its pickle protocol is {given}, and numpy.save writes 3 or 4")
+        elif name in ("PROTO", "FRAME"):
             return
-        if name in _CONSTANTS:
+        elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _PLAIN:
             stack.append(given)
@@ -151,6 +158,8 @@ class _Reading:
             stack.append(_Name(module, function))
         elif name == "REDUCE":
             arguments, function = self._pop(tuple), self._pop(_Name)
+            if function.name == "scalar":
+                self._count(len(arguments[1]))
             stack.append(_called(function.name, arguments))
         elif name == "BUILD":
             self._build(self._pop(tuple))
@@ -192,9 +201,17 @@ class _Reading:
             return
         unfilled = self._pop(_Unfilled)
         array = _array(*state)
+        if array.dtype == object:
+            self._count(array.nbytes)
         self._stack.append(array)
         if unfilled.memo is not None:
             self._memo[unfilled.memo] = array
+
+    def _count(self, size: int) -> None:
+        """Counts bytes that are made. Raises ValueError if they are over MOST_MADE."""
+        self._made += size
+        if self._made > MOST_MADE:
+            raise ValueError(f"its arrays of objects and its single values take over {MOST_MADE} bytes")
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}

@@ -116,7 +116,7 @@ class Calibration:
             raise UserError(f"{CALIBRATION} was measured on other weights than {folder / WEIGHTS}: {REMEDY}")
 
     def _check_arrays(self) -> None:
-        """Raises ValueError if the shapes of the arrays do not match, or values are not finite."""
+        """Raises ValueError if the shapes of the arrays do not match, or values cannot be."""
         samples, exits = len(self.deltas), len(self.exits)
         if any(len(getattr(self, name)) != samples for name in ("gripper", "episodes", "steps", "tokens")):
             raise ValueError("arrays of different lengths")
@@ -133,9 +133,14 @@ class Calibration:
                 raise ValueError(
                     f"the path of {count} exits has arrays of shapes that do not belong together"
                 )
-        for array in (self.deltas, self.poses, *(part for path in self.paths.values() for part in path)):
-            if not np.isfinite(array).all():
-                raise ValueError("values that are not finite")
+            if not _are_shares(levels) or not _are_shares(shares) or (np.diff(levels, axis=0) < 0).any():
+                raise ValueError(f"the path of {count} exits is not of rising levels and shares from 0 to 1")
+            if (np.abs(shares.sum(1) - 1) > 1e-3).any():
+                raise ValueError(f"the path of {count} exits has shares whose sum is not 1")
+        if not all(np.isfinite(array).all() for array in (self.deltas, self.poses, self.window_deltas)):
+            raise ValueError("values that are not finite")
+        if not _are_shares(self.gripper):
+            raise ValueError("probabilities of an open gripper that are not from 0 to 1")
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
@@ -148,10 +153,10 @@ class Calibration:
             with safe_open(path, framework="np") as file:
                 about = parse_json((file.metadata() or {})["about"])
                 _check_about(about)
-                arrays = {name: file.get_tensor(name).astype(kind) for name, kind in ARRAYS.items()}
+                arrays = {name: _array(file, name, kind) for name, kind in ARRAYS.items()}
                 counts = range(1, len(about["exits"]) + 1)
                 paths = {
-                    n: tuple(file.get_tensor(f"path.{n}.{part}") for part in ("levels", "shares"))
+                    n: tuple(_array(file, f"path.{n}.{part}", np.float64) for part in ("levels", "shares"))
                     for n in counts
                 }
             calibration = cls(
@@ -165,6 +170,18 @@ class Calibration:
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a calibration ({cause(error)}): {REMEDY}") from error
         return calibration
+
+
+def _array(file: safe_open, name: str, kind: type) -> np.ndarray:
+    """An array of the file as this type. Raises ValueError for whole numbers in place of others and so on."""
+    array = file.get_tensor(name)
+    if array.dtype.kind != np.dtype(kind).kind:
+        raise ValueError(f"{name} has the type {array.dtype}")
+    return array.astype(kind)
+
+
+def _are_shares(array: np.ndarray) -> bool:
+    return bool(((array >= 0) & (array <= 1)).all())  # NaN is neither
 
 
 def _check_about(about: Any) -> None:

@@ -17,7 +17,7 @@ TABLE = "latency.json"
 TABLE_REMEDY = "measure one with `python -m deer_vla_ros benchmark latency`"
 WINDOW = 200
 """Number of newest steps that the figures cover."""
-MOST_STEPS, MOST_MS = 100_000, 1e7
+MOST_STEPS, MOST_MS = 10_000, 1e7
 """The most rows of a table, and the longest time in it."""
 HIGH = 0.99
 """Share of the steps that must meet a deadline."""

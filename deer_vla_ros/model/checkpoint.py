@@ -36,6 +36,8 @@ from deer_vla_ros.untrusted import check_fetched, read_json
 (CONFIG, WEIGHTS, TOKENIZER), README = PARTS, "README.md"
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
 """The checkpoint that ships with the package."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The number types of weights, as a safetensors file names them."""
 BLOCK_BYTES = 4 * 2**20
 """How much of a file is read ahead at once."""
 
@@ -212,6 +214,12 @@ def _read_weights(
                     "DistributedDataParallel; save those of its `.module` instead"
                 )
             check_shapes(wanted.config, shapes, str(path))
+            for name in shapes:
+                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                    raise UserError(
+                        f"{path}: {name} has the number type {kind}, and weights have one of "
+                        f"{', '.join(FLOATS)}: copy the checkpoint again"
+                    )
             if wanted.for_training and not has_heads_of_training(shapes):
                 raise UserError(
                     f"{path}: it has no heads for training: make the checkpoint with `convert --training`"

@@ -16,8 +16,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from deer_vla_ros.errors import UserError, cause, shown
-from deer_vla_ros.untrusted import read_json
+from deer_vla_ros.untrusted import parse_json, read_bytes
 
+MOST_BYTES = 20 * 2**20
+"""The largest file. Those of GPT-NeoX and the LLaMA family have 2 to 17 MB."""
+MOST_OBJECTS, MOST_LISTS = 2**16, 2**20
+"""The most braces and brackets that a file opens, text included: each can take 200 bytes of memory."""
 MOST_TOKENS = 2**20
 MOST_LETTERS = 4096
 """The longest token. The longest of GPT-NeoX has 512 letters."""
@@ -29,8 +33,11 @@ Check = Callable[[Any], bool]
 
 def read_tokenizer_file(path: Path, remedy: str) -> Tokenizer:
     """The tokenizer of a file. Raises UserError, with the remedy, if it cannot be read or has other parts."""
-    values = read_json(path, remedy)
+    content = read_bytes(path, MOST_BYTES, remedy)
     try:
+        if content.count(b"{") > MOST_OBJECTS or content.count(b"[") > MOST_LISTS:
+            raise ValueError(f"it has over {MOST_OBJECTS} objects or {MOST_LISTS} lists")
+        values = parse_json(content, MOST_BYTES)
         _check(values)
         return Tokenizer.from_str(
             json.dumps(values)

@@ -1,5 +1,6 @@
 """Tests of `python -m deer_vla_ros`: the choice of the command, ROS arguments, and errors in one line."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -56,6 +57,39 @@ def test_bad_arguments_exit_with_status_2(probe, arguments):
     with pytest.raises(SystemExit) as left:
         command_line.main(arguments)
     assert left.value.code == 2
+
+
+PRINTING = """
+import sys, types
+from deer_vla_ros import __main__ as command_line
+sys.modules["probe_command"] = types.SimpleNamespace(
+    add_arguments=lambda parser: None, run=lambda args: print("x") or 0
+)
+command_line.COMMANDS["probe"] = command_line.CommandEntry("probe_command", "a probe", True)
+sys.exit(command_line.main(["probe"]))
+"""
+"""A program that runs a command which prints."""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("is_pipe", [True, False])
+def test_an_output_that_cannot_be_written_is_at_most_one_line(is_pipe, unbuffered):
+    """A pipe whose reader has gone ends the command without a word, a full disk with one."""
+    if is_pipe:
+        reader, output = os.pipe()
+        os.close(reader)
+    else:
+        output = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTING],
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(output)
+    full = "error: standard output cannot be written (No space left on device): make room\n"
+    assert (done.returncode, done.stderr) == (1, "" if is_pipe else full)
 
 
 @pytest.mark.parametrize("command", command_line.COMMANDS)

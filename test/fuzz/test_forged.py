@@ -2,12 +2,16 @@
 
 import io
 import json
+import pickle
 import struct
 import zipfile
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from deer_vla_ros import untrusted
 from deer_vla_ros.bag.calvin_files import (
     ANNOTATIONS,
     Annotation,
@@ -16,6 +20,8 @@ from deer_vla_ros.bag.calvin_files import (
     write_annotations,
 )
 from deer_vla_ros.bag.pickled_array import read_pickled
+from deer_vla_ros.budget.calibration import CALIBRATION, Calibration
+from deer_vla_ros.budget.latency import TABLE, LatencyTable
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.training.frames import Frames
 from deer_vla_ros.model.checkpoint import CONFIG, EMBEDDED, TOKENIZER, WEIGHTS, load_info
@@ -80,6 +86,85 @@ def test_a_forged_state_of_a_number_type_or_an_array_is_refused(tmp_path, whole,
 def test_a_program_that_would_take_much_memory_is_refused(tmp_path, program):
     pickled(tmp_path / "forged.npy", program)
     refused(read_pickled, tmp_path / "forged.npy")
+
+
+def saved(folder, **changes):
+    """Writes annotations with numpy itself. changes: of `language` and `info`."""
+    values = {"language": {"ann": ["lift it"], "task": ["lift"]}, "info": {"indx": [(0, 5)]}}
+    array = np.empty((), object)
+    array[()] = {**values, **changes}
+    (folder / ANNOTATIONS).parent.mkdir(exist_ok=True)
+    np.save(folder / ANNOTATIONS, array, allow_pickle=True)
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<i", len(value)) + value.encode()
+
+
+def number_type(code: str, rest: bytes) -> bytes:
+    return b"cnumpy\ndtype\n" + text(code) + b"\x89\x88\x87R(K\x03" + rest + b"tb"
+
+
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+OBJECTS = number_type("O8", text("|") + b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"K\x3f")
+DOUBLED = b"K\x01" + b"".join(b"q%ch%c\x86" % (number, number) for number in range(60))
+"""A tuple of two tuples that are the same, and so on: 2**60 numbers."""
+DEEP = b"K\x01" + b"\x85" * 100_000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [DOUBLED, DEEP, b"K\x01" + DOUBLED + b"\x86", b"K\x01" + DEEP + b"\x86"],
+    ids=["doubled", "deep", "doubled bound", "deep bound"],
+)
+@pytest.mark.parametrize("name", ["indx", "task", "ann"])
+def test_an_endless_value_is_refused_at_once(tmp_path, name, value):
+    values = {"indx": b"K\x00K\x05\x86", "task": text("t"), "ann": text("t")} | {name: value}
+    entries = {each: text(each) + b"]" + content + b"as" for each, content in values.items()}
+    language = text("language") + b"}" + entries["ann"] + entries["task"] + b"s"
+    content = b"}" + language + text("info") + b"}" + entries["indx"] + b"s"
+    (tmp_path / ANNOTATIONS).parent.mkdir()
+    pickled(tmp_path / ANNOTATIONS, b"\x80\x03" + ARRAY + b"(K\x01)" + OBJECTS + b"\x89]" + content + b"atb.")
+    assert "not CALVIN's annotations" in refused(read_annotations, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"language": np.zeros(2)}, {"language": {"ann": 1}}, {"info": {"indx": np.zeros((1, 2))}}]
+)
+def test_annotations_of_other_types_are_refused(tmp_path, changes):
+    saved(tmp_path, **changes)
+    assert "not CALVIN's annotations" in refused(read_annotations, tmp_path)
+
+
+def test_intervals_may_be_an_array(tmp_path):
+    saved(tmp_path, info={"indx": np.array([[0, 5]])})
+    assert read_annotations(tmp_path) == [Annotation(0, 5, "lift", "lift it")]
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 5])
+def test_another_pickle_protocol_is_told_how_to_be_saved_again(tmp_path, protocol):
+    array = np.empty((), object)
+    array[()] = {"emb": np.ones((2, 3), np.float32)}
+    pickled(tmp_path / "other.npy", pickle.dumps(array, protocol))
+    assert "numpy.save(path, array, allow_pickle=True)" in refused(read_pickled, tmp_path / "other.npy")
+
+
+TEXTS = number_type("U20000", text("<") + b"NNNJ" + struct.pack("<i", 80_000) + b"K\x04K\x08")
+SHARED_LIST = b"](" + b"N" * 20_000 + b"eq\x00" + OBJECTS + b"q\x01"
+SHARED_TEXT = b"B" + struct.pack("<i", 80_000) + bytes(80_000) + b"q\x00" + TEXTS + b"q\x01"
+
+
+@pytest.mark.parametrize(
+    ("shared", "again"),
+    [
+        (SHARED_LIST, ARRAY + b"(K\x01M\x20\x4e\x85h\x01\x89h\x00tb"),
+        (SHARED_TEXT, b"cnumpy.core.multiarray\nscalar\nh\x01h\x00\x86R"),
+    ],
+    ids=["arrays", "texts"],
+)
+def test_many_values_that_are_made_from_the_same_bytes_are_refused(tmp_path, shared, again):
+    pickled(tmp_path / "forged.npy", b"\x80\x03" + shared + again * 2000 + b".")
+    assert "take over" in refused(read_pickled, tmp_path / "forged.npy")
 
 
 def test_what_this_package_writes_is_read(tmp_path):
@@ -217,3 +302,45 @@ def test_the_forms_of_released_tokenizers_are_read(tmp_path):
     expected = InstructionTokenizer.from_file(EMBEDDED / TOKENIZER, 32).encode(["lift the red block"])[0]
     assert InstructionTokenizer.from_file(like_neox, 32).encode(["lift the red block"])[0].equal(expected)
     InstructionTokenizer.from_file(like_llama, 32)
+
+
+def test_files_of_many_objects_are_refused_before_they_are_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted.json, "loads", lambda content: pytest.fail("it was parsed"))
+    (tmp_path / WEIGHTS).touch()
+    (tmp_path / TOKENIZER).touch()
+    for name in (CONFIG, TABLE):
+        (tmp_path / name).write_bytes(b"[" + b'{"":0},' * 200_000)
+    assert "are the most that is read" in refused(load_info, tmp_path)
+    assert "are the most that is read" in refused(LatencyTable.load, tmp_path / TABLE)
+    for objects in (b'{"":0},' * 100_000, b"[]," * 1_100_000):
+        (tmp_path / TOKENIZER).write_bytes(b"[" + objects)
+        assert "objects or" in refused(InstructionTokenizer.from_file, tmp_path / TOKENIZER, 8)
+
+
+# Calibrations
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("path.3.levels", lambda levels: levels * 0 + 5, "levels and shares from 0 to 1"),
+        ("path.3.levels", lambda levels: levels - 1, "levels and shares from 0 to 1"),
+        ("path.3.levels", lambda levels: levels[::-1], "rising"),
+        ("path.3.levels", lambda levels: levels.astype(bool), "has the type bool"),
+        ("path.3.shares", lambda shares: shares * np.nan, "levels and shares from 0 to 1"),
+        ("path.3.shares", lambda shares: shares / 2, "sum is not 1"),
+        ("path.3.shares", lambda shares: shares.astype(np.complex64), "has the type complex64"),
+        ("deltas", lambda deltas: deltas.astype(np.complex64), "has the type complex64"),
+        ("steps", lambda steps: steps.astype(np.float32), "has the type float32"),
+        ("gripper", lambda gripper: gripper * np.nan, "probabilities"),
+        ("gripper", lambda gripper: gripper + 1, "probabilities"),
+        ("window_deltas", lambda deltas: deltas * np.nan, "not finite"),
+    ],
+)
+def test_a_calibration_of_values_that_cannot_be_is_refused(tmp_path, name, change, told):
+    with safe_open(EMBEDDED / CALIBRATION, "np") as file:
+        arrays = {each: file.get_tensor(each) for each in file.keys()}
+        about = file.metadata()
+    arrays[name] = np.ascontiguousarray(change(arrays[name]))
+    save_file(arrays, tmp_path / CALIBRATION, about)
+    assert told in refused(Calibration.load, tmp_path)

@@ -152,6 +152,12 @@ def change_config(folder: Path, change: Callable[[dict], object]) -> None:
             "resampler.latents has shape (4, 8)",
         ),
         (lambda tensors: tensors.clear(), "tensors are missing"),
+        (
+            lambda tensors: tensors.update(
+                {"resampler.latents": tensors["resampler.latents"].half().view(torch.int16)}
+            ),
+            "resampler.latents has the number type I16",
+        ),
     ],
 )
 def test_weights_of_another_network_are_refused_by_the_tensors_name(folder, change, complaint):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,8 +64,10 @@ class FrameStore:
 
     def found(self) -> dict[int, Settings]:
         remove_leftovers(self.folder)
-        metas = {_number(path.parent): path for path in self.folder.glob("shard-[0-9]*/meta.json")}
-        return {number: {"policy": None, **_read_json(path)} for number, path in metas.items()}
+        metas = {number: shard / "meta.json" for number, shard in _shards(self.folder, "")}
+        return {
+            number: {"policy": None, **_read_json(path)} for number, path in metas.items() if path.is_file()
+        }
 
     def write(self, number: int, settings: Settings, episodes: Iterable[Demonstration]) -> int:
         about = {name: settings[name] for name in ("seed", "policy", "phrasings")}
@@ -100,7 +103,7 @@ class CalvinStore:
     folder: Path
 
     def found(self) -> dict[int, Settings]:
-        return {_number(path): _read_json(path) for path in self.folder.glob("shard-[0-9]*.json")}
+        return {number: _read_json(path) for number, path in _shards(self.folder, ".json")}
 
     def write(self, number: int, settings: Settings, episodes: Iterable[Demonstration]) -> int:
         start = first = number * _STEPS_PER_SHARD
@@ -148,8 +151,11 @@ def _scene_obs(state: TableState) -> np.ndarray:
     )
 
 
-def _number(path: Path) -> int:
-    return int(path.stem.removeprefix("shard-"))
+def _shards(folder: Path, ending: str) -> Iterator[tuple[int, Path]]:
+    """Number and path of each shard. What has another name than a Store gives is none of them."""
+    for path in folder.glob(f"shard-*{ending}"):
+        if name := re.fullmatch(rf"shard-([0-9]{{4,9}}){re.escape(ending)}", path.name):
+            yield int(name[1]), path
 
 
 def _read_json(path: Path) -> Settings:

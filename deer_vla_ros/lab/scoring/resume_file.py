@@ -30,6 +30,8 @@ class ResumeFile:
         header = json.dumps(arguments)
         content = read_bytes(path, MOST_BYTES, "delete it") if path.is_file() else b""
         lines = content.decode(errors="replace").split("\n")[:-1]
+        if not lines and not header.encode().startswith(content):
+            raise _damaged(path, 1, "it does not end, and is no beginning of this run")
         if lines:
             _check(path, _parsed(path, 1, lines[0], dict), json.loads(header))
             for number, line in enumerate(lines[1:], start=2):
@@ -70,11 +72,16 @@ def _damaged(path: Path, number: int, why: str) -> UserError:
 
 def _check(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     if found != wanted:
-        names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-        first = names[0][:100]
+        there, now = ({name: shown(value) for name, value in each.items()} for each in (found, wanted))
+        names = [
+            name
+            for name in sorted({*found, *wanted})
+            if not (name in found and name in wanted and found[name] == wanted[name])
+        ]
+        first, *others = (" ".join(name.split())[:100] for name in names)
         raise UserError(
             f"{path} is of an interrupted run with other arguments "
-            f"({first}: {shown(found.get(first))} there, {shown(wanted.get(first))} now"
-            f"{', and ' + ', '.join(names[1:])[:200] if names[1:] else ''}): "
+            f"({first}: {there.get(names[0], 'nothing')} there, {now.get(names[0], 'nothing')} now"
+            f"{', and ' + ', '.join(others)[:200] if others else ''}): "
             "repeat that run to finish it, or delete the file"
         )

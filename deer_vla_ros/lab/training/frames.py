@@ -161,7 +161,12 @@ def _read_meta(shard: Path) -> dict:
     )
     if not _is_texts(tasks) or len(set(tasks)) < len(tasks):
         raise UserError(f"{shard}: meta.json has the tasks {shown(tasks)}: record this shard again")
-    if type(size) is not int or not 1 <= size <= MOST_PIXELS or type(episodes) is not int or episodes < 1:
+    if (
+        type(size) is not int
+        or not 1 <= size <= MOST_PIXELS
+        or type(episodes) is not int
+        or not 1 <= episodes < 10**9
+    ):
         raise UserError(
             f"{shard}: meta.json has {shown(episodes)} episodes of {shown(size)} pixels: record it again"
         )

@@ -14,6 +14,7 @@ import pytest
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.record_run import DemoRequest, record
+from deer_vla_ros.lab.demonstrations.record_store import CalvinStore
 from deer_vla_ros.lab.training.frames import FORMAT, Frames
 from deer_vla_ros.model.checkpoint import EMBEDDED
 
@@ -57,8 +58,8 @@ def test_shard_k_of_run_s_is_made_from_seed_1000_s_plus_k(recording):
 
 def test_a_shard_that_was_half_written_is_written_again_and_the_others_are_left_alone(recording, copy):
     shutil.rmtree(copy.folder / "shard-0001")
-    half = copy.folder / ".shard-0001.partial-4711"
-    half.mkdir()
+    half = copy.folder / ".shard-0001.partial-00004711" / "new" / "shard-0001"
+    half.mkdir(parents=True)
     (half / "images.npy").write_bytes(b"half of a file")
     untouched = (copy.folder / "shard-0000/images.npy").stat().st_mtime_ns
     frames, kept = record(copy, jobs=1)
@@ -111,6 +112,13 @@ def test_what_an_older_version_recorded_is_refused_before_anything_is_added(copy
     with pytest.raises(UserError, match=f"another format: {FORMAT - 1}, and now {FORMAT}"):
         record(replace(copy, demos=6), jobs=1)
     assert not (copy.folder / "shard-0002").exists()
+
+
+def test_what_is_called_almost_as_a_shard_is_left_alone(copy, tmp_path):
+    shutil.copytree(copy.folder / "shard-0001", copy.folder / "shard-0001-old")
+    assert record(copy, jobs=1)[1] == 3
+    (tmp_path / "shard-0001 (copy).json").write_text("mine")
+    assert CalvinStore(tmp_path).found() == {}
 
 
 def test_a_shard_whose_description_is_damaged_is_named(copy):

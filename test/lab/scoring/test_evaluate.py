@@ -205,3 +205,20 @@ def test_a_resume_file_of_other_arguments_says_which(tmp_path):
         UserError, match=r"other arguments \(budget: \{'exit': 3\} there, \{'exit': 5\} now\)"
     ):
         ResumeFile(path, {"seed": 1, "budget": {"exit": 5}})
+
+
+def test_a_resume_file_with_an_argument_more_is_refused(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1, "x": null}\n')
+    with pytest.raises(UserError, match=r"other arguments \(x: None there, nothing now\)"):
+        ResumeFile(path, {"a": 1})
+
+
+def test_a_file_that_is_no_resume_file_is_not_replaced(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("precious")
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        ResumeFile(path, {"a": 1})
+    assert path.read_text() == "precious"
+    path.write_text('{"a"')  # as a run leaves it that was killed at once
+    assert ResumeFile(path, {"a": 1}).done == {}
