@@ -203,12 +203,14 @@ def _by_name(recording: Recording, name: str, is_read: bool, preferred: list[str
     """
     names = _transports(name)
     heard = [topic for topic in recording.topics if recording.counts[topic]]
-    for namespaces in (preferred, [""]):
-        for topics in (heard, recording.topics):
-            for topic in (f"{namespace}/{each}" for namespace in namespaces for each in names):
-                if topic in topics:
-                    return topic
     for topics in (heard, recording.topics):
+        for topic in (f"{namespace}/{each}" for namespace in preferred for each in names):
+            if topic in topics:
+                return topic
+    for topics in (heard, recording.topics):
+        for each in names:
+            if f"/{each}" in topics:
+                return f"/{each}"
         for each in names:
             ending = [topic for topic in topics if topic.endswith(f"/{each}")]
             if len(ending) > 1 and is_read:
