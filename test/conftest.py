@@ -6,8 +6,11 @@ import random
 import pytest
 from hypothesis import settings
 
-# `make test-all` runs five times as many examples of property tests that name no number of their own.
-settings.register_profile("thorough", max_examples=500)
+# No example of a property test has a deadline, because any may take long on a busy machine. `make test-all`
+# runs five times as many examples of those that name no number of their own.
+settings.register_profile("usual", deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile("usual")
 
 # Every test process has a ROS domain of its own, so that runs on one machine do not disturb each other.
 # Each worker of a run draws one of ten domains. Linux may give the ports of domains above 101 to others.

@@ -83,7 +83,7 @@ def mcap(path: Path, found: list[Record], profile="ros2", encoding="cdr", finish
 DRAWN = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2), st.integers(0, 2)), min_size=1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(drawn=DRAWN, storage=st.just(MCAP))
 @example(drawn=[(7 * i % 13, i % 3, i % 2) for i in range(40)], storage=SQLITE)
 @example(drawn=[(3, 0, 1), (3, 1, 0), (3, 0, 0)], storage=SQLITE)

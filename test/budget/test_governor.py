@@ -46,7 +46,7 @@ def test_a_world_that_costs_more_or_less_than_calibrated_is_brought_onto_the_bud
     assert np.abs(window_means(run(target, world)) / target - 1).max() < 0.05
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(target=st.floats(LOW, HIGH), costs=st.lists(st.floats(LOW, HIGH), max_size=400))
 def test_what_is_asked_for_stays_between_the_first_exit_and_full_depth_and_the_sum_is_bounded(target, costs):
     governor = Governor(target, LOW, HIGH)
@@ -56,7 +56,7 @@ def test_what_is_asked_for_stays_between_the_first_exit_and_full_depth_and_the_s
         assert -MEMORY <= governor.overspent <= governor.most
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(target=st.floats(3.0, 11.0), pattern=st.lists(st.booleans(), min_size=1, max_size=50))
 def test_a_hostile_world_is_forgotten_within_a_bounded_number_of_steps(target, pattern):
     governor = Governor(target, LOW, HIGH)
@@ -75,7 +75,7 @@ def test_a_tight_budget_is_kept_where_the_world_takes_full_depth_whenever_it_may
     assert window_means(costs).max() <= 1.04 * target + HIGH / 200
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(target=st.floats(2.5, 11.0), deltas=st.lists(st.floats(0.0, 1.0), min_size=400, max_size=400))
 def test_whatever_the_deltas_do_no_window_overspends_by_more_than_the_governor_remembers(target, deltas):
     """A step goes to full depth if its delta exceeds the threshold for `asked`, else to the first exit."""

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from samples import samples
 
@@ -53,7 +53,6 @@ def test_too_few_samples_for_a_share_are_never_taken():
     assert thresholds_for_shares(DELTAS[:10], np.array([0.05, 0.95, 0, 0, 0, 0]))[0] == NEVER
 
 
-@settings(deadline=None)
 @given(family=st.sampled_from(list(FAMILIES)), budget=st.floats(COSTS[0] + 0.1, COSTS[-1]))
 def test_a_solved_ratio_keeps_the_budget_and_nearly_uses_it(family, budget):
     thresholds = thresholds_within(family, DELTAS, COSTS, budget)
@@ -73,7 +72,6 @@ def test_an_unknown_family_is_refused():
 # The path
 
 
-@settings(deadline=None)
 @given(budget=budgets)
 def test_the_expected_cost_keeps_the_budget_and_uses_it(budget):
     position = PATH.position_within(COSTS, budget)
@@ -85,7 +83,6 @@ def test_the_expected_cost_keeps_the_budget_and_uses_it(budget):
     )
 
 
-@settings(deadline=None)
 @given(low=budgets, high=budgets)
 def test_expected_cost_is_monotone_in_the_budget(low, high):
     low, high = sorted((low, high))
@@ -94,7 +91,6 @@ def test_expected_cost_is_monotone_in_the_budget(low, high):
     assert PATH.shares(cheap) @ COSTS <= PATH.shares(dear) @ COSTS + 1e-9
 
 
-@settings(deadline=None)
 @given(low=budgets, high=budgets, row=delta_rows)
 def test_a_looser_budget_never_exits_earlier_on_the_same_deltas(low, high, row):
     low, high = sorted((low, high))

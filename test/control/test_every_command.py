@@ -252,20 +252,20 @@ def drive(given_events: list[tuple]) -> None:
 WITHOUT_SHRINKING = [phase for phase in Phase if phase is not Phase.shrink]
 
 
-@settings(max_examples=12, deadline=None, phases=WITHOUT_SHRINKING)
+@settings(max_examples=12, phases=WITHOUT_SHRINKING)
 @given(events)
 def test_no_sequence_of_outputs_poses_timings_and_requests_leads_to_a_command_outside_any_limit(given_events):
     drive(given_events)
 
 
 @pytest.mark.long
-@settings(max_examples=200, deadline=None, phases=WITHOUT_SHRINKING)
+@settings(max_examples=200, phases=WITHOUT_SHRINKING)
 @given(events)
 def test_no_sequence_leads_to_a_command_outside_any_limit_in_a_longer_search(given_events):
     drive(given_events)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(*[st.floats(-1, 1)] * 4).filter(lambda q: np.linalg.norm(q) > 0.1), min_size=2, max_size=20

@@ -109,7 +109,7 @@ def test_a_step_runs_no_layer_deeper_than_its_exit(rule, layers):
     assert ran == list(range(layers))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     thresholds=st.tuples(*[st.floats(0, 0.5)] * 2),
     more=st.tuples(*[st.floats(0, 0.5)] * 2),

@@ -66,7 +66,7 @@ def test_an_odd_margin_is_rounded_to_the_even_side():
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(height=st.integers(1, 700), width=st.integers(1, 700), size=st.integers(1, 60), seed=st.integers(0, 9))
 def test_images_of_random_sizes_are_those_of_pillow_to_the_last_bit(height, width, size, seed):
     image = noise(height, width, seed)

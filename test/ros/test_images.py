@@ -623,7 +623,7 @@ def is_frame_or_refused(convert, message) -> None:
 SIDES = st.one_of(st.integers(0, 9), st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.builds(
         raw,
@@ -651,7 +651,7 @@ def damaged_files(draw) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.one_of(damaged_files(), st.binary(max_size=500)), st.one_of(st.just("jpeg"), st.text()))
 def test_any_compressed_message_is_a_frame_or_refused(data, format):
     is_frame_or_refused(images.compressed_frame, compressed(data, format))
@@ -682,7 +682,7 @@ def damaged_headers(draw) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(damaged_headers())
 def test_any_file_with_a_damaged_header_is_a_frame_or_refused(data):
     is_frame_or_refused(images.compressed_frame, compressed(data))

@@ -146,7 +146,7 @@ poses = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(poses)
 def test_actions_lead_from_the_first_pose_through_all_others(tmp_path, given_poses):
     # Given: an action space in which every motion between two poses is below 1

@@ -184,7 +184,7 @@ def test_lengths_costs_and_shares_are_added_up_over_steps():
     assert "average length 2.00 of 5" in report_text(found) and "lift_red_block" in report_text(found)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_the_interval_holds_the_mean_and_narrows_with_more_chains_of_the_same_kind(lengths):
     low, high = mean_interval(lengths)

@@ -67,7 +67,7 @@ def test_an_unreachable_target_neither_jumps_nor_stops_the_arm_from_coming_back(
     assert np.linalg.norm(table.tcp_pose().position - [0.40, 0.0, 0.26]) < 0.005
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @example([(0.0, 0.0, -5.0, 1.0, 0.0, 0.0, 0.0)] * 3)
 @given(targets=st.lists(st.tuples(*[ANY_FLOAT] * 3, *[ANY_FLOAT] * 4), min_size=3, max_size=3))
 def test_any_sequence_of_finite_targets_keeps_the_speed_limit(targets):

@@ -70,7 +70,7 @@ def test_a_reset_without_a_seed_is_the_next_arrangement_of_the_sequence(table):
     np.testing.assert_array_equal(numbers(other.state()), second)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_blocks_start_apart_and_inside_their_area(table, seed):
     table.reset(seed)

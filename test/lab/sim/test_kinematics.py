@@ -44,7 +44,7 @@ def test_forward_kinematics_is_the_pandas(arm):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     radius=st.floats(0.33, 0.68), bearing=st.floats(-0.5, 0.5), height=st.floats(0.01, 0.30),
     yaw=st.floats(-1.4, 1.4), roll=st.floats(-0.2, 0.2), pitch=st.floats(-0.2, 0.2),
@@ -60,7 +60,7 @@ def test_every_pose_over_the_table_is_reached(arm, radius, bearing, height, yaw,
     assert np.degrees(np.linalg.norm(rotation_vector(quaternion, orientation))) < 0.5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     joints=joints_inside_limits, position=st.tuples(finite, finite, finite),
     angles=st.tuples(*[st.floats(-np.pi, np.pi)] * 3),

@@ -83,7 +83,7 @@ def node():
     return node
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(
@@ -203,7 +203,7 @@ def test_motions_while_the_arm_had_to_hold_are_found_afterwards(node):
     assert node.judge.check_held(begin_ns, begin_ns + 50, by_decisions=True)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-3.1, 3.1), st.floats(-3.1, 3.1))
 def test_angles_and_rotation_vectors_agree(first, second):
     angle = abs(math.remainder(first - second, 2 * math.pi))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deer_vla_ros.lab.training.augmentation import draw_shifts, random_shift, shift
@@ -26,7 +26,6 @@ def noise(count: int, channels: int, height: int, width: int, kind: torch.dtype,
     ).to(kind)
 
 
-@settings(deadline=None)
 @given(images)
 def test_every_pixel_moves_by_its_image_s_draw_and_the_border_repeats(case):
     pad, seed = case.pop("pad"), case["seed"]
@@ -43,7 +42,6 @@ def test_every_pixel_moves_by_its_image_s_draw_and_the_border_repeats(case):
                 assert torch.equal(result[:, row, column], image[:, source_row, source_column])
 
 
-@settings(deadline=None)
 @given(images)
 def test_the_middle_draw_is_no_shift(case):
     pad = case.pop("pad")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_model import INSTRUCTION, SMALL, small_model, small_tokenizer, with_decoder
 
@@ -130,7 +130,6 @@ sizes = {
 }
 
 
-@settings(deadline=None)
 @given(**sizes)
 def test_every_draw_is_an_exit_and_repeats_with_its_seed(exits, batch, window, seed):
     for draw in (draw_per_step, draw_per_segment):
@@ -140,7 +139,6 @@ def test_every_draw_is_an_exit_and_repeats_with_its_seed(exits, batch, window, s
         assert torch.equal(drawn, draw(exits, batch, window, torch.Generator().manual_seed(seed)))
 
 
-@settings(deadline=None)
 @given(**sizes)
 def test_a_window_has_at_most_two_segments_split_at_one_step_for_the_whole_batch(exits, batch, window, seed):
     drawn = draw_per_segment(exits, batch, window, torch.Generator().manual_seed(seed))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_model import INSTRUCTION, SMALL, small_model, small_tokenizer, with_decoder
 
@@ -249,7 +249,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does():
 # Schedules
 
 
-@settings(deadline=None)
 @given(warmup=st.integers(0, 50), rest=st.integers(1, 200), kind=st.sampled_from(("constant", "cosine")))
 def test_a_schedule_rises_to_one_and_never_leaves_its_range(warmup, rest, kind):
     schedule = Schedule(kind, warmup_steps=warmup, total_steps=warmup + rest)
