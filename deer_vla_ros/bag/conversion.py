@@ -47,6 +47,26 @@ class Converted:
     open: int = 0
     texts: Counter[str] = field(default_factory=Counter)
 
+    def lines(self) -> list[str]:
+        """What the dataset holds, for the person who reads the report."""
+        return [
+            f"{self.episodes} episodes with {self.steps} steps",
+            *(f"  {count} x {text}" for text, count in self.texts.most_common()),
+            f"  the gripper is open after {self.open} of {self.steps} steps",
+        ]
+
+    def left_out(self) -> list[str]:
+        """What was left out, one line for each reason."""
+        counts = {
+            "last steps of episodes, which have no next pose": self.episodes,
+            f"gaps, where no next frame with a pose (and a target) follows after {SHORTEST_SPAN:g} to "
+            f"{LONGEST_SPAN:g} control periods: episodes end there": self.gaps,
+            "frames with no measured poses around them": self.poseless,
+            "steps whose target is missing or old": self.targetless,
+            "episodes of fewer than 3 steps": self.short,
+        }
+        return [f"{count} {what}" for what, count in counts.items() if count]
+
 
 def spaced(seen: Iterable[ObservedStep], rate_hz: float) -> Iterator[ObservedStep]:
     """Chooses steps at the control rate: after each, the one whose frame is nearest to a period later.

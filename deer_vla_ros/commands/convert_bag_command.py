@@ -26,11 +26,6 @@ from pathlib import Path
 
 from deer_vla_ros.commands import arguments
 
-GAPS = (
-    "gaps, where no next frame with a pose (and a target) follows after 0.6 to 1.4 control periods: episodes "
-    "end there"
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, nargs="+", metavar="BAG", help="rosbag2 folders or files")
@@ -117,18 +112,9 @@ def run(args: argparse.Namespace) -> int:
             raise
         ((reason, _),) = account.holds.most_common(1)
         raise UserError(f"{error}; the controller would only have held: {reason.value}") from error
-    print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
-    for text, count in found.texts.most_common():
-        print(f"  {count} x {text}")
-    print(f"  the gripper is open after {found.open} of {found.steps} steps")
-    left_out = [
-        *account.lines(),
-        f"{found.episodes} last steps of episodes, which have no next pose",
-        *([f"{found.gaps} {GAPS}"] if found.gaps else []),
-        *([f"{found.poseless} frames with no measured poses around them"] if found.poseless else []),
-        *([f"{found.targetless} steps whose target is missing or old"] if found.targetless else []),
-        *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
-    ]
+    amount, *more = found.lines()
+    print(f"{args.out}: {amount}, actions in {space}", *more, sep="\n")
+    left_out = [*account.lines(), *found.left_out()]
     print("left out:\n  " + "\n  ".join(left_out))
     mean_s, period_s = found.seconds / found.steps, 1 / settings.rate_hz
     if abs(mean_s - period_s) > 0.1 * period_s:

@@ -126,20 +126,9 @@ def run(args: argparse.Namespace) -> int:
     moments = LerobotMoments(folder, columns, space, rate_hz, args.instruction)
     counted = track(moments.episodes(), description="converting", total=folder.total or None)
     found = convert(moments.recordings(counted), args.out, space, rate_hz, "measured")
-    print(f"{args.out}: {found.episodes} episodes with {found.steps} steps, actions in {space}")
-    for text, count in found.texts.most_common():
-        print(f"  {count} x {text}")
-    print(f"  the gripper is open after {found.open} of {found.steps} steps")
-    left_out = [
-        *moments.account.lines(),
-        f"{found.episodes} last steps of episodes, which have no next pose",
-        *(
-            [f"{found.gaps} places where an episode was split, for want of rows or frames"]
-            if found.gaps
-            else []
-        ),
-        *([f"{found.short} episodes of fewer than 3 steps"] if found.short else []),
-    ]
+    amount, *more = found.lines()
+    print(f"{args.out}: {amount}, actions in {space}", *more, sep="\n")
+    left_out = [*moments.account.lines(), *found.left_out()]
     print("left out:\n  " + "\n  ".join(left_out))
     if found.clipped:
         print(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deer_vla_ros.errors import UserError
+from deer_vla_ros.errors import UserError, shown
 from deer_vla_ros.lab.training.losses import LossWeights
 from deer_vla_ros.lab.training.optimisation import OptimiserSettings, Schedule, Stage
 from deer_vla_ros.model.config import PRESETS, ModelConfig
@@ -46,7 +46,9 @@ class Network:
     def config(self) -> ModelConfig:
         """Returns the network's shape. Raises UserError for an unknown preset."""
         if self.preset not in PRESETS:
-            raise UserError(f"recipe: network.preset is {self.preset!r}: use one of {', '.join(PRESETS)}")
+            raise UserError(
+                f"recipe: network.preset is {shown(self.preset)}: use one of {', '.join(PRESETS)}"
+            )
         config = PRESETS[self.preset](self.layers)
         head = config.head
         if self.dropout >= 0:
@@ -131,7 +133,7 @@ class Train:
                 "change one of them"
             )
         if self.format not in FORMATS:
-            raise UserError(f"recipe: format is {self.format!r}: use one of {', '.join(FORMATS)}")
+            raise UserError(f"recipe: format is {shown(self.format)}: use one of {', '.join(FORMATS)}")
         if self.instructions and (self.window != 1 or self.format != "frames"):
             raise UserError(
                 "recipe: several instructions per frame need window 1 and format frames: "
@@ -173,7 +175,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16"):
-            raise UserError(f"recipe: dtype is {self.dtype!r}: use float32 or float16")
+            raise UserError(f"recipe: dtype is {shown(self.dtype)}: use float32 or float16")
         for name, least in (("log_every", 1), ("save_every", 1), ("evaluate_every", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}: give {least} or more")
@@ -218,7 +220,9 @@ def read_values(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     name = values.pop("base")
     base = path.parent / str(name)
     if not isinstance(name, str) or not base.is_file():
-        raise UserError(f"{path}: its base {name!r} is no file: name a recipe, relative to {path.parent}")
+        raise UserError(
+            f"{path}: its base {shown(name)} is no file: name a recipe, relative to {path.parent}"
+        )
     based_on = read_values(base, (*derived, path.resolve()))
     steps = values.pop("steps", {})
     merged = _merged(based_on, values)
@@ -241,7 +245,7 @@ def _changed(steps: Any, changes: dict[Any, Any], path: Path) -> list[Any]:
     for number, change in changes.items():
         if number not in numbered or not isinstance(change, dict | None):
             raise UserError(
-                f"{path}: steps has {number!r}: {change!r}: give the number of a step of the base, 1 to "
+                f"{path}: steps has {shown(number)}: {shown(change)}: give the number of a step of the base, 1 to "
                 f"{len(numbered)}, and its changes or null"
             )
         numbered[number] = None if change is None else _merged(numbered[number], change)
@@ -260,6 +264,6 @@ def _leaves(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any
 def _step(values: Any, where: str) -> RecordStep | Train:
     kinds = {"record": RecordStep, "train": Train}
     if not isinstance(values, dict) or len(values) != 1 or next(iter(values)) not in kinds:
-        raise UserError(f"{where}: {values!r}: give one of `record:` and `train:`")
+        raise UserError(f"{where}: {shown(values)}: give one of `record:` and `train:`")
     kind, fields = next(iter(values.items()))
     return from_json(kinds[kind], fields, where)
