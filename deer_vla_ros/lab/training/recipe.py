@@ -245,8 +245,8 @@ def _changed(steps: Any, changes: dict[Any, Any], path: Path) -> list[Any]:
     for number, change in changes.items():
         if number not in numbered or not isinstance(change, dict | None):
             raise UserError(
-                f"{path}: steps has {shown(number)}: {shown(change)}: give the number of a step of the base, 1 to "
-                f"{len(numbered)}, and its changes or null"
+                f"{path}: steps has {shown(number)}: {shown(change)}: give the number of a step of the base, "
+                f"1 to {len(numbered)}, and its changes or null"
             )
         numbered[number] = None if change is None else _merged(numbered[number], change)
     return [step for step in numbered.values() if step is not None]
