@@ -33,3 +33,8 @@ except ImportError as error:
         "run `make test`, or `make build` and `. scripts/env.sh`",
         returncode=1,
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "test_fuzz.py" not in item.nodeid)
