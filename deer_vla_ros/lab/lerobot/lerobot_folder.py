@@ -32,6 +32,8 @@ from deer_vla_ros.untrusted import check_fetched
 FORMATS = ("v2.1", "v3.0")
 LONGEST_TEXT = 64_000_000
 """Bytes of info.json, or of one line of a .jsonl file."""
+LONGEST_S = 1e7
+"""The longest video [s]."""
 BUFFER = 1 << 20
 """Bytes of a column that are read at a time."""
 ROWS = 64
@@ -183,6 +185,8 @@ class LerobotFolder:
                 for key in cameras
             }
             starts = {key: float(row[f"videos/{key}/from_timestamp"]) for key in cameras}
+            if not all(0 <= start < LONGEST_S for start in starts.values()):
+                raise ValueError(f"videos begin at {starts} s")
         return LerobotEpisode(
             index,
             tuple(_one_line(task) for task in row.get("tasks") or ()),

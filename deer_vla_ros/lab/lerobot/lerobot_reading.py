@@ -18,11 +18,10 @@ from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
-from deer_vla_ros.lab.lerobot.lerobot_folder import LerobotEpisode, LerobotFolder, batches
+from deer_vla_ros.lab.lerobot.lerobot_folder import LONGEST_S, LerobotEpisode, LerobotFolder, batches
 from deer_vla_ros.lab.lerobot.video_frames import VideoFrames, decoded_image
 from deer_vla_ros.model.action_space import ActionSpace
 
-LONGEST_S = 1e7
 LARGEST_UNEVENNESS = 0.25
 """The time between two chosen rows may differ from a control period by this share of it."""
 
