@@ -13,7 +13,6 @@ from deer_vla_ros.control.types import Camera, Frame
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.ros import images, parameters
 from deer_vla_ros.ros.messages import nanoseconds
-from deer_vla_ros.ros.parameters import NODE_NAME
 
 STATIC, GRIPPER = (f"camera/{camera.value}/image_raw" for camera in Camera)
 POSE, INSTRUCTION, STEPS, PARAMETERS = "ee_pose", "instruction", "deer_vla/step", "parameter_events"
@@ -152,7 +151,7 @@ def node_of(topics: Mapping[str, str]) -> str:
     `~/step` is among them, or deer_vla in the namespace of the first of INPUTS that has its usual name."""
     if topics.get(STEPS, "").endswith("/step"):
         return topics[STEPS].removesuffix("/step")
-    return f"{next(iter(_namespaces(topics, INPUTS)), '')}/{NODE_NAME}"
+    return f"{next(iter(_namespaces(topics, INPUTS)), '')}/{parameters.NODE_NAME}"
 
 
 def recorded_parameters(

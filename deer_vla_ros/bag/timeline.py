@@ -245,7 +245,8 @@ border-right:1px solid #fff}
 .axis i{position:absolute;transform:translateX(-50%);font:.8em/1.5 system-ui,sans-serif;color:#4b5563}
 .cursor{position:absolute;top:0;bottom:0;width:1px;background:#111827;pointer-events:none}
 .tip{position:fixed;z-index:1;bottom:.5em;box-sizing:border-box;max-width:min(30em,92vw);padding:.5em .7em;
-border-radius:.4em;color:#fff;background:#111827ee;font-size:.85em;line-height:1.4;pointer-events:none;white-space:pre-line;
+border-radius:.4em;color:#fff;background:#111827ee;font-size:.85em;line-height:1.4;pointer-events:none;
+white-space:pre-line;
 overflow-wrap:anywhere}
 .said{padding:0;list-style:none;counter-reset:said}
 .said li{display:inline-block;margin:0 1.2em .3em 0;padding-left:.5em;border-left:.7em solid var(--c);
