@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_disk import small_disk
 
 from deer_vla_ros import files
 from deer_vla_ros.errors import UserError
@@ -18,7 +18,7 @@ from deer_vla_ros.files import remove_leftovers, whole_file, whole_folder, write
 
 PARTS = ("one", "two")
 MOST = 2**16
-"""Bytes of a file that the operating system allows in `small_disk`."""
+"""Bytes of a file that the operating system allows in `full_disk`."""
 
 
 def write_folder(path, content):
@@ -218,12 +218,9 @@ def test_a_link_with_the_name_of_a_leftover_is_not_followed(tmp_path):
 
 
 @pytest.fixture
-def small_disk():
-    """No file of this process can become larger than MOST bytes, as on a disk that is full then."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def full_disk():
+    with small_disk(MOST):
+        yield
 
 
 def written_by(library, path):
@@ -238,7 +235,7 @@ def written_by(library, path):
 
 @pytest.mark.parametrize("library", ["python", "numpy", "safetensors"])
 @pytest.mark.parametrize("whole", [whole_file, whole_folder])
-def test_a_disk_that_refuses_is_one_line_and_the_old_content_stays(library, whole, small_disk, tmp_path):
+def test_a_disk_that_refuses_is_one_line_and_the_old_content_stays(library, whole, full_disk, tmp_path):
     path = tmp_path / "result"
     write_folder(path, "old") if whole is whole_folder else write_file(path, "old")
     with pytest.raises(UserError) as told, whole(path, 8 * MOST) as made:
@@ -252,7 +249,7 @@ def test_a_disk_that_refuses_is_one_line_and_the_old_content_stays(library, whol
     assert [each.name for each in tmp_path.iterdir()] == ["result"] and content_of(path) == "old"
 
 
-def test_an_error_inside_a_new_folder_names_its_final_place(small_disk, tmp_path):
+def test_an_error_inside_a_new_folder_names_its_final_place(full_disk, tmp_path):
     with pytest.raises(UserError) as told, whole_folder(tmp_path / "result") as made:
         write_text(made / "file.txt", "x" * 2 * MOST)
     assert str(told.value).startswith(

@@ -1,13 +1,13 @@
 """Tests of the commands on a disk without room: one line with path and size, nothing half-made, and the same
 command again finishes the work."""
 
-import resource
 import shutil
 
 import pytest
 from lerobot_sets import GRIPPER, STATIC, DatasetPlan, make
 from paths import ROOT
 from runs import JOINT, recipe_file, write_demonstrations
+from small_disk import small_disk
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.model.checkpoint import EMBEDDED
@@ -62,12 +62,8 @@ def test_a_command_on_a_full_disk_says_so_and_can_be_repeated(name, data, tmp_pa
     shutil.copytree(EMBEDDED, out) if name == "calibrate" else out.mkdir()
     before = {path: path.read_bytes() for path in out.iterdir()}
     arguments = [word.replace("OUT", str(out)).replace("DATA", str(data)) for word in words]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    try:
+    with small_disk(most):
         assert main(arguments) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     *_, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: ") and f"{named}" in error.split(" cannot be written (File too large)")[0]
     assert " free there: make room or give another place" in error and "partial-" not in error

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import random
-import resource
 import signal
 import subprocess
 import time
@@ -17,6 +16,7 @@ import yaml
 from paths import ROOT
 from processes import children, command_of, gone, wait_until
 from runs import EXIT, JOINT, command, curve, parsed, recipe_file, sums, train
+from small_disk import small_disk
 from small_model import SMALL
 
 from deer_vla_ros.commands import train_command
@@ -87,14 +87,11 @@ def test_a_run_that_is_killed_four_times_at_random_leaves_the_same_files(seed, u
 
 
 def test_a_log_on_a_full_disk_says_so_and_does_not_wait(tmp_path):
-    log, limits = TrainingLog(tmp_path, "stage-1-joint", 0), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"tensorboard/stage-1-joint cannot be written .* are free there"):
-            for step in range(1, 1000):
-                log.add(Progress(step, 1.0, {}, 1.0, 1.0, 1.0, 1.0))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log = TrainingLog(tmp_path, "stage-1-joint", 0)
+    told = r"tensorboard/stage-1-joint cannot be written .* are free there"
+    with small_disk(2**13), pytest.raises(UserError, match=told):
+        for step in range(1, 1000):
+            log.add(Progress(step, 1.0, {}, 1.0, 1.0, 1.0, 1.0))
 
 
 @pytest.mark.long
