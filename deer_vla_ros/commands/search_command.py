@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from deer_vla_ros.budget.calibration import CALIBRATION, REMEDY, Calibration
     from deer_vla_ros.budget.types import Budget
     from deer_vla_ros.lab.scoring.chain_report import summary
-    from deer_vla_ros.lab.scoring.evaluation_run import LANES, evaluate, files_of, groups_of, tasks_sha256
+    from deer_vla_ros.lab.scoring.evaluation_run import Evaluation, evaluate, files_of
     from deer_vla_ros.lab.scoring.network_driver import ExitChoice
+    from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark, tasks_sha256
     from deer_vla_ros.lab.search.search import search
     from deer_vla_ros.lab.search.search_task import Outcome
     from deer_vla_ros.model.checkpoint import folder_of, load, set_thresholds
@@ -84,12 +85,14 @@ def run(args: argparse.Namespace) -> int:
         f"calibration {files['other_files_sha256'][CALIBRATION][:12]}, "
         f"{args.chains} chains of {args.steps} steps each, tasks {tasks_sha256()[:12]}, seed {args.seed}"
     )
-    groups, jobs = groups_of(args.chains, 0, LANES), args.jobs or len(os.sched_getaffinity(0))
+    table = TableBenchmark(SEARCH_SET)
 
     def score(thresholds: tuple[float, ...]) -> Outcome:
         choice = ExitChoice(thresholds=thresholds)
-        chains, _ = evaluate(folder, choice, SEARCH_SET, "training", args.steps, groups, jobs, None)
-        report = summary(config, chains, [])
+        chains, _ = evaluate(
+            Evaluation(folder, choice, args.chains, table, steps=args.steps, jobs=args.jobs)
+        )
+        report = summary(config, chains, [], table.tasks)
         return Outcome(report["average_length"], report["llm_gmac_mean"] / report["llm_gmac_full"])
 
     def report_trial(number: int, outcome: Outcome) -> None:

@@ -19,6 +19,7 @@ from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.files import whole_file
 from deer_vla_ros.lab.scoring.chain_report import STATIC_LAYERS, mean_interval, report_text
 from deer_vla_ros.lab.scoring.evaluation_run import Evaluation, report_of
+from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.model.checkpoint import load_info
 
@@ -95,7 +96,9 @@ def measure(
     for point in found:
         wording = "" if phrasings == "training" else f"-{phrasings}"
         path = out / f"{point.name}-{chains}x{seed}{wording}.json"
-        asked = Evaluation(point.folder, point.choice, chains, 0, seed, phrasings=phrasings, jobs=jobs)
+        asked = Evaluation(
+            point.folder, point.choice, chains, TableBenchmark(seed, phrasings), jobs=jobs
+        )
         if not _is_there(path, asked.identity()):
             on_progress(f"{point.kind} {point.label}")
             asked.check()

@@ -1,4 +1,5 @@
-"""The figures of an evaluation: average chain length with its interval, rates by task, cost of the steps."""
+"""The figures of an evaluation: average chain length with its interval, rates by task and by wording, cost of
+the steps."""
 
 from __future__ import annotations
 
@@ -9,11 +10,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from deer_vla_ros.budget.cost import CostTable, cost_table
-from deer_vla_ros.lab.scoring.chain_run import Attempt
-from deer_vla_ros.lab.scoring.chains import CHAIN_LENGTH
-from deer_vla_ros.lab.sim.tasks import TASKS
+from deer_vla_ros.lab.scoring.chain_run import CHAIN_LENGTH, Attempt
 from deer_vla_ros.model.config import ModelConfig
 
 STATIC_LAYERS = 24
@@ -23,12 +23,14 @@ RESAMPLES = 10_000
 Chains = Sequence[Sequence[Attempt]]
 
 
-def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, Any]:
+def summary(config: ModelConfig, chains: Chains, singles: Chains, tasks: Sequence[str]) -> dict[str, Any]:
     """The figures of an evaluation by name; None for a figure that was not measured.
 
-    lengths: the number of successes of every chain. steps_by_time: how many attempts took more than 0, 1, ...
+    tasks: the order of the tasks in the report. lengths: the number of successes of every chain. steps_by_time: how many attempts took more than 0, 1, ...
     steps. Costs are means over the steps of the chains, or of the single instructions if there are no chains.
     They count the language part (the layers that ran) in GMAC, for each instruction's own number of tokens.
+    wordings: `rated` of every group of sentences. sentences: `rated` of every sentence that was given alone, in
+    the order of the tasks.
     """
     lengths = [sum(attempt.succeeded for attempt in chain) for chain in chains]
     every = [attempt for chain in (*chains, *singles) for attempt in chain]
@@ -43,17 +45,12 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains) -> dict[str, A
         ]
         if lengths
         else None,
-        "tasks": by_task(attempt for chain in chains for attempt in chain),
-        "singles": by_task(alone) if alone else None,
+        "tasks": by_task((attempt for chain in chains for attempt in chain), tasks),
+        "singles": by_task(alone, tasks) if alone else None,
         "singles_rate": _mean([attempt.succeeded for attempt in alone]),
         "approached": _mean([attempt.approached for attempt in every if attempt.approached is not None]),
-        "phrasing_rates": {
-            name: {
-                "rate": _mean(found := [a.succeeded for a in every if a.held_out == new]),
-                "trials": len(found),
-            }
-            for name, new in (("training", False), ("held_out", True))
-        },
+        "wordings": {name: rated(found) for name, found in _grouped(every, "wording").items()},
+        "sentences": by_sentence(alone, tasks),
         "steps_by_time": [
             sum(attempt.steps > time for attempt in every) for time in range(max(a.steps for a in every))
         ],
@@ -75,24 +72,61 @@ def mean_interval(values: Sequence[int], level: float = 0.95) -> tuple[float, fl
     return float(low), float(high)
 
 
-def by_task(attempts: Iterable[Attempt]) -> dict[str, dict[str, Any]]:
+def rate_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a success rate (Wilson 1927), if the trials are independent."""
+    found = binomtest(successes, trials).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def rated(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """The success rate of these attempts with its 95% interval, their number, and the mean number of layers
+    that a step ran (None if no step ran)."""
+    succeeded = sum(attempt.succeeded for attempt in attempts)
+    steps = sum(attempt.steps for attempt in attempts)
+    layers = sum((layer + 1) * count for attempt in attempts for layer, count in attempt.exits.items())
+    return {
+        "rate": succeeded / len(attempts),
+        "rate_ci": list(rate_interval(succeeded, len(attempts))),
+        "trials": len(attempts),
+        "layers": layers / steps if steps else None,
+    }
+
+
+def by_sentence(attempts: Iterable[Attempt], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """`rated` of every sentence, with its task and wording, in the order of the tasks."""
+    by_task = _grouped(attempts, "task")
+    return [
+        {"task": task, "wording": wording, "sentence": sentence, **rated(found)}
+        for task in tasks
+        for wording, own in _grouped(by_task.get(task, ()), "wording").items()
+        for sentence, found in _grouped(own, "instruction").items()
+    ]
+
+
+def _grouped(attempts: Iterable[Attempt], name: str) -> dict[str, list[Attempt]]:
+    """The attempts by the value of a field, in the order in which the values first occur."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        groups.setdefault(getattr(attempt, name), []).append(attempt)
+    return groups
+
+
+def by_task(attempts: Iterable[Attempt], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """For every task that was asked for: success rate, trials, and the share of attempts that approached the
     named block.
 
-    The share is None for a task that names no block.
+    The share is None for a task that names no block. tasks: the order.
     """
-    attempts, rows = list(attempts), {}
-    for task in TASKS:
-        own = [attempt for attempt in attempts if attempt.task == task.name]
-        if own:
-            rows[task.name] = {
-                "rate": _mean([attempt.succeeded for attempt in own]),
-                "trials": len(own),
-                "approached": _mean(
-                    [attempt.approached for attempt in own if attempt.approached is not None]
-                ),
-            }
-    return rows
+    found = _grouped(attempts, "task")
+    return {
+        task: {
+            "rate": _mean([attempt.succeeded for attempt in found[task]]),
+            "trials": len(found[task]),
+            "approached": _mean([each.approached for each in found[task] if each.approached is not None]),
+        }
+        for task in tasks
+        if task in found
+    }
 
 
 def costs(config: ModelConfig, attempts: Iterable[Attempt]) -> dict[str, Any]:
@@ -155,18 +189,21 @@ def report_text(report: dict[str, Any]) -> str:
         lines.append(f"the named block approached: {report['approached']:.1%}")
     if report["infeasible"]:
         lines.append(f"not possible when asked for, counted as failures: {report['infeasible']}")
-    for name, found in report["phrasing_rates"].items():
-        if found["trials"]:
-            lines.append(f"{name.replace('_', '-')} phrasings: {found['rate']:.1%} of {found['trials']}")
+    lines += [f"wording {name}: {_rate_text(found)}" for name, found in report["wordings"].items()]
     columns = [name for name in ("tasks", "singles") if report[name]]
     lines += [
         "",
         f"{'task':24}" + "".join(f"{'in chains' if name == 'tasks' else 'alone':>20}" for name in columns),
     ]
-    for task in TASKS:
-        cells = [_cell(report[name].get(task.name)) for name in columns]
-        if any(cells):
-            lines.append(f"{task.name:24}" + "".join(f"{cell:>20}" for cell in cells))
+    for task in dict.fromkeys(task for name in columns for task in report[name]):
+        cells = [_cell(report[name].get(task)) for name in columns]
+        lines.append(f"{task:24}" + "".join(f"{cell:>20}" for cell in cells))
+    if report["sentences_asked_for"]:
+        lines += ["", "sentences given alone, in the same states of each task:"]
+        lines += [
+            f"{each['task']:24}{_rate_text(each)}  {each['wording']}: {each['sentence']}"
+            for each in report["sentences"]
+        ]
     if report["llm_gmac_mean"]:
         shares = "  ".join(
             f"{layer + 1}: {share:.0%}" for layer, share in zip(report["exits"], report["exit_shares"])
@@ -179,6 +216,12 @@ def report_text(report: dict[str, Any]) -> str:
             f"steps by layers run: {shares}",
         ]
     return "\n".join(lines)
+
+
+def _rate_text(found: dict[str, Any]) -> str:
+    low, high = found["rate_ci"]
+    depth = f", {found['layers']:.1f} layers per step" if found["layers"] else ""
+    return f"{found['rate']:.1%} of {found['trials']} (95% {low:.1%} to {high:.1%}){depth}"
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -1,8 +1,8 @@
-"""The run of chains of instructions: several simulated tables in lock step, all moved by one driver.
+"""The run of chains of instructions: several simulated scenes in lock step, all moved by one driver.
 
 The rules are those of CALVIN's long-horizon protocol (LH-MTLC, Mees et al. 2022, arXiv 2112.03227). Every
-instruction has a limited number of steps. Success is decided from the table's state before the instruction
-and its state now. At every instruction the driver's memory is cleared, while the arm and the table stay as
+instruction has a limited number of steps. Success is decided from the scene's state before the instruction
+and its state now. At every instruction the driver's memory is cleared, while the arm and the scene stay as
 they are. The first failure ends the chain.
 """
 
@@ -15,12 +15,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from deer_vla_ros.lab.scoring.approach import Approach
-from deer_vla_ros.lab.scoring.chains import Chain, set_up
-from deer_vla_ros.lab.sim.table import Table
-from deer_vla_ros.lab.sim.table_arm import TableArm
-from deer_vla_ros.lab.sim.tasks import BY_NAME
+from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.model.from_json import from_json
+
+CHAIN_LENGTH = 5
+"""The instructions of a chain."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Instructions to follow one after the other, and the state in which they begin.
+
+    start: the first state, as the benchmark's scenes understand it. tasks, instructions, wordings: one entry
+    per instruction. A wording is the name of the group that the sentence comes from, such as "training".
+    """
+
+    start: Any
+    tasks: tuple[str, ...]
+    instructions: tuple[str, ...]
+    wordings: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +49,28 @@ class LaneDecision:
     exit_layer: int = -1
 
 
+class ChainScene(Protocol):
+    """One simulated scene with its arm. It runs one chain at a time, in a lane of its own."""
+
+    def begin(self, start: Any) -> None:
+        """Brings the scene into the state in which a chain begins."""
+
+    def ask(self, task: str) -> bool:
+        """Starts an instruction: success is judged against the present state. False if it is not possible."""
+
+    def observe(self) -> Observation:
+        """What the cameras show now, and the measured pose of the arm."""
+
+    def act(self, pose: np.ndarray, gripper_open: bool) -> None:
+        """Starts one control step with action (6,). `finish` has to follow."""
+
+    def finish(self) -> bool:
+        """Waits until the step has ended. Returns whether the task asked for is done."""
+
+    def approached(self) -> bool | None:
+        """Whether the arm first came to the block that the task names; None if there is no such judgement."""
+
+
 class Driver(Protocol):
     """What moves the arms; each arm has a lane of its own."""
 
@@ -45,24 +80,23 @@ class Driver(Protocol):
         Returns its number of tokens, special tokens included; 0 if the driver reads no text.
         """
 
-    def decide(self, arms: Mapping[int, TableArm]) -> Mapping[int, LaneDecision]:
-        """Returns the next decision of every lane in `arms`, from the present state of its arm and table."""
+    def decide(self, scenes: Mapping[int, ChainScene]) -> Mapping[int, LaneDecision]:
+        """Returns the next decision of every lane in `scenes`, from the present state of its scene."""
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One instruction that was given, and its result.
 
-    held_out: whether the training never used this phrasing. position: the instruction's place in its chain,
-    from 0. feasible: whether the task was possible when it was asked for; if not, the attempt failed without
-    a step. approached: whether the arm first came to the block that the instruction names; None if it names
-    no block or was not feasible. exits: the number of steps by exit layer. tokens: the instruction's number
-    of tokens.
+    wording: the group that the sentence comes from, such as "training". position: the instruction's place in
+    its chain, from 0. feasible: whether the task was possible when it was asked for; if not, the attempt
+    failed without a step. approached: see ChainScene.approached; None if the attempt was not feasible. exits: the
+    number of steps by exit layer. tokens: the instruction's number of tokens.
     """
 
     task: str
     instruction: str
-    held_out: bool
+    wording: str
     position: int
     feasible: bool
     succeeded: bool
@@ -79,26 +113,28 @@ class Attempt:
 
 def run_chains(
     chains: Sequence[Chain],
-    tables: Sequence[Table],
+    scenes: Sequence[ChainScene],
     driver: Driver,
     step_limit: int,
     on_chain_end: Callable[[], None] = lambda: None,
 ) -> list[tuple[Attempt, ...]]:
-    """Runs every chain in a lane and on a table of its own. Returns the attempts of each chain, in order.
+    """Runs every chain in a lane and on a scene of its own. Returns the attempts of each chain, in order.
 
     step_limit: the most steps per instruction. on_chain_end: called whenever a chain has ended.
 
     The other chains of a batch change a chain's actions by rounding errors, and contacts amplify these.
     The results are the same in every run only if the same chains run together.
     """
-    runs = {
-        lane: _ChainRun(chain, set_up(chain, table))
-        for lane, (chain, table) in enumerate(zip(chains, tables, strict=True))
-    }
+    runs = {lane: _ChainRun(chain, scene) for lane, (chain, scene) in enumerate(zip(chains, scenes, strict=True))}
+    for run in runs.values():
+        run.scene.begin(run.chain.start)
     going = {lane: run for lane, run in runs.items() if run.begin(driver, lane)}
     while going:
-        for lane, decision in driver.decide({lane: run.arm for lane, run in going.items()}).items():
-            if not going[lane].step(decision, step_limit) and not going[lane].begin(driver, lane):
+        decisions = driver.decide({lane: run.scene for lane, run in going.items()})
+        for lane, decision in decisions.items():  # Scenes that are processes of their own work at the same time.
+            going[lane].scene.act(decision.pose, decision.open)
+        for lane, decision in decisions.items():
+            if not going[lane].finish(decision, step_limit) and not going[lane].begin(driver, lane):
                 del going[lane]
                 on_chain_end()
     return [tuple(run.attempts) for run in runs.values()]
@@ -109,7 +145,7 @@ class _ChainRun:
     """A chain that is being run."""
 
     chain: Chain
-    arm: TableArm
+    scene: ChainScene
     attempts: list[Attempt] = field(default_factory=list)
 
     def begin(self, driver: Driver, lane: int) -> bool:
@@ -117,22 +153,19 @@ class _ChainRun:
         position = len(self.attempts)
         if position == len(self.chain.tasks) or (self.attempts and not self.attempts[-1].succeeded):
             return False
-        self.task, self.before = BY_NAME[self.chain.tasks[position]], self.arm.table.state()
-        self.steps, self.exits, self.approach = 0, Counter(), Approach(self.before)
-        self.tokens = driver.begin(lane, self.task.name, self.chain.instructions[position])
-        if not self.task.possible(self.before):
+        task = self.chain.tasks[position]
+        self.steps, self.exits = 0, Counter()
+        self.tokens = driver.begin(lane, task, self.chain.instructions[position])
+        if not self.scene.ask(task):
             self._end(succeeded=False, feasible=False)
             return False
         return True
 
-    def step(self, decision: LaneDecision, step_limit: int) -> bool:
-        """Runs one control step. Returns False if it was the instruction's last one."""
-        self.arm.step(decision.pose, decision.open)
+    def finish(self, decision: LaneDecision, step_limit: int) -> bool:
+        """Ends one control step. Returns False if it was the instruction's last one."""
+        succeeded = self.scene.finish()
         self.steps += 1
         self.exits[decision.exit_layer] += 1
-        now = self.arm.table.state()
-        self.approach.see(now)
-        succeeded = self.task.succeeded(self.before, now)
         if succeeded or self.steps == step_limit:
             self._end(succeeded, feasible=True)
             return False
@@ -140,17 +173,16 @@ class _ChainRun:
 
     def _end(self, succeeded: bool, feasible: bool) -> None:
         position = len(self.attempts)
-        judged = feasible and self.task.block is not None
         self.attempts.append(
             Attempt(
-                task=self.task.name,
+                task=self.chain.tasks[position],
                 instruction=self.chain.instructions[position],
-                held_out=self.chain.held_out[position],
+                wording=self.chain.wordings[position],
                 position=position,
                 feasible=feasible,
                 succeeded=bool(succeeded),
                 steps=self.steps,
-                approached=self.approach.block == self.task.block(self.before) if judged else None,
+                approached=self.scene.approached() if feasible else None,
                 tokens=self.tokens,
                 exits=dict(sorted(self.exits.items())),
             )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,23 @@ import torch
 from deer_vla_ros.budget.calibration import CALIBRATION
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.files import write_json
+from deer_vla_ros.lab.scoring.benchmark import Benchmark, Group
 from deer_vla_ros.lab.scoring.chain_report import summary
-from deer_vla_ros.lab.scoring.chain_run import Attempt, run_chains
-from deer_vla_ros.lab.scoring.chains import (
-    MOST_TRIALS,
-    SINGLES_FROM,
-    Chain,
-    chain_seed,
-    draw_chain,
-    draw_single,
-    single_seed,
-)
+from deer_vla_ros.lab.scoring.chain_run import Attempt, Chain
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice, NetworkDriver
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
-from deer_vla_ros.lab.sim.table import Table
-from deer_vla_ros.lab.sim.tasks import TASKS
+from deer_vla_ros.lab.scoring.sentences import Sentence
+from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark
+from deer_vla_ros.lab.scoring.table_chains import MOST_TRIALS, SINGLES_FROM
 from deer_vla_ros.lab.workers import Work, progress_bar, spread
-from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load_as
+from deer_vla_ros.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, load, load_as
+from deer_vla_ros.model.quantisation import types_of
 
 Results = list[tuple[Attempt, ...]]
 LANES = 8
 """Chains that run in lock step in one process. The same chains always run together, so that every run gives
 the same numbers."""
+MOST_LANES = 1024
 
 
 @dataclass(frozen=True)
@@ -45,35 +39,36 @@ class Evaluation:
     """The settings of an evaluation.
 
     folder: the checkpoint's folder. choice: what decides how many layers run. chains: the number of chains of
-    five instructions. trials: the number of single instructions per task. seed: selects the set of chains.
-    steps: the most steps per instruction. phrasings: "training", "held-out" or "both". jobs: the number of
-    processes; None: one per core. dtype: of the weights, as the parameter `model.dtype`.
+    five instructions. benchmark: where they come from. trials: the number of single instructions per task, or
+    per sentence. steps: the most steps per instruction. jobs: the number of processes; None: as many as keep
+    the cores busy. dtype, device: as the parameters `model.dtype` and `model.device`. lanes: chains that run
+    in lock step.
     """
 
     folder: Path
     choice: ExitChoice
     chains: int
+    benchmark: Benchmark = field(default_factory=TableBenchmark)
     trials: int = 0
-    seed: int = 0
     steps: int = 80
-    phrasings: str = "training"
     jobs: int | None = None
     dtype: str = "float32"
+    device: str = "cpu"
+    lanes: int = LANES
 
     def check(self) -> None:
         """Raises UserError if a number is out of range, or if there is nothing to evaluate."""
         limits = {
             "chains": (0, SINGLES_FROM),
             "trials": (0, MOST_TRIALS),
-            "seed": (0, None),
             "steps": (1, None),
             "jobs": (1, None),
+            "lanes": (1, MOST_LANES),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and (value < low or (high is not None and value > high)):
-                why = ", since seeds below 1,000,000 belong to training" if name == "seed" else ""
-                wanted = f"{low} {f'to {high}' if high else 'or more'}{why}"
+                wanted = f"{low} {f'to {high}' if high else 'or more'}"
                 raise UserError(f"evaluate: --{name} is {value}: give {wanted}")
         if not self.chains and not self.trials:
             raise UserError("evaluate: neither --chains nor --trials asks for anything: give one of them")
@@ -83,14 +78,18 @@ class Evaluation:
         return {
             "budget": self.choice.to_json(),
             "dtype": self.dtype,
+            "device": self.device,
             **files_of(self.folder),
-            "tasks_sha256": tasks_sha256(),
-            "seed": self.seed,
+            **self.benchmark.identity(),
             "chains_asked_for": self.chains,
             "trials_per_task": self.trials,
             "steps_per_instruction": self.steps,
-            "phrasings": self.phrasings,
+            "lanes": self.lanes,
         }
+
+    def groups(self) -> list[Group]:
+        """All chains, and all trials of every single instruction."""
+        return groups_of(self.chains, self.benchmark.singles() if self.trials else [], self.trials, self.lanes)
 
 
 def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any]:
@@ -100,28 +99,20 @@ def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any
     next run continues an interrupted one. Raises UserError if the checkpoint cannot follow the choice, or if
     the file beside is of another evaluation.
     """
-    checkpoint = load_as(asked.dtype, asked.folder)
-    asked.choice.rule_of(checkpoint)  # An error is raised here, before any process starts.
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("evaluate: --device is cuda, but torch sees no GPU here: use cpu")
+    # With one layer in memory, an error is raised before any process starts and loads the others.
+    dtype, bits = types_of(asked.dtype, asked.device)
+    checkpoint = load(asked.folder, "cpu", dtype, layers=1, bits=bits)
+    asked.choice.rule_of(checkpoint)
     about = asked.identity()
     resume = None
     if json_file is not None:
         resume = ResumeFile(json_file.with_name(f"{json_file.name}.partial.jsonl"), about)
         if resume.done:
             print(f"{json_file}: going on from an interrupted run")
-    groups = groups_of(asked.chains, asked.trials, LANES)
-    jobs = asked.jobs or len(os.sched_getaffinity(0))
-    chains, singles = evaluate(
-        asked.folder,
-        asked.choice,
-        asked.seed,
-        asked.phrasings,
-        asked.steps,
-        groups,
-        jobs,
-        resume,
-        asked.dtype,
-    )
-    report = {**summary(checkpoint.info.model, chains, singles), **about}
+    chains, singles = evaluate(asked, resume)
+    report = {**summary(checkpoint.info.model, chains, singles, asked.benchmark.tasks), **about}
     if resume is not None:
         write_json(json_file, report)
         resume.remove()
@@ -137,87 +128,57 @@ def files_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def tasks_sha256() -> str:
-    """The SHA-256 sum of all tasks and their phrasings.
-
-    It covers neither the simulation nor the criteria of success.
-    """
-    wordings = [[task.name, task.phrasings, task.held_out] for task in TASKS]
-    return hashlib.sha256(json.dumps(wordings).encode()).hexdigest()
-
-
 def _sha256(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-@dataclass(frozen=True)
-class Group:
-    """Chains that always run together.
-
-    task: the task of single instructions; empty for chains. indices: the numbers of the chains or trials.
-    """
-
-    task: str
-    indices: tuple[int, ...]
-
-    @property
-    def key(self) -> str:
-        """The group's key in the file of finished parts."""
-        return f"{self.task or 'chains'} {self.indices[0]}"
+_drawn: dict[tuple[Benchmark, Group], list[Chain]] = {}
+"""The chains that were drawn for this process. A search runs the same chains many times, and on the table the
+draw takes a quarter of the time."""
 
 
-_drawn: dict[tuple[int, str, Group], list[Chain]] = {}
-"""The chains that were drawn in this process, by seed, phrasings and group. A search runs the same chains
-many times, and the draw takes a quarter of the time."""
-
-
-def groups_of(chains: int, trials: int, lanes: int) -> list[Group]:
-    """All chains and all trials of every task, in groups of at most `lanes`."""
-    counts = {"": chains, **{task.name: trials for task in TASKS}}
+def groups_of(chains: int, singles: Sequence[Sentence], trials: int, lanes: int) -> list[Group]:
+    """All chains and all trials of every single instruction, in groups of at most `lanes`."""
+    counts = [(None, chains), *((single, trials) for single in singles)]
     return [
-        Group(name, tuple(range(first, min(first + lanes, count))))
-        for name, count in counts.items()
+        Group(single, tuple(range(first, min(first + lanes, count))))
+        for single, count in counts
         for first in range(0, count, lanes)
     ]
 
 
-def evaluate(
-    folder: Path,
-    choice: ExitChoice,
-    seed: int,
-    phrasings: str,
-    step_limit: int,
-    groups: Sequence[Group],
-    processes: int,
-    resume: ResumeFile | None,
-    dtype: str = "float32",
-) -> tuple[Results, Results]:
+def evaluate(asked: Evaluation, resume: ResumeFile | None = None) -> tuple[Results, Results]:
     """Runs all groups. Returns the attempts of every chain, and those of every single instruction.
 
-    Both lists have the order of `groups`, for any number of processes. resume: has the groups that are
+    Both lists have the order of the groups, for any number of processes. resume: has the groups that are
     finished already, which are not run again, and gets every newly finished one.
     """
+    groups = asked.groups()
     known = resume.done if resume else {}
     done = {group.key: _results_of(group, known[group.key]) for group in groups if group.key in known}
     left = [group for group in groups if group.key not in done]
-    lanes = max(len(group.indices) for group in groups)
     with progress_bar() as progress:
         bar = progress.add_task("evaluating", total=sum(len(group.indices) for group in groups))
         progress.advance(bar, sum(len(group.indices) for group in groups if group.key in done))
-        arguments = (folder, choice, seed, phrasings, step_limit, lanes, dtype)
-        jobs = [(group, _drawn.get((seed, phrasings, group))) for group in left]
+        jobs = [(group, _drawn.get((asked.benchmark, group))) for group in left]
         for (group, _), (drawn, results) in spread(
-            _worker, arguments, jobs, processes, lambda: progress.advance(bar)
+            _worker, (asked,), jobs, asked.jobs or _processes(asked), lambda: progress.advance(bar)
         ):
-            _drawn[seed, phrasings, group] = drawn
+            _drawn[asked.benchmark, group] = drawn
             done[group.key] = results
             if resume:
                 resume.add(
                     group.key, [[dataclasses.asdict(each) for each in attempts] for attempts in results]
                 )
     found = {group: done[group.key] for group in groups}
-    chains = [attempts for group, results in found.items() if not group.task for attempts in results]
-    return chains, [attempts for group, results in found.items() if group.task for attempts in results]
+    chains = [attempts for group, results in found.items() if group.single is None for attempts in results]
+    singles = [attempts for group, results in found.items() if group.single for attempts in results]
+    return chains, singles
+
+
+def _processes(asked: Evaluation) -> int:
+    """As many processes as keep the cores busy."""
+    return max(1, len(os.sched_getaffinity(0)) // asked.benchmark.cores_of(asked.lanes))
 
 
 def _results_of(group: Group, values: Any) -> Results:
@@ -237,30 +198,19 @@ def _damaged(group: Group, why: str) -> UserError:
     )
 
 
-def _worker(
-    folder: Path, choice: ExitChoice, seed: int, phrasings: str, step_limit: int, lanes: int, dtype: str
-) -> Work:
-    """Returns the function that runs one group in this process. The tables are made once, for all groups."""
+def _worker(asked: Evaluation) -> Work:
+    """Returns the function that runs one group in this process. The scenes are made once, for all groups."""
     torch.set_num_threads(1)
-    checkpoint = load_as(dtype, folder)
-    driver = NetworkDriver(checkpoint, choice.rule_of(checkpoint), lanes)
-    tables = [Table() for _ in range(lanes)]
+    checkpoint = load_as(asked.dtype, asked.folder, asked.device)
+    lanes = min(asked.lanes, max(asked.chains, asked.trials))
+    driver = NetworkDriver(checkpoint, asked.choice.rule_of(checkpoint), lanes)
+    stage = asked.benchmark.open(lanes, checkpoint.info.action_space)
 
     def work(
         job: tuple[Group, list[Chain] | None], on_progress: Callable[[], None]
     ) -> tuple[list[Chain], Results]:
         group, chains = job
-        own = tables[: len(group.indices)]
-        if chains is None:
-            chains = [
-                _draw(table, seed, group.task, index, phrasings) for table, index in zip(own, group.indices)
-            ]
-        return chains, run_chains(chains, own, driver, step_limit, on_progress)
+        chains = chains or stage.chains(group)
+        return chains, stage.run(chains, driver, asked.steps, on_progress)
 
     return work
-
-
-def _draw(table: Table, seed: int, task: str, index: int, phrasings: str) -> Chain:
-    if not task:
-        return draw_chain(table, chain_seed(seed, index), phrasings)
-    return draw_single(table, task, single_seed(seed, task, index), phrasings)

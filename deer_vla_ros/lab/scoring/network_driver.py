@@ -1,4 +1,4 @@
-"""The driver that moves several simulated tables by a checkpoint's network, under a chosen exit rule."""
+"""The driver that moves several simulated scenes by a checkpoint's network, under a chosen exit rule."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.exit_rule import ExitRule
 from deer_vla_ros.inference.policy import DeerPolicy
-from deer_vla_ros.inference.types import Observation
-from deer_vla_ros.lab.scoring.chain_run import LaneDecision
-from deer_vla_ros.lab.sim.table_arm import TableArm
+from deer_vla_ros.lab.scoring.chain_run import ChainScene, LaneDecision
 from deer_vla_ros.model.checkpoint import Checkpoint, CheckpointInfo
 
 RuleOf = Callable[[int, int], ExitRule]
@@ -104,15 +102,15 @@ class NetworkDriver:
         self._tokens[lane], self._steps[lane] = self._policy.reset(instruction, lane), 0
         return self._tokens[lane]
 
-    def decide(self, arms: Mapping[int, TableArm]) -> dict[int, LaneDecision]:
+    def decide(self, scenes: Mapping[int, ChainScene]) -> dict[int, LaneDecision]:
         """See chain_run.Driver.
 
         Raises UserError if an action is not finite: such a network cannot be scored.
         """
-        for lane in arms:
+        for lane in scenes:
             self._policy.set_rule(self._rule_of(self._tokens[lane], self._steps[lane]), lane)
             self._steps[lane] += 1
-        steps = self._policy.step_lanes({lane: _observation(arm) for lane, arm in arms.items()})
+        steps = self._policy.step_lanes({lane: scene.observe() for lane, scene in scenes.items()})
         for step in steps.values():
             if not step.action.is_finite:
                 raise UserError(
@@ -123,11 +121,6 @@ class NetworkDriver:
             lane: LaneDecision(step.action.pose, step.action.gripper > 0, step.exit_layer)
             for lane, step in steps.items()
         }
-
-
-def _observation(arm: TableArm) -> Observation:
-    views = arm.table.render()
-    return Observation(views.static, views.gripper, arm.measured())
 
 
 def _budget_rules(budget: Budget, checkpoint: Checkpoint) -> RuleOf:

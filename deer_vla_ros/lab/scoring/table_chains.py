@@ -1,5 +1,5 @@
-"""The chains of instructions of an evaluation, drawn from seeds. The scripted expert has carried out each of
-them once.
+"""The chains of instructions on the simulated table, drawn from seeds. The scripted expert has carried out
+each of them once.
 
 A chain has five instructions (CALVIN's LH-MTLC protocol, Mees et al. 2022, arXiv 2112.03227).
 A single instruction follows a few tasks that the expert carries out first.
@@ -9,18 +9,20 @@ differ: they take their tasks from five different categories.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.demonstrations.demonstrations import STEP_LIMIT
+from deer_vla_ros.lab.scoring.chain_run import CHAIN_LENGTH, Chain
+from deer_vla_ros.lab.scoring.sentences import Sentence
 from deer_vla_ros.lab.sim.expert import act
 from deer_vla_ros.lab.sim.table import Table
 from deer_vla_ros.lab.sim.table_arm import TableArm
 from deer_vla_ros.lab.sim.tasks import BY_NAME, NEEDS_HELD_BLOCK, TASKS, Task
 
-CHAIN_LENGTH = 5
 LONGEST_PREFIX = 3
 FIRST_SEED = 1_000_000
 """Smaller seeds belong to training, calibration and search."""
@@ -45,21 +47,70 @@ _WEIGHTS = {
 often."""
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Instructions to follow one after the other, and the state in which they begin.
+Words = Callable[[Sequence[str], np.random.Generator], Sequence[Sentence]]
+"""Draws a sentence for each task."""
 
-    seed: the seed of the draw. table_seed: the argument of `Table.reset(table_seed, varied=True)`.
-    prefix: tasks that the expert carries out first. tasks, instructions, held_out: one entry per instruction.
-    held_out: whether the training never used this phrasing.
+
+@dataclass(frozen=True)
+class TableStart:
+    """The state in which a chain begins.
+
+    table_seed: the argument of `Table.reset(table_seed, varied=True)`. prefix: tasks that the expert carries
+    out first.
+    """
+
+    table_seed: int
+    prefix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tasks that the expert has carried out one after the other, and the state in which they begin.
+
+    seed, attempt: of the draw. Earlier attempts failed.
     """
 
     seed: int
-    table_seed: int
-    prefix: tuple[str, ...]
+    attempt: int
+    start: TableStart
     tasks: tuple[str, ...]
-    instructions: tuple[str, ...]
-    held_out: tuple[bool, ...]
+
+    def worded(self, words: Words) -> Chain:
+        """The chain with its sentences.
+
+        They have a random stream of their own, so that other words leave the tasks as they are.
+        """
+        given = words(self.tasks, np.random.default_rng([self.seed, self.attempt, 1]))
+        return Chain(
+            self.start, self.tasks, tuple(each.text for each in given), tuple(each.wording for each in given)
+        )
+
+
+def phrasings(kind: str) -> Words:
+    """The table's own phrasings. kind: "training", "held-out" or "both", which is half of each."""
+
+    def words(tasks: Sequence[str], random: np.random.Generator) -> list[Sentence]:
+        held_out = [kind == "held-out" or (kind == "both" and bool(random.integers(2))) for _ in tasks]
+        return [
+            Sentence(
+                name,
+                str(random.choice(BY_NAME[name].held_out if new else BY_NAME[name].phrasings)),
+                "held-out" if new else "training",
+            )
+            for name, new in zip(tasks, held_out)
+        ]
+
+    return words
+
+
+def drawn_from(sentences: Sequence[Sentence]) -> Words:
+    """Words that are drawn from `sentences`, which have to contain at least one for each task."""
+    by_task = {name: [each for each in sentences if each.task == name] for name in BY_NAME}
+
+    def words(tasks: Sequence[str], random: np.random.Generator) -> list[Sentence]:
+        return [by_task[name][random.integers(len(by_task[name]))] for name in tasks]
+
+    return words
 
 
 def chain_seed(run: int, index: int) -> int:
@@ -72,27 +123,26 @@ def single_seed(run: int, task: str, trial: int) -> int:
     return FIRST_SEED + run * SEEDS_PER_RUN + SINGLES_FROM + TASKS.index(BY_NAME[task]) * MOST_TRIALS + trial
 
 
-def draw_chain(table: Table, seed: int, phrasings: str) -> Chain:
-    """A chain of five tasks that the expert has just carried out on `table`. If the expert fails, other tasks
-    are drawn.
+def draw_chain(table: Table, seed: int, tasks: Collection[str] = BY_NAME.keys()) -> Draw:
+    """Five of `tasks` that the expert has just carried out on `table`. If the expert fails, others are drawn.
 
-    phrasings: "training", "held-out" or "both". Raises UserError if the expert fails too often.
+    Raises UserError if the expert fails too often.
     """
     for attempt in range(_ATTEMPTS):
         random, table_seed = _begin(table, seed, attempt)
-        tasks = _carry_out_some(TableArm(table), CHAIN_LENGTH, random)
-        if len(tasks) == CHAIN_LENGTH:
-            return _worded(seed, attempt, table_seed, (), tasks, phrasings)
+        done = _carry_out_some(TableArm(table), CHAIN_LENGTH, random, tasks)
+        if len(done) == CHAIN_LENGTH:
+            return Draw(seed, attempt, TableStart(table_seed), done)
     raise UserError(
-        f"chain of seed {seed}: the expert failed {_ATTEMPTS} times: the table's tasks have become infeasible"
+        f"chain of seed {seed}: in {_ATTEMPTS} attempts no chain of {CHAIN_LENGTH} was found among the tasks "
+        f"{', '.join(tasks)}: none of them may follow itself, so give more tasks, or --chains 0 and --trials"
     )
 
 
-def draw_single(table: Table, task: str, seed: int, phrasings: str) -> Chain:
-    """A chain of one task, which the expert has just carried out after up to LONGEST_PREFIX other tasks.
+def draw_single(table: Table, task: str, seed: int) -> Draw:
+    """One task, which the expert has just carried out after up to LONGEST_PREFIX other tasks.
 
-    phrasings: "training", "held-out" or "both". Raises UserError if no state is found in which the expert
-    succeeds.
+    Raises UserError if no state is found in which the expert succeeds.
     """
     for attempt in range(_ATTEMPTS):
         random, table_seed = _begin(table, seed, attempt)
@@ -100,10 +150,11 @@ def draw_single(table: Table, task: str, seed: int, phrasings: str) -> Chain:
         count = int(random.integers(LONGEST_PREFIX + 1 - needs_block))
         prefix = _carry_out_some(arm, count, random)
         if needs_block:
-            prefix += _carry_out_some(arm, 1, random, "lift_", prefix)
+            lifts = [name for name in BY_NAME if name.startswith("lift_")]
+            prefix += _carry_out_some(arm, 1, random, lifts, prefix)
         is_complete = len(prefix) == count + needs_block
         if is_complete and BY_NAME[task].possible(table.state()) and carry_out(arm, task):
-            return _worded(seed, attempt, table_seed, prefix, (task,), phrasings)
+            return Draw(seed, attempt, TableStart(table_seed, prefix), (task,))
     raise UserError(f"{task} of seed {seed}: found in none of {_ATTEMPTS} states: it has become infeasible")
 
 
@@ -118,17 +169,17 @@ def carry_out(arm: TableArm, name: str) -> bool:
     return False
 
 
-def set_up(chain: Chain, table: Table) -> TableArm:
-    """Brings the table into the state in which the chain begins; the same chain always gets the same state.
+def set_up(start: TableStart, table: Table) -> TableArm:
+    """Brings the table into the state in which a chain begins; the same start always gives the same state.
 
-    Raises RuntimeError if the expert fails in the chain's prefix.
+    Raises RuntimeError if the expert fails in the prefix.
     """
-    table.reset(chain.table_seed, varied=True)
+    table.reset(start.table_seed, varied=True)
     arm = TableArm(table)
-    for name in chain.prefix:
+    for name in start.prefix:
         if not carry_out(arm, name):
             raise RuntimeError(
-                f"the expert fails {name} of the prefix {chain.prefix}, which it did when the chain was drawn"
+                f"the expert fails {name} of the prefix {start.prefix}, which it did when the chain was drawn"
             )
     return arm
 
@@ -140,9 +191,13 @@ def _begin(table: Table, seed: int, attempt: int) -> tuple[np.random.Generator, 
 
 
 def _carry_out_some(
-    arm: TableArm, count: int, random: np.random.Generator, kind: str = "", done: tuple[str, ...] = ()
+    arm: TableArm,
+    count: int,
+    random: np.random.Generator,
+    tasks: Collection[str] = BY_NAME.keys(),
+    done: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
-    """Lets the expert carry out up to `count` drawn tasks whose names begin with `kind`, none twice in a row.
+    """Lets the expert carry out up to `count` tasks that are drawn from `tasks`, none twice in a row.
 
     done: the tasks before. Returns fewer tasks if none is possible or if the expert fails.
     """
@@ -153,7 +208,7 @@ def _carry_out_some(
         possible = [
             task
             for task in TASKS
-            if task.name.startswith(kind) and task.name not in last and task.possible(state)
+            if task.name in tasks and task.name not in last and task.possible(state)
         ]
         if not possible:
             break
@@ -167,22 +222,3 @@ def _carry_out_some(
 def _drawn(tasks: list[Task], random: np.random.Generator) -> Task:
     weights = np.array([_WEIGHTS.get(task.name, 1.0) for task in tasks])
     return tasks[random.choice(len(tasks), p=weights / weights.sum())]
-
-
-def _worded(
-    seed: int, attempt: int, table_seed: int, prefix: tuple[str, ...], tasks: tuple[str, ...], phrasings: str
-) -> Chain:
-    """The chain with its phrasings.
-
-    They have a random stream of their own, so that other phrasings leave the tasks as they are.
-    """
-    random = np.random.default_rng([seed, attempt, 1])
-    held_out = tuple(
-        phrasings == "held-out" or (phrasings == "both" and bool(random.integers(2))) for _ in tasks
-    )
-    choices = [
-        BY_NAME[name].held_out if new else BY_NAME[name].phrasings for name, new in zip(tasks, held_out)
-    ]
-    return Chain(
-        seed, table_seed, prefix, tasks, tuple(str(random.choice(words)) for words in choices), held_out
-    )
