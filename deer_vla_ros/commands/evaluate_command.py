@@ -1,4 +1,4 @@
-"""Scores chains of instructions on the simulated table: their length, success rates and cost.
+"""Scores chains of instructions, on the simulated table or on CALVIN: their length, success rates and cost.
 
 Example: the embedded checkpoint at 30% of full depth, and single instructions in wordings not used in
 training:
@@ -6,11 +6,16 @@ training:
     python -m deer_vla_ros evaluate --chains 200 --budget average_fraction=0.3 --json out/chains.json
     python -m deer_vla_ros evaluate --chains 0 --trials 20 --phrasings held-out
 
+The success of sentences of your own, each given in the same five states of its task:
+
+    python -m deer_vla_ros evaluate --wordings plain.json --tasks open_drawer,close_drawer
+
 A chain has five instructions without a reset in between, of at most --steps steps each. The first failure
-ends it (CALVIN's LH-MTLC protocol). The scripted expert has carried out every chain before, so each of them
-is possible. Chain i has the seed 1,000,000 + 100,000 S + i (single instructions have i = 50,000 and above).
-Training, calibration and search never use these seeds. With --json FILE the run can be interrupted: the
-finished part is kept in FILE.partial.jsonl, and the same command goes on from there.
+ends it (CALVIN's LH-MTLC protocol). On the table, the scripted expert has carried out every chain before, so
+each of them is possible. Chain i has the seed 1,000,000 + 100,000 S + i (single instructions have i = 50,000
+and above). Training, calibration and search never use these seeds. CALVIN has the chains of its own protocol:
+docs/how-to/evaluate-on-calvin.md. With --json FILE the run can be interrupted: the finished part is kept in
+FILE.partial.jsonl, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -23,32 +28,89 @@ from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS
 from deer_vla_ros.errors import UserError
 
 if TYPE_CHECKING:
+    from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark
     from deer_vla_ros.lab.scoring.evaluation_run import Evaluation
     from deer_vla_ros.lab.scoring.network_driver import ExitChoice
+    from deer_vla_ros.lab.scoring.sentences import Sentence
+    from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark
+
+
+BENCHMARKS = ("table", "calvin")
+OF_TABLE = ("phrasings",)
+OF_CALVIN = ("calvin_root", "calvin_python", "calvin_scene", "sequences", "enriched")
+CHAINS, TRIALS = 200, 5
+STEPS = {"table": 80, "calvin": 360}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--chains", type=int, default=200, metavar="N", help="chains of five (default: %(default)s)"
+        "--benchmark",
+        choices=BENCHMARKS,
+        default="table",
+        help="the simulated table of this package, or CALVIN (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chains",
+        type=int,
+        metavar="N",
+        help=f"chains of five (default: {CHAINS}, or all --sequences; 0 with --wordings)",
     )
     parser.add_argument(
         "--trials",
         type=int,
-        default=0,
         metavar="N",
-        help="also every task alone, N times (default: %(default)s)",
+        help=f"also every task, or every sentence of --wordings, alone, N times "
+        f"(default: 0, or {TRIALS} with --wordings)",
+    )
+    parser.add_argument(
+        "--tasks", metavar="A,B,...", help="only chains and single instructions of these tasks (default: all)"
+    )
+    parser.add_argument(
+        "--wordings",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.json",
+        help="sentences in place of the benchmark's own, as {task: [sentence, ...]}; every sentence and every "
+        "file has figures of its own (several: repeat)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="which set of chains, from 0 (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=80, metavar="N", help="per instruction (default: %(default)s)"
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"per instruction (default: {STEPS['table']}, or {STEPS['calvin']} on CALVIN)",
     )
     parser.add_argument(
         "--phrasings",
         choices=PHRASINGS,
-        default="training",
-        help="wordings, both: half and half (default: %(default)s)",
+        help=f"table: its own wordings, both: half and half (default: {PHRASINGS[0]})",
+    )
+    calvin = parser.add_argument_group("--benchmark calvin")
+    calvin.add_argument(
+        "--calvin-root", type=Path, metavar="DIR", help="a clone of mees/calvin with its submodules"
+    )
+    calvin.add_argument(
+        "--calvin-python",
+        metavar="PYTHON",
+        help="the Python with pybullet that runs CALVIN (default: python3)",
+    )
+    calvin.add_argument(
+        "--calvin-scene", metavar="NAME", help="the scene of calvin_env/conf/scene (default: calvin_scene_D)"
+    )
+    calvin.add_argument(
+        "--sequences",
+        metavar="FILE|N",
+        help="the chains: a published JSON file, or N of CALVIN's own generator (default: 1000)",
+    )
+    calvin.add_argument(
+        "--enriched",
+        type=Path,
+        metavar="FILE",
+        help="a published JSON file of other wordings for the chains, by chain or by task "
+        "(default: CALVIN's own validation sentences)",
     )
     parser.add_argument(
         "--checkpoint", default="", metavar="DIR", help="checkpoint folder (default: the embedded one)"
@@ -74,9 +136,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="number type of the weights on the CPU, as the parameter model.dtype (default: %(default)s)",
+        help="number type of the weights, as the parameter model.dtype (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the network runs; figures of two devices differ by rounding (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lanes",
+        type=int,
+        metavar="N",
+        help="chains that run in lock step in one process, as one batch of the network (default: 8)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: as many as keep the cores busy)"
+    )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures as JSON; makes the run resumable"
     )
@@ -96,23 +172,71 @@ def run(args: argparse.Namespace) -> int:
 
 
 def asked_for(args: argparse.Namespace) -> Evaluation:
-    """The evaluation that the arguments describe. Raises UserError for numbers that make no sense."""
-    from deer_vla_ros.lab.scoring.evaluation_run import Evaluation
+    """The evaluation that the arguments describe. Raises UserError for arguments that make no sense."""
+    from deer_vla_ros.lab.scoring.evaluation_run import LANES, Evaluation
     from deer_vla_ros.model.checkpoint import folder_of
 
+    if args.seed < 0:
+        raise UserError(
+            f"evaluate: --seed is {args.seed}: give 0 or more, since seeds below 1,000,000 belong to training"
+        )
+    for name in OF_CALVIN if args.benchmark == "table" else OF_TABLE:
+        if getattr(args, name) is not None:
+            raise UserError(f"evaluate: --{name.replace('_', '-')} is not for --benchmark {args.benchmark}")
+    trials = args.trials if args.trials is not None else TRIALS if args.wordings else 0
+    benchmark, chains = (_table if args.benchmark == "table" else _calvin)(args, trials)
     asked = Evaluation(
         folder_of(args.checkpoint),
         exit_choice(args),
-        args.chains,
-        args.trials,
-        args.seed,
-        args.steps,
-        args.phrasings,
+        chains,
+        benchmark,
+        trials,
+        STEPS[args.benchmark] if args.steps is None else args.steps,
         args.jobs,
         args.dtype,
+        args.device,
+        LANES if args.lanes is None else args.lanes,
     )
     asked.check()
     return asked
+
+
+def _table(args: argparse.Namespace, trials: int) -> tuple[TableBenchmark, int]:
+    """The table as a benchmark, and the number of chains."""
+    from deer_vla_ros.lab.scoring.table_benchmark import ALL_TASKS, TableBenchmark
+
+    tasks, sentences = _tasks_and_sentences(args, ALL_TASKS)
+    chains = args.chains if args.chains is not None else 0 if sentences else CHAINS
+    if sentences and args.phrasings:
+        raise UserError("evaluate: --phrasings and --wordings both choose the sentences: give one of them")
+    if sentences and chains and (missing := set(tasks) - {each.task for each in sentences}):
+        raise UserError(
+            f"evaluate: --wordings has no sentence for {', '.join(sorted(missing))}, which chains may "
+            "contain: give sentences, or --chains 0, or --tasks without these"
+        )
+    return TableBenchmark(args.seed, args.phrasings or PHRASINGS[0], tasks, sentences), chains
+
+
+def _tasks_and_sentences(
+    args: argparse.Namespace, known: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[Sentence, ...]]:
+    """The tasks of --tasks, in the benchmark's order, and the sentences of --wordings that belong to them.
+
+    Raises UserError if nothing is left.
+    """
+    from deer_vla_ros.lab.scoring.sentences import read_sentences, unknown_task
+
+    asked = known if args.tasks is None else [name.strip() for name in args.tasks.split(",")]
+    for name in asked:
+        if name not in known:
+            raise UserError(f"evaluate: --tasks: {unknown_task(name, known)}")
+    tasks = tuple(name for name in known if name in asked)
+    sentences = tuple(each for each in read_sentences(args.wordings, known) if each.task in tasks)
+    if args.wordings and not sentences:
+        raise UserError(
+            f"evaluate: --wordings has no sentence for any of --tasks {args.tasks}: give other tasks"
+        )
+    return tasks, sentences
 
 
 def exit_choice(args: argparse.Namespace) -> ExitChoice:

@@ -17,7 +17,6 @@ share the file can work on one search.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError
@@ -89,9 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     def score(thresholds: tuple[float, ...]) -> Outcome:
         choice = ExitChoice(thresholds=thresholds)
-        chains, _ = evaluate(
-            Evaluation(folder, choice, args.chains, table, steps=args.steps, jobs=args.jobs)
-        )
+        chains, _ = evaluate(Evaluation(folder, choice, args.chains, table, steps=args.steps, jobs=args.jobs))
         report = summary(config, chains, [], table.tasks)
         return Outcome(report["average_length"], report["llm_gmac_mean"] / report["llm_gmac_full"])
 

@@ -69,9 +69,11 @@ from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
 from deer_vla_ros.lab.lerobot.lerobot_folder import LerobotFolder
 from deer_vla_ros.lab.lerobot.lerobot_reading import LerobotMoments
 from deer_vla_ros.lab.parity.reference_tensors import read_arrays, read_json, recorded_network
+from deer_vla_ros.lab.scoring.benchmark import Group
 from deer_vla_ros.lab.scoring.chain_run import Attempt
-from deer_vla_ros.lab.scoring.evaluation_run import Group, _results_of
+from deer_vla_ros.lab.scoring.evaluation_run import _results_of
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
+from deer_vla_ros.lab.scoring.sentences import Sentence
 from deer_vla_ros.lab.search.search import search
 from deer_vla_ros.lab.search.search_task import Outcome
 from deer_vla_ros.lab.training.frames import ARRAYS, Frames
@@ -289,7 +291,7 @@ def _read_lerobot(folder: Path) -> None:
 
 
 ARGUMENTS = {"seed": 1, "budget": {"exit": 3}, "dtype": "float32"}
-ATTEMPT = Attempt("lift", "lift it", False, 0, True, True, 12, None, 6, {1: 3, 5: 9})
+ATTEMPT = Attempt("lift", "lift it", "training", 0, True, True, 12, None, 6, {1: 3, 5: 9})
 
 
 def _resume(folder: Path) -> None:
@@ -300,7 +302,7 @@ def _resume(folder: Path) -> None:
 
 def _read_resume(folder: Path) -> None:
     file = ResumeFile(folder / "report.json.partial.jsonl", ARGUMENTS)
-    for group in (Group("", (0, 1)), Group("lift", (0, 1))):
+    for group in (Group(None, (0, 1)), Group(Sentence("lift", "", ""), (0, 1))):
         if group.key in file.done:
             _results_of(group, file.done[group.key])
 

@@ -96,9 +96,7 @@ def measure(
     for point in found:
         wording = "" if phrasings == "training" else f"-{phrasings}"
         path = out / f"{point.name}-{chains}x{seed}{wording}.json"
-        asked = Evaluation(
-            point.folder, point.choice, chains, TableBenchmark(seed, phrasings), jobs=jobs
-        )
+        asked = Evaluation(point.folder, point.choice, chains, TableBenchmark(seed, phrasings), jobs=jobs)
         if not _is_there(path, asked.identity()):
             on_progress(f"{point.kind} {point.label}")
             asked.check()

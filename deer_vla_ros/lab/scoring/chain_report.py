@@ -26,11 +26,11 @@ Chains = Sequence[Sequence[Attempt]]
 def summary(config: ModelConfig, chains: Chains, singles: Chains, tasks: Sequence[str]) -> dict[str, Any]:
     """The figures of an evaluation by name; None for a figure that was not measured.
 
-    tasks: the order of the tasks in the report. lengths: the number of successes of every chain. steps_by_time: how many attempts took more than 0, 1, ...
-    steps. Costs are means over the steps of the chains, or of the single instructions if there are no chains.
-    They count the language part (the layers that ran) in GMAC, for each instruction's own number of tokens.
-    wordings: `rated` of every group of sentences. sentences: `rated` of every sentence that was given alone, in
-    the order of the tasks.
+    tasks: the order of the tasks in the report. lengths: the number of successes of every chain.
+    steps_by_time: how many attempts took more than 0, 1, ... steps. Costs are means over the steps of the
+    chains, or of the single instructions if there are no chains. They count the language part (the layers that
+    ran) in GMAC, for each instruction's own number of tokens. wordings: `rated` of every group of sentences.
+    sentences: `rated` of every sentence that was given alone, in the order of the tasks.
     """
     lengths = [sum(attempt.succeeded for attempt in chain) for chain in chains]
     every = [attempt for chain in (*chains, *singles) for attempt in chain]
@@ -198,7 +198,7 @@ def report_text(report: dict[str, Any]) -> str:
     for task in dict.fromkeys(task for name in columns for task in report[name]):
         cells = [_cell(report[name].get(task)) for name in columns]
         lines.append(f"{task:24}" + "".join(f"{cell:>20}" for cell in cells))
-    if report["sentences_asked_for"]:
+    if report.get("sentences_sha256"):
         lines += ["", "sentences given alone, in the same states of each task:"]
         lines += [
             f"{each['task']:24}{_rate_text(each)}  {each['wording']}: {each['sentence']}"

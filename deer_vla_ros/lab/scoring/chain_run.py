@@ -90,8 +90,8 @@ class Attempt:
 
     wording: the group that the sentence comes from, such as "training". position: the instruction's place in
     its chain, from 0. feasible: whether the task was possible when it was asked for; if not, the attempt
-    failed without a step. approached: see ChainScene.approached; None if the attempt was not feasible. exits: the
-    number of steps by exit layer. tokens: the instruction's number of tokens.
+    failed without a step. approached: see ChainScene.approached; None if the attempt was not feasible.
+    exits: the number of steps by exit layer. tokens: the instruction's number of tokens.
     """
 
     task: str
@@ -125,13 +125,18 @@ def run_chains(
     The other chains of a batch change a chain's actions by rounding errors, and contacts amplify these.
     The results are the same in every run only if the same chains run together.
     """
-    runs = {lane: _ChainRun(chain, scene) for lane, (chain, scene) in enumerate(zip(chains, scenes, strict=True))}
+    runs = {
+        lane: _ChainRun(chain, scene) for lane, (chain, scene) in enumerate(zip(chains, scenes, strict=True))
+    }
     for run in runs.values():
         run.scene.begin(run.chain.start)
     going = {lane: run for lane, run in runs.items() if run.begin(driver, lane)}
     while going:
         decisions = driver.decide({lane: run.scene for lane, run in going.items()})
-        for lane, decision in decisions.items():  # Scenes that are processes of their own work at the same time.
+        for (
+            lane,
+            decision,
+        ) in decisions.items():  # Scenes that are processes of their own work at the same time.
             going[lane].scene.act(decision.pose, decision.open)
         for lane, decision in decisions.items():
             if not going[lane].finish(decision, step_limit) and not going[lane].begin(driver, lane):

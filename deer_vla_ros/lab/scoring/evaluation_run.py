@@ -89,7 +89,9 @@ class Evaluation:
 
     def groups(self) -> list[Group]:
         """All chains, and all trials of every single instruction."""
-        return groups_of(self.chains, self.benchmark.singles() if self.trials else [], self.trials, self.lanes)
+        return groups_of(
+            self.chains, self.benchmark.singles() if self.trials else [], self.trials, self.lanes
+        )
 
 
 def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any]:

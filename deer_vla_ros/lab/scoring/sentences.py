@@ -1,7 +1,9 @@
-"""The sentences of an evaluation: which wordings the tasks are given in, and files of other people's wordings."""
+"""The sentences in which an evaluation gives its tasks, and files of other people's sentences."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,9 @@ def read_sentences(paths: Sequence[Path], tasks: Collection[str]) -> tuple[Sente
             if task not in tasks:
                 raise UserError(f"{path}: {unknown_task(task, tasks)}")
             if not isinstance(texts, list) or not texts:
-                raise UserError(f"{path}: {task} has {shown(texts)} in place of a list of sentences: {_EXAMPLE}")
+                raise UserError(
+                    f"{path}: {task} has {shown(texts)} in place of a list of sentences: {_EXAMPLE}"
+                )
             for text in texts:
                 sentence = Sentence(task, checked(text, f"{path}: {task}"), path.stem)
                 if sentence in found:
@@ -53,8 +57,18 @@ def read_sentences(paths: Sequence[Path], tasks: Collection[str]) -> tuple[Sente
 def checked(text: object, where: str) -> str:
     """The sentence without spaces around it. Raises UserError if it is none, or longer than LONGEST."""
     if not isinstance(text, str) or not text.strip() or len(text) > LONGEST or not text.strip().isprintable():
-        raise UserError(f"{where} has {shown(text)}: give a sentence of one line with at most {LONGEST} characters")
+        raise UserError(
+            f"{where} has {shown(text)}: give a sentence of one line with at most {LONGEST} characters"
+        )
     return text.strip()
+
+
+def sentences_sha256(sentences: Sequence[Sentence]) -> str | None:
+    """The SHA-256 sum of the sentences; None if there are none."""
+    if not sentences:
+        return None
+    values = [[each.task, each.text, each.wording] for each in sentences]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def unknown_task(task: str, tasks: Collection[str]) -> str:

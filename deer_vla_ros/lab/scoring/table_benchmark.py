@@ -11,7 +11,7 @@ from typing import Any
 
 from deer_vla_ros.lab.scoring.benchmark import Group
 from deer_vla_ros.lab.scoring.chain_run import Attempt, Chain, Driver, run_chains
-from deer_vla_ros.lab.scoring.sentences import Sentence
+from deer_vla_ros.lab.scoring.sentences import Sentence, sentences_sha256
 from deer_vla_ros.lab.scoring.table_chains import (
     Draw,
     chain_seed,
@@ -48,7 +48,7 @@ class TableBenchmark:
             "seed": self.seed,
             "phrasings": self.phrasings,
             "tasks_asked_for": list(self.tasks),
-            "sentences": [list(vars(each).values()) for each in self.sentences],
+            "sentences_sha256": sentences_sha256(self.sentences),
         }
 
     def singles(self) -> list[Sentence]:
@@ -67,7 +67,9 @@ class TableStage:
     def __init__(self, benchmark: TableBenchmark, lanes: int):
         self._benchmark = benchmark
         self._scenes = [TableScene() for _ in range(lanes)]
-        self._words = drawn_from(benchmark.sentences) if benchmark.sentences else phrasings(benchmark.phrasings)
+        self._words = (
+            drawn_from(benchmark.sentences) if benchmark.sentences else phrasings(benchmark.phrasings)
+        )
         self._single = cache(self._draw_single)  # Many sentences are given in the same states.
 
     def chains(self, group: Group) -> list[Chain]:

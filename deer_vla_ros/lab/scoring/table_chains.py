@@ -206,9 +206,7 @@ def _carry_out_some(
         last = (*done, *names)[-1:]
         state = arm.table.state()
         possible = [
-            task
-            for task in TASKS
-            if task.name in tasks and task.name not in last and task.possible(state)
+            task for task in TASKS if task.name in tasks and task.name not in last and task.possible(state)
         ]
         if not possible:
             break

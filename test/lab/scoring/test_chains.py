@@ -3,25 +3,27 @@
 The expert takes the network's place and completes each one.
 """
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deer_vla_ros.control.types import Pose
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.scoring.approach import Approach
-from deer_vla_ros.lab.scoring.chain_run import LaneDecision, run_chains
-from deer_vla_ros.lab.scoring.chains import (
+from deer_vla_ros.lab.scoring.chain_run import Chain, LaneDecision, run_chains
+from deer_vla_ros.lab.scoring.table_chains import (
     FIRST_SEED,
     MOST_TRIALS,
     SINGLES_FROM,
+    TableStart,
     chain_seed,
     draw_chain,
     draw_single,
+    phrasings,
     single_seed,
 )
+from deer_vla_ros.lab.scoring.table_scene import TableScene
 from deer_vla_ros.lab.sim.expert import act
 from deer_vla_ros.lab.sim.state import TableState
 from deer_vla_ros.lab.sim.table import Table
@@ -41,34 +43,39 @@ class ExpertDriver:
         self.begun.append((lane, task, instruction))
         return 0
 
-    def decide(self, arms):
-        intents = {lane: act(self.tasks[lane], arm.table.state()) for lane, arm in arms.items()}
+    def decide(self, scenes):
+        intents = {lane: act(self.tasks[lane], scene.table.state()) for lane, scene in scenes.items()}
         return {lane: LaneDecision(intent.pose, intent.open) for lane, intent in intents.items()}
 
 
 class IdleDriver(ExpertDriver):
     """A driver that does not move the arm."""
 
-    def decide(self, arms):
-        return {lane: LaneDecision(np.zeros(6), True) for lane in arms}
+    def decide(self, scenes):
+        return {lane: LaneDecision(np.zeros(6), True) for lane in scenes}
 
 
 @pytest.fixture(scope="module")
-def tables() -> list[Table]:
-    return [Table() for _ in range(3)]
+def scenes() -> list[TableScene]:
+    return [TableScene() for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
-def chains(tables) -> list:
-    return [draw_chain(table, chain_seed(0, index), "both") for index, table in enumerate(tables)]
+def draws(scenes) -> list:
+    return [draw_chain(scene.table, chain_seed(0, index)) for index, scene in enumerate(scenes)]
+
+
+@pytest.fixture(scope="module")
+def chains(draws) -> list:
+    return [draw.worded(phrasings("both")) for draw in draws]
 
 
 # The draw of chains.
 
 
-def test_the_expert_in_the_place_of_the_network_follows_every_chain_to_its_end(chains, tables):
+def test_the_expert_in_the_place_of_the_network_follows_every_chain_to_its_end(chains, scenes):
     driver, ended = ExpertDriver(), []
-    results = run_chains(chains, tables, driver, 80, lambda: ended.append(1))
+    results = run_chains(chains, scenes, driver, 80, lambda: ended.append(1))
     assert [sum(attempt.succeeded for attempt in attempts) for attempts in results] == [5, 5, 5]
     assert len(ended) == 3
     for lane, (chain, attempts) in enumerate(zip(chains, results)):
@@ -81,30 +88,39 @@ def test_the_expert_in_the_place_of_the_network_follows_every_chain_to_its_end(c
             assert (attempt.approached is None) == (BY_NAME[attempt.task].block is None)
 
 
-def test_a_chain_depends_on_its_seed_alone_whatever_the_table_did_before(chains, tables):
-    assert draw_chain(tables[2], chains[0].seed, "both") == chains[0]
-    again = run_chains(chains[:1], tables[2:], ExpertDriver(), 80)
-    assert again == run_chains(chains[:1], [Table()], ExpertDriver(), 80)
-    assert len({(chain.table_seed, chain.tasks) for chain in chains}) == 3
+def test_a_chain_depends_on_its_seed_alone_whatever_the_table_did_before(draws, chains, scenes):
+    assert draw_chain(scenes[2].table, draws[0].seed) == draws[0]
+    again = run_chains(chains[:1], scenes[2:], ExpertDriver(), 80)
+    assert again == run_chains(chains[:1], [TableScene()], ExpertDriver(), 80)
+    assert len({(chain.start.table_seed, chain.tasks) for chain in chains}) == 3
 
 
-def test_other_words_make_the_same_chain_and_no_task_comes_twice_in_a_row(chains, tables):
-    spoken = {kind: draw_chain(tables[0], chains[0].seed, kind) for kind in ("training", "held-out")}
+def test_other_words_make_the_same_chain_and_no_task_comes_twice_in_a_row(draws, chains):
     for kind, field in (("training", "phrasings"), ("held-out", "held_out")):
-        assert spoken[kind].tasks == chains[0].tasks and spoken[kind].table_seed == chains[0].table_seed
-        assert set(spoken[kind].held_out) == {kind == "held-out"}
-        for task, instruction in zip(spoken[kind].tasks, spoken[kind].instructions):
+        spoken = draws[0].worded(phrasings(kind))
+        assert (spoken.tasks, spoken.start) == (chains[0].tasks, chains[0].start)
+        assert set(spoken.wordings) == {kind}
+        for task, instruction in zip(spoken.tasks, spoken.instructions):
             assert instruction in getattr(BY_NAME[task], field)
+    assert {wording for chain in chains for wording in chain.wordings} == {"training", "held-out"}
     for chain in chains:
-        assert len(chain.tasks) == 5 and chain.prefix == ()
+        assert len(chain.tasks) == 5 and chain.start.prefix == ()
         assert all(one != next_one for one, next_one in zip(chain.tasks, chain.tasks[1:]))
-        for task, instruction, held_out in zip(chain.tasks, chain.instructions, chain.held_out):
-            assert instruction in (BY_NAME[task].held_out if held_out else BY_NAME[task].phrasings)
+        for task, instruction, wording in zip(chain.tasks, chain.instructions, chain.wordings):
+            known = BY_NAME[task].held_out if wording == "held-out" else BY_NAME[task].phrasings
+            assert instruction in known
+
+
+def test_chains_have_the_tasks_that_were_asked_for_and_none_else(scenes):
+    asked = ("move_slider_left", "move_slider_right", "open_drawer")
+    assert set(draw_chain(scenes[0].table, chain_seed(2, 0), asked).tasks) <= set(asked)
+    with pytest.raises(UserError, match="among the tasks open_drawer: none of them may follow itself"):
+        draw_chain(scenes[0].table, chain_seed(2, 0), ["open_drawer"])
 
 
 @pytest.mark.parametrize(("chains", "most"), [(6, 0.4), pytest.param(20, 0.33, marks=pytest.mark.long)])
-def test_relations_are_asked_for_as_often_as_other_tasks_though_they_seldom_make_sense(tables, chains, most):
-    drawn = [draw_chain(tables[0], chain_seed(1, index), "training") for index in range(chains)]
+def test_relations_are_asked_for_as_often_as_other_tasks_though_they_seldom_make_sense(scenes, chains, most):
+    drawn = [draw_chain(scenes[0].table, chain_seed(1, index)) for index in range(chains)]
     tasks = [task for chain in drawn for task in chain.tasks]
     relations = sum(task.startswith(("lift_nearest", "lift_farthest")) for task in tasks)
     share = 6 / 27  # two standard deviations of this many tasks are allowed
@@ -119,12 +135,14 @@ def test_relations_are_asked_for_as_often_as_other_tasks_though_they_seldom_make
         *(pytest.param(task, marks=pytest.mark.long) for task in ("stack_block", "push_red_block_left")),
     ],
 )
-def test_a_single_instruction_can_be_followed_after_what_led_to_it(task, tables):
-    single = draw_single(tables[0], task, single_seed(0, task, 0), "held-out")
-    assert single.tasks == (task,) and len(single.prefix) <= 3 and single.held_out == (True,)
-    assert draw_single(tables[1], task, single.seed, "held-out") == single
-    ((attempt,),) = run_chains([single], tables[:1], ExpertDriver(), 80)
+def test_a_single_instruction_can_be_followed_after_what_led_to_it(task, scenes):
+    draw = draw_single(scenes[0].table, task, single_seed(0, task, 0))
+    assert draw.tasks == (task,) and len(draw.start.prefix) <= 3
+    assert draw_single(scenes[1].table, task, draw.seed) == draw
+    single = draw.worded(phrasings("held-out"))
+    ((attempt,),) = run_chains([single], scenes[:1], ExpertDriver(), 80)
     assert attempt.succeeded and attempt.instruction in BY_NAME[task].held_out
+    assert attempt.wording == "held-out"
 
 
 @given(
@@ -144,9 +162,9 @@ def test_no_two_chains_share_a_seed_and_none_is_one_of_training(runs, numbers, t
 # The result of attempts.
 
 
-def test_a_chain_ends_at_its_first_failure_after_the_steps_it_was_given(chains, tables):
+def test_a_chain_ends_at_its_first_failure_after_the_steps_it_was_given(chains, scenes):
     driver = IdleDriver()
-    results = run_chains(chains, tables, driver, 3)
+    results = run_chains(chains, scenes, driver, 3)
     for chain, attempts in zip(chains, results):
         (attempt,) = attempts
         assert (attempt.task, attempt.succeeded, attempt.feasible, attempt.steps) == (
@@ -158,16 +176,10 @@ def test_a_chain_ends_at_its_first_failure_after_the_steps_it_was_given(chains, 
     assert len(driver.begun) == 3
 
 
-def test_what_is_not_possible_when_it_is_asked_for_is_a_failure_without_steps(chains, tables):
-    shut = next(index for index in range(99) if _is_shut(tables[0], index))
-    chain = dataclasses.replace(
-        chains[0],
-        table_seed=shut,
-        tasks=("open_drawer", "open_drawer"),
-        instructions=("open the drawer", "open the drawer"),
-        held_out=(False, False),
-    )
-    ((first, second),) = run_chains([chain], tables[:1], ExpertDriver(), 80)
+def test_what_is_not_possible_when_it_is_asked_for_is_a_failure_without_steps(scenes):
+    shut = next(index for index in range(99) if _is_shut(scenes[0].table, index))
+    chain = Chain(TableStart(shut), ("open_drawer",) * 2, ("open the drawer",) * 2, ("training",) * 2)
+    ((first, second),) = run_chains([chain], scenes[:1], ExpertDriver(), 80)
     assert first.succeeded
     assert (second.succeeded, second.feasible, second.steps, second.exits, second.approached) == (
         False,

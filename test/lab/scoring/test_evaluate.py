@@ -17,19 +17,21 @@ from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.commands.evaluate_command import exit_choice
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.scoring import evaluation_run
 from deer_vla_ros.lab.scoring.chain_report import mean_interval, report_text, summary
 from deer_vla_ros.lab.scoring.chain_run import Attempt
 from deer_vla_ros.lab.scoring.evaluation_run import groups_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
+from deer_vla_ros.lab.scoring.sentences import Sentence
+from deer_vla_ros.lab.scoring.table_benchmark import TableStage
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.model.checkpoint import EMBEDDED, load
 from deer_vla_ros.model.config import tabletop
 
 SHORT = ("evaluate", "--chains", "2", "--trials", "1", "--steps", "2", "--seed", "10", "--jobs", "1")
 KEYS = """chains average_length average_length_ci success_by_position tasks llm_gmac_mean llm_gmac_static
-saved exit_shares budget checkpoint_sha256 seed steps_per_instruction phrasings infeasible singles""".split()
+saved exit_shares budget checkpoint_sha256 seed steps_per_instruction phrasings infeasible singles wordings
+benchmark""".split()
 
 
 # The command.
@@ -54,11 +56,11 @@ def test_a_run_that_was_killed_goes_on_to_the_report_of_an_uninterrupted_one(tmp
     assert main([*SHORT, "--json", str(path)]) == 0
     assert list(tmp_path.iterdir()) == [path], "nothing else is left"
     # An uninterrupted run. This process draws again only the chains that the killed process had drawn.
-    drawn, draw = [], evaluation_run._draw
-    monkeypatch.setattr(evaluation_run, "_draw", lambda *asked: drawn.append(asked) or draw(*asked))
+    drawn, chains = [], TableStage.chains
+    monkeypatch.setattr(TableStage, "chains", lambda *asked: drawn.append(asked) or chains(*asked))
     assert main([*SHORT, "--json", str(tmp_path / "whole.json")]) == 0
     finished = before.count("\n") - 1  # The first line is not of a group. The first group has two chains.
-    assert len(drawn) == finished + 1
+    assert len(drawn) == finished
     assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
     # What the report says.
     figures = json.loads(path.read_text())
@@ -102,13 +104,16 @@ def test_only_one_of_the_ways_to_choose_a_depth_is_accepted(capsys):
 
 
 def test_groups_hold_every_chain_and_trial_once_and_do_not_depend_on_the_processes():
-    groups = groups_of(chains=19, trials=9, lanes=8)
+    singles = [
+        Sentence("lift", "", ""),
+        Sentence("lift", "lift it", "own"),
+        Sentence("lift", "lift it", "two"),
+    ]
+    groups = groups_of(19, singles, trials=9, lanes=8)
     assert [len(group.indices) for group in groups[:3]] == [8, 8, 3]
-    assert sorted(index for group in groups if not group.task for index in group.indices) == list(range(19))
-    for task in TASKS:
-        assert [index for group in groups if group.task == task.name for index in group.indices] == list(
-            range(9)
-        )
+    for single, count in ((None, 19), *((single, 9) for single in singles)):
+        indices = [index for group in groups if group.single == single for index in group.indices]
+        assert indices == list(range(count))
     assert len({group.key for group in groups}) == len(groups)
 
 
@@ -148,7 +153,7 @@ def attempt(succeeded: bool, steps: int = 10, **changes) -> Attempt:
     values = dict(
         task="lift_red_block",
         instruction="lift the red block",
-        held_out=False,
+        wording="training",
         position=0,
         feasible=True,
         succeeded=succeeded,
@@ -164,16 +169,19 @@ def test_lengths_costs_and_shares_are_added_up_over_steps():
     config = tabletop(layers=12)
     chains = [
         [attempt(True, 10, exits={1: 6, 5: 4}), attempt(False, 80, exits={11: 80}, tokens=9)],
-        [attempt(False, 0, exits={}, feasible=False, approached=None, held_out=True)],
+        [attempt(False, 0, exits={}, feasible=False, approached=None, wording="held-out")],
         [attempt(True, 2, exits={1: 2}, task="open_drawer", approached=None)] * 5,
     ]
-    found = summary(config, chains, [])
+    found = summary(config, chains, [], ["open_drawer", "lift_red_block"])
+    assert list(found["tasks"]) == ["open_drawer", "lift_red_block"], "in the order of the tasks"
     assert found["average_length"] == 2.0
     assert found["success_by_position"] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 1 / 3, 1 / 3])
     assert found["tasks"]["lift_red_block"] == {"rate": 1 / 3, "trials": 3, "approached": 0.5}
     assert found["tasks"]["open_drawer"] == {"rate": 1.0, "trials": 5, "approached": None}
     assert found["infeasible"] == 1 and found["singles"] is None
-    assert found["phrasing_rates"]["held_out"] == {"rate": 0.0, "trials": 1}
+    told = found["wordings"]["held-out"]
+    assert (told["rate"], told["trials"], told["layers"]) == (0.0, 1, None)
+    assert found["wordings"]["training"]["layers"] == pytest.approx((16 * 2 + 4 * 6 + 80 * 12) / 100)
     short, long = cost_table(config, 7), cost_table(config, 9)
     gmac = 16 * short.language(2) + 4 * short.language(6) + 80 * long.language(12)
     assert found["steps"] == 100 and found["llm_gmac_mean"] == pytest.approx(gmac / 100)
