@@ -217,6 +217,34 @@ def _table(args: argparse.Namespace, trials: int) -> tuple[TableBenchmark, int]:
     return TableBenchmark(args.seed, args.phrasings or PHRASINGS[0], tasks, sentences), chains
 
 
+def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int]:
+    """CALVIN as a benchmark, and the number of chains."""
+    from deer_vla_ros.lab.calvin import calvin_sequences, calvin_wordings
+    from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark
+    from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess
+    from deer_vla_ros.lab.scoring.sentences import Sentence
+
+    if args.calvin_root is None:
+        raise UserError("evaluate: --benchmark calvin needs --calvin-root DIR, a clone of mees/calvin")
+    if args.enriched and args.wordings:
+        raise UserError("evaluate: --enriched and --wordings both choose the sentences: give one of them")
+    install = CalvinInstall(
+        args.calvin_root, args.calvin_python or "python3", args.calvin_scene or "calvin_scene_D"
+    )
+    tasks, sentences = _tasks_and_sentences(args, tuple(calvin_sequences.TASK_RULES))
+    published = calvin_wordings.published(args.calvin_root)
+    install.check()
+    with CalvinProcess(install) as process:
+        versions = process.about.versions
+
+    # The chains.
+    if args.sequences is None or args.sequences.isdecimal():
+        chains = calvin_sequences.generate(int(args.sequences or 1000))
+    else:
+        chains = calvin_sequences.read(Path(args.sequences), calvin_sequences.TASK_RULES)
+    ...
+
+
 def _tasks_and_sentences(
     args: argparse.Namespace, known: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[Sentence, ...]]:

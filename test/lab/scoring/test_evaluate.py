@@ -17,14 +17,16 @@ from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.commands.evaluate_command import exit_choice
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.scoring.chain_report import mean_interval, report_text, summary
+from deer_vla_ros.lab.scoring.chain_report import mean_interval, rate_interval, report_text, summary
+from deer_vla_ros.lab.scoring.benchmark import Group
 from deer_vla_ros.lab.scoring.chain_run import Attempt
 from deer_vla_ros.lab.scoring.evaluation_run import groups_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
-from deer_vla_ros.lab.scoring.sentences import Sentence
-from deer_vla_ros.lab.scoring.table_benchmark import TableStage
+from deer_vla_ros.lab.scoring.sentences import Sentence, read_sentences
+from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark, TableStage
 from deer_vla_ros.lab.sim.tasks import TASKS
+from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.model.checkpoint import EMBEDDED, load
 from deer_vla_ros.model.config import tabletop
 
@@ -82,6 +84,10 @@ def test_a_run_that_was_killed_goes_on_to_the_report_of_an_uninterrupted_one(tmp
         (("--chains", "0"), "neither --chains nor --trials"),
         (("--chains", "60000"), "give 0 to 50000"),
         (("--jobs", "0"), "--jobs is 0: give 1 or more"),
+        (("--lanes", "0"), "--lanes is 0: give 1 to 1024"),
+        (("--tasks", "open_drawer,fly"), "--tasks: there is no task 'fly': the tasks are "),
+        (("--calvin-root", "/"), "--calvin-root is not for --benchmark table"),
+        (("--device", "cuda"), "--device is cuda, but torch sees no GPU here: use cpu"),
         (("--exit", "0"), "--exit is 0, but the exits are at layers 1, 3"),
         (("--thresholds", "1,2"), "2 --thresholds for the"),
         (("--thresholds", "a,b"), "give numbers with commas"),
@@ -230,3 +236,70 @@ def test_a_file_that_is_no_resume_file_is_not_replaced(tmp_path):
     assert path.read_text() == "precious"
     path.write_text('{"a"')  # as a run leaves it that was killed at once
     assert ResumeFile(path, {"a": 1}).done == {}
+
+
+# Sentences and tasks of the user's choice.
+
+
+def test_other_peoples_sentences_are_scored_each_in_the_same_states(tmp_path, monkeypatch, capsys):
+    plain, rich = tmp_path / "plain.json", tmp_path / "rich.json"
+    plain.write_text(json.dumps({"open_drawer": ["open the drawer", "open it"], "turn_on_led": ["light on"]}))
+    rich.write_text(json.dumps({"open_drawer": ["grab the handle and pull the drawer out"]}))
+    path, run, ran = tmp_path / "report.json", TableStage.run, []
+    monkeypatch.setattr(
+        TableStage, "run", lambda stage, chains, *rest: ran.append(chains) or run(stage, chains, *rest)
+    )
+    command = ["evaluate", "--wordings", str(plain), "--wordings", str(rich), "--tasks", "open_drawer"]
+    assert main([*command, "--trials", "2", "--steps", "2", "--jobs", "1", "--json", str(path)]) == 0
+    figures, told = json.loads(path.read_text()), capsys.readouterr().out
+    assert figures["chains"] == 0 and figures["tasks_asked_for"] == ["open_drawer"]
+    said = [(each["wording"], each["sentence"], each["trials"]) for each in figures["sentences"]]
+    texts = ("open the drawer", "open it", "grab the handle and pull the drawer out")
+    assert said == [("plain", texts[0], 2), ("plain", texts[1], 2), ("rich", texts[2], 2)]
+    assert {name: each["trials"] for name, each in figures["wordings"].items()} == {"plain": 4, "rich": 2}
+    for each in (*figures["sentences"], *figures["wordings"].values()):
+        assert each["rate_ci"][0] <= each["rate"] <= each["rate_ci"][1] and each["layers"] >= 2
+    assert all(text in told for text in texts) and "wording rich: " in told
+    starts = [[chain.start for chain in chains] for chains in ran]
+    assert starts[0] == starts[1] == starts[2] and starts[0][0] != starts[0][1]
+
+
+def test_chains_are_given_in_the_sentences_of_a_file(tmp_path):
+    words = {"move_slider_left": ["left, please"], "move_slider_right": ["right, please"]}
+    (tmp_path / "own.json").write_text(json.dumps(words))
+    asked = TableBenchmark(tasks=tuple(words), sentences=read_sentences([tmp_path / "own.json"], words))
+    (chain,) = asked.open(1, TABLETOP).chains(Group(None, (0,)))
+    assert set(chain.wordings) == {"own"} and set(chain.tasks) == set(words)
+    assert [words[task] for task in chain.tasks] == [[text] for text in chain.instructions]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", "[] gives no sentences by their task: give a JSON file such as"),
+        ('{"open_door": ["x"]}', "there is no task 'open_door': the tasks are "),
+        ('{"open_drawer": "open it"}', "open_drawer has 'open it' in place of a list of sentences"),
+        ('{"open_drawer": [" "]}', "open_drawer has ' ': give a sentence of one line"),
+        ('{"open_drawer": ["a\\nb"]}', "give a sentence of one line with at most 300 characters"),
+        ('{"open_drawer": ["%s"]}' % ("x" * 301), "at most 300 characters"),
+        ('{"open_drawer": ["x", "x"]}', "open_drawer has 'x' twice: delete one"),
+        ('{"open_drawer": ["x"]}', "--wordings has no sentence for any of --tasks turn_on_led"),
+    ],
+)
+def test_a_file_of_sentences_that_cannot_be_used_is_refused_in_one_line(content, says, tmp_path, capsys):
+    path = tmp_path / "own.json"
+    path.write_text(content)
+    assert main(["evaluate", "--wordings", str(path), "--tasks", "turn_on_led"]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and len(error) < 600
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 400), st.data())
+def test_the_interval_of_a_rate_holds_it_and_narrows_with_more_trials(trials, data):
+    successes = data.draw(st.integers(0, trials))
+    low, high = rate_interval(successes, trials)
+    assert 0 <= low <= successes / trials + 1e-9 and successes / trials - 1e-9 <= high <= 1
+    narrow = rate_interval(4 * successes, 4 * trials)
+    assert narrow[1] - narrow[0] < high - low
