@@ -1,1 +1,1 @@
-"""CALVIN as a benchmark: its simulator as a process of its own, and the client of that process."""
+"""The CALVIN benchmark: its chains of instructions, and its simulator as a process of its own."""
