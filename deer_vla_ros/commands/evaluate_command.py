@@ -29,6 +29,7 @@ from deer_vla_ros.errors import UserError
 
 if TYPE_CHECKING:
     from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark
+    from deer_vla_ros.lab.calvin.calvin_sequences import CalvinSequence
     from deer_vla_ros.lab.scoring.evaluation_run import Evaluation
     from deer_vla_ros.lab.scoring.network_driver import ExitChoice
     from deer_vla_ros.lab.scoring.sentences import Sentence
@@ -39,6 +40,7 @@ BENCHMARKS = ("table", "calvin")
 OF_TABLE = ("phrasings",)
 OF_CALVIN = ("calvin_root", "calvin_python", "calvin_scene", "sequences", "enriched")
 CHAINS, TRIALS = 200, 5
+SEQUENCES, MOST_SEQUENCES = 1000, 10_000
 STEPS = {"table": 80, "calvin": 360}
 
 
@@ -95,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calvin.add_argument(
         "--calvin-python",
         metavar="PYTHON",
-        help="the Python with pybullet that runs CALVIN (default: python3)",
+        help="the Python with pybullet that runs CALVIN (default: this one)",
     )
     calvin.add_argument(
         "--calvin-scene", metavar="NAME", help="the scene of calvin_env/conf/scene (default: calvin_scene_D)"
@@ -103,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calvin.add_argument(
         "--sequences",
         metavar="FILE|N",
-        help="the chains: a published JSON file, or N of CALVIN's own generator (default: 1000)",
+        help=f"the chains: a published JSON file, or N of CALVIN's own generator (default: {SEQUENCES})",
     )
     calvin.add_argument(
         "--enriched",
@@ -219,30 +221,58 @@ def _table(args: argparse.Namespace, trials: int) -> tuple[TableBenchmark, int]:
 
 def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int]:
     """CALVIN as a benchmark, and the number of chains."""
-    from deer_vla_ros.lab.calvin import calvin_sequences, calvin_wordings
-    from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark
+    from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark, versions_of
     from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess
+    from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES, states_for
+    from deer_vla_ros.lab.calvin.calvin_wordings import drawn, enriched, published
     from deer_vla_ros.lab.scoring.sentences import Sentence
 
     if args.calvin_root is None:
         raise UserError("evaluate: --benchmark calvin needs --calvin-root DIR, a clone of mees/calvin")
     if args.enriched and args.wordings:
         raise UserError("evaluate: --enriched and --wordings both choose the sentences: give one of them")
+    given = {"python": args.calvin_python, "scene": args.calvin_scene}
     install = CalvinInstall(
-        args.calvin_root, args.calvin_python or "python3", args.calvin_scene or "calvin_scene_D"
+        args.calvin_root.absolute(), **{name: value for name, value in given.items() if value is not None}
     )
-    tasks, sentences = _tasks_and_sentences(args, tuple(calvin_sequences.TASK_RULES))
-    published = calvin_wordings.published(args.calvin_root)
     install.check()
-    with CalvinProcess(install) as process:
-        versions = process.about.versions
-
-    # The chains.
-    if args.sequences is None or args.sequences.isdecimal():
-        chains = calvin_sequences.generate(int(args.sequences or 1000))
+    tasks, sentences = _tasks_and_sentences(args, tuple(TASK_RULES))
+    own = tuple(Sentence(task, text, "published") for task, text in published(install.root).items())
+    every = _sequences(args.sequences)
+    words = enriched(args.enriched, every, args.seed) if args.enriched else None
+    kept = [number for number, each in enumerate(every) if set(each.tasks) <= set(tasks)]
+    chains = args.chains if args.chains is not None else 0 if sentences else len(kept)
+    if chains > len(kept):
+        raise UserError(
+            f"evaluate: --chains is {chains}, and {len(kept)} of the {len(every)} sequences have only the tasks "
+            "asked for: give fewer chains"
+        )
+    sequences = tuple(every[number] for number in kept[:chains])
+    if words is None:
+        words = drawn(sentences or own, sequences, args.seed)
     else:
-        chains = calvin_sequences.read(Path(args.sequences), calvin_sequences.TASK_RULES)
-    ...
+        words = tuple(words[number] for number in kept[:chains])
+    alone = [each for each in sentences or own if trials and each.task in tasks]
+    if left_out := dict.fromkeys(each.task for each in alone if not states_for(each.task)):
+        print(f"not given alone, because no start state of CALVIN allows it: {', '.join(left_out)}")
+        alone = [each for each in alone if each.task not in left_out]
+        if not alone and not chains:
+            raise UserError("evaluate: none of these tasks can be given alone: give others, or --chains")
+    with CalvinProcess(install) as process:
+        versions = versions_of(process)
+    return CalvinBenchmark(install, versions, sequences, words, tuple(alone), tasks, args.seed), chains
+
+
+def _sequences(text: str | None) -> tuple[CalvinSequence, ...]:
+    """The chains that --sequences means. Raises UserError."""
+    from deer_vla_ros.lab.calvin import calvin_sequences
+
+    if text is not None and not text.isdecimal():
+        return calvin_sequences.read(Path(text), calvin_sequences.TASK_RULES)
+    count = SEQUENCES if text is None else int(text)
+    if not 1 <= count <= MOST_SEQUENCES:
+        raise UserError(f"evaluate: --sequences is {text}: give 1 to {MOST_SEQUENCES}, or a file")
+    return calvin_sequences.generate(count)
 
 
 def _tasks_and_sentences(

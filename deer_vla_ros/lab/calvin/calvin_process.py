@@ -230,10 +230,13 @@ class CalvinProcess:
         """Sends an action (7,) and returns at once; `receive` gives what comes of it.
 
         action: relative position and Euler angles in CALVIN's units, from -1 to 1 (1 is 0.02 m and 0.05 rad),
-        and the gripper (-1 closes, 1 opens). Raises UserError for any other numbers; nothing is sent then.
+        and the gripper (-1 closes, 1 opens). CALVIN computes with float16 if the action has this number type,
+        and else with float64. Raises UserError for any other numbers; nothing is sent then.
         """
         self._expect("asked")
-        numbers = np.asarray(action, np.float64)
+        numbers = np.asarray(action)
+        if numbers.dtype != np.float16:
+            numbers = numbers.astype(np.float64)
         if numbers.shape != (7,):
             raise ValueError(f"an action has 7 numbers, not the shape {numbers.shape}")
         if not (np.abs(numbers[:6]) <= 1).all():  # NaN, too

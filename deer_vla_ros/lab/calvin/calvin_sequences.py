@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from deer_vla_ros.errors import UserError, shown
+from deer_vla_ros.lab.scoring.chain_run import CHAIN_LENGTH
 from deer_vla_ros.untrusted import read_json
 
-CHAIN_LENGTH = 5
 COLOURS = ("red", "blue", "pink")
 BLOCKS = tuple(f"{colour}_block" for colour in COLOURS)
 

@@ -49,7 +49,7 @@ NEEDED = ("scipy", "pybullet", "gym", "hydra", "hydra_plugins.hydra_colorlog", "
 NEEDED += ("cv2", "git")
 """The modules that calvin_env imports."""
 
-_TYPES = {"uint8": np.uint8, "float64": np.float64}
+_TYPES = {"uint8": np.uint8, "float16": np.float16, "float64": np.float64}
 TASKS = "calvin_models/conf/callbacks/rollout/tasks/new_playtable_tasks.yaml"
 
 
@@ -61,7 +61,7 @@ class NotAMessage(ValueError):
 
 
 def encode(header, arrays=None):
-    """The bytes of a message. arrays: {name: uint8 or float64 array}."""
+    """The bytes of a message. arrays: {name: uint8, float16 or float64 array}."""
     arrays = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
     listed = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
     text = json.dumps(dict(header, arrays=listed)).encode()
@@ -249,17 +249,17 @@ class CalvinSimulator:
         self._task, self._before = task, self._environment.get_info()
 
     def step(self, action):
-        """Applies an action for 1/30 s. Returns the view, and whether the asked task is done."""
-        _check(action, "action", (7,))
+        """Applies an action for 1/30 s, in its own number type. Returns the view, and whether the asked task is done."""
+        _check(action, "action", (7,), (np.float16, np.float64))
         if self._task is None:
             raise ValueError("a step before a task was asked")
         obs, _, _, now = self._environment.step(action)
         return _view(obs), self._oracle.get_task_info_for_set(self._before, now, {self._task})
 
 
-def _check(array, name, shape):
-    if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
-        raise ValueError("%s has to be %r finite numbers of float64" % (name, shape))
+def _check(array, name, shape, types=(np.float64,)):
+    if array.shape != shape or array.dtype not in types or not np.isfinite(array).all():
+        raise ValueError("%s has to be %r finite numbers of %s" % (name, shape, types[-1].__name__))
 
 
 def _view(obs):
