@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE.json",
-        help="sentences in place of the benchmark's own, as {task: [sentence, ...]}; every sentence and every "
-        "file has figures of its own (several: repeat)",
+        help="sentences in place of the benchmark's own, as {task: [sentence, ...]}; every sentence and "
+        "every file has figures of its own (several: repeat)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="which set of chains, from 0 (default: %(default)s)"
@@ -244,8 +244,8 @@ def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int
     chains = args.chains if args.chains is not None else 0 if sentences else len(kept)
     if chains > len(kept):
         raise UserError(
-            f"evaluate: --chains is {chains}, and {len(kept)} of the {len(every)} sequences have only the tasks "
-            "asked for: give fewer chains"
+            f"evaluate: --chains is {chains}, and {len(kept)} of the {len(every)} sequences have only the "
+            "tasks asked for: give fewer chains"
         )
     sequences = tuple(every[number] for number in kept[:chains])
     if words is None:

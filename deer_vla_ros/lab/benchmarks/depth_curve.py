@@ -19,8 +19,8 @@ from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.files import whole_file
 from deer_vla_ros.lab.scoring.chain_report import STATIC_LAYERS, mean_interval, report_text
 from deer_vla_ros.lab.scoring.evaluation_run import Evaluation, report_of
-from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
+from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark
 from deer_vla_ros.model.checkpoint import load_info
 
 FRACTIONS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)

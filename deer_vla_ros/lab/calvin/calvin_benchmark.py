@@ -29,10 +29,9 @@ MOST_TRIES = 3
 class CalvinBenchmark:
     """CALVIN's LH-MTLC protocol.
 
-    install: where the simulator is. versions: what each of its processes has to report. sequences: the chains.
-    words, wording: the sentences of every chain, and the name of the group that they belong to. alone: the
-    sentences of tasks that are given alone. tasks: those that are evaluated. seed: selects the states in which
-    tasks are given alone.
+    install: where the simulator is. versions: what each of its processes has to report. sequences, words: the
+    chains, and the five sentences of each. alone: the sentences of tasks that are given alone. tasks: those
+    that are evaluated. seed: selects the states in which tasks are given alone.
     """
 
     install: CalvinInstall

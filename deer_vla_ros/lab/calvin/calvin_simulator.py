@@ -249,7 +249,10 @@ class CalvinSimulator:
         self._task, self._before = task, self._environment.get_info()
 
     def step(self, action):
-        """Applies an action for 1/30 s, in its own number type. Returns the view, and whether the asked task is done."""
+        """Applies an action for 1/30 s, computed in its own number type.
+
+        Returns the view, and whether the asked task is done.
+        """
         _check(action, "action", (7,), (np.float16, np.float64))
         if self._task is None:
             raise ValueError("a step before a task was asked")

@@ -17,8 +17,8 @@ from deer_vla_ros.budget.cost import cost_table
 from deer_vla_ros.budget.types import Budget
 from deer_vla_ros.commands.evaluate_command import exit_choice
 from deer_vla_ros.errors import UserError
-from deer_vla_ros.lab.scoring.chain_report import mean_interval, rate_interval, report_text, summary
 from deer_vla_ros.lab.scoring.benchmark import Group
+from deer_vla_ros.lab.scoring.chain_report import mean_interval, rate_interval, report_text, summary
 from deer_vla_ros.lab.scoring.chain_run import Attempt
 from deer_vla_ros.lab.scoring.evaluation_run import groups_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
