@@ -10,7 +10,8 @@ A chain has five instructions without a reset in between, of at most --steps ste
 ends it (CALVIN's LH-MTLC protocol). The scripted expert has carried out every chain before, so each of them
 is possible. Chain i has the seed 1,000,000 + 100,000 S + i (single instructions have i = 50,000 and above).
 Training, calibration and search never use these seeds. With --json FILE the run can be interrupted: the
-finished part is kept in FILE.partial.jsonl, and the same command goes on from there.
+finished part is kept in FILE.partial.jsonl, and the same command goes on from there. With --cluster the
+chains run on several machines, with the same figures (docs/how-to/run-on-a-cluster.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS
+from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS, add_cluster_argument
 from deer_vla_ros.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="number type of the weights on the CPU, as the parameter model.dtype (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
+    add_cluster_argument(place)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures as JSON; makes the run resumable"
     )
@@ -110,6 +113,7 @@ def asked_for(args: argparse.Namespace) -> Evaluation:
         args.phrasings,
         args.jobs,
         args.dtype,
+        args.cluster,
     )
     asked.check()
     return asked

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import logging
 import os
 import pickle
+import re
 import sys
 import traceback
 import uuid
-from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from distributed import Client, Future, get_worker
+from distributed import Client, Future, Security, get_worker
 from distributed.scheduler import KilledWorker
 
 import deer_vla_ros
@@ -48,7 +51,7 @@ class Cluster:
     """
 
     address: str
-    files: tuple[Path, ...] = ()
+    files: Sequence[Path] = ()
 
     def spread(
         self,
@@ -96,14 +99,19 @@ class Cluster:
             client.close()  # The scheduler forgets the jobs of a client that is gone.
 
     def _client(self) -> Client:
-        is_file = Path(self.address).is_file()
+        for logger in ("distributed", "distributed.client"):  # What goes wrong is told in one line, by us.
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
-            return Client(
-                **{"scheduler_file" if is_file else "address": self.address},
-                timeout=CONNECT_TIMEOUT_S,
-                set_as_default=False,
-            )
-        except Exception as error:  # many kinds, by what is wrong with the address
+            file = Path(self.address)
+            address = str(json.loads(file.read_text())["address"]) if file.is_file() else self.address
+            if not re.fullmatch(r"(tcp|tls)://.+:[0-9]{1,5}", address):
+                raise ValueError(f"{shown(address)} is no address")
+            if address.startswith("tls:") and not Security().get_connection_args("client")["ssl_context"]:
+                raise ValueError(
+                    "TLS needs Dask's settings distributed.comm.tls: ca-file, client.cert and .key"
+                )
+            return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--cluster {self.address}: no scheduler answers there ({cause(error)}): start one with "
                 "`dask scheduler`, and give the address that it prints, such as tcp://HOST:8786"
@@ -119,7 +127,12 @@ class Cluster:
             return told
         nobody = all(worker["status"] != "running" for worker in workers)
         if nobody and not told:
-            print(f"waiting for workers at {self.address}", file=sys.stderr, flush=True)
+            print(
+                f"waiting for workers at {self.address}: start some with `dask worker`, "
+                "on machines with deer_vla_ros",
+                file=sys.stderr,
+                flush=True,
+            )
         return nobody
 
     def _result(self, future: Future, job: Any) -> tuple[int, Any]:
@@ -258,7 +271,9 @@ def _check(run: _Run) -> None:
             )
     for path, found in sums_of([Path(each) for each in run.files]).items():
         if found != run.files[path]:
-            there, here = (f"the SHA-256 sum {each}" if each else "no file" for each in (found, run.files[path]))
+            there, here = (
+                f"the SHA-256 sum {each}" if each else "no file" for each in (found, run.files[path])
+            )
             raise UserError(
                 f"{path}: the worker {worker.address} has {there}, this machine has {here}: "
                 "copy the file to the same path on every machine"

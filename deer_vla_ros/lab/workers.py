@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.progress import (
     BarColumn,
@@ -25,9 +26,6 @@ from rich.progress import (
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import refusal
-
-if TYPE_CHECKING:
-    from deer_vla_ros.lab.cluster import Cluster
 
 Job = TypeVar("Job")
 Work = Callable[[Any, Callable[[], None]], Any]
@@ -52,21 +50,26 @@ def spread(
     jobs: Sequence[Job],
     processes: int,
     on_progress: Callable[[], None] = lambda: None,
-    cluster: Cluster | None = None,
+    cluster: str | None = None,
+    files: Sequence[Path] = (),
 ) -> Iterator[tuple[Job, Any]]:
     """Yields each job with its result, in the order in which the jobs finish.
 
     setup(*arguments) runs once in each process and returns the function that does the jobs. setup, the
     arguments, the jobs and the results have to be picklable. With `processes` 1 everything runs in this
-    process. on_progress: called in this process for every finished part of a job. cluster: its workers do the
-    jobs, whatever `processes` is.
+    process. on_progress: called in this process for every finished part of a job.
+
+    cluster: address of a Dask scheduler. Its workers do the jobs, whatever `processes` is. files: absolute
+    paths of what the jobs read there; each worker needs the same files as this machine.
 
     If a worker raises an error, all workers end. A UserError is raised here as it is, any other error as a
     RuntimeError with the worker's traceback. A worker that dies raises UserError; a cluster gives its job to
     another worker.
     """
     if cluster is not None:
-        yield from cluster.spread(setup, arguments, jobs, on_progress)
+        from deer_vla_ros.lab.cluster import Cluster  # One machine needs no Dask.
+
+        yield from Cluster(cluster, files).spread(setup, arguments, jobs, on_progress)
         return
     if processes == 1:
         work = setup(*arguments) if jobs else None

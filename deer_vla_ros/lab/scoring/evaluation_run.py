@@ -47,7 +47,8 @@ class Evaluation:
     folder: the checkpoint's folder. choice: what decides how many layers run. chains: the number of chains of
     five instructions. trials: the number of single instructions per task. seed: selects the set of chains.
     steps: the most steps per instruction. phrasings: "training", "held-out" or "both". jobs: the number of
-    processes; None: one per core. dtype: of the weights, as the parameter `model.dtype`.
+    processes; None: one per core. dtype: of the weights, as the parameter `model.dtype`. cluster: address
+    of a Dask scheduler, whose workers run the chains in place of `jobs` processes.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Evaluation:
     phrasings: str = "training"
     jobs: int | None = None
     dtype: str = "float32"
+    cluster: str | None = None
 
     def check(self) -> None:
         """Raises UserError if a number is out of range, or if there is nothing to evaluate."""
@@ -120,6 +122,7 @@ def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any
         jobs,
         resume,
         asked.dtype,
+        asked.cluster,
     )
     report = {**summary(checkpoint.info.model, chains, singles), **about}
     if resume is not None:
@@ -191,6 +194,7 @@ def evaluate(
     processes: int,
     resume: ResumeFile | None,
     dtype: str = "float32",
+    cluster: str | None = None,
 ) -> tuple[Results, Results]:
     """Runs all groups. Returns the attempts of every chain, and those of every single instruction.
 
@@ -204,10 +208,12 @@ def evaluate(
     with progress_bar() as progress:
         bar = progress.add_task("evaluating", total=sum(len(group.indices) for group in groups))
         progress.advance(bar, sum(len(group.indices) for group in groups if group.key in done))
+        folder = folder.absolute()  # The workers of a cluster have other working directories.
+        files = [folder / name for name in (CONFIG, WEIGHTS, TOKENIZER, CALIBRATION)]
         arguments = (folder, choice, seed, phrasings, step_limit, lanes, dtype)
         jobs = [(group, _drawn.get((seed, phrasings, group))) for group in left]
         for (group, _), (drawn, results) in spread(
-            _worker, arguments, jobs, processes, lambda: progress.advance(bar)
+            _worker, arguments, jobs, processes, lambda: progress.advance(bar), cluster, files
         ):
             _drawn[seed, phrasings, group] = drawn
             done[group.key] = results
