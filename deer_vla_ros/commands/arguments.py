@@ -1,4 +1,4 @@
-"""Arguments that several commands share: positive numbers, phrasings, clusters, and how a recording is read."""
+"""Arguments that several commands share: positive numbers, phrasings, clusters, how a recording is read."""
 
 from __future__ import annotations
 
