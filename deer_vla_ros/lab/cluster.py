@@ -106,10 +106,9 @@ class Cluster:
             address = str(json.loads(file.read_text())["address"]) if file.is_file() else self.address
             if not re.fullmatch(r"(tcp|tls)://.+:[0-9]{1,5}", address):
                 raise ValueError(f"{shown(address)} is no address")
-            if address.startswith("tls:") and not Security().get_connection_args("client")["ssl_context"]:
-                raise ValueError(
-                    "TLS needs Dask's settings distributed.comm.tls: ca-file, client.cert and .key"
-                )
+            security, is_tls = Security().get_connection_args("client"), address.startswith("tls:")
+            if not security["ssl_context"] if is_tls else security["require_encryption"]:
+                raise ValueError("this address and Dask's settings of TLS do not fit together")
             return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -5,6 +5,7 @@ The workers import this module, so it imports little.
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,8 +109,8 @@ def cluster(tmp_path_factory) -> Iterator[str]:
     with Client(scheduler_file=str(folder / "scheduler.json"), set_as_default=False) as client:
         client.wait_for_workers(2, timeout=60)
     yield str(folder / "scheduler.json")
-    for process in reversed(processes):
-        process.terminate()
+    for process in processes:
+        process.kill()  # Worker processes end with the `dask worker` that started them.
         process.wait()
 
 
@@ -186,7 +187,7 @@ def test_a_worker_with_several_threads_is_refused():
             threads_per_worker=2,
             processes=False,
             protocol="tcp://",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
         ) as several,
         pytest.raises(UserError, match="has 2 threads.*start the worker with --nthreads 1"),
     ):
@@ -229,15 +230,14 @@ def test_record_demos_gives_the_same_bytes_and_records_what_is_missing(cluster, 
     from deer_vla_ros.lab.demonstrations.record_run import DemoRequest, record
 
     frames = DemoRequest(tmp_path / "frames", demos=2, seed=3, image_size=16, demos_per_shard=1)
-    for request in (frames, replace(frames, folder=tmp_path / "calvin", demos=1, image_size=None)):
+    calvin = replace(frames, folder=tmp_path / "calvin", demos=1, image_size=None)
+    far = tmp_path / "far"
+    for request, kept in ((frames, 1), (calvin, 0)):
         record(request, jobs=1)
-        record(far := replace(request, folder=tmp_path / "far" / request.folder.name), 1, cluster)
-        assert _contents(far.folder) == _contents(request.folder)
-    # What an interrupted run leaves
-    far = replace(frames, folder=tmp_path / "far" / "frames")
-    (far.folder / "shard-0001").rename(far.folder / ".shard-0001.partial-00004711")
-    assert record(far, 1, cluster)[1] == 1
-    assert _contents(far.folder / "shard-0001") == _contents(frames.folder / "shard-0001")
+        if kept:  # as an interrupted run leaves it
+            shutil.copytree(frames.folder / "shard-0000", far / "frames/shard-0000")
+        assert record(replace(request, folder=far / request.folder.name), 1, cluster)[1] == kept
+        assert _contents(far / request.folder.name) == _contents(request.folder)
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -249,19 +249,19 @@ def _contents(folder: Path) -> dict[str, str]:
 def test_evaluate_gives_the_same_report_though_its_process_was_killed(cluster, tmp_path, monkeypatch):
     from deer_vla_ros.lab.scoring import evaluation_run
 
-    short = ["evaluate", "--chains", "2", "--steps", "2", "--seed", "10", "--json"]
+    short = ["evaluate", "--chains", "0", "--trials", "1", "--steps", "2", "--json"]
     code = f"""
 import os
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.lab.scoring import evaluation_run
-evaluation_run.LANES = 1
+evaluation_run.TASKS = evaluation_run.TASKS[:2]
 add = evaluation_run.ResumeFile.add
 evaluation_run.ResumeFile.add = lambda *arguments: (add(*arguments), os.kill(os.getpid(), 9))
 main({[*short, str(tmp_path / "far.json"), "--cluster", cluster]})
 """
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == -9
-    assert (tmp_path / "far.json.partial.jsonl").read_text().count("\n") == 2, "one of two chains is done"
-    monkeypatch.setattr(evaluation_run, "LANES", 1)  # Every chain is a job.
+    assert (tmp_path / "far.json.partial.jsonl").read_text().count("\n") == 2, "one of two tasks is done"
+    monkeypatch.setattr(evaluation_run, "TASKS", evaluation_run.TASKS[:2])
     assert main([*short, str(tmp_path / "far.json"), "--cluster", cluster]) == 0
     assert main([*short, str(tmp_path / "near.json"), "--jobs", "1"]) == 0
     assert (tmp_path / "far.json").read_bytes() == (tmp_path / "near.json").read_bytes()
