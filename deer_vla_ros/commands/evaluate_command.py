@@ -15,7 +15,8 @@ ends it (CALVIN's LH-MTLC protocol). On the table, the scripted expert has carri
 each of them is possible. Chain i has the seed 1,000,000 + 100,000 S + i (single instructions have i = 50,000
 and above). Training, calibration and search never use these seeds. CALVIN has the chains of its own protocol:
 docs/how-to/evaluate-on-calvin.md. With --json FILE the run can be interrupted: the finished part is kept in
-FILE.partial.jsonl, and the same command goes on from there.
+FILE.partial.jsonl, and the same command goes on from there. With --cluster the chains run on several
+machines, with the same figures (docs/how-to/run-on-a-cluster.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS
+from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS, add_cluster_argument
 from deer_vla_ros.errors import UserError
 
 if TYPE_CHECKING:
@@ -150,9 +151,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="chains that run in lock step in one process, as one batch of the network (default: 8)",
     )
-    parser.add_argument(
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
         "--jobs", type=int, metavar="N", help="processes (default: as many as keep the cores busy)"
     )
+    add_cluster_argument(place)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures as JSON; makes the run resumable"
     )
@@ -190,6 +193,7 @@ def asked_for(args: argparse.Namespace) -> Evaluation:
         args.dtype,
         args.device,
         LANES if args.lanes is None else args.lanes,
+        args.cluster,
     )
     asked.check()
     return asked
