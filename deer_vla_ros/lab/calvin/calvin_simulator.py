@@ -216,7 +216,6 @@ class CalvinSimulator:
             )
         self._environment = hydra.utils.instantiate(config.env)
         self._oracle = hydra.utils.instantiate(OmegaConf.load(os.path.join(root, TASKS)))
-        self._fresh = self._environment.p.saveState(physicsClientId=self._environment.cid)
         self._task = self._before = None
 
     def about(self):
@@ -232,17 +231,17 @@ class CalvinSimulator:
     def begin(self, robot_obs, scene_obs):
         """Sets the state of arm and scene and returns the view.
 
-        The same state gives the same bits, whatever was simulated before: contacts and motors of earlier
-        steps are forgotten first, which reset() of calvin_env does not do.
+        The same state gives the same bits, whatever was simulated before: the world is loaded again, because
+        calvin_env's reset() keeps contacts, the blocks' order and the last gripper action.
         """
         _check(robot_obs, "robot_obs", (15,))
         _check(scene_obs, "scene_obs", (24,))
         environment = self._environment
         self._task = None
-        environment.p.restoreState(stateId=self._fresh, physicsClientId=environment.cid)
+        environment.seed(0)
+        environment.scene.np_random = environment.np_random
+        environment.load()
         environment.robot.gripper_action = int(robot_obs[14])
-        for button in environment.scene.buttons:
-            button.prev_is_pressed = False
         return _view(environment.reset(robot_obs=robot_obs, scene_obs=scene_obs))
 
     def ask(self, task):
