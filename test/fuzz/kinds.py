@@ -64,6 +64,9 @@ from deer_vla_ros.budget.latency import TABLE as LATENCIES
 from deer_vla_ros.budget.latency import LatencyModel, LatencyTable
 from deer_vla_ros.files import write_json
 from deer_vla_ros.inference.types import Observation
+from deer_vla_ros.lab.calvin import calvin_sequences
+from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES
+from deer_vla_ros.lab.calvin.calvin_wordings import enriched
 from deer_vla_ros.lab.demonstrations.record_store import CalvinStore, FrameStore
 from deer_vla_ros.lab.lerobot.lerobot_columns import LerobotColumns
 from deer_vla_ros.lab.lerobot.lerobot_folder import LerobotFolder
@@ -307,6 +310,38 @@ def _read_resume(folder: Path) -> None:
             _results_of(group, file.done[group.key])
 
 
+@functools.cache
+def _sequences() -> tuple[calvin_sequences.CalvinSequence, ...]:
+    return calvin_sequences.generate(4)
+
+
+def _calvin_sequences(folder: Path) -> None:
+    chains = [[dataclasses.asdict(each.state), each.tasks] for each in _sequences()]
+    (folder / "eval_sequences.json").write_text(json.dumps(chains))
+
+
+def _read_calvin_sequences(folder: Path) -> None:
+    for sequence in calvin_sequences.read(folder / "eval_sequences.json", TASK_RULES):
+        robot, scene = calvin_sequences.start_of(sequence.state)
+        assert (robot.shape, scene.shape, len(sequence.tasks)) == ((15,), (24,), 5)
+
+
+def _enriched_by_chain(folder: Path) -> None:
+    texts = [[f"please {task}.\n\nNow" for task in sequence.tasks] for sequence in _sequences()]
+    (folder / "words.json").write_text(json.dumps(texts))
+
+
+def _enriched_by_task(folder: Path) -> None:
+    texts = {task: [f"please {task}", f"{task} now.\n\nNow"] for task in TASK_RULES}
+    (folder / "words.json").write_text(json.dumps(texts))
+
+
+def _read_enriched(folder: Path) -> None:
+    for sequence, five in zip(_sequences(), enriched(folder / "words.json", _sequences()), strict=True):
+        assert tuple(each.task for each in five) == sequence.tasks
+        [each.text.encode() for each in five]
+
+
 def _search(folder: Path, score: Callable) -> None:
     candidates = [np.linspace(0.1, 1, 10)] * 2
     search(score, (0.5, 0.5, 1e8), 2.0, candidates, 3, folder / "study.journal")
@@ -440,6 +475,17 @@ KINDS = {
             lambda folder: recipe_file(folder, JOINT),
             _read_recipe,
             (raw, text, yaml_tree),
+        ),
+        Kind(
+            "calvin-sequences",
+            "eval_sequences.json",
+            _calvin_sequences,
+            _read_calvin_sequences,
+            (raw, text, json_tree),
+        ),
+        *(
+            Kind(f"calvin-enriched-{by}", "words.json", make, _read_enriched, (raw, text, json_tree))
+            for by, make in (("chain", _enriched_by_chain), ("task", _enriched_by_task))
         ),
         Kind("resume", "report.json.partial.jsonl", _resume, _read_resume, (raw, text, json_line)),
         Kind(

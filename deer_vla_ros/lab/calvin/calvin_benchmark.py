@@ -62,8 +62,8 @@ class CalvinBenchmark:
     def cores_of(self, lanes: int) -> int:
         return lanes
 
-    def open(self, lanes: int, space: ActionSpace) -> CalvinStage:
-        return CalvinStage(self, lanes, space)
+    def open(self, lanes: int, space: ActionSpace) -> CalvinScenes:
+        return CalvinScenes(self, lanes, space)
 
 
 def versions_of(process: CalvinProcess) -> tuple[tuple[str, str], ...]:
@@ -71,8 +71,8 @@ def versions_of(process: CalvinProcess) -> tuple[tuple[str, str], ...]:
     return tuple((name, getattr(process.about, name)) for name in ("numpy", "pybullet", "calvin_env"))
 
 
-class CalvinStage:
-    """The simulators of one process of the evaluation. See benchmark.Stage."""
+class CalvinScenes:
+    """The simulators of one process of the evaluation. See benchmark.ChainScenes."""
 
     def __init__(self, benchmark: CalvinBenchmark, lanes: int, space: ActionSpace):
         self._benchmark, self._lanes, self._space = benchmark, lanes, space
@@ -101,7 +101,7 @@ class CalvinStage:
     def run(
         self, chains: Sequence[Chain], driver: Driver, step_limit: int, on_chain_end: Callable[[], None]
     ) -> list[tuple[Attempt, ...]]:
-        """See benchmark.Stage. If a simulator is lost, the chains are run again on new ones.
+        """See benchmark.ChainScenes. If a simulator is lost, the chains are run again on new ones.
 
         Raises SimulatorLost if that happens MOST_TRIES times.
         """

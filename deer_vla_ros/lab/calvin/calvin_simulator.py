@@ -29,6 +29,7 @@ import struct
 import sys
 import threading
 from importlib import metadata, util
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -191,6 +192,8 @@ class CalvinSimulator:
         os.environ["GIT_PYTHON_REFRESH"] = "quiet"  # GitPython is imported without a git program, too.
         package = os.path.join(os.path.abspath(root), "calvin_env")
         sys.path.insert(0, package)
+        # calvin_env's commit 1431a46, which is the submodule of mees/calvin, imports rich for its tracebacks.
+        sys.modules["rich.traceback"] = SimpleNamespace(install=lambda **options: None)
         import hydra
         from calvin_env.utils import utils
         from omegaconf import OmegaConf

@@ -31,7 +31,7 @@ class Group:
         return f"{self.single.task}{words} {self.indices[0]}"
 
 
-class Stage(Protocol):
+class ChainScenes(Protocol):
     """The scenes of one process."""
 
     def chains(self, group: Group) -> list[Chain]:
@@ -60,5 +60,5 @@ class Benchmark(Protocol):
     def cores_of(self, lanes: int) -> int:
         """The cores that one process with this many scenes keeps busy, its simulators included."""
 
-    def open(self, lanes: int, space: ActionSpace) -> Stage:
+    def open(self, lanes: int, space: ActionSpace) -> ChainScenes:
         """Makes `lanes` scenes in this process. space: the units of the checkpoint's actions."""

@@ -206,13 +206,13 @@ def _worker(asked: Evaluation) -> Work:
     checkpoint = load_as(asked.dtype, asked.folder, asked.device)
     lanes = min(asked.lanes, max(asked.chains, asked.trials))
     driver = NetworkDriver(checkpoint, asked.choice.rule_of(checkpoint), lanes)
-    stage = asked.benchmark.open(lanes, checkpoint.info.action_space)
+    scenes = asked.benchmark.open(lanes, checkpoint.info.action_space)
 
     def work(
         job: tuple[Group, list[Chain] | None], on_progress: Callable[[], None]
     ) -> tuple[list[Chain], Results]:
         group, chains = job
-        chains = chains or stage.chains(group)
-        return chains, stage.run(chains, driver, asked.steps, on_progress)
+        chains = chains or scenes.chains(group)
+        return chains, scenes.run(chains, driver, asked.steps, on_progress)
 
     return work

@@ -57,12 +57,12 @@ class TableBenchmark:
     def cores_of(self, lanes: int) -> int:
         return 1
 
-    def open(self, lanes: int, space: ActionSpace) -> TableStage:
-        return TableStage(self, lanes)
+    def open(self, lanes: int, space: ActionSpace) -> TableScenes:
+        return TableScenes(self, lanes)
 
 
-class TableStage:
-    """Tables in one process. See benchmark.Stage."""
+class TableScenes:
+    """Tables in one process. See benchmark.ChainScenes."""
 
     def __init__(self, benchmark: TableBenchmark, lanes: int):
         self._benchmark = benchmark

@@ -9,7 +9,7 @@ from PIL import Image
 
 from deer_vla_ros.lab.benchmarks import depth_curve
 from deer_vla_ros.lab.benchmarks.depth_curve import EQUAL_WITHIN, Point, draw, headline, measure
-from deer_vla_ros.lab.scoring import evaluation_run
+from deer_vla_ros.lab.scoring import table_benchmark
 from deer_vla_ros.lab.scoring.chain_report import mean_interval
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.model.checkpoint import folder_of
@@ -129,6 +129,6 @@ def test_a_point_is_measured_again_when_anything_that_it_depends_on_has_changed(
     assert at(3) == at(3) and measured == [3]
     at(5)
     assert measured == [3, 5]
-    monkeypatch.setattr(evaluation_run, "tasks_sha256", lambda: "of other tasks")
+    monkeypatch.setattr(table_benchmark, "tasks_sha256", lambda: "of other tasks")
     at(5)
     assert measured == [3, 5, 5]

@@ -37,7 +37,7 @@ def test_an_evaluation_uses_the_number_type_and_its_report_names_it(tmp_path, mo
     monkeypatch.setattr(evaluation_run, "load_as", lambda *asked: used.append(asked[0]) or load_as(*asked))
     arguments = ["--chains", "1", "--steps", "1", "--jobs", "1", "--dtype", "int8", "--json", str(path)]
     assert main(["evaluate", *arguments]) == 0
-    assert used == ["int8", "int8"] and json.loads(path.read_text())["dtype"] == "int8"
+    assert used == ["int8"] and json.loads(path.read_text())["dtype"] == "int8"
 
 
 def test_a_benchmark_of_random_weights_in_few_bits_names_them(tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from deer_vla_ros.lab.calvin import calvin_simulator
 from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall
+from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES
+from deer_vla_ros.lab.calvin.calvin_wordings import VALIDATION
 
 PROGRAM = Path(__file__).parent / "stand_in_simulator.py"
 
@@ -20,6 +22,8 @@ def stand_in_calvin(folder: Path) -> CalvinInstall:
     tasks = root / calvin_simulator.TASKS
     tasks.parent.mkdir(parents=True)
     tasks.touch()
+    (root / VALIDATION).parent.mkdir(parents=True)
+    (root / VALIDATION).write_text("".join(f'{task}: ["please {task}"]\n' for task in TASK_RULES))
     (root / "calvin_env/calvin_env").mkdir(parents=True)
     scenes = root / "calvin_env/conf/scene"
     scenes.mkdir(parents=True)

@@ -24,7 +24,7 @@ from deer_vla_ros.lab.scoring.evaluation_run import groups_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
 from deer_vla_ros.lab.scoring.sentences import Sentence, read_sentences
-from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark, TableStage
+from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark, TableScenes
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.model.action_space import TABLETOP
 from deer_vla_ros.model.checkpoint import EMBEDDED, load
@@ -58,8 +58,8 @@ def test_a_run_that_was_killed_goes_on_to_the_report_of_an_uninterrupted_one(tmp
     assert main([*SHORT, "--json", str(path)]) == 0
     assert list(tmp_path.iterdir()) == [path], "nothing else is left"
     # An uninterrupted run. This process draws again only the chains that the killed process had drawn.
-    drawn, chains = [], TableStage.chains
-    monkeypatch.setattr(TableStage, "chains", lambda *asked: drawn.append(asked) or chains(*asked))
+    drawn, chains = [], TableScenes.chains
+    monkeypatch.setattr(TableScenes, "chains", lambda *asked: drawn.append(asked) or chains(*asked))
     assert main([*SHORT, "--json", str(tmp_path / "whole.json")]) == 0
     finished = before.count("\n") - 1  # The first line is not of a group. The first group has two chains.
     assert len(drawn) == finished
@@ -245,9 +245,9 @@ def test_other_peoples_sentences_are_scored_each_in_the_same_states(tmp_path, mo
     plain, rich = tmp_path / "plain.json", tmp_path / "rich.json"
     plain.write_text(json.dumps({"open_drawer": ["open the drawer", "open it"], "turn_on_led": ["light on"]}))
     rich.write_text(json.dumps({"open_drawer": ["grab the handle and pull the drawer out"]}))
-    path, run, ran = tmp_path / "report.json", TableStage.run, []
+    path, run, ran = tmp_path / "report.json", TableScenes.run, []
     monkeypatch.setattr(
-        TableStage, "run", lambda stage, chains, *rest: ran.append(chains) or run(stage, chains, *rest)
+        TableScenes, "run", lambda own, chains, *rest: ran.append(chains) or run(own, chains, *rest)
     )
     command = ["evaluate", "--wordings", str(plain), "--wordings", str(rich), "--tasks", "open_drawer"]
     assert main([*command, "--trials", "2", "--steps", "2", "--jobs", "1", "--json", str(path)]) == 0
