@@ -262,8 +262,8 @@ def _sequence(entry: Any, where: str, known: Collection[str]) -> CalvinSequence:
     position = first_impossible(sequence)
     if position is not None:
         raise UserError(
-            f"{where}: task {position + 1}, {tasks[position]}, is not possible in the state that the tasks "
-            f"before it leave: change the chain"
+            f"{where}: {tasks[position]} is not possible in the state that the tasks before it leave: change "
+            "the chain"
         )
     return sequence
 
