@@ -81,6 +81,7 @@ class CalvinChoice:
             raise UserError(
                 f"evaluate: --sequences is {self.sequences}: give 1 to {MOST_SEQUENCES}, or a file"
             )
+        print(f"drawing {self.sequences} chains as CALVIN does (1,000 take about half a minute)", flush=True)
         return generate(self.sequences)
 
     def _alone(self, sentences: list[Sentence] | tuple[Sentence, ...]) -> tuple[Sentence, ...]:
