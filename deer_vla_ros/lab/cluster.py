@@ -8,6 +8,7 @@ machine.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -40,7 +41,7 @@ ANSWER_TIMEOUT_S = 30
 """How long the scheduler may take to answer."""
 CHECK_INTERVAL_S = 1
 """If nothing has happened for this long, it is checked whether the cluster has any worker."""
-_PACKAGES = ("numpy", "torch", "mujoco")
+_PACKAGES = ("numpy", "scipy", "torch", "mujoco")
 _SOURCES = (".py", ".xml", ".yaml")
 
 
@@ -250,6 +251,7 @@ def _work_of(run: _Run) -> Work:
     global _ready
     if _ready is None or _ready[0] != run.token:
         _ready = None
+        gc.collect()  # in this thread, to which the OpenGL contexts of the older run belong
         _check(run)
         setup, arguments = pickle.loads(run.work)
         _ready = run.token, setup(*arguments)
