@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 from paths import ROOT
@@ -73,6 +74,7 @@ def _start(folder: Path, *command: str) -> subprocess.Popen:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
+        "DASK_TEMPORARY_DIRECTORY": str(folder),
     }
     always = ("--scheduler-file", folder / "scheduler.json", "--host", "127.0.0.1", "--no-dashboard")
     always = (*always, "--dashboard-address", "127.0.0.1:0")
@@ -100,10 +102,10 @@ def scheduler(tmp_path) -> Iterator[subprocess.Popen]:
 def cluster(tmp_path_factory) -> Iterator[str]:
     """The address of a scheduler with two workers."""
     folder = tmp_path_factory.mktemp("cluster")
-    workers = "--nthreads 1 --nworkers 2 --memory-limit 0 --local-directory".split()
+    workers = "--nthreads 1 --nworkers 2 --memory-limit 0".split()
     processes = [
         _start(folder, "scheduler", "--port", "0"),
-        _start(folder, "worker", *workers, str(folder / "scratch")),
+        _start(folder, "worker", *workers),
     ]
     wait_until((folder / "scheduler.json").is_file, 240, "the scheduler")
     with Client(scheduler_file=str(folder / "scheduler.json"), set_as_default=False) as client:
@@ -181,8 +183,9 @@ def test_a_worker_with_other_software_or_files_is_refused(cluster, tmp_path, mon
         list(spread(_squarer, (2,), jobs, 1, cluster=cluster))
 
 
-def test_a_worker_with_several_threads_is_refused():
+def test_a_worker_with_several_threads_is_refused(tmp_path):
     with (
+        dask.config.set(temporary_directory=str(tmp_path)),
         LocalCluster(
             n_workers=1,
             threads_per_worker=2,
