@@ -67,20 +67,23 @@ def _pid(folder: Path) -> int:
     return int((folder / "pid").read_text())
 
 
+def _environment() -> dict[str, str]:
+    """The environment of processes that import this module."""
+    paths = (ROOT / "test", ROOT / "test/lab", os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
 def _start(folder: Path, *command: str) -> subprocess.Popen:
     """`dask COMMAND`, at ports that the system chooses."""
-    paths = [ROOT / "test", ROOT / "test/lab", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        **_environment(),
         "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
         "DASK_TEMPORARY_DIRECTORY": str(folder),
     }
-    always = ("--scheduler-file", folder / "scheduler.json", "--host", "127.0.0.1", "--no-dashboard")
-    always = (*always, "--dashboard-address", "127.0.0.1:0")
+    always = "--host 127.0.0.1 --no-dashboard --dashboard-address 127.0.0.1:0 --scheduler-file".split()
     with (folder / f"{command[0]}.log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "dask", *command, *map(str, always)],
+            [sys.executable, "-m", "dask", *command, *always, str(folder / "scheduler.json")],
             env=environment,
             stdout=log,
             stderr=log,
@@ -102,10 +105,9 @@ def scheduler(tmp_path) -> Iterator[subprocess.Popen]:
 def cluster(tmp_path_factory) -> Iterator[str]:
     """The address of a scheduler with two workers."""
     folder = tmp_path_factory.mktemp("cluster")
-    workers = "--nthreads 1 --nworkers 2 --memory-limit 0".split()
     processes = [
         _start(folder, "scheduler", "--port", "0"),
-        _start(folder, "worker", *workers),
+        _start(folder, "worker", *"--nthreads 1 --nworkers 2 --memory-limit 0".split()),
     ]
     wait_until((folder / "scheduler.json").is_file, 240, "the scheduler")
     with Client(scheduler_file=str(folder / "scheduler.json"), set_as_default=False) as client:
@@ -138,7 +140,7 @@ def test_workers_are_free_again_after_a_parent_was_killed_or_stopped(cluster, tm
         "from deer_vla_ros.lab.workers import spread\n"
         f"list(spread(_squarer, (2,), {endless}, 1, cluster={cluster!r}))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "test/lab", env=_environment())
+    parent = subprocess.Popen([sys.executable, "-c", code], env=_environment())
     try:
         for _, folder in endless:
             _pid(Path(folder))
@@ -153,10 +155,6 @@ def test_workers_are_free_again_after_a_parent_was_killed_or_stopped(cluster, tm
         ("square", 4): 16,
         ("square", 5): 25,
     }
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "test"), os.environ["PYTHONPATH"]])}
 
 
 def test_what_goes_wrong_in_a_worker_is_told(cluster):
