@@ -8,6 +8,7 @@ machine.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import re
 import sys
 import traceback
 import uuid
+from asyncio import TimeoutError  # Python 3.10 has two of this name.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -35,10 +37,11 @@ from deer_vla_ros.files import refusal
 if TYPE_CHECKING:
     from deer_vla_ros.lab.workers import Job, Work
 
-CONNECT_TIMEOUT_S = 10
+ANSWER_TIMEOUT_S = 30
+"""How long the scheduler may take to answer."""
 CHECK_INTERVAL_S = 1
 """If nothing has happened for this long, it is checked whether the cluster has any worker."""
-_PACKAGES = ("numpy", "torch", "mujoco")
+_PACKAGES = ("numpy", "scipy", "torch", "mujoco")
 _SOURCES = (".py", ".xml", ".yaml")
 
 
@@ -109,7 +112,7 @@ class Cluster:
             security, is_tls = Security().get_connection_args("client"), address.startswith("tls:")
             if not security["ssl_context"] if is_tls else security["require_encryption"]:
                 raise ValueError("this address and Dask's settings of TLS do not fit together")
-            return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+            return Client(address, timeout=ANSWER_TIMEOUT_S, set_as_default=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--cluster {self.address}: no scheduler answers there ({cause(error)}): start one with "
@@ -121,10 +124,10 @@ class Cluster:
         if client.status != "running":
             raise self._lost()
         try:
-            workers = client.scheduler_info()["workers"].values()
-        except OSError:  # The connection breaks just now.
-            return told
-        nobody = all(worker["status"] != "running" for worker in workers)
+            known = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER_TIMEOUT_S)
+        except (OSError, TimeoutError, AttributeError) as error:  # The client has no scheduler any more.
+            raise self._lost() from error
+        nobody = all(worker["status"] != "running" for worker in known["workers"].values())
         if nobody and not told:
             print(
                 f"waiting for workers at {self.address}: start some with `dask worker`, "
@@ -138,8 +141,8 @@ class Cluster:
         """The number of a finished job's parts, and its result. Raises the worker's error."""
         try:
             pickled = future.result()
-        except CancelledError:
-            raise self._lost() from None
+        except (CancelledError, OSError) as error:
+            raise self._lost() from error
         except KilledWorker as error:
             raise UserError(
                 f"{error.allowed_failures + 1} workers ended while they did the job {shown(job)}, as when "
@@ -248,6 +251,7 @@ def _work_of(run: _Run) -> Work:
     global _ready
     if _ready is None or _ready[0] != run.token:
         _ready = None
+        gc.collect()  # in this thread, to which the OpenGL contexts of the older run belong
         _check(run)
         setup, arguments = pickle.loads(run.work)
         _ready = run.token, setup(*arguments)

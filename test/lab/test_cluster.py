@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 from paths import ROOT
@@ -62,23 +63,27 @@ def _is_first(folder: Path) -> bool:
 
 def _pid(folder: Path) -> int:
     """The process that _is_first let go on."""
-    wait_until((folder / "pid").is_file, 60, "a job's begin")
+    wait_until((folder / "pid").is_file, 240, "a job's begin")
     return int((folder / "pid").read_text())
+
+
+def _environment() -> dict[str, str]:
+    """The environment of processes that import this module."""
+    paths = (ROOT / "test", ROOT / "test/lab", os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def _start(folder: Path, *command: str) -> subprocess.Popen:
     """`dask COMMAND`, at ports that the system chooses."""
-    paths = [ROOT / "test", ROOT / "test/lab", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        **_environment(),
         "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
+        "DASK_TEMPORARY_DIRECTORY": str(folder),
     }
-    always = ("--scheduler-file", folder / "scheduler.json", "--host", "127.0.0.1", "--no-dashboard")
-    always = (*always, "--dashboard-address", "127.0.0.1:0")
+    always = "--host 127.0.0.1 --no-dashboard --dashboard-address 127.0.0.1:0 --scheduler-file".split()
     with (folder / f"{command[0]}.log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "dask", *command, *map(str, always)],
+            [sys.executable, "-m", "dask", *command, *always, str(folder / "scheduler.json")],
             env=environment,
             stdout=log,
             stderr=log,
@@ -90,7 +95,7 @@ def _start(folder: Path, *command: str) -> subprocess.Popen:
 def scheduler(tmp_path) -> Iterator[subprocess.Popen]:
     """A scheduler without workers, with its file in tmp_path."""
     process = _start(tmp_path, "scheduler", "--port", "0")
-    wait_until((tmp_path / "scheduler.json").is_file, 60, "the scheduler")
+    wait_until((tmp_path / "scheduler.json").is_file, 240, "the scheduler")
     yield process
     process.kill()
     process.wait()
@@ -100,14 +105,13 @@ def scheduler(tmp_path) -> Iterator[subprocess.Popen]:
 def cluster(tmp_path_factory) -> Iterator[str]:
     """The address of a scheduler with two workers."""
     folder = tmp_path_factory.mktemp("cluster")
-    workers = "--nthreads 1 --nworkers 2 --memory-limit 0 --local-directory".split()
     processes = [
         _start(folder, "scheduler", "--port", "0"),
-        _start(folder, "worker", *workers, str(folder / "scratch")),
+        _start(folder, "worker", *"--nthreads 1 --nworkers 2 --memory-limit 0".split()),
     ]
-    wait_until((folder / "scheduler.json").is_file, 60, "the scheduler")
+    wait_until((folder / "scheduler.json").is_file, 240, "the scheduler")
     with Client(scheduler_file=str(folder / "scheduler.json"), set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=240)
     yield str(folder / "scheduler.json")
     for process in processes:
         process.kill()  # Worker processes end with the `dask worker` that started them.
@@ -136,7 +140,7 @@ def test_workers_are_free_again_after_a_parent_was_killed_or_stopped(cluster, tm
         "from deer_vla_ros.lab.workers import spread\n"
         f"list(spread(_squarer, (2,), {endless}, 1, cluster={cluster!r}))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "test/lab", env=_environment())
+    parent = subprocess.Popen([sys.executable, "-c", code], env=_environment())
     try:
         for _, folder in endless:
             _pid(Path(folder))
@@ -153,10 +157,6 @@ def test_workers_are_free_again_after_a_parent_was_killed_or_stopped(cluster, tm
     }
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "test"), os.environ["PYTHONPATH"]])}
-
-
 def test_what_goes_wrong_in_a_worker_is_told(cluster):
     with pytest.raises(UserError, match=r"^13 is no job: give another$"):
         list(spread(_squarer, (2,), [("refuse", 13)], 1, cluster=cluster))
@@ -166,22 +166,24 @@ def test_what_goes_wrong_in_a_worker_is_told(cluster):
         list(spread(_squarer, (2,), [("end", 1)], 1, cluster=cluster))
 
 
-def test_a_worker_with_other_software_or_files_is_refused(cluster, monkeypatch):
+def test_a_worker_with_other_software_or_files_is_refused(cluster, tmp_path, monkeypatch):
     jobs = [("square", 1)]
     with pytest.raises(UserError, match="/proc/self/cmdline: the worker tcp.* has the SHA-256 sum [0-9a-f]"):
         list(spread(_squarer, (2,), jobs, 1, cluster=cluster, files=[Path("/proc/self/cmdline")]))
-    own = Path(f"/proc/self/fd/{os.dup2(os.open(os.devnull, os.O_RDONLY), 190)}")
-    monkeypatch.setattr(Path, "is_file", lambda path: path == own or os.path.isfile(path))
+    with (tmp_path / "only here").open("w") as file:
+        os.dup2(file.fileno(), 190)
     with pytest.raises(UserError, match="/proc/self/fd/190: .* has no file, this machine has the SHA"):
-        list(spread(_squarer, (2,), jobs, 1, cluster=cluster, files=[own]))
+        list(spread(_squarer, (2,), jobs, 1, cluster=cluster, files=[Path("/proc/self/fd/190")]))
+    os.close(190)
     other = {**cluster_module.software(), "numpy": "1.0"}
     monkeypatch.setattr(cluster_module, "software", lambda: other)
     with pytest.raises(UserError, match=r"the worker tcp.* has numpy 2.*, this machine has 1\.0: install"):
         list(spread(_squarer, (2,), jobs, 1, cluster=cluster))
 
 
-def test_a_worker_with_several_threads_is_refused():
+def test_a_worker_with_several_threads_is_refused(tmp_path):
     with (
+        dask.config.set(temporary_directory=str(tmp_path)),
         LocalCluster(
             n_workers=1,
             threads_per_worker=2,
@@ -214,7 +216,7 @@ def test_a_scheduler_that_waits_for_workers_and_is_lost_is_told(scheduler, tmp_p
     "address", ["host:8786", "http://127.0.0.1:8786", "tls://127.0.0.1:8786", "tcp://127.0.0.1:1"]
 )
 def test_an_address_without_a_scheduler_is_told_in_one_line(address, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cluster_module, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(cluster_module, "ANSWER_TIMEOUT_S", 0.1)
     command = ["record-demos", "--demos", "1", "--out", str(tmp_path), "--cluster", address]
     assert main(command) == 1
     error = capsys.readouterr().err
