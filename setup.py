@@ -136,6 +136,7 @@ setup(
     extras_require={
         # Without greenlet Optuna warns, and proposes trials more slowly.
         "search": ["greenlet", "optuna>=5"],
+        "cluster": ["distributed>=2026.8", "mujoco>=3.10", "rich"],
         "lerobot": ["av>=14", "pyarrow>=15", "rich"],
         "sim": ["mujoco>=3.10"],
         "replay": ["apsw", "backports.zstd", "lz4", "mcap>=1.2", "rich", "rosbags>=0.11"],
@@ -145,6 +146,7 @@ setup(
             "apsw",
             "av>=14",
             "backports.zstd",
+            "distributed>=2026.8",
             "greenlet",
             "hypothesis",
             "import-linter",

@@ -15,7 +15,18 @@ import deer_vla_ros
 from deer_vla_ros.commands import COMMANDS, PROGRAM, CommandEntry
 from deer_vla_ros.errors import UserError
 
-PIP_MODULES = ("av", "matplotlib", "mcap", "mujoco", "optuna", "pyarrow", "rich", "rosbags", "tensorboardX")
+PIP_MODULES = (
+    "av",
+    "distributed",
+    "matplotlib",
+    "mcap",
+    "mujoco",
+    "optuna",
+    "pyarrow",
+    "rich",
+    "rosbags",
+    "tensorboardX",
+)
 """Packages from PyPI that only some commands need."""
 ROS_MODULES = ("rclpy", "deer_vla_ros", "std_msgs", "sensor_msgs", "geometry_msgs")
 

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: positive numbers, phrasings, and how a recording is read."""
+"""Arguments that several commands share: positive numbers, phrasings, clusters, how a recording is read."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def positive(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"'{text}' is no finite number above 0")
     return value
+
+
+def add_cluster_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds the argument that names the machines on which the jobs run."""
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="run on the workers of this Dask scheduler, such as tcp://host:8786, or of a scheduler file "
+        "(default: on this machine)",
+    )
 
 
 def add_recording_arguments(parser: argparse.ArgumentParser, of: str = "") -> None:

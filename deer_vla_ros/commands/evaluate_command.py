@@ -15,7 +15,8 @@ ends it (CALVIN's LH-MTLC protocol). On the table, the scripted expert has carri
 each of them is possible. Chain i has the seed 1,000,000 + 100,000 S + i (single instructions have i = 50,000
 and above). Training, calibration and search never use these seeds. CALVIN has the chains of its own protocol:
 docs/how-to/evaluate-on-calvin.md. With --json FILE the run can be interrupted: the finished part is kept in
-FILE.partial.jsonl, and the same command goes on from there.
+FILE.partial.jsonl, and the same command goes on from there. With --cluster the chains run on several
+machines, with the same figures (docs/how-to/run-on-a-cluster.md).
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS
+from deer_vla_ros.commands.arguments import DTYPES, PHRASINGS, add_cluster_argument
 from deer_vla_ros.errors import UserError
 
 if TYPE_CHECKING:
     from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark
-    from deer_vla_ros.lab.calvin.calvin_sequences import CalvinSequence
     from deer_vla_ros.lab.scoring.evaluation_run import Evaluation
     from deer_vla_ros.lab.scoring.network_driver import ExitChoice
     from deer_vla_ros.lab.scoring.sentences import Sentence
@@ -40,7 +40,6 @@ BENCHMARKS = ("table", "calvin")
 OF_TABLE = ("phrasings",)
 OF_CALVIN = ("calvin_root", "calvin_python", "calvin_scene", "sequences", "enriched")
 CHAINS, TRIALS = 200, 5
-SEQUENCES, MOST_SEQUENCES = 1000, 10_000
 STEPS = {"table": 80, "calvin": 360}
 
 
@@ -105,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calvin.add_argument(
         "--sequences",
         metavar="FILE|N",
-        help=f"the chains: a published JSON file, or N of CALVIN's own generator (default: {SEQUENCES})",
+        help="the chains: a published JSON file, or N of CALVIN's own generator (default: 1000)",
     )
     calvin.add_argument(
         "--enriched",
@@ -152,9 +151,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="chains that run in lock step in one process, as one batch of the network (default: 8)",
     )
-    parser.add_argument(
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
         "--jobs", type=int, metavar="N", help="processes (default: as many as keep the cores busy)"
     )
+    add_cluster_argument(place)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures as JSON; makes the run resumable"
     )
@@ -178,13 +179,7 @@ def asked_for(args: argparse.Namespace) -> Evaluation:
     from deer_vla_ros.lab.scoring.evaluation_run import LANES, Evaluation
     from deer_vla_ros.model.checkpoint import folder_of
 
-    if args.seed < 0:
-        raise UserError(
-            f"evaluate: --seed is {args.seed}: give 0 or more, since seeds below 1,000,000 belong to training"
-        )
-    for name in OF_CALVIN if args.benchmark == "table" else OF_TABLE:
-        if getattr(args, name) is not None:
-            raise UserError(f"evaluate: --{name.replace('_', '-')} is not for --benchmark {args.benchmark}")
+    _check(args)
     trials = args.trials if args.trials is not None else TRIALS if args.wordings else 0
     benchmark, chains = (_table if args.benchmark == "table" else _calvin)(args, trials)
     asked = Evaluation(
@@ -198,9 +193,26 @@ def asked_for(args: argparse.Namespace) -> Evaluation:
         args.dtype,
         args.device,
         LANES if args.lanes is None else args.lanes,
+        args.cluster,
     )
     asked.check()
     return asked
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for arguments that do not belong together."""
+    if args.seed < 0:
+        raise UserError(
+            f"evaluate: --seed is {args.seed}: give 0 or more, since seeds below 1,000,000 belong to training"
+        )
+    for name in OF_CALVIN if args.benchmark == "table" else OF_TABLE:
+        if getattr(args, name) is not None:
+            raise UserError(f"evaluate: --{name.replace('_', '-')} is not for --benchmark {args.benchmark}")
+    if args.benchmark == "calvin" and args.calvin_root is None:
+        raise UserError("evaluate: --benchmark calvin needs --calvin-root DIR, a clone of mees/calvin")
+    for name in ("phrasings", "enriched"):
+        if args.wordings and getattr(args, name):
+            raise UserError(f"evaluate: --{name} and --wordings both choose the sentences: give one of them")
 
 
 def _table(args: argparse.Namespace, trials: int) -> tuple[TableBenchmark, int]:
@@ -209,8 +221,6 @@ def _table(args: argparse.Namespace, trials: int) -> tuple[TableBenchmark, int]:
 
     tasks, sentences = _tasks_and_sentences(args, ALL_TASKS)
     chains = args.chains if args.chains is not None else 0 if sentences else CHAINS
-    if sentences and args.phrasings:
-        raise UserError("evaluate: --phrasings and --wordings both choose the sentences: give one of them")
     if sentences and chains and (missing := set(tasks) - {each.task for each in sentences}):
         raise UserError(
             f"evaluate: --wordings has no sentence for {', '.join(sorted(missing))}, which chains may "
@@ -221,58 +231,27 @@ def _table(args: argparse.Namespace, trials: int) -> tuple[TableBenchmark, int]:
 
 def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int]:
     """CALVIN as a benchmark, and the number of chains."""
-    from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark, versions_of
-    from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess
-    from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES, states_for
-    from deer_vla_ros.lab.calvin.calvin_wordings import drawn, enriched, published
-    from deer_vla_ros.lab.scoring.sentences import Sentence
+    from deer_vla_ros.lab.calvin.calvin_choice import SEQUENCES, CalvinChoice
+    from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall
+    from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES
 
-    if args.calvin_root is None:
-        raise UserError("evaluate: --benchmark calvin needs --calvin-root DIR, a clone of mees/calvin")
-    if args.enriched and args.wordings:
-        raise UserError("evaluate: --enriched and --wordings both choose the sentences: give one of them")
     given = {"python": args.calvin_python, "scene": args.calvin_scene}
     install = CalvinInstall(
         args.calvin_root.absolute(), **{name: value for name, value in given.items() if value is not None}
     )
-    install.check()
     tasks, sentences = _tasks_and_sentences(args, tuple(TASK_RULES))
-    own = tuple(Sentence(task, text, "published") for task, text in published(install.root).items())
-    every = _sequences(args.sequences)
-    words = enriched(args.enriched, every, args.seed) if args.enriched else None
-    kept = [number for number, each in enumerate(every) if set(each.tasks) <= set(tasks)]
-    chains = args.chains if args.chains is not None else 0 if sentences else len(kept)
-    if chains > len(kept):
-        raise UserError(
-            f"evaluate: --chains is {chains}, and {len(kept)} of the {len(every)} sequences have only the "
-            "tasks asked for: give fewer chains"
-        )
-    sequences = tuple(every[number] for number in kept[:chains])
-    if words is None:
-        words = drawn(sentences or own, sequences, args.seed)
-    else:
-        words = tuple(words[number] for number in kept[:chains])
-    alone = [each for each in sentences or own if trials and each.task in tasks]
-    if left_out := dict.fromkeys(each.task for each in alone if not states_for(each.task)):
-        print(f"not given alone, because no start state of CALVIN allows it: {', '.join(left_out)}")
-        alone = [each for each in alone if each.task not in left_out]
-        if not alone and not chains:
-            raise UserError("evaluate: none of these tasks can be given alone: give others, or --chains")
-    with CalvinProcess(install) as process:
-        versions = versions_of(process)
-    return CalvinBenchmark(install, versions, sequences, words, tuple(alone), tasks, args.seed), chains
-
-
-def _sequences(text: str | None) -> tuple[CalvinSequence, ...]:
-    """The chains that --sequences means. Raises UserError."""
-    from deer_vla_ros.lab.calvin import calvin_sequences
-
-    if text is not None and not text.isdecimal():
-        return calvin_sequences.read(Path(text), calvin_sequences.TASK_RULES)
-    count = SEQUENCES if text is None else int(text)
-    if not 1 <= count <= MOST_SEQUENCES:
-        raise UserError(f"evaluate: --sequences is {text}: give 1 to {MOST_SEQUENCES}, or a file")
-    return calvin_sequences.generate(count)
+    text = str(SEQUENCES) if args.sequences is None else args.sequences
+    benchmark = CalvinChoice(
+        install,
+        sequences=int(text) if text.isdecimal() else Path(text),
+        chains=0 if args.chains is None and sentences else args.chains,
+        enriched=args.enriched,
+        tasks=tasks,
+        sentences=sentences,
+        trials=trials,
+        seed=args.seed,
+    ).benchmark()
+    return benchmark, len(benchmark.sequences)
 
 
 def _tasks_and_sentences(
@@ -280,7 +259,7 @@ def _tasks_and_sentences(
 ) -> tuple[tuple[str, ...], tuple[Sentence, ...]]:
     """The tasks of --tasks, in the benchmark's order, and the sentences of --wordings that belong to them.
 
-    Raises UserError if nothing is left.
+    Raises UserError for an unknown task, and for one of --tasks without a sentence.
     """
     from deer_vla_ros.lab.scoring.sentences import read_sentences, unknown_task
 
@@ -288,13 +267,12 @@ def _tasks_and_sentences(
     for name in asked:
         if name not in known:
             raise UserError(f"evaluate: --tasks: {unknown_task(name, known)}")
-    tasks = tuple(name for name in known if name in asked)
-    sentences = tuple(each for each in read_sentences(args.wordings, known) if each.task in tasks)
-    if args.wordings and not sentences:
+    sentences = tuple(each for each in read_sentences(args.wordings, known) if each.task in asked)
+    if args.wordings and args.tasks and (missing := set(asked) - {each.task for each in sentences}):
         raise UserError(
-            f"evaluate: --wordings has no sentence for any of --tasks {args.tasks}: give other tasks"
+            f"evaluate: --wordings has no sentence for {', '.join(sorted(missing))} of --tasks: add one"
         )
-    return tasks, sentences
+    return tuple(name for name in known if name in asked), sentences
 
 
 def exit_choice(args: argparse.Namespace) -> ExitChoice:

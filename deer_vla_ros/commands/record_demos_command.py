@@ -8,9 +8,9 @@ format:
         --policy out/train/tabletop/checkpoint
     python -m deer_vla_ros record-demos --demos 1000 --out out/data/calvin/training --format calvin
 
-The same arguments give the same bytes, whatever --jobs is. After an interruption, the same command records
-what is missing. Shard k uses the seed 1,000 S + k. All seeds are below 1,000,000, because evaluation uses the
-others.
+The same arguments give the same bytes, whatever --jobs is, and on several machines (--cluster,
+docs/how-to/run-on-a-cluster.md). After an interruption, the same command records what is missing. Shard k
+uses the seed 1,000 S + k. All seeds are below 1,000,000, because evaluation uses the others.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import time
 from pathlib import Path
 
+from deer_vla_ros.commands.arguments import add_cluster_argument
 from deer_vla_ros.errors import UserError
 
 FORMATS = ("frames", "calvin")
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="which set of demonstrations, 0 to 999 (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=int, metavar="J", help="processes (default: one per core)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--jobs", type=int, metavar="J", help="processes (default: one per core)")
+    add_cluster_argument(place)
     parser.add_argument(
         "--policy",
         type=Path,
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     image_size = None if args.format == "calvin" else args.image_size or IMAGE_SIZE
     request = DemoRequest(args.out, args.demos, args.seed, image_size, args.policy)
     begin = time.monotonic()
-    frames, kept = record(request, args.jobs or os.cpu_count() or 1)
+    frames, kept = record(request, args.jobs or os.cpu_count() or 1, args.cluster)
     seconds = time.monotonic() - begin
     new = args.demos - kept
     print(f"{args.out}: {args.demos} demonstrations" + (f", {kept} of them from before" if kept else ""))

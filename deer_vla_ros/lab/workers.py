@@ -1,8 +1,8 @@
 """Worker processes: each one is set up once, gets a job whenever it is free, and reports every finished part
 of it.
 
-The processes are connected by one pipe each and by nothing else. If the parent is killed, every worker finds
-its pipe closed and ends.
+The processes of this machine are connected by one pipe each and by nothing else. If the parent is killed,
+every worker finds its pipe closed and ends. Those of other machines belong to a Dask cluster (cluster.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.progress import (
@@ -49,6 +50,8 @@ def spread(
     jobs: Sequence[Job],
     processes: int,
     on_progress: Callable[[], None] = lambda: None,
+    cluster: str | None = None,
+    files: Sequence[Path] = (),
 ) -> Iterator[tuple[Job, Any]]:
     """Yields each job with its result, in the order in which the jobs finish.
 
@@ -56,9 +59,18 @@ def spread(
     arguments, the jobs and the results have to be picklable. With `processes` 1 everything runs in this
     process. on_progress: called in this process for every finished part of a job.
 
+    cluster: address of a Dask scheduler. Its workers do the jobs, whatever `processes` is. files: absolute
+    paths of what the jobs read there; each worker needs the same files as this machine.
+
     If a worker raises an error, all workers end. A UserError is raised here as it is, any other error as a
-    RuntimeError with the worker's traceback. A worker that dies raises UserError.
+    RuntimeError with the worker's traceback. A worker that dies raises UserError; a cluster gives its job to
+    another worker.
     """
+    if cluster is not None:
+        from deer_vla_ros.lab.cluster import Cluster  # One machine needs no Dask.
+
+        yield from Cluster(cluster, files).spread(setup, arguments, jobs, on_progress)
+        return
     if processes == 1:
         work = setup(*arguments) if jobs else None
         yield from ((job, work(job, on_progress)) for job in jobs)

@@ -27,7 +27,7 @@ def test_the_node_with_its_network_loads_nothing_of_the_lab():
 import sys
 from deer_vla_ros.commands import node_command
 from deer_vla_ros.ros import loading, policy_node
-heavy = ("av", "mujoco", "optuna", "matplotlib", "pyarrow", "rich", "tensorboardX")
+heavy = ("av", "distributed", "mujoco", "optuna", "matplotlib", "pyarrow", "rich", "tensorboardX")
 found = [name for name in sys.modules if name.startswith("deer_vla_ros.lab") or name.split(".")[0] in heavy]
 sys.exit(f"loaded: {found}" if found else 0)
 """

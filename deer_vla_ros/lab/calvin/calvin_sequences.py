@@ -83,7 +83,7 @@ def _task_rules() -> dict[str, TaskRule]:
     switch("close_drawer", 3, "drawer", "open", "closed")
     for block in BLOCKS:
         lifted = {block: "grasped", **held}
-        # The door of the cabinet hides the half on its own side.
+        # A block can be lifted from a half of the cabinet while the door is on the other side.
         from_slider = tuple(
             ({block: f"slider_{half}", "slider": door, **free}, lifted)
             for half, door in (("left", "right"), ("right", "left"))
@@ -262,8 +262,8 @@ def _sequence(entry: Any, where: str, known: Collection[str]) -> CalvinSequence:
     position = first_impossible(sequence)
     if position is not None:
         raise UserError(
-            f"{where}: task {position + 1}, {tasks[position]}, is not possible in the state that the tasks "
-            f"before it leave: change the chain"
+            f"{where}: {tasks[position]} is not possible in the state that the tasks before it leave: change "
+            "the chain"
         )
     return sequence
 
@@ -273,7 +273,7 @@ def _state(values: Any, where: str) -> CalvinState:
     if not isinstance(values, dict) or set(values) != set(START_VALUES):
         raise UserError(f"{where}: the state is {shown(values)}: give {', '.join(START_VALUES)}")
     for thing, allowed in START_VALUES.items():
-        # CALVIN's state of the blocks depends on the number's text, and JSON's true and 1.0 have others.
+        # `start_of` depends on the text of each value, and True and 1.0 have other texts than 1.
         if type(values[thing]) is not type(allowed[0]) or values[thing] not in allowed:
             choices = " or ".join(map(repr, allowed))
             raise UserError(f"{where}: {thing} is {shown(values[thing])}: a chain begins with {choices}")

@@ -41,8 +41,8 @@ def enriched(
     It is a list of five sentences for each chain (such as `lang_annotation_cache.json` of RoboFlamingo and
     DeeR-VLA, for all chains of their `eval_sequences.json` in its order), or {task: [sentence, ...]} (such as
     their `enrich_lang_annotations.json`), of which `drawn` takes sentences by the seed. As in their
-    evaluation, a sentence ends at its first line break, and a typographic apostrophe becomes a plain one.
-    Raises UserError.
+    evaluation, a sentence ends at its first line break. A typographic apostrophe becomes a plain one, which
+    their code means to do, but does not. Raises UserError.
     """
     remedy = "give a list of five sentences for each chain, or {task: [sentence, ...]}"
     found = read_json(path, remedy)

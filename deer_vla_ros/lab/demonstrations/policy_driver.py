@@ -37,15 +37,19 @@ def new_driver(folder: Path) -> Callable[[str], Driver]:
     return driver_of
 
 
+def files_of(folder: Path) -> tuple[Path, ...]:
+    """Returns the paths of all files that a network's actions depend on."""
+    return tuple(folder / name for name in (CONFIG, WEIGHTS, TOKENIZER))
+
+
 def fingerprint(folder: Path) -> str:
     """Returns the SHA-256 of all files that a network's actions depend on."""
     digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
+    for path in files_of(folder):
         try:
-            digest.update((folder / name).read_bytes())
+            digest.update(path.read_bytes())
         except OSError as error:
             raise UserError(
-                f"record-demos: {folder / name} cannot be read ({error.strerror}): "
-                "give --policy a checkpoint folder"
+                f"record-demos: {path} cannot be read ({error.strerror}): give --policy a checkpoint folder"
             ) from error
     return digest.hexdigest()

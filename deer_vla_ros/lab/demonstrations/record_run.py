@@ -1,4 +1,4 @@
-"""Recording of demonstrations on all cores, in shards with their own seeds."""
+"""Recording of demonstrations on all cores or machines, in shards with their own seeds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from deer_vla_ros.lab.demonstrations.demonstrations import Demonstration, demons
 from deer_vla_ros.lab.demonstrations.record_store import (
     CALVIN_SHARDS,
     CalvinStore,
+    Files,
     FrameStore,
     Settings,
     Store,
+    packed,
 )
 from deer_vla_ros.lab.sim.tasks import TASKS
 from deer_vla_ros.lab.training.frames import FORMAT
@@ -95,8 +97,11 @@ class Shard:
     settings: Settings
 
 
-def record(request: DemoRequest, jobs: int) -> tuple[int, int]:
+def record(request: DemoRequest, jobs: int, cluster: str | None = None) -> tuple[int, int]:
     """Records what is missing. Returns the number of new frames and of demonstrations that existed before.
+
+    cluster: address of a Dask scheduler, whose workers record in place of `jobs` processes. They send the
+    files, and this process writes them, so that the folder need not be on a disk of all machines.
 
     Raises UserError for a folder with other content.
     """
@@ -117,10 +122,15 @@ def record(request: DemoRequest, jobs: int) -> tuple[int, int]:
     kept, frames = request.demos - sum(shard.demos for shard in missing), 0
     with progress_bar() as progress:
         bar = progress.add_task("recording", total=request.demos, completed=kept)
-        for _, recorded in spread(
-            _worker, (store, request.policy), missing, jobs, lambda: progress.advance(bar)
+        policy = None if request.policy is None else request.policy.absolute()
+        arguments = (store, policy, cluster is not None)
+        needed = () if policy is None else _policy_driver().files_of(policy)
+        for _, (recorded, files) in spread(
+            _worker, arguments, missing, jobs, lambda: progress.advance(bar), cluster, needed
         ):
             frames += recorded
+            if files is not None:
+                store.put(files)
     store.finish()
     return frames, kept
 
@@ -143,14 +153,17 @@ def _check(request: DemoRequest, shards: list[Shard], found: dict[int, Settings]
                 )
 
 
-def _worker(store: Store, policy: Path | None) -> Work:
-    """Returns the function that records shards in this process."""
+def _worker(store: Store, policy: Path | None, sends_files: bool) -> Work:
+    """Returns the function that records shards in this process. sends_files: the result has a shard's files,
+    which this process does not write into the store, since that can be on another machine."""
     torch.set_num_threads(1)
     new_driver = None if policy is None else _policy_driver().new_driver(policy)
 
-    def work(shard: Shard, on_episode: Callable[[], None]) -> int:
-        episodes = demonstrations(shard.demos, shard.settings["seed"], new_driver)
-        return store.write(shard.number, shard.settings, _reported(episodes, on_episode))
+    def work(shard: Shard, on_episode: Callable[[], None]) -> tuple[int, Files | None]:
+        episodes = _reported(demonstrations(shard.demos, shard.settings["seed"], new_driver), on_episode)
+        if sends_files:
+            return packed(store, shard.number, shard.settings, episodes)
+        return store.write(shard.number, shard.settings, episodes), None
 
     return work
 

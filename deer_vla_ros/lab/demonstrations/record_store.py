@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from deer_vla_ros.bag.calvin_files import (
 from deer_vla_ros.control.motion import euler_of, motion_of, moved
 from deer_vla_ros.control.types import Pose
 from deer_vla_ros.errors import UserError, cause, shown
-from deer_vla_ros.files import remove_leftovers, write_text
+from deer_vla_ros.files import remove_leftovers, whole_file, whole_folder, write_text
 from deer_vla_ros.inference.preprocess import resize_and_crop
 from deer_vla_ros.lab.demonstrations.demonstrations import Demonstration, Moment
 from deer_vla_ros.lab.sim.state import COLOURS, TableState
@@ -33,6 +34,9 @@ from deer_vla_ros.untrusted import read_json
 
 Settings = dict[str, Any]
 """What a shard depends on. Its names and values are written into the shard as JSON."""
+
+Files = dict[Path, bytes]
+"""The content of files by their paths in the folder of all shards."""
 
 _STEPS_PER_SHARD = 10_000
 """In CALVIN's numbering; it is more than demonstrations.STEP_LIMIT times the demonstrations of a shard."""
@@ -50,6 +54,9 @@ class Store(Protocol):
 
     def write(self, number: int, settings: Settings, episodes: Iterable[Demonstration]) -> int:
         """Writes one shard and returns the number of its frames."""
+
+    def put(self, files: Files) -> None:
+        """Writes the files of one shard, which `packed` has made on another machine."""
 
     def finish(self) -> None:
         """Completes the folder after the last shard."""
@@ -80,6 +87,13 @@ class FrameStore:
             frames += len(episode.moments)
         writer.close()
         return frames
+
+    def put(self, files: Files) -> None:
+        (shard,) = {path.parent for path in files}
+        with whole_folder(self.folder / shard, sum(map(len, files.values()))) as scratch:
+            scratch.mkdir()
+            for path, content in files.items():
+                (scratch / path.name).write_bytes(content)
 
     def _frame(self, episode: Demonstration, moment: Moment) -> dict[str, np.ndarray]:
         images = [
@@ -119,10 +133,26 @@ class CalvinStore:
         write_text(self.folder / f"shard-{number:04d}.json", json.dumps(about) + "\n")
         return first - start
 
+    def put(self, files: Files) -> None:
+        for path in sorted(files, key=lambda path: path.suffix == ".json"):
+            with whole_file(self.folder / path, len(files[path])) as scratch:
+                scratch.write_bytes(files[path])
+
     def finish(self) -> None:
         shards = sorted(self.found().items())
         write_annotations(self.folder, [each for shard in shards for each in _annotations_of(*shard)])
         write_action_space(self.folder, TABLETOP)
+
+
+def packed(
+    store: Store, number: int, settings: Settings, episodes: Iterable[Demonstration]
+) -> tuple[int, Files]:
+    """The number of a shard's frames, and its files, for a store that is on another machine."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        frames = replace(store, folder=folder).write(number, settings, episodes)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return frames, {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def calvin_step(episode: Demonstration, moment: Moment) -> CalvinStep:

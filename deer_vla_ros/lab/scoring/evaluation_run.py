@@ -42,7 +42,8 @@ class Evaluation:
     five instructions. benchmark: where they come from. trials: the number of single instructions per task, or
     per sentence. steps: the most steps per instruction. jobs: the number of processes; None: as many as keep
     the cores busy. dtype, device: as the parameters `model.dtype` and `model.device`. lanes: chains that run
-    in lock step.
+    in lock step. cluster: address of a Dask scheduler, whose workers run the chains in place of `jobs`
+    processes.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Evaluation:
     dtype: str = "float32"
     device: str = "cpu"
     lanes: int = LANES
+    cluster: str | None = None
 
     def check(self) -> None:
         """Raises UserError if a number is out of range, or if there is nothing to evaluate."""
@@ -163,8 +165,16 @@ def evaluate(asked: Evaluation, resume: ResumeFile | None = None) -> tuple[Resul
         bar = progress.add_task("evaluating", total=sum(len(group.indices) for group in groups))
         progress.advance(bar, sum(len(group.indices) for group in groups if group.key in done))
         jobs = [(group, _drawn.get((asked.benchmark, group))) for group in left]
+        # The workers of a cluster have other working directories.
+        at_worker = dataclasses.replace(asked, folder=asked.folder.absolute())
         for (group, _), (drawn, results) in spread(
-            _worker, (asked,), jobs, asked.jobs or _processes(asked), lambda: progress.advance(bar)
+            _worker,
+            (at_worker,),
+            jobs,
+            asked.jobs or _processes(asked),
+            lambda: progress.advance(bar),
+            asked.cluster,
+            [at_worker.folder / name for name in (CONFIG, WEIGHTS, TOKENIZER, CALIBRATION)],
         ):
             _drawn[asked.benchmark, group] = drawn
             done[group.key] = results

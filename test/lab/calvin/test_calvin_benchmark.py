@@ -32,9 +32,9 @@ def install(tmp_path_factory):
 
 @pytest.fixture
 def command(install):
-    """The words of a command: four chains in two groups, ten steps per instruction."""
+    """The words of a command: four chains in two groups, four steps per instruction."""
     words = ("evaluate", "--benchmark", "calvin", "--calvin-root", str(install.root))
-    return [*words, "--calvin-python", install.python, "--sequences", "4", "--steps", "10", "--lanes", "2"]
+    return [*words, "--calvin-python", install.python, "--sequences", "4", "--steps", "4", "--lanes", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,8 @@ def test_the_figures_are_the_same_for_any_number_of_processes_and_after_a_lost_s
     for name, jobs, fault in (
         ("one", "1", ""),
         ("two", "2", ""),
-        ("crash", "1", "crash:4"),
-        ("garbage", "1", "garbage:7"),
+        ("crash", "1", "crash:2"),
+        ("garbage", "1", "garbage:3"),
     ):
         monkeypatch.setenv("STAND_IN_FAULT", fault)
         monkeypatch.setenv("STAND_IN_FAULT_ONCE", str(tmp_path / f"{name} once"))
@@ -147,7 +147,7 @@ def test_the_figures_are_the_same_for_any_number_of_processes_and_after_a_lost_s
     told = [line for line in capfd.readouterr().err.splitlines() if "its chains are run again" in line]
     assert len(told) == 2 and "ended with exit code 3: the arm fell off" in told[0]
     found = figures(tmp_path / "one.json")
-    assert (found["benchmark"], found["chains"], found["steps_per_instruction"]) == ("calvin", 4, 10)
+    assert (found["benchmark"], found["chains"], found["steps_per_instruction"]) == ("calvin", 4, 4)
     assert found["scene"] == "calvin_scene_D" and found["versions"]["pybullet"] == "stand-in"
     assert found["exit_shares"] and found["wordings"]["published"]["trials"] >= 4
 
@@ -156,7 +156,7 @@ def test_a_simulator_that_is_lost_again_and_again_is_told_in_one_line_and_the_ru
     command, tmp_path, monkeypatch, capfd
 ):
     path = tmp_path / "report.json"
-    monkeypatch.setenv("STAND_IN_FAULT", "crash:4")
+    monkeypatch.setenv("STAND_IN_FAULT", "crash:2")
     assert main([*command, "--jobs", "1", "--json", str(path)]) == 1
     *_, error = capfd.readouterr().err.splitlines()
     assert error == "error: the CALVIN simulator ended with exit code 3: the arm fell off"
@@ -169,7 +169,7 @@ def test_a_simulator_that_is_lost_again_and_again_is_told_in_one_line_and_the_ru
 
 def test_a_killed_run_leaves_no_simulator_and_goes_on(command, tmp_path, monkeypatch):
     path, partial = tmp_path / "report.json", tmp_path / "report.json.partial.jsonl"
-    monkeypatch.setenv("STAND_IN_FAULT", "hang:13")
+    monkeypatch.setenv("STAND_IN_FAULT", "hang:6")
     monkeypatch.setenv("STAND_IN_MARK", str(tmp_path))
     process = subprocess.Popen(
         [sys.executable, "-m", "deer_vla_ros", *command, "--jobs", "1", "--json", str(path)],
@@ -233,7 +233,7 @@ def test_other_wordings_come_from_files_of_the_field(command, tmp_path):
         (("--chains", "5"), "--chains is 5, and 4 of the 4 sequences have only the tasks asked for"),
         (
             ("--tasks", "stack_block", "--chains", "0", "--trials", "1"),
-            "none of these tasks can be given alone",
+            "none of them is given alone",
         ),
         (("--tasks", "fly"), "there is no task 'fly'"),
         (("--calvin-scene", "calvin_scene_E"), "no scene 'calvin_scene_E': choose one of calvin_scene_A"),

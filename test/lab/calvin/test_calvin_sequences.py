@@ -204,7 +204,7 @@ def _task(name):
         (lambda entries: entries[3][1].pop(), "chain 3: the tasks are ["),
         (_task("juggle"), "chain 3: 'juggle' is no task of CALVIN"),
         (_task(7), "chain 3: 7 is no task"),
-        (_task("stack_block"), "chain 3: task 1, stack_block, is not possible"),
+        (_task("stack_block"), "chain 3: stack_block is not possible"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said_in_one_line(tmp_path, change, said):

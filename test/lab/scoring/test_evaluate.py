@@ -284,7 +284,7 @@ def test_chains_are_given_in_the_sentences_of_a_file(tmp_path):
         ('{"open_drawer": ["a\\nb"]}', "give a sentence of one line with at most 300 characters"),
         ('{"open_drawer": ["%s"]}' % ("x" * 301), "at most 300 characters"),
         ('{"open_drawer": ["x", "x"]}', "open_drawer has 'x' twice: delete one"),
-        ('{"open_drawer": ["x"]}', "--wordings has no sentence for any of --tasks turn_on_led"),
+        ('{"open_drawer": ["x"]}', "--wordings has no sentence for turn_on_led of --tasks: add one"),
     ],
 )
 def test_a_file_of_sentences_that_cannot_be_used_is_refused_in_one_line(content, says, tmp_path, capsys):
