@@ -221,7 +221,7 @@ class CalvinProcess:
         """
         self._expect("begun", "asked")
         if task not in self.about.tasks:
-            raise UserError(f"CALVIN has no task {shown(task)}: choose of {', '.join(self.about.tasks)}")
+            raise UserError(f"CALVIN has no task {shown(task)}: choose one of {', '.join(self.about.tasks)}")
         self._say({"kind": "ask", "task": task})
         self._answer("asked")
         self._state = "asked"
@@ -286,8 +286,9 @@ class CalvinProcess:
         self._expect("new")
         self._state = "closed"
         header, _ = self._message(self._started + self._start_s, self._start_s)
-        if header.get("protocol") != PROTOCOL:
+        if header.get("kind") == "error" or header.get("protocol") != PROTOCOL:
             self.close()
+        if header.get("protocol") != PROTOCOL:
             raise UserError(
                 f"the CALVIN simulator speaks version {shown(header.get('protocol'))} of the protocol, this "
                 f"package version {PROTOCOL}: use the calvin_simulator.py of this package"

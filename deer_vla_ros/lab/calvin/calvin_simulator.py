@@ -153,7 +153,7 @@ def serve(make_simulator):
     try:
         simulator = make_simulator()
         hello = dict(simulator.about(), kind="hello", protocol=PROTOCOL)
-    except BaseException as error:
+    except Exception as error:
         channel.send(encode({"kind": "error", "protocol": PROTOCOL, "message": one_line(error)}))
         return 1
     channel.send(encode(hello))
@@ -164,7 +164,7 @@ def serve(make_simulator):
             return 0
         try:
             reply = _answer(simulator, header, arrays)
-        except BaseException as error:  # calvin_env calls sys.exit().
+        except Exception as error:
             reply = encode({"kind": "error", "message": one_line(error)})
         channel.send(reply)
 
@@ -214,7 +214,11 @@ class CalvinSimulator:
                     "env.use_egl=" + str(renderer == "egl").lower(),
                 ],
             )
-        self._environment = hydra.utils.instantiate(config.env)
+        try:
+            self._environment = hydra.utils.instantiate(config.env)
+        except SystemExit:  # calvin_env's way to say that the plug-in of EGL cannot be loaded
+            raise RuntimeError("pybullet has no EGL here: use the renderer tiny") from None
+        self._environment.get_camera_obs()  # EGL draws its very first image without shadows.
         self._oracle = hydra.utils.instantiate(OmegaConf.load(os.path.join(root, TASKS)))
         self._task = self._before = None
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,11 @@ def test_a_process_that_is_lost_is_one_line(install, started, monkeypatch, fault
         simulator.begin(ROBOT, SCENE)
 
 
+def test_a_python_that_cannot_be_run_is_one_line(install):
+    with pytest.raises(UserError, match="'/no/such/python' cannot be run"):
+        CalvinProcess(replace(install, python="/no/such/python"))
+
+
 def test_a_killed_process_is_one_line_that_names_the_signal(install, started):
     simulator = CalvinProcess(install)
     simulator.begin(ROBOT, SCENE)
@@ -256,6 +262,7 @@ def test_a_process_that_nobody_closes_ends(install, started):
 def test_a_killed_parent_leaves_no_simulator(install):
     code = f"""
 import time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess

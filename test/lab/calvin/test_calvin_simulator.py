@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from calvin_arm import CLOSED, OPEN, ScriptedArm
 
+from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess
 from deer_vla_ros.lab.calvin.calvin_sequences import CalvinState, start_of
 
@@ -83,6 +84,14 @@ def test_the_gripper_command_of_an_episode_is_forgotten_in_the_next(simulator):
     assert simulator.begin(*start_of(CLOSED_TABLE)).robot_obs[14] == OPEN
 
 
+def test_an_error_of_calvin_env_is_told_and_the_next_episode_begins(simulator):
+    robot, scene = start_of(CLOSED_TABLE)
+    half_lit = np.where(np.arange(24) == 4, 0.5, scene)  # A light is on or off.
+    with pytest.raises(UserError, match="^the CALVIN simulator failed: ValueError"):
+        simulator.begin(robot, half_lit)
+    assert np.abs(simulator.begin(robot, scene).robot_obs - robot).max() < 1e-4
+
+
 def test_the_cameras_see_the_table_and_the_lights(simulator):
     dark, lit = (simulator.begin(*start_of(state)) for state in STATES)
     assert dark.static.std() > 20 and dark.gripper.std() > 20
@@ -95,6 +104,21 @@ def test_the_same_actions_give_the_same_bits_in_another_process_and_after_anothe
     with CalvinProcess(install) as fresh:
         assert equal(random_steps(fresh, CLOSED_TABLE, 30), after_an_episode)
     assert equal(random_steps(simulator, CLOSED_TABLE, 30), after_an_episode)
+
+
+def test_egl_shows_the_same_state_in_other_colours(install, simulator):
+    tiny = simulator.begin(*start_of(LIT_TABLE))
+    with CalvinProcess(replace(install, renderer="egl")) as with_egl:
+        try:
+            print(with_egl.about)
+        except UserError as error:
+            pytest.skip(f"no EGL here: {error}")
+        first, again = (with_egl.begin(*start_of(LIT_TABLE)) for _ in range(2))
+    assert equal([first.robot_obs, first.scene_obs], [tiny.robot_obs, tiny.scene_obs])
+    assert equal([first.static, first.gripper], [again.static, again.gripper])
+    for image, other in ((first.static, tiny.static), (first.gripper, tiny.gripper)):
+        assert 5 < np.abs(image.astype(float) - other).mean() < 40
+        assert np.corrcoef(image.ravel(), other.ravel())[0, 1] > 0.8
 
 
 def test_a_motion_that_opens_the_drawer_is_confirmed(simulator):
