@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = ("table", "calvin")
 OF_TABLE = ("phrasings",)
-OF_CALVIN = ("calvin_root", "calvin_python", "calvin_scene", "sequences", "enriched")
+OF_CALVIN = ("calvin_root", "calvin_python", "calvin_scene", "calvin_renderer", "sequences", "enriched")
 CHAINS, TRIALS = 200, 5
 STEPS = {"table": 80, "calvin": 360}
 
@@ -100,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     calvin.add_argument(
         "--calvin-scene", metavar="NAME", help="the scene of calvin_env/conf/scene (default: calvin_scene_D)"
+    )
+    calvin.add_argument(
+        "--calvin-renderer",
+        choices=("tiny", "egl"),
+        help="pybullet's own, on the CPU, or OpenGL on a GPU, as CALVIN's authors do (default: tiny)",
     )
     calvin.add_argument(
         "--sequences",
@@ -235,7 +240,11 @@ def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int
     from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall
     from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES
 
-    given = {"python": args.calvin_python, "scene": args.calvin_scene}
+    given = {
+        "python": args.calvin_python,
+        "scene": args.calvin_scene,
+        "renderer": args.calvin_renderer,
+    }
     install = CalvinInstall(
         args.calvin_root.absolute(), **{name: value for name, value in given.items() if value is not None}
     )
