@@ -30,8 +30,7 @@ def summary(config: ModelConfig, chains: Chains, singles: Chains, tasks: Sequenc
     steps_by_time: how many attempts took more than 0, 1, ... steps. Costs are means over the steps of the
     chains, or of the single instructions if there are no chains. They count the language part (the layers
     that ran) in GMAC, for each instruction's own number of tokens. wordings: `rated` of every group of
-    sentences.
-    sentences: `rated` of every sentence that was given alone, in the order of the tasks.
+    sentences. sentences: `rated` of every sentence that was given alone, in the order of the tasks.
     """
     lengths = [sum(attempt.succeeded for attempt in chain) for chain in chains]
     every = [attempt for chain in (*chains, *singles) for attempt in chain]

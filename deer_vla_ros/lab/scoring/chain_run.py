@@ -133,10 +133,8 @@ def run_chains(
     going = {lane: run for lane, run in runs.items() if run.begin(driver, lane)}
     while going:
         decisions = driver.decide({lane: run.scene for lane, run in going.items()})
-        for (
-            lane,
-            decision,
-        ) in decisions.items():  # Scenes that are processes of their own work at the same time.
+        for lane, decision in decisions.items():
+            # All scenes act before the first one is waited for: some are processes of their own.
             going[lane].scene.act(decision.pose, decision.open)
         for lane, decision in decisions.items():
             if not going[lane].finish(decision, step_limit) and not going[lane].begin(driver, lane):

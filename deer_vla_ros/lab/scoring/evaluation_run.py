@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +104,8 @@ def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any
     next run continues an interrupted one. Raises UserError if the checkpoint cannot follow the choice, or if
     the file beside is of another evaluation.
     """
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("evaluate: --device is cuda, but torch sees no GPU here: use cpu")
+    if asked.cluster is None:
+        _check_device(asked.device)
     # With one layer in memory, an error is raised before any process starts and loads the others.
     dtype, bits = types_of(asked.dtype, asked.device)
     checkpoint = load(asked.folder, "cpu", dtype, layers=1, bits=bits)
@@ -210,8 +211,18 @@ def _damaged(group: Group, why: str) -> UserError:
     )
 
 
+def _check_device(device: str) -> None:
+    """Raises UserError if this process cannot use the device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"evaluate: --device is cuda, but torch sees no GPU on {platform.node()}: use cpu, or install a "
+            "CUDA build of torch"
+        )
+
+
 def _worker(asked: Evaluation) -> Work:
     """Returns the function that runs one group in this process. The scenes are made once, for all groups."""
+    _check_device(asked.device)
     torch.set_num_threads(1)
     checkpoint = load_as(asked.dtype, asked.folder, asked.device)
     lanes = min(asked.lanes, max(asked.chains, asked.trials))

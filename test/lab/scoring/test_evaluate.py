@@ -87,7 +87,7 @@ def test_a_run_that_was_killed_goes_on_to_the_report_of_an_uninterrupted_one(tmp
         (("--lanes", "0"), "--lanes is 0: give 1 to 1024"),
         (("--tasks", "open_drawer,fly"), "--tasks: there is no task 'fly': the tasks are "),
         (("--calvin-root", "/"), "--calvin-root is not for --benchmark table"),
-        (("--device", "cuda"), "--device is cuda, but torch sees no GPU here: use cpu"),
+        (("--device", "cuda"), "--device is cuda, but torch sees no GPU on "),
         (("--exit", "0"), "--exit is 0, but the exits are at layers 1, 3"),
         (("--thresholds", "1,2"), "2 --thresholds for the"),
         (("--thresholds", "a,b"), "give numbers with commas"),
