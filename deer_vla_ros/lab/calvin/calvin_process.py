@@ -352,6 +352,8 @@ class CalvinProcess:
                 self._popen.wait(END_S)
             status = self._popen.returncode
             what = "closed its pipe" if status is None else f"ended with {_told(status)}"
+            if status == -signal.SIGKILL:
+                what += ", as when memory runs out"
         last = _last_line(
             os.pread(self._errors.fileno(), _TAIL_BYTES, self._tail_start()).decode(errors="replace")
         )

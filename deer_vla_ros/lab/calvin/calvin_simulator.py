@@ -11,10 +11,11 @@ lists under "arrays". There is no pickle. The simulator speaks first:
     hello                                  protocol, versions, tasks
     begin (robot_obs, scene_obs)        -> view
     ask "task"                          -> asked: the state is kept, with which the task begins
-    step (action)                       -> view "done": whether the asked task is done
+    step (action)                       -> view, "done": whether the asked task is done
     any of these                        -> error "message": one line
 
 A view has static (200, 200, 3) uint8, gripper (84, 84, 3) uint8, robot_obs (15,) and scene_obs (24,) float64.
+An action has 7 numbers of float64 or float16.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ class CalvinSimulator:
         """Sets the state of arm and scene and returns the view.
 
         The same state gives the same bits, whatever was simulated before: the world is loaded again, because
-        calvin_env's reset() keeps contacts, the blocks' order and the last gripper action.
+        calvin_env's reset() keeps contacts and the last gripper action.
         """
         _check(robot_obs, "robot_obs", (15,))
         _check(scene_obs, "scene_obs", (24,))

@@ -246,7 +246,7 @@ def test_what_the_simulator_prints_blocks_nothing_and_is_no_message(install, sta
     with CalvinProcess(install) as simulator:
         assert drive(simulator, 2) == [False, True]
         started[0].kill()
-        with pytest.raises(SimulatorLost, match="SIGKILL: loud$"):
+        with pytest.raises(SimulatorLost, match="SIGKILL, as when memory runs out: loud$"):
             drive(simulator, 1)
 
 

@@ -121,6 +121,18 @@ def test_egl_shows_the_same_state_in_other_colours(install, simulator):
         assert np.corrcoef(image.ravel(), other.ravel())[0, 1] > 0.8
 
 
+def test_an_action_of_float16_moves_the_arm_as_one_of_float64_does(simulator):
+    heights = []
+    for kind in (np.float16, np.float64):
+        simulator.begin(*start_of(CLOSED_TABLE))
+        simulator.ask("open_drawer")
+        simulator.send(np.array([0, 0, 0.3, 0, 0, 0, OPEN], kind))
+        heights.append(simulator.receive()[0].robot_obs[2])
+    rounded, exact = heights
+    assert exact > start_of(CLOSED_TABLE)[0][2] + 0.001
+    assert 0 < abs(rounded - exact) < 1e-5  # It is rounded: float16 has 11 bits.
+
+
 def test_a_motion_that_opens_the_drawer_is_confirmed(simulator):
     arm = ScriptedArm(simulator, simulator.begin(*start_of(CLOSED_TABLE)))
     simulator.ask("open_drawer")
