@@ -156,7 +156,7 @@ class Cluster:
             ) from error
         parts, value, error = pickle.loads(pickled)
         if error is not None:
-            raise error if isinstance(error, UserError) else RuntimeError(f"in a worker process:\n{error}")
+            raise error if isinstance(error, UserError) else RuntimeError(error)
         return parts, value
 
     def _lost(self) -> UserError:
@@ -225,7 +225,11 @@ _ready: tuple[str, Work] | None = None
 
 
 def _do(number: int, job: bytes, run: _Run) -> bytes:
-    """Does one job. Returns, pickled, the number of its finished parts, its result, and None or the error."""
+    """Does one job. Returns, pickled, the number of its finished parts, its result, and None or the error.
+
+    The error names this worker. It is a UserError, or a text with the traceback of any other error: whatever
+    the job raised may not be picklable, and a SystemExit would end this process.
+    """
     worker, finished = get_worker(), 0
     key = worker.get_current_task()
 
@@ -236,14 +240,16 @@ def _do(number: int, job: bytes, run: _Run) -> bytes:
         finished += 1
         worker.log_event(run.token, (number, finished))
 
-    result = error = None
     try:
         result = _work_of(run)(pickle.loads(job), on_progress)
-    except UserError as refused:
-        error = refused
-    except Exception as failed:
-        error = refusal(failed) or traceback.format_exc()
-    return pickle.dumps((finished, result, error))
+        return pickle.dumps((finished, result, None))
+    except (Exception, SystemExit) as failed:
+        told = failed if isinstance(failed, UserError) else refusal(failed)
+        if told is not None:
+            error = UserError(f"the worker {worker.address}: {told}")
+        else:
+            error = f"in the worker {worker.address}:\n{traceback.format_exc()}"
+    return pickle.dumps((finished, None, error))
 
 
 def _work_of(run: _Run) -> Work:
@@ -263,14 +269,14 @@ def _check(run: _Run) -> None:
     worker = get_worker()
     if worker.state.nthreads != 1:
         raise UserError(
-            f"the worker {worker.address} has {worker.state.nthreads} threads, but a simulator needs a "
-            "process of its own: start the worker with --nthreads 1, and more processes with --nworkers"
+            f"it has {worker.state.nthreads} threads, but a simulator needs a process of its own: start the "
+            "worker with --nthreads 1, and more processes with --nworkers"
         )
     for name, wanted in run.software.items():
         if (found := software().get(name, "unknown")) != wanted:
             raise UserError(
-                f"the worker {worker.address} has {name} {found}, this machine has {wanted}: "
-                "install the same on both, and start the worker again"
+                f"it has {name} {found}, this machine has {wanted}: install the same on both, and start the "
+                "worker again"
             )
     for path, found in sums_of([Path(each) for each in run.files]).items():
         if found != run.files[path]:
@@ -278,6 +284,6 @@ def _check(run: _Run) -> None:
                 f"the SHA-256 sum {each}" if each else "no file" for each in (found, run.files[path])
             )
             raise UserError(
-                f"{path}: the worker {worker.address} has {there}, this machine has {here}: "
-                "copy the file to the same path on every machine"
+                f"{path}: it has {there}, this machine has {here}: copy the file to the same path on every "
+                "machine"
             )

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import dask
 import pytest
@@ -39,6 +40,12 @@ def _squarer(power: int):
             return 1 // 0
         if what == "end":
             os._exit(3)
+        if what == "leave":
+            sys.exit("left")
+        if what == "give a lock":
+            return Lock()
+        if what == "refuse with two values":
+            raise _TwoValues("13 is no job", "give another")
         if what == "hold" and _is_first(Path(value)):
             time.sleep(3600)
         if what == "go on" and _is_first(Path(value)):
@@ -48,6 +55,13 @@ def _squarer(power: int):
         return value**power if isinstance(value, int) else what
 
     return work
+
+
+class _TwoValues(UserError):
+    """Cannot be unpickled: an exception is made again from its message alone."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}: {remedy}")
 
 
 def _is_first(folder: Path) -> bool:
@@ -158,26 +172,34 @@ def test_workers_are_free_again_after_a_parent_was_killed_or_stopped(cluster, tm
 
 
 def test_what_goes_wrong_in_a_worker_is_told(cluster):
-    with pytest.raises(UserError, match=r"^13 is no job: give another$"):
-        list(spread(_squarer, (2,), [("refuse", 13)], 1, cluster=cluster))
-    with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*return 1 // 0.*ZeroDivisionError"):
-        list(spread(_squarer, (2,), [("fail", 1)], 1, cluster=cluster))
+    for what in ("refuse", "refuse with two values"):
+        with pytest.raises(UserError, match=r"^the worker tcp://[0-9.:]+: 13 is no job: give another$"):
+            list(spread(_squarer, (2,), [(what, 13)], 1, cluster=cluster))
+    for what, said in (
+        ("fail", "return 1 // 0.*ZeroDivisionError"),
+        ("leave", "SystemExit: left"),
+        ("give a lock", "cannot pickle '_thread.lock' object"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"(?s)^in the worker tcp://[0-9.:]+:\n.*{said}"):
+            list(spread(_squarer, (2,), [(what, 1)], 1, cluster=cluster))
     with pytest.raises(UserError, match=r"2 workers ended while they did the job \('end', 1\).*run the same"):
         list(spread(_squarer, (2,), [("end", 1)], 1, cluster=cluster))
 
 
 def test_a_worker_with_other_software_or_files_is_refused(cluster, tmp_path, monkeypatch):
     jobs = [("square", 1)]
-    with pytest.raises(UserError, match="/proc/self/cmdline: the worker tcp.* has the SHA-256 sum [0-9a-f]"):
+    with pytest.raises(UserError, match="worker tcp.*: /proc/self/cmdline: it has the SHA-256 sum [0-9a-f]"):
         list(spread(_squarer, (2,), jobs, 1, cluster=cluster, files=[Path("/proc/self/cmdline")]))
     with (tmp_path / "only here").open("w") as file:
         os.dup2(file.fileno(), 190)
-    with pytest.raises(UserError, match="/proc/self/fd/190: .* has no file, this machine has the SHA"):
+    with pytest.raises(UserError, match="/proc/self/fd/190: it has no file, this machine has the SHA"):
         list(spread(_squarer, (2,), jobs, 1, cluster=cluster, files=[Path("/proc/self/fd/190")]))
     os.close(190)
     other = {**cluster_module.software(), "numpy": "1.0"}
     monkeypatch.setattr(cluster_module, "software", lambda: other)
-    with pytest.raises(UserError, match=r"the worker tcp.* has numpy 2.*, this machine has 1\.0: install"):
+    with pytest.raises(
+        UserError, match=r"the worker tcp.*: it has numpy 2.*, this machine has 1\.0: install"
+    ):
         list(spread(_squarer, (2,), jobs, 1, cluster=cluster))
 
 
@@ -191,7 +213,7 @@ def test_a_worker_with_several_threads_is_refused(tmp_path):
             protocol="tcp://",
             dashboard_address="127.0.0.1:0",
         ) as several,
-        pytest.raises(UserError, match="has 2 threads.*start the worker with --nthreads 1"),
+        pytest.raises(UserError, match="worker tcp.*: it has 2 threads.*start the worker with --nthreads 1"),
     ):
         list(spread(_squarer, (2,), [("square", 1)], 1, cluster=several.scheduler_address))
 
