@@ -22,6 +22,7 @@ machines, with the same figures (docs/how-to/run-on-a-cluster.md).
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,7 +159,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
-        "--jobs", type=int, metavar="N", help="processes (default: as many as keep the cores busy)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes (default: as many as keep the cores busy; one on a GPU)",
     )
     add_cluster_argument(place)
     parser.add_argument(
@@ -240,19 +244,23 @@ def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int
     from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall
     from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES
 
+    python = args.calvin_python
+    if python is not None and os.sep in python:
+        python = os.path.abspath(python)  # Workers have other folders. A link stays: it belongs to a venv.
     given = {
-        "python": args.calvin_python,
+        "python": python,
         "scene": args.calvin_scene,
         "renderer": args.calvin_renderer,
     }
     install = CalvinInstall(
-        args.calvin_root.absolute(), **{name: value for name, value in given.items() if value is not None}
+        args.calvin_root.expanduser().absolute(),
+        **{name: value for name, value in given.items() if value is not None},
     )
     tasks, sentences = _tasks_and_sentences(args, tuple(TASK_RULES))
     text = str(SEQUENCES) if args.sequences is None else args.sequences
     benchmark = CalvinChoice(
         install,
-        sequences=int(text) if text.isdecimal() else Path(text),
+        sequences=int(text) if text.isdecimal() and len(text) < 10 else Path(text),
         chains=0 if args.chains is None and sentences else args.chains,
         enriched=args.enriched,
         tasks=tasks,

@@ -76,7 +76,7 @@ from deer_vla_ros.lab.scoring.benchmark import Group
 from deer_vla_ros.lab.scoring.chain_run import Attempt
 from deer_vla_ros.lab.scoring.evaluation_run import _results_of
 from deer_vla_ros.lab.scoring.resume_file import ResumeFile
-from deer_vla_ros.lab.scoring.sentences import Sentence
+from deer_vla_ros.lab.scoring.sentences import Sentence, read_sentences
 from deer_vla_ros.lab.search.search import search
 from deer_vla_ros.lab.search.search_task import Outcome
 from deer_vla_ros.lab.training.frames import ARRAYS, Frames
@@ -310,6 +310,17 @@ def _read_resume(folder: Path) -> None:
             _results_of(group, file.done[group.key])
 
 
+def _wordings(folder: Path) -> None:
+    (folder / "plain.json").write_text(json.dumps({"lift": ["lift it", "grasp it"], "push": ["push it"]}))
+
+
+def _read_wordings(folder: Path) -> None:
+    assert all(
+        each.text and each.wording == "plain"
+        for each in read_sentences([folder / "plain.json"], ["lift", "push"])
+    )
+
+
 @functools.cache
 def _sequences() -> tuple[calvin_sequences.CalvinSequence, ...]:
     return calvin_sequences.generate(4)
@@ -487,6 +498,7 @@ KINDS = {
             Kind(f"calvin-enriched-{by}", "words.json", make, _read_enriched, (raw, text, json_tree))
             for by, make in (("chain", _enriched_by_chain), ("task", _enriched_by_task))
         ),
+        Kind("wordings", "plain.json", _wordings, _read_wordings, (raw, text, json_tree)),
         Kind("resume", "report.json.partial.jsonl", _resume, _read_resume, (raw, text, json_line)),
         Kind(
             "search-study",

@@ -51,7 +51,7 @@ class CalvinBenchmark:
             "versions": dict(self.versions),
             "sequences_sha256": hashlib.sha256(json.dumps(states).encode()).hexdigest(),
             "words_sha256": sentences_sha256([each for words in self.words for each in words]),
-            "seed": self.seed,
+            "seed": self.seed if self.alone else None,  # The words of chains are in their sum.
             "tasks_asked_for": list(self.tasks),
             "sentences_sha256": sentences_sha256(self.alone),
         }
@@ -68,7 +68,9 @@ class CalvinBenchmark:
 
 def versions_of(process: CalvinProcess) -> tuple[tuple[str, str], ...]:
     """The versions on which a simulator's figures depend."""
-    return tuple((name, getattr(process.about, name)) for name in ("numpy", "pybullet", "calvin_env"))
+    return tuple(
+        (name, getattr(process.about, name)) for name in ("numpy", "pybullet", "calvin_env", "sources")
+    )
 
 
 class CalvinScenes:
@@ -84,10 +86,10 @@ class CalvinScenes:
             found = [(asked.sequences[index], asked.words[index]) for index in group.indices]
         else:
             states = states_for(single.task)
-            drawn = [
-                np.random.default_rng([asked.seed, index]).integers(len(states)) for index in group.indices
+            order = np.random.default_rng([asked.seed, len(states)]).permutation(len(states))
+            found = [
+                (CalvinSequence(states[order[index]], (single.task,)), (single,)) for index in group.indices
             ]
-            found = [(CalvinSequence(states[number], (single.task,)), (single,)) for number in drawn]
         return [
             Chain(
                 sequence.state,

@@ -40,6 +40,11 @@ class CalvinChoice:
 
         Raises UserError if CALVIN is not complete, a file cannot be used, or there is nothing to evaluate.
         """
+        if self.chains is not None and self.chains < 0:
+            raise UserError(f"evaluate: --chains is {self.chains}: give 0 or more")
+        if self.chains == 0 and not self.trials:
+            raise UserError("evaluate: neither --chains nor --trials asks for anything: give one of them")
+        print("starting CALVIN's simulator", flush=True)
         self.install.check()
         own = [Sentence(task, text, "published") for task, text in published(self.install.root).items()]
         sentences = self.sentences or own
@@ -90,4 +95,11 @@ class CalvinChoice:
         left_out = [task for task in dict.fromkeys(each.task for each in asked) if not states_for(task)]
         if left_out:
             print(f"not given alone, because no start state of CALVIN allows it: {', '.join(left_out)}")
-        return tuple(each for each in asked if each.task not in left_out)
+        alone = tuple(each for each in asked if each.task not in left_out)
+        for each in alone:
+            if self.trials > (count := len(states_for(each.task))):
+                raise UserError(
+                    f"evaluate: --trials is {self.trials}, and {each.task} has {count} start states in "
+                    "CALVIN: give at most as many, since each is given once"
+                )
+        return alone

@@ -70,12 +70,14 @@ class CalvinView:
 
 @dataclass(frozen=True)
 class CalvinAbout:
-    """What a simulator says about itself: versions, calvin_env's commit ("" if unknown), the tasks' names."""
+    """What a simulator says about itself: versions, calvin_env's commit ("" if unknown), the SHA-256 sum of
+    its files and of the oracle's, and the tasks' names."""
 
     python: str
     numpy: str
     pybullet: str
     calvin_env: str
+    sources: str
     tasks: tuple[str, ...]
 
 
@@ -294,7 +296,7 @@ class CalvinProcess:
                 f"package version {PROTOCOL}: use the calvin_simulator.py of this package"
             )
         self._check_kind(header, "hello")
-        versions = [header.get(name) for name in ("python", "numpy", "pybullet", "calvin_env")]
+        versions = [header.get(name) for name in ("python", "numpy", "pybullet", "calvin_env", "sources")]
         tasks = header.get("tasks")
         if not isinstance(tasks, list) or not all(isinstance(text, str) for text in [*versions, *tasks]):
             self._lost("sent a first message without versions and tasks")

@@ -21,6 +21,7 @@ An action has 7 numbers of float64 or float16.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -50,6 +51,9 @@ RENDERERS = ("tiny", "egl")
 NEEDED = ("scipy", "pybullet", "gym", "hydra", "hydra_plugins.hydra_colorlog", "omegaconf", "quaternion")
 NEEDED += ("cv2", "git")
 """The modules that calvin_env imports."""
+
+SOURCES = (".py", ".yaml", ".urdf", ".obj", ".mtl", ".stl", ".STL", ".png", ".jpg")
+"""The endings of the files that decide what is simulated and shown."""
 
 _TYPES = {"uint8": np.uint8, "float16": np.float16, "float64": np.float64}
 TASKS = "calvin_models/conf/callbacks/rollout/tasks/new_playtable_tasks.yaml"
@@ -220,7 +224,9 @@ class CalvinSimulator:
         except SystemExit:  # calvin_env's way to say that the plug-in of EGL cannot be loaded
             raise RuntimeError("pybullet has no EGL here: use the renderer tiny") from None
         self._environment.get_camera_obs()  # EGL draws its very first image without shadows.
-        self._oracle = hydra.utils.instantiate(OmegaConf.load(os.path.join(root, TASKS)))
+        oracle = os.path.join(root, TASKS)
+        self._oracle = hydra.utils.instantiate(OmegaConf.load(oracle))
+        self._sources = sources_sha256([oracle, package])
         self._task = self._before = None
 
     def about(self):
@@ -230,6 +236,7 @@ class CalvinSimulator:
             "numpy": np.__version__,
             "pybullet": metadata.version("pybullet"),
             "calvin_env": self._commit,
+            "sources": self._sources,
             "tasks": list(self._oracle.tasks),
         }
 
@@ -286,6 +293,19 @@ def _commit(package):
         return git.Repo(package).head.commit.hexsha
     except Exception:
         return ""
+
+
+def sources_sha256(places):
+    """The SHA-256 sum of these files, and of all programs, settings and models in these folders."""
+    digest = hashlib.sha256()
+    for place in places:
+        found = [place] if os.path.isfile(place) else []
+        for folder, _, names in os.walk(place):
+            found += [os.path.join(folder, name) for name in names if name.endswith(SOURCES)]
+        for path in sorted(found):
+            with open(path, "rb") as file:
+                digest.update(os.path.relpath(path, place).encode() + b"\0" + file.read() + b"\0")
+    return digest.hexdigest()
 
 
 def missing():

@@ -82,14 +82,19 @@ def rated(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """The success rate of these attempts with its 95% interval, their number, and the mean number of layers
     that a step ran (None if no step ran)."""
     succeeded = sum(attempt.succeeded for attempt in attempts)
-    steps = sum(attempt.steps for attempt in attempts)
-    layers = sum((layer + 1) * count for attempt in attempts for layer, count in attempt.exits.items())
     return {
         "rate": succeeded / len(attempts),
         "rate_ci": list(rate_interval(succeeded, len(attempts))),
         "trials": len(attempts),
-        "layers": layers / steps if steps else None,
+        "layers": _layers(attempts),
     }
+
+
+def _layers(attempts: Sequence[Attempt]) -> float | None:
+    """The mean number of layers that a step ran; None if no step ran."""
+    steps = sum(attempt.steps for attempt in attempts)
+    layers = sum((layer + 1) * count for attempt in attempts for layer, count in attempt.exits.items())
+    return layers / steps if steps else None
 
 
 def by_sentence(attempts: Iterable[Attempt], tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -129,12 +134,13 @@ def by_task(attempts: Iterable[Attempt], tasks: Sequence[str]) -> dict[str, dict
     }
 
 
-def costs(config: ModelConfig, attempts: Iterable[Attempt]) -> dict[str, Any]:
+def costs(config: ModelConfig, attempts: Sequence[Attempt]) -> dict[str, Any]:
     """The mean cost of a step's language part [GMAC], and each exit's share of the steps.
 
     llm_gmac_mean: of the layers that ran. llm_gmac_full: of all layers of this network. llm_gmac_static: of a
     static model of STATIC_LAYERS layers and the same width. All three are for the same instructions. saved:
-    llm_gmac_static / llm_gmac_mean.
+    llm_gmac_static / llm_gmac_mean. layers_mean: of all steps. layers_mean_of_successes: of the steps of
+    instructions that succeeded, which is what DeeR's own evaluation prints.
     """
     static_config = dataclasses.replace(
         config, decoder=dataclasses.replace(config.decoder, layers=STATIC_LAYERS)
@@ -157,6 +163,8 @@ def costs(config: ModelConfig, attempts: Iterable[Attempt]) -> dict[str, Any]:
         "saved": static / gmac if gmac else None,
         "exits": list(config.exits),
         "exit_shares": [exits[layer] / steps for layer in config.exits] if steps else None,
+        "layers_mean": _layers(attempts),
+        "layers_mean_of_successes": _layers([each for each in attempts if each.succeeded]),
     }
 
 
@@ -198,7 +206,7 @@ def report_text(report: dict[str, Any]) -> str:
     for task in dict.fromkeys(task for name in columns for task in report[name]):
         cells = [_cell(report[name].get(task)) for name in columns]
         lines.append(f"{task:24}" + "".join(f"{cell:>20}" for cell in cells))
-    if report.get("sentences_sha256"):
+    if report["singles"] and report.get("sentences_sha256"):
         lines += ["", "sentences given alone, in the same states of each task:"]
         lines += [
             f"{each['task']:24}{_rate_text(each)}  {each['wording']}: {each['sentence']}"
@@ -214,6 +222,12 @@ def report_text(report: dict[str, Any]) -> str:
             f"a static model of {STATIC_LAYERS} layers "
             f"{report['llm_gmac_static']:.4g}: {report['saved']:.2f} times as much",
             f"steps by layers run: {shares}",
+            f"layers per step: {report['layers_mean']:.2f}"
+            + (
+                f", in instructions that succeeded {mean:.2f}"
+                if (mean := report["layers_mean_of_successes"])
+                else ""
+            ),
         ]
     return "\n".join(lines)
 

@@ -190,7 +190,9 @@ def evaluate(asked: Evaluation, resume: ResumeFile | None = None) -> tuple[Resul
 
 
 def _processes(asked: Evaluation) -> int:
-    """As many processes as keep the cores busy."""
+    """As many processes as keep the cores busy; one on a GPU, since each loads the whole network."""
+    if asked.device == "cuda":
+        return 1
     return max(1, len(os.sched_getaffinity(0)) // asked.benchmark.cores_of(asked.lanes))
 
 

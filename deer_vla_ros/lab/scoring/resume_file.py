@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from deer_vla_ros.errors import UserError, cause, shown
-from deer_vla_ros.files import write_text, writing
+from deer_vla_ros.files import writing
 from deer_vla_ros.untrusted import parse_json, read_bytes
 
 MOST_BYTES = 128 * 2**20
@@ -20,15 +22,27 @@ class ResumeFile:
     finished part.
 
     `done` maps the key of every finished part to its value. The constructor raises UserError if the file has
-    other arguments or is damaged.
+    other arguments, is damaged, or belongs to a run that goes on.
     It drops an incomplete last line, which a killed process may leave; the caller then runs that part again.
     """
 
     def __init__(self, path: Path, arguments: dict[str, Any]):
         self._path = path
         self.done: dict[str, Any] = {}
-        header = json.dumps(arguments)
-        content = read_bytes(path, MOST_BYTES, "delete it") if path.is_file() else b""
+        self._file = _locked(path)
+        is_new = path.stat().st_size == 0
+        try:
+            self._read(json.dumps(arguments))
+        except BaseException:
+            if is_new:
+                path.unlink()
+            self._file.close()
+            raise
+
+    def _read(self, header: str) -> None:
+        """Reads what an interrupted run has left. Writes the first line if there is none."""
+        path = self._path
+        content = read_bytes(path, MOST_BYTES, "delete it")
         lines = content.decode(errors="replace").split("\n")[:-1]
         if not lines and not header.encode().startswith(content):
             raise _damaged(path, 1, "it does not end, and is no beginning of this run")
@@ -39,18 +53,44 @@ class ResumeFile:
                 if len(part) != 2 or not isinstance(part[0], str):
                     raise _damaged(path, number, "no key and value")
                 self.done[part[0]] = part[1]
-        write_text(path, "".join(line + "\n" for line in lines or [header]))
+        with writing(path):
+            self._file.truncate(content.rfind(b"\n") + 1)
+            if not lines:
+                self._write(header)
 
     def add(self, key: str, value: Any) -> None:
         """Adds a finished part. It is on the disk when this returns."""
-        with writing(self._path), self._path.open("a") as file:
-            file.write(json.dumps([key, value]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._path):
+            self._write(json.dumps([key, value]))
 
     def remove(self) -> None:
         """Deletes the file, after the whole evaluation is finished."""
         self._path.unlink()
+        self._file.close()
+
+    def _write(self, line: str) -> None:
+        left = line.encode() + b"\n"
+        while left:
+            left = left[self._file.write(left) :]
+        os.fsync(self._file.fileno())
+
+
+def _locked(path: Path) -> FileIO:
+    """The file, made if it was not there, for this process alone until it is closed. Raises UserError."""
+    while True:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"{path} belongs to a run that goes on now: wait for its end, or give another file"
+            ) from None
+        file.close()  # A run that has just ended has deleted it.
 
 
 def _parsed(path: Path, number: int, line: str, kind: type) -> Any:

@@ -50,6 +50,7 @@ class StandIn:
             "numpy": np.__version__,
             "pybullet": "stand-in",
             "calvin_env": "",
+            "sources": os.environ.get("STAND_IN_SOURCES", "as published"),
             "tasks": TASKS,
         }
 

@@ -95,7 +95,7 @@ def test_single_tasks_begin_in_states_that_allow_them_and_are_the_same_for_every
     sentences = [Sentence("open_drawer", text, "own") for text in ("open it", "pull it out")]
     drawn_for = [scenes.chains(group(*range(6), single=sentence)) for sentence in sentences]
     states = [[chain.start for chain in chains] for chains in drawn_for]
-    assert states[0] == states[1] and len(set(states[0])) > 3
+    assert states[0] == states[1] and len(set(states[0])) == 6
     assert {state.drawer for state in states[0]} == {"closed"}
     assert [chains[0].instructions for chains in drawn_for] == [("open it",), ("pull it out",)]
 
@@ -167,6 +167,18 @@ def test_a_simulator_that_is_lost_again_and_again_is_told_in_one_line_and_the_ru
     assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
+def test_a_run_does_not_go_on_with_other_files_of_calvin(command, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "report.json"
+    monkeypatch.setenv("STAND_IN_FAULT", "error:6")
+    assert main([*command, "--jobs", "1", "--json", str(path)]) == 1
+    monkeypatch.delenv("STAND_IN_FAULT")
+    monkeypatch.setenv("STAND_IN_SOURCES", "changed by somebody")
+    assert main([*command, "--jobs", "1", "--json", str(path)]) == 1
+    assert "interrupted run with other arguments (versions: " in capsys.readouterr().err
+    monkeypatch.delenv("STAND_IN_SOURCES")
+    assert main([*command, "--jobs", "1", "--json", str(path)]) == 0
+
+
 def test_a_killed_run_leaves_no_simulator_and_goes_on(command, tmp_path, monkeypatch):
     path, partial = tmp_path / "report.json", tmp_path / "report.json.partial.jsonl"
     monkeypatch.setenv("STAND_IN_FAULT", "hang:6")
@@ -230,6 +242,10 @@ def test_other_wordings_come_from_files_of_the_field(command, tmp_path):
     [
         (("--sequences", "0"), "--sequences is 0: give 1 to 10000, or a file"),
         (("--sequences", "/nowhere"), "/nowhere cannot be read"),
+        (("--chains", "-1"), "--chains is -1: give 0 or more"),
+        (("--chains", "0"), "neither --chains nor --trials asks for anything"),
+        (("--trials", "97", "--tasks", "open_drawer"), "open_drawer has 96 start states in CALVIN"),
+        (("--sequences", "9" * 5000), "cannot be read"),
         (("--chains", "5"), "--chains is 5, and 4 of the 4 sequences have only the tasks asked for"),
         (
             ("--tasks", "stack_block", "--chains", "0", "--trials", "1"),

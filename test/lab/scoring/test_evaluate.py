@@ -228,6 +228,20 @@ def test_a_resume_file_with_an_argument_more_is_refused(tmp_path):
         ResumeFile(path, {"a": 1})
 
 
+def test_two_runs_at_a_time_do_not_share_a_resume_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    first = ResumeFile(path, {"a": 1})
+    first.add("one", 1)
+    with pytest.raises(UserError, match="belongs to a run that goes on now: wait for its end"):
+        ResumeFile(path, {"a": 1})
+    first.add("two", 2)
+    first.remove()
+    second = ResumeFile(path, {"a": 1})
+    assert second.done == {} and path.is_file()
+    del first, second
+    assert ResumeFile(path, {"a": 1}).done == {}, "a run that ends leaves it to the next"
+
+
 def test_a_file_that_is_no_resume_file_is_not_replaced(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("precious")
