@@ -10,6 +10,7 @@ import math
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import yaml
 
-from deer_vla_ros.errors import UserError, cause
+from deer_vla_ros.errors import UserError, cause, shown
 
 MOST_JSON = 2**20
 """The most bytes of a JSON document. In memory, an object takes 50 times what it takes in the file."""
@@ -90,14 +91,23 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def parse_json(content: bytes | str, most: int = MOST_JSON) -> Any:
-    """The values of a JSON text. Raises ValueError for everything that is not JSON, and for a text that is
-    longer than `most`."""
+    """The values of a JSON text. Raises ValueError for everything that is not JSON, for an object with the
+    same key twice, and for a text that is longer than `most`."""
     if len(content) > most:
         raise ValueError(f"its length is {len(content)}, and {most} is the most")
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it has the same key twice: only the last one would count."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {shown(max(counts, key=counts.get))} stands twice")
+    return values
 
 
 def read_yaml(path: Path, example: str) -> Any:

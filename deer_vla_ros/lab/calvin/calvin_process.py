@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -21,6 +23,8 @@ import numpy as np
 from deer_vla_ros.errors import UserError, cause, shown
 from deer_vla_ros.lab.calvin import calvin_simulator
 from deer_vla_ros.lab.calvin.calvin_simulator import (
+    HELLO,
+    MARK,
     PROTOCOL,
     RENDERERS,
     VIEW,
@@ -44,6 +48,9 @@ PACKAGES = (
 )
 """What --calvin-python needs, as arguments of pip."""
 _CLONE = "git clone --recurse-submodules https://github.com/mees/calvin.git"
+_VERSION = f"import sys; print('{MARK} %d.%d' % sys.version_info[:2])"
+_NOISE_BYTES = 1 << 16
+"""The most that is printed on stdout before the simulator speaks."""
 _TAIL_BYTES = 4096
 """How much of the end of the process's stderr is read."""
 
@@ -123,36 +130,54 @@ class CalvinInstall:
 
     def _check_python(self) -> None:
         pip = f"{self.python} -m pip install {PACKAGES}"
-        version = self._output(
-            "-c", "import sys; print('%d.%d' % sys.version_info[:2])", remedy="give a Python"
-        )
+        version = self._answer("-E", "-c", _VERSION, remedy="give a Python")
         try:
             numbers = tuple(map(int, version.split(".")))
         except ValueError:
-            raise UserError(f"{self.python} is no Python: it answers {shown(version)}") from None
+            raise self._no_python(version) from None
         if numbers < OLDEST_PYTHON:
             oldest = ".".join(map(str, OLDEST_PYTHON))
             raise UserError(f"{self.python} is Python {version}: CALVIN's simulator needs {oldest} or newer")
-        if lacking := self._output(*self.program("--missing"), remedy=pip).split():
+        if lacking := self._answer(*self.program("--missing"), remedy=pip).split():
             raise UserError(f"{self.python} lacks {', '.join(lacking)}: {pip}")
 
-    def _output(self, *arguments: str, remedy: str) -> str:
-        """What the other Python prints. Raises UserError if it cannot be run, or fails."""
+    def _answer(self, *arguments: str, remedy: str) -> str:
+        """What the other Python prints after MARK, on the same line; a script that starts it may print more.
+
+        Raises UserError if it cannot be run, fails, or does not answer.
+        """
         try:
-            done = subprocess.run(
+            popen = subprocess.Popen(
                 [self.python, *arguments],
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                timeout=PROBE_S,
+                start_new_session=True,  # so that the processes which it starts can be killed with it
             )
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            raise UserError(f"the Python {shown(self.python)} cannot be run: {cause(error)}") from None
-        if done.returncode:
-            last = _last_line(done.stderr)
-            raise UserError(f"{self.python} ends with {_told(done.returncode)}: {last}: {remedy}")
-        return done.stdout.strip()
+        except (OSError, ValueError) as error:
+            raise _not_started(self.python, error) from None
+        with popen:
+            try:
+                output, errors = popen.communicate(timeout=PROBE_S)
+            except subprocess.TimeoutExpired:
+                raise UserError(
+                    f"{self.python} did not answer within {PROBE_S:g} s and was killed: {remedy}"
+                ) from None
+            finally:
+                _kill(popen)
+        if popen.returncode:
+            raise UserError(
+                f"{self.python} ends with {_told(popen.returncode)}: {_last_line(errors)}: {remedy}"
+            )
+        _, mark, answer = output.rpartition(MARK)
+        if not mark:
+            raise self._no_python(output)
+        return answer.split("\n")[0].strip()
+
+    def _no_python(self, answer: str) -> UserError:
+        return UserError(f"{self.python} is no Python: it answers {shown(answer.strip())}")
 
 
 class CalvinProcess:
@@ -171,24 +196,28 @@ class CalvinProcess:
 
         start_s, answer_s: the most seconds until its first message, and until an answer; after them it is
         killed. Raises UserError if it cannot be started.
+
+        The thread that calls this has to live as long as the simulator: Linux kills it with the thread.
         """
         self._start_s, self._answer_s = start_s, answer_s
         self._state = "new"  # then "begun", "asked", "sent"; "closed" at last
         self._about: CalvinAbout | None = None
-        self._errors: BinaryIO = tempfile.TemporaryFile()
+        self._start_bytes = 0  # the bytes on stderr that were printed before the first message
         options = ("--root", str(install.root), "--scene", install.scene, "--renderer", install.renderer)
-        try:
-            self._popen = subprocess.Popen(
-                [install.python, *install.program(*options)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                bufsize=0,
-                start_new_session=True,  # Ctrl-C at the terminal does not reach it.
-            )
-        except (OSError, ValueError) as error:
-            self._errors.close()
-            raise UserError(f"the Python {shown(install.python)} cannot be run: {cause(error)}") from None
+        with contextlib.ExitStack() as stack:
+            try:
+                self._errors: BinaryIO = stack.enter_context(tempfile.TemporaryFile())
+                self._popen = subprocess.Popen(
+                    [install.python, *install.program(*options)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    bufsize=0,
+                    start_new_session=True,  # Ctrl-C at the terminal does not reach it.
+                )
+            except (OSError, ValueError) as error:
+                raise _not_started(install.python, error) from None
+            stack.pop_all()
         self._started = time.monotonic()
         self._end = weakref.finalize(self, _end, self._popen, self._errors)
 
@@ -287,7 +316,8 @@ class CalvinProcess:
     def _hello(self) -> CalvinAbout:
         self._expect("new")
         self._state = "closed"
-        header, _ = self._message(self._started + self._start_s, self._start_s)
+        header, _ = self._message(self._started + self._start_s, self._start_s, is_first=True)
+        self._start_bytes = os.fstat(self._errors.fileno()).st_size
         if header.get("kind") == "error" or header.get("protocol") != PROTOCOL:
             self.close()
         if header.get("protocol") != PROTOCOL:
@@ -322,8 +352,12 @@ class CalvinProcess:
         if header.get("kind") != kind:
             self._lost(f"sent {shown(header.get('kind'))} in place of {kind!r}")
 
-    def _message(self, deadline: float, seconds: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _message(
+        self, deadline: float, seconds: float, is_first: bool = False
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         try:
+            if is_first:
+                self._skip_noise(deadline)
             return decode(lambda count: self._read(count, deadline))
         except TimeoutError:
             self._lost(f"did not answer within {seconds:g} s and was killed")
@@ -331,6 +365,14 @@ class CalvinProcess:
             self._lost()
         except NotAMessage as error:
             self._lost(f"sent what is no message ({error})")
+
+    def _skip_noise(self, deadline: float) -> None:
+        """Reads up to the end of HELLO."""
+        found = bytearray()
+        while not found.endswith(HELLO):
+            if len(found) > _NOISE_BYTES:
+                raise NotAMessage(f"over {_NOISE_BYTES} bytes before its first message")
+            found += self._read(1, deadline)
 
     def _read(self, count: int, deadline: float) -> bytearray:
         pipe = self._popen.stdout.fileno()
@@ -354,23 +396,44 @@ class CalvinProcess:
                 self._popen.wait(END_S)
             status = self._popen.returncode
             what = "closed its pipe" if status is None else f"ended with {_told(status)}"
-            if status == -signal.SIGKILL:
-                what += ", as when memory runs out"
-        last = _last_line(
-            os.pread(self._errors.fileno(), _TAIL_BYTES, self._tail_start()).decode(errors="replace")
-        )
+            if status in (-signal.SIGKILL, 128 + signal.SIGKILL):  # the latter if a shell started it
+                self.close()
+                raise SimulatorLost(
+                    f"the CALVIN simulator {what}, as when memory runs out: use fewer --lanes"
+                )
+        begin = max(self._start_bytes, os.fstat(self._errors.fileno()).st_size - _TAIL_BYTES)
+        last = _last_line(os.pread(self._errors.fileno(), _TAIL_BYTES, begin).decode(errors="replace"))
         self.close()
         raise SimulatorLost(f"the CALVIN simulator {what}: {last}")
 
-    def _tail_start(self) -> int:
-        return max(0, os.fstat(self._errors.fileno()).st_size - _TAIL_BYTES)
+
+def _not_started(python: str, error: Exception) -> UserError:
+    """The error for a process that could not be started."""
+    code = getattr(error, "errno", None)
+    if code == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return UserError(
+            f"a simulator of CALVIN cannot be started: this process may open only {limit} files: "
+            "use fewer --lanes, or raise the limit with `ulimit -n`"
+        )
+    if code in (errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+        return UserError(
+            f"a simulator of CALVIN cannot be started, because the machine's processes, memory or files run "
+            f"out ({os.strerror(code)}): use fewer --lanes, or raise the limits that `ulimit -a` shows"
+        )
+    return UserError(f"the Python {shown(python)} cannot be run: {cause(error)}")
 
 
-def _end(popen: subprocess.Popen, errors: BinaryIO) -> None:
+def _kill(popen: subprocess.Popen) -> None:
+    """Kills a process that leads a session, and those that it started, unless it has ended."""
     if popen.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(popen.pid, signal.SIGKILL)
         popen.wait()
+
+
+def _end(popen: subprocess.Popen, errors: BinaryIO) -> None:
+    _kill(popen)
     for file in (popen.stdin, popen.stdout, errors):
         file.close()
 
@@ -381,7 +444,10 @@ def _last_line(text: str) -> str:
 
 
 def _told(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+    if status >= 0:
+        return f"exit code {status}"
+    names = {each.value: each.name for each in signal.Signals}  # Most real-time signals have no name.
+    return f"signal {names.get(-status, -status)}"
 
 
 def _numbers(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,7 +6,8 @@ packages only when it runs. `calvin_process.py` is its client.
 
 The protocol: requests come on stdin, and every request gets one reply on stdout. A message is the length of
 its header (4 bytes, big-endian), the header (a JSON object), and then the bytes of the arrays that the header
-lists under "arrays". There is no pickle. The simulator speaks first:
+lists under "arrays". There is no pickle. The simulator speaks first, with a line of its own (HELLO) before
+its first message, since a script that starts this Python may print something:
 
     hello                                  protocol, versions, tasks
     begin (robot_obs, scene_obs)        -> view
@@ -36,6 +37,10 @@ from types import SimpleNamespace
 import numpy as np
 
 PROTOCOL = 1
+HELLO = b"calvin_simulator speaks:\n"
+"""What comes before the first message."""
+MARK = "calvin_simulator:"
+"""What comes before an answer on stdout that is no message, on the same line."""
 HEADER_BYTES = 1 << 16
 """The longest header."""
 BODY_BYTES = 1 << 20
@@ -154,14 +159,15 @@ def serve(make_simulator):
     make_simulator() returns an object with the methods of CalvinSimulator.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The client alone handles Ctrl-C.
+    _end_with_parent()
     channel = Channel()
     try:
         simulator = make_simulator()
         hello = dict(simulator.about(), kind="hello", protocol=PROTOCOL)
     except Exception as error:
-        channel.send(encode({"kind": "error", "protocol": PROTOCOL, "message": one_line(error)}))
+        channel.send(HELLO + encode({"kind": "error", "protocol": PROTOCOL, "message": one_line(error)}))
         return 1
-    channel.send(encode(hello))
+    channel.send(HELLO + encode(hello))
     while True:
         try:
             header, arrays = channel.receive()
@@ -172,6 +178,16 @@ def serve(make_simulator):
         except Exception as error:
             reply = encode({"kind": "error", "message": one_line(error)})
         channel.send(reply)
+
+
+def _end_with_parent():
+    """Lets Linux kill this process when the thread that started it ends, even while it is stopped."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # 1 is PR_SET_PDEATHSIG.
+    except (ImportError, OSError, AttributeError, TypeError):
+        pass  # Another system, or a Python without ctypes. The end of stdin ends the process, too.
 
 
 def _answer(simulator, header, arrays):
@@ -332,7 +348,7 @@ def parser():
 def main():
     options = parser().parse_args()
     if options.missing:
-        print(*missing())
+        print(MARK, *missing())
         return 0
     sys.path[:] = [folder for folder in sys.path if folder != os.path.dirname(os.path.abspath(__file__))]
     return serve(lambda: CalvinSimulator(options.root, options.scene, options.renderer))

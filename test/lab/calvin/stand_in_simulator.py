@@ -7,7 +7,8 @@ reached GOAL (for even n) or -GOAL (for odd n): for "open_drawer", number 14, by
 Two environment variables make it go wrong:
     STAND_IN_FAULT       KIND:N, where N is the number of the step, from 1 in each process, at which it does
                          so. KIND is crash, hang, garbage, error (an error of the simulator), shape (a view
-                         of other shapes). Or KIND alone: version, no_start, hung_start, garbage_start, loud.
+                         of other shapes). Or KIND alone: version, no_start, hung_start, garbage_start, loud,
+                         warning (one line on stderr before it speaks).
     STAND_IN_FAULT_ONCE  a file that is made with the fault; where it exists, there is no fault
 """
 
@@ -39,7 +40,7 @@ class StandIn:
 
     def __init__(self):
         self._steps = 0
-        self._fault("no_start", "hung_start", "garbage_start", "loud")
+        self._fault("no_start", "hung_start", "garbage_start", "loud", "warning")
 
     def about(self):
         """The versions of what runs here, and the tasks' names."""
@@ -104,6 +105,8 @@ class StandIn:
             raise KeyError("no such\nlink")
         if kind == "no_start":
             raise ModuleNotFoundError("No module named 'pybullet'")
+        if kind == "warning":
+            print("UserWarning: old", file=sys.stderr, flush=True)
         if kind == "loud":
             for stream in (sys.stdout, sys.stderr):
                 stream.write("loud\n" * 1_000_000)
@@ -113,7 +116,10 @@ class StandIn:
 
 def main():
     options = calvin_simulator.parser().parse_args()
-    return 0 if options.missing else calvin_simulator.serve(StandIn)
+    if options.missing:
+        print(calvin_simulator.MARK)
+        return 0
+    return calvin_simulator.serve(StandIn)
 
 
 if __name__ == "__main__":

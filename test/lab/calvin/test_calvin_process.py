@@ -4,6 +4,7 @@ import ast
 import gc
 import io
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -184,16 +185,51 @@ def test_a_python_that_cannot_be_run_is_one_line(install):
         CalvinProcess(replace(install, python="/no/such/python"))
 
 
-def test_a_killed_process_is_one_line_that_names_the_signal(install, started):
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (signal.SIGKILL, "signal SIGKILL, as when memory runs out: use fewer --lanes"),
+        (signal.SIGSEGV, "signal SIGSEGV: it printed nothing on stderr"),
+        (35, "signal 35: it printed nothing on stderr"),  # a real-time signal, which has no name
+    ],
+)
+def test_a_killed_process_names_the_signal_and_no_old_warning(install, started, monkeypatch, number, words):
+    monkeypatch.setenv("STAND_IN_FAULT", "warning")
     simulator = CalvinProcess(install)
     simulator.begin(ROBOT, SCENE)
-    simulator.ask("open_drawer")
-    simulator.send(UP)
-    os.kill(started[0].pid, signal.SIGKILL)
-    with pytest.raises(SimulatorLost, match="SIGKILL"):
-        while True:
-            simulator.receive()
-            simulator.send(UP)
+    os.kill(started[0].pid, number)
+    with pytest.raises(SimulatorLost) as caught:
+        simulator.ask("open_drawer")
+    assert line_of(caught.value) == f"the CALVIN simulator ended with {words}"
+
+
+def test_more_simulators_than_files_may_be_open(install):
+    code = f"""
+import resource
+from pathlib import Path
+from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess
+install = CalvinInstall(Path({str(install.root)!r}), {install.python!r})
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+simulators = [CalvinProcess(install) for _ in range(40)]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "may open only 40 files: use fewer --lanes" in done.stderr.splitlines()[-1]
+
+
+def test_what_a_script_prints_before_the_simulator_speaks_is_no_message(install, started, tmp_path):
+    noisy = tmp_path / "python"
+    noisy.write_text(f'#!/bin/sh\necho Activating env; exec {shlex.quote(install.python)} "$@"\n')
+    noisy.chmod(0o755)
+    with CalvinProcess(replace(install, python=str(noisy))) as simulator:
+        assert drive(simulator, 2) == [False, True]
+
+
+def test_a_program_that_only_prints_is_no_simulator(install, started, tmp_path):
+    printing = tmp_path / "python"
+    printing.write_text("#!/bin/sh\nexec yes\n")
+    printing.chmod(0o755)
+    with pytest.raises(SimulatorLost, match="over 65536 bytes before its first message"):
+        print(CalvinProcess(replace(install, python=str(printing))).about)
 
 
 @pytest.mark.parametrize("fault", ["hang:1", "hung_start"])
@@ -245,9 +281,6 @@ def test_what_the_simulator_prints_blocks_nothing_and_is_no_message(install, sta
     monkeypatch.setenv("STAND_IN_FAULT", "loud")
     with CalvinProcess(install) as simulator:
         assert drive(simulator, 2) == [False, True]
-        started[0].kill()
-        with pytest.raises(SimulatorLost, match="SIGKILL, as when memory runs out: loud$"):
-            drive(simulator, 1)
 
 
 # --- No process is left.
@@ -261,24 +294,24 @@ def test_a_process_that_nobody_closes_ends(install, started):
 
 def test_a_killed_parent_leaves_no_simulator(install):
     code = f"""
-import time
-from dataclasses import replace
+import os, signal, time
 from pathlib import Path
 import numpy as np
 from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess
 install = CalvinInstall(Path({str(install.root)!r}), {install.python!r})
-starting, waiting, hanging = [CalvinProcess(install) for _ in range(3)]
-for each in (waiting, hanging):
+starting, waiting, hanging, stopped = [CalvinProcess(install) for _ in range(4)]
+for each in (waiting, hanging, stopped):
     each.begin(np.zeros(15), np.zeros(24))
 hanging.ask("open_drawer")
 hanging.send(np.ones(7))
-print(*(each._popen.pid for each in (starting, waiting, hanging)), flush=True)
+os.kill(stopped._popen.pid, signal.SIGSTOP)
+print(*(each._popen.pid for each in (starting, waiting, hanging, stopped)), flush=True)
 time.sleep(600)
 """
     environment = {**os.environ, "STAND_IN_FAULT": "hang:1"}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as parent:
         simulators = list(map(int, parent.stdout.readline().split()))
-        assert len(simulators) == 3
+        assert len(simulators) == 4
         parent.kill()
     assert wait_until(lambda: not any(command_of(pid) for pid in simulators), 60)
 
