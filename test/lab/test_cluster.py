@@ -20,6 +20,7 @@ import pytest
 from distributed import Client, LocalCluster
 from paths import ROOT
 from processes import wait_until
+from stand_ins import stand_in_calvin
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
@@ -287,6 +288,25 @@ main({[*short, str(tmp_path / "far.json"), "--cluster", cluster]})
     assert main([*short, str(tmp_path / "near.json"), "--jobs", "1"]) == 0
     assert (tmp_path / "far.json").read_bytes() == (tmp_path / "near.json").read_bytes()
     assert not (tmp_path / "far.json.partial.jsonl").exists()
+
+
+def test_chains_of_calvin_give_the_same_report_on_a_cluster(cluster, tmp_path):
+    install = stand_in_calvin(tmp_path)
+    command = ["evaluate", "--benchmark", "calvin", "--calvin-root", str(install.root)]
+    command += [
+        "--calvin-python",
+        install.python,
+        "--sequences",
+        "2",
+        "--steps",
+        "2",
+        "--lanes",
+        "1",
+        "--json",
+    ]
+    assert main([*command, str(tmp_path / "far.json"), "--cluster", cluster]) == 0
+    assert main([*command, str(tmp_path / "near.json"), "--jobs", "1"]) == 0
+    assert (tmp_path / "far.json").read_bytes() == (tmp_path / "near.json").read_bytes()
 
 
 def test_processes_of_this_machine_and_of_a_cluster_are_not_chosen_together(capsys):

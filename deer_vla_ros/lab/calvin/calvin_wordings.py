@@ -77,7 +77,10 @@ def drawn(
         of_task.setdefault(each.task, []).append(each)
     for task in dict.fromkeys(task for sequence in sequences for task in sequence.tasks):
         if task not in of_task:
-            raise UserError(f"no sentence is given for {task}, which the chains contain: add one")
+            raise UserError(
+                f"no sentence is given for {task}, which the chains contain: add one, or give --chains 0, or "
+                "--tasks without it"
+            )
 
     def one(number: int, position: int, task: str) -> Sentence:
         choices = of_task[task]
