@@ -12,6 +12,14 @@ from deer_vla_ros.lab.calvin.calvin_wordings import VALIDATION
 PROGRAM = Path(__file__).parent / "stand_in_simulator.py"
 
 
+def script(folder: Path, text: str) -> str:
+    """Makes a shell script that stands in for a Python, and returns its path."""
+    path = folder / "another python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def stand_in_calvin(folder: Path) -> CalvinInstall:
     """Makes a CALVIN in the folder: `folder/calvin` as its root and `folder/python` as its Python.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_ins import stand_in_calvin
+from stand_ins import script, stand_in_calvin
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.calvin import calvin_process
@@ -28,13 +28,6 @@ def refusal(install) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
-
-
-def script(folder, text: str) -> str:
-    path = folder / "another python"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
 
 
 def test_a_complete_installation_is_accepted(install):

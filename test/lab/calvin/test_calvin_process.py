@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stand_ins import stand_in_calvin
+from stand_ins import script, stand_in_calvin
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.calvin import calvin_process, calvin_simulator
@@ -203,6 +203,12 @@ def test_a_killed_process_names_the_signal_and_no_old_warning(install, started, 
     assert line_of(caught.value) == f"the CALVIN simulator ended with {words}"
 
 
+def test_a_script_that_tells_of_a_killed_simulator(install, started, tmp_path):
+    telling = script(tmp_path, "exit 137")
+    with pytest.raises(SimulatorLost, match="exit code 137, as when memory runs out: use fewer --lanes"):
+        print(CalvinProcess(replace(install, python=telling)).about)
+
+
 def test_more_simulators_than_files_may_be_open(install):
     code = f"""
 import resource
@@ -217,19 +223,15 @@ simulators = [CalvinProcess(install) for _ in range(40)]
 
 
 def test_what_a_script_prints_before_the_simulator_speaks_is_no_message(install, started, tmp_path):
-    noisy = tmp_path / "python"
-    noisy.write_text(f'#!/bin/sh\necho Activating env; exec {shlex.quote(install.python)} "$@"\n')
-    noisy.chmod(0o755)
-    with CalvinProcess(replace(install, python=str(noisy))) as simulator:
+    noisy = script(tmp_path, f'echo Activating env; exec {shlex.quote(install.python)} "$@"')
+    with CalvinProcess(replace(install, python=noisy)) as simulator:
         assert drive(simulator, 2) == [False, True]
 
 
 def test_a_program_that_only_prints_is_no_simulator(install, started, tmp_path):
-    printing = tmp_path / "python"
-    printing.write_text("#!/bin/sh\nexec yes\n")
-    printing.chmod(0o755)
+    printing = script(tmp_path, "exec yes")
     with pytest.raises(SimulatorLost, match="over 65536 bytes before its first message"):
-        print(CalvinProcess(replace(install, python=str(printing))).about)
+        print(CalvinProcess(replace(install, python=printing)).about)
 
 
 @pytest.mark.parametrize("fault", ["hang:1", "hung_start"])
