@@ -20,7 +20,6 @@ import pytest
 from distributed import Client, LocalCluster
 from paths import ROOT
 from processes import wait_until
-from stand_ins import stand_in_calvin
 
 from deer_vla_ros.__main__ import main
 from deer_vla_ros.errors import UserError
@@ -291,6 +290,8 @@ main({[*short, str(tmp_path / "far.json"), "--cluster", cluster]})
 
 
 def test_chains_of_calvin_give_the_same_report_on_a_cluster(cluster, tmp_path):
+    from stand_ins import stand_in_calvin  # The workers, which import this module, do not find it.
+
     install = stand_in_calvin(tmp_path)
     command = ["evaluate", "--benchmark", "calvin", "--calvin-root", str(install.root)]
     command += [
