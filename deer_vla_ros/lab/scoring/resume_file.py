@@ -83,13 +83,15 @@ def _locked(path: Path) -> FileIO:
             file = path.open("ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
         except BlockingIOError:
             file.close()
             raise UserError(
                 f"{path} belongs to a run that goes on now: wait for its end, or give another file"
             ) from None
+        except OSError:
+            return file  # A file system without locks, as those of clusters can be.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
         file.close()  # A run that has just ended has deleted it.
 
 
