@@ -44,10 +44,10 @@ def run_python(arguments: Iterable[object], environment: Mapping[str, str], whos
         raise UserError(f"{whose} command failed: {' '.join(command[1:])}")
 
 
-def end_with_parent() -> Callable[[], None]:
-    """A function to run in the new process: afterwards the kernel sends that process SIGTERM when this one
-    has ended."""
-    parent = os.getpid()
+def end_with_parent(parent: int | None = None) -> Callable[[], None]:
+    """A function to run in a new process: afterwards the kernel sends that process SIGTERM when its parent,
+    more exactly the thread that started it, has ended. parent: its process id; None: this process."""
+    parent = os.getpid() if parent is None else parent
 
     def set_death_signal() -> None:
         if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:

@@ -91,8 +91,11 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def parse_json(content: bytes | str, most: int = MOST_JSON) -> Any:
-    """The values of a JSON text. Raises ValueError for everything that is not JSON, for an object with the
-    same key twice, and for a text that is longer than `most`."""
+    """The values of a JSON text; NaN and Infinity are read as Python writes them.
+
+    Raises ValueError for everything else that is not JSON, for an object with the same key twice, and for a
+    text that is longer than `most`.
+    """
     if len(content) > most:
         raise ValueError(f"its length is {len(content)}, and {most} is the most")
     try:

@@ -185,12 +185,13 @@ def run(args: argparse.Namespace) -> int:
 
 def asked_for(args: argparse.Namespace) -> Evaluation:
     """The evaluation that the arguments describe. Raises UserError for arguments that make no sense."""
-    from deer_vla_ros.lab.scoring.evaluation_run import LANES, Evaluation
+    from deer_vla_ros.lab.scoring.evaluation_run import LANES, LIMITS, Evaluation, check_numbers
     from deer_vla_ros.model.checkpoint import folder_of
 
     _check(args)
     trials = args.trials if args.trials is not None else TRIALS if args.wordings else 0
-    benchmark, chains = (_table if args.benchmark == "table" else _calvin)(args, trials)
+    check_numbers({**{name: getattr(args, name) for name in LIMITS}, "trials": trials})
+    benchmark, chains = _table(args) if args.benchmark == "table" else _calvin(args, trials)
     asked = Evaluation(
         folder_of(args.checkpoint),
         exit_choice(args),
@@ -224,7 +225,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"evaluate: --{name} and --wordings both choose the sentences: give one of them")
 
 
-def _table(args: argparse.Namespace, trials: int) -> tuple[TableBenchmark, int]:
+def _table(args: argparse.Namespace) -> tuple[TableBenchmark, int]:
     """The table as a benchmark, and the number of chains."""
     from deer_vla_ros.lab.scoring.table_benchmark import ALL_TASKS, TableBenchmark
 
@@ -246,7 +247,9 @@ def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int
 
     python = args.calvin_python
     if python is not None and os.sep in python:
-        python = os.path.abspath(python)  # Workers have other folders. A link stays: it belongs to a venv.
+        python = os.path.abspath(
+            os.path.expanduser(python)
+        )  # Workers have other folders. A link stays: it belongs to a venv.
     given = {
         "python": python,
         "scene": args.calvin_scene,

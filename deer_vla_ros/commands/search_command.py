@@ -67,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
     from deer_vla_ros.lab.search.search_task import Outcome
     from deer_vla_ros.model.checkpoint import folder_of, load, set_thresholds
 
-    for name in ("chains", "trials", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"search: --{name} is {getattr(args, name)}: give 1 or more")
+    for name in ("chains", "trials", "steps", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"search: --{name} is {value}: give 1 or more")
     folder = folder_of(args.checkpoint)
     checkpoint, calibration = load(folder), Calibration.load(folder)
     if calibration is None:

@@ -1,12 +1,13 @@
 """Worker processes: each one is set up once, gets a job whenever it is free, and reports every finished part
 of it.
 
-The processes of this machine are connected by one pipe each and by nothing else. If the parent is killed,
-every worker finds its pipe closed and ends. Those of other machines belong to a Dask cluster (cluster.py).
+The processes of this machine are connected by one pipe each and by nothing else. If the parent ends, the
+kernel ends every worker. Those of other machines belong to a Dask cluster (cluster.py).
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from rich.progress import (
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.files import refusal
+from deer_vla_ros.processes import end_with_parent
 
 Job = TypeVar("Job")
 Work = Callable[[Any, Callable[[], None]], Any]
@@ -81,7 +83,9 @@ def spread(
     try:
         for _ in range(min(processes, len(jobs))):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, setup, arguments), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, os.getpid(), setup, arguments), daemon=True
+            )
             process.start()
             theirs.close()
             process_of[ours] = process
@@ -130,8 +134,11 @@ def _gone(process: Any) -> UserError:
     )
 
 
-def _serve(connection: Connection, setup: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    connection: Connection, parent: int, setup: Callable[..., Work], arguments: tuple[Any, ...]
+) -> None:
     """Runs in a worker process from its start to its end. The parent alone handles Ctrl-C."""
+    end_with_parent(parent)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         try:

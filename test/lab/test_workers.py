@@ -57,14 +57,14 @@ def test_a_process_that_dies_before_it_reads_its_job_is_told_as_well(size):
         list(spread(_killed_at_birth, (), [b"x" * size, b"y"], 2))
 
 
-def test_processes_end_when_the_one_that_spreads_is_killed(tmp_path):
+def test_processes_end_in_the_middle_of_a_job_when_the_one_that_spreads_is_killed(tmp_path):
     script = tmp_path / "spreader.py"
     script.write_text(
         "import os, time\n"
         "from deer_vla_ros.lab.workers import spread\n"
         "def setup():\n"
         "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
-        "    return lambda job, on_progress: time.sleep(0.1)\n"
+        "    return lambda job, on_progress: time.sleep(3600)\n"
         "if __name__ == '__main__':\n"
         "    list(spread(setup, (), list(range(10**6)), 2))\n"
     )

@@ -22,6 +22,7 @@ from deer_vla_ros.lab.scoring.evaluation_run import Evaluation, report_of
 from deer_vla_ros.lab.scoring.network_driver import ExitChoice
 from deer_vla_ros.lab.scoring.table_benchmark import TableBenchmark
 from deer_vla_ros.model.checkpoint import load_info
+from deer_vla_ros.untrusted import parse_json
 
 FRACTIONS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 """Average budgets of the dynamic points, as shares of full depth. One more point has the checkpoint's own
@@ -247,5 +248,10 @@ def _is_there(path: Path, about: dict[str, Any]) -> bool:
     """Whether the file has the figures of this evaluation. about: everything that the figures depend on."""
     if not path.is_file():
         return False
-    report = json.loads(path.read_text())
-    return all(report.get(name) == value for name, value in json.loads(json.dumps(about)).items())
+    try:
+        report = parse_json(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(report, dict) and all(
+        report.get(name) == value for name, value in json.loads(json.dumps(about)).items()
+    )

@@ -9,7 +9,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark, versions_of
 from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess
 from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES, CalvinSequence, generate, read, states_for
-from deer_vla_ros.lab.calvin.calvin_wordings import drawn, enriched, published
+from deer_vla_ros.lab.calvin.calvin_wordings import enriched, published, words_of_chains
 from deer_vla_ros.lab.scoring.sentences import Sentence
 
 SEQUENCES, MOST_SEQUENCES = 1000, 10_000
@@ -40,10 +40,6 @@ class CalvinChoice:
 
         Raises UserError if CALVIN is not complete, a file cannot be used, or there is nothing to evaluate.
         """
-        if self.chains is not None and self.chains < 0:
-            raise UserError(f"evaluate: --chains is {self.chains}: give 0 or more")
-        if self.chains == 0 and not self.trials:
-            raise UserError("evaluate: neither --chains nor --trials asks for anything: give one of them")
         print("starting CALVIN's simulator", flush=True)
         self.install.check()
         own = [Sentence(task, text, "published") for task, text in published(self.install.root).items()]
@@ -52,8 +48,8 @@ class CalvinChoice:
         alone = self._alone(sentences) if self.trials else ()
         if not sequences and not alone:
             raise UserError(
-                "evaluate: there is no chain of these tasks alone, and none of them is given alone: give "
-                "more --tasks, or --trials"
+                "evaluate: no chain contains only these tasks, and no single task is given: give more "
+                "--tasks, or --trials"
             )
         with CalvinProcess(self.install) as process:
             versions = versions_of(process)
@@ -75,7 +71,7 @@ class CalvinChoice:
         kept = kept[: self.chains]
         sequences = tuple(every[number] for number in kept)
         if self.enriched is None:
-            return sequences, drawn(sentences, sequences, self.seed)
+            return sequences, words_of_chains(sentences, sequences, self.seed)
         words = enriched(self.enriched, every, self.seed)
         return sequences, tuple(words[number] for number in kept)
 

@@ -130,7 +130,7 @@ class CalvinInstall:
 
     def _check_python(self) -> None:
         pip = f"{self.python} -m pip install {PACKAGES}"
-        version = self._answer("-E", "-c", _VERSION, remedy="give a Python")
+        version = self._probe("-E", "-c", _VERSION, remedy="give a Python")
         try:
             numbers = tuple(map(int, version.split(".")))
         except ValueError:
@@ -138,10 +138,10 @@ class CalvinInstall:
         if numbers < OLDEST_PYTHON:
             oldest = ".".join(map(str, OLDEST_PYTHON))
             raise UserError(f"{self.python} is Python {version}: CALVIN's simulator needs {oldest} or newer")
-        if lacking := self._answer(*self.program("--missing"), remedy=pip).split():
+        if lacking := self._probe(*self.program("--missing"), remedy=pip).split():
             raise UserError(f"{self.python} lacks {', '.join(lacking)}: {pip}")
 
-    def _answer(self, *arguments: str, remedy: str) -> str:
+    def _probe(self, *arguments: str, remedy: str) -> str:
         """What the other Python prints after MARK, on the same line; a script that starts it may print more.
 
         Raises UserError if it cannot be run, fails, or does not answer.
@@ -200,7 +200,7 @@ class CalvinProcess:
         The thread that calls this has to live as long as the simulator: Linux kills it with the thread.
         """
         self._start_s, self._answer_s = start_s, answer_s
-        self._state = "new"  # then "begun", "asked", "sent"; "closed" at last
+        self._state = "ready"  # then "begun", "asked", "sent"; "waiting" for a reply; "closed" at last
         self._about: CalvinAbout | None = None
         self._start_bytes = 0  # the bytes on stderr that were printed before the first message
         options = ("--root", str(install.root), "--scene", install.scene, "--renderer", install.renderer)
@@ -237,7 +237,7 @@ class CalvinProcess:
         The same state gives the same view bit for bit, whatever was simulated before. The simulator takes one
         step of 1/240 s in the new state: a block's pose can settle by some 0.0001 m and 0.003 rad.
         """
-        self._expect("new", "begun", "asked")
+        self._expect("ready", "begun", "asked")
         arrays = {"robot_obs": _numbers(robot_obs, (15,)), "scene_obs": _numbers(scene_obs, (24,))}
         self._about = self.about  # waits for the start
         self._say({"kind": "begin"}, arrays)
@@ -254,7 +254,7 @@ class CalvinProcess:
         if task not in self.about.tasks:
             raise UserError(f"CALVIN has no task {shown(task)}: choose one of {', '.join(self.about.tasks)}")
         self._say({"kind": "ask", "task": task})
-        self._answer("asked")
+        self._reply("asked")
         self._state = "asked"
 
     def send(self, action: np.ndarray) -> None:
@@ -311,11 +311,11 @@ class CalvinProcess:
         try:
             os.write(self._popen.stdin.fileno(), encode(header, arrays))
         except OSError:
-            self._lost()
+            self._raise_lost()
 
     def _hello(self) -> CalvinAbout:
-        self._expect("new")
-        self._state = "closed"
+        self._expect("ready")
+        self._state = "waiting"
         header, _ = self._message(self._started + self._start_s, self._start_s, is_first=True)
         self._start_bytes = os.fstat(self._errors.fileno()).st_size
         if header.get("kind") == "error" or header.get("protocol") != PROTOCOL:
@@ -329,20 +329,20 @@ class CalvinProcess:
         versions = [header.get(name) for name in ("python", "numpy", "pybullet", "calvin_env", "sources")]
         tasks = header.get("tasks")
         if not isinstance(tasks, list) or not all(isinstance(text, str) for text in [*versions, *tasks]):
-            self._lost("sent a first message without versions and tasks")
-        self._state = "new"
+            self._raise_lost("sent a first message without versions and tasks")
+        self._state = "ready"
         return CalvinAbout(*versions, tuple(tasks))
 
     def _view(self) -> tuple[CalvinView, bool]:
-        header, arrays = self._answer("view")
+        header, arrays = self._reply("view")
         if {name: (str(array.dtype), array.shape) for name, array in arrays.items()} != VIEW:
-            self._lost("sent a view of other types or shapes")
+            self._raise_lost("sent a view of other types or shapes")
         return CalvinView(**arrays), header.get("done") is True
 
-    def _answer(self, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        self._state = "closed"  # where no whole answer comes
+    def _reply(self, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        self._state = "waiting"
         header, arrays = self._message(time.monotonic() + self._answer_s, self._answer_s)
-        self._state = "new"  # where the answer is an error
+        self._state = "ready"  # where the reply is an error
         self._check_kind(header, kind)
         return header, arrays
 
@@ -350,7 +350,7 @@ class CalvinProcess:
         if header.get("kind") == "error":
             raise UserError(f"the CALVIN simulator failed: {cause(Exception(header.get('message')))}")
         if header.get("kind") != kind:
-            self._lost(f"sent {shown(header.get('kind'))} in place of {kind!r}")
+            self._raise_lost(f"sent {shown(header.get('kind'))} in place of {kind!r}")
 
     def _message(
         self, deadline: float, seconds: float, is_first: bool = False
@@ -360,11 +360,11 @@ class CalvinProcess:
                 self._skip_noise(deadline)
             return decode(lambda count: self._read(count, deadline))
         except TimeoutError:
-            self._lost(f"did not answer within {seconds:g} s and was killed")
+            self._raise_lost(f"did not answer within {seconds:g} s and was killed")
         except EOFError:
-            self._lost()
+            self._raise_lost()
         except NotAMessage as error:
-            self._lost(f"sent what is no message ({error})")
+            self._raise_lost(f"sent what is no message ({error})")
 
     def _skip_noise(self, deadline: float) -> None:
         """Reads up to the end of HELLO."""
@@ -389,7 +389,7 @@ class CalvinProcess:
             filled += part
         return found
 
-    def _lost(self, what: str | None = None) -> NoReturn:
+    def _raise_lost(self, what: str | None = None) -> NoReturn:
         """Raises SimulatorLost. what: what the process did; None if it ended by itself."""
         if what is None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -174,7 +174,7 @@ def serve(make_simulator):
         except EOFError:
             return 0
         try:
-            reply = _answer(simulator, header, arrays)
+            reply = _reply_to(simulator, header, arrays)
         except Exception as error:
             reply = encode({"kind": "error", "message": one_line(error)})
         channel.send(reply)
@@ -190,7 +190,7 @@ def _end_with_parent():
         pass  # Another system, or a Python without ctypes. The end of stdin ends the process, too.
 
 
-def _answer(simulator, header, arrays):
+def _reply_to(simulator, header, arrays):
     kind = header.get("kind")
     if kind == "begin":
         return encode({"kind": "view"}, simulator.begin(arrays["robot_obs"], arrays["scene_obs"]))
@@ -242,7 +242,8 @@ class CalvinSimulator:
         self._environment.get_camera_obs()  # EGL draws its very first image without shadows.
         oracle = os.path.join(root, TASKS)
         self._oracle = hydra.utils.instantiate(OmegaConf.load(oracle))
-        self._sources = sources_sha256([oracle, package])
+        parts = [os.path.join(package, part) for part in ("calvin_env", "conf", "data")]
+        self._sources = sources_sha256([oracle] + parts)
         self._task = self._before = None
 
     def about(self):
@@ -319,8 +320,10 @@ def sources_sha256(places):
         for folder, _, names in os.walk(place):
             found += [os.path.join(folder, name) for name in names if name.endswith(SOURCES)]
         for path in sorted(found):
+            if not os.path.isfile(path):  # such as a link to nothing
+                continue
             with open(path, "rb") as file:
-                digest.update(os.path.relpath(path, place).encode() + b"\0" + file.read() + b"\0")
+                digest.update(os.fsencode(os.path.relpath(path, place)) + b"\0" + file.read() + b"\0")
     return digest.hexdigest()
 
 

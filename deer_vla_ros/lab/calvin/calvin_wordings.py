@@ -9,7 +9,7 @@ import numpy as np
 
 from deer_vla_ros.errors import UserError, shown
 from deer_vla_ros.lab.calvin.calvin_sequences import CHAIN_LENGTH, TASK_RULES, CalvinSequence
-from deer_vla_ros.lab.scoring.sentences import Sentence, checked, unknown_task
+from deer_vla_ros.lab.scoring.sentences import Sentence, checked, sentences_of
 from deer_vla_ros.untrusted import read_json, read_yaml
 
 VALIDATION = Path("calvin_models/conf/annotations/new_playtable_validation.yaml")
@@ -40,14 +40,16 @@ def enriched(
 
     It is a list of five sentences for each chain (such as `lang_annotation_cache.json` of RoboFlamingo and
     DeeR-VLA, for all chains of their `eval_sequences.json` in its order), or {task: [sentence, ...]} (such as
-    their `enrich_lang_annotations.json`), of which `drawn` takes sentences by the seed. As in their
+    their `enrich_lang_annotations.json`), of which `words_of_chains` takes sentences by the seed. As in their
     evaluation, a sentence ends at its first line break. A typographic apostrophe becomes a plain one, which
     their code means to do, but does not. Raises UserError.
     """
     remedy = "give a list of five sentences for each chain, or {task: [sentence, ...]}"
     found = read_json(path, remedy)
     if isinstance(found, dict):
-        return drawn(_by_task(found, path), sequences, seed)
+        return words_of_chains(
+            tuple(sentences_of(found, TASK_RULES, WORDING, path, _first_line)), sequences, seed
+        )
     if not isinstance(found, list):
         raise UserError(f"{path} holds {shown(found)}: {remedy}")
     if len(found) != len(sequences):
@@ -67,7 +69,7 @@ def enriched(
     )
 
 
-def drawn(
+def words_of_chains(
     sentences: Sequence[Sentence], sequences: Sequence[CalvinSequence], seed: int = 0
 ) -> tuple[tuple[Sentence, ...], ...]:
     """One of the sentences of its task for each task of each chain, drawn by the seed and the place in the
@@ -90,18 +92,6 @@ def drawn(
         tuple(one(number, position, task) for position, task in enumerate(sequence.tasks))
         for number, sequence in enumerate(sequences)
     )
-
-
-def _by_task(found: dict, path: Path) -> list[Sentence]:
-    """The sentences of a document {task: [sentence, ...]}. Raises UserError."""
-    sentences = []
-    for task, texts in found.items():
-        if task not in TASK_RULES:
-            raise UserError(f"{path}: {unknown_task(task, TASK_RULES)}")
-        if not isinstance(texts, list) or not texts:
-            raise UserError(f"{path}: {task} has {shown(texts)}: give a list of sentences")
-        sentences += [Sentence(task, _first_line(text, f"{path}: {task}"), WORDING) for text in texts]
-    return sentences
 
 
 def _first_line(text: object, where: str) -> str:

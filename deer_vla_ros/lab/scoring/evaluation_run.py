@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,14 @@ Results = list[tuple[Attempt, ...]]
 LANES = 8
 """Chains that run in lock step in one process. The same chains always run together, so that every run gives
 the same numbers."""
-MOST_LANES = 1024
+LIMITS = {
+    "chains": (0, SINGLES_FROM),
+    "trials": (0, MOST_TRIALS),
+    "steps": (1, None),
+    "jobs": (1, None),
+    "lanes": (1, 1024),
+}
+"""The least and the most of each number; None: no limit."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +68,7 @@ class Evaluation:
 
     def check(self) -> None:
         """Raises UserError if a number is out of range, or if there is nothing to evaluate."""
-        limits = {
-            "chains": (0, SINGLES_FROM),
-            "trials": (0, MOST_TRIALS),
-            "steps": (1, None),
-            "jobs": (1, None),
-            "lanes": (1, MOST_LANES),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and (value < low or (high is not None and value > high)):
-                wanted = f"{low} {f'to {high}' if high else 'or more'}"
-                raise UserError(f"evaluate: --{name} is {value}: give {wanted}")
-        if not self.chains and not self.trials:
-            raise UserError("evaluate: neither --chains nor --trials asks for anything: give one of them")
+        check_numbers({name: getattr(self, name) for name in LIMITS})
 
     def identity(self) -> dict[str, Any]:
         """Everything that the figures depend on, ready for JSON."""
@@ -95,6 +89,18 @@ class Evaluation:
         return groups_of(
             self.chains, self.benchmark.singles() if self.trials else [], self.trials, self.lanes
         )
+
+
+def check_numbers(values: Mapping[str, int | None]) -> None:
+    """Raises UserError if one of `values`, by the names of LIMITS, is out of range, or if neither chains nor
+    trials are asked for. None is no number yet, and accepted."""
+    for name, (low, high) in LIMITS.items():
+        value = values[name]
+        if value is not None and (value < low or (high is not None and value > high)):
+            wanted = f"{low} {f'to {high}' if high else 'or more'}"
+            raise UserError(f"evaluate: --{name} is {value}: give {wanted}")
+    if values["chains"] == 0 and not values["trials"]:
+        raise UserError("evaluate: neither --chains nor --trials asks for anything: give one of them")
 
 
 def report_of(asked: Evaluation, json_file: Path | None = None) -> dict[str, Any]:

@@ -21,9 +21,12 @@ class ResumeFile:
     """The first line holds `arguments`, on which all results depend; every other line is [key, value] of a
     finished part.
 
-    `done` maps the key of every finished part to its value. The constructor raises UserError if the file has
-    other arguments, is damaged, or belongs to a run that goes on.
-    It drops an incomplete last line, which a killed process may leave; the caller then runs that part again.
+    `done` maps the key of every finished part to its value. The object holds a lock on the file until `remove`
+    or the end of the process, so that no other run uses it.
+
+    The constructor raises UserError if the file has other arguments, is damaged, or belongs to a run that goes
+    on. It drops an incomplete last line, which a killed process may leave; the caller then runs that part
+    again.
     """
 
     def __init__(self, path: Path, arguments: dict[str, Any]):
@@ -45,7 +48,7 @@ class ResumeFile:
         content = read_bytes(path, MOST_BYTES, "delete it")
         lines = content.decode(errors="replace").split("\n")[:-1]
         if not lines and not header.encode().startswith(content):
-            raise _damaged(path, 1, "it does not end, and is no beginning of this run")
+            raise _damaged(path, 1, "the line has no end, and is not the first line that this run writes")
         if lines:
             _check(path, _parsed(path, 1, lines[0], dict), json.loads(header))
             for number, line in enumerate(lines[1:], start=2):
@@ -98,7 +101,7 @@ def _locked(path: Path) -> FileIO:
 def _parsed(path: Path, number: int, line: str, kind: type) -> Any:
     """The value of a line. Raises UserError if it is not JSON of this kind."""
     try:
-        value = parse_json(line)
+        value = parse_json(line, MOST_BYTES)
     except ValueError as error:
         raise _damaged(path, number, cause(error)) from error
     if not isinstance(value, kind):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,21 +37,34 @@ def read_sentences(paths: Sequence[Path], tasks: Collection[str]) -> tuple[Sente
         values = read_json(path, _EXAMPLE)
         if any(each.wording == path.stem for each in found):
             raise UserError(f"{path}: two files of wordings are called {path.stem!r}: rename one")
-        if not isinstance(values, dict) or not values:
-            raise UserError(f"{path}: {shown(values)} gives no sentences by their task: {_EXAMPLE}")
-        for task, texts in values.items():
-            if task not in tasks:
-                raise UserError(f"{path}: {unknown_task(task, tasks)}")
-            if not isinstance(texts, list) or not texts:
-                raise UserError(
-                    f"{path}: {task} has {shown(texts)} in place of a list of sentences: {_EXAMPLE}"
-                )
-            for text in texts:
-                sentence = Sentence(task, checked(text, f"{path}: {task}"), path.stem)
-                if sentence in found:
-                    raise UserError(f"{path}: {task} has {sentence.text!r} twice: delete one")
-                found[sentence] = None
+        for sentence in sentences_of(values, tasks, path.stem, path):
+            if sentence in found:
+                raise UserError(f"{path}: {sentence.task} has {sentence.text!r} twice: delete one")
+            found[sentence] = None
     return tuple(found)
+
+
+def sentences_of(
+    values: object,
+    tasks: Collection[str],
+    wording: str,
+    path: Path,
+    text_of: Callable[[object, str], str] | None = None,
+) -> Iterator[Sentence]:
+    """The sentences of a document {task: [sentence, ...]}, in order.
+
+    tasks: the names that may occur. path: the file, for errors. text_of: gives the sentence of a JSON value
+    in place of `checked`. Raises UserError.
+    """
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{path}: {shown(values)} gives no sentences by their task: {_EXAMPLE}")
+    for task, texts in values.items():
+        if task not in tasks:
+            raise UserError(f"{path}: {unknown_task(task, tasks)}")
+        if not isinstance(texts, list) or not texts:
+            raise UserError(f"{path}: {task} has {shown(texts)} in place of a list of sentences: {_EXAMPLE}")
+        for text in texts:
+            yield Sentence(task, (text_of or checked)(text, f"{path}: {task}"), wording)
 
 
 def checked(text: object, where: str) -> str:

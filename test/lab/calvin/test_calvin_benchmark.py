@@ -18,7 +18,7 @@ from deer_vla_ros.inference.types import Action
 from deer_vla_ros.lab.calvin.calvin_benchmark import CalvinBenchmark, CalvinScene, versions_of
 from deer_vla_ros.lab.calvin.calvin_process import CalvinProcess
 from deer_vla_ros.lab.calvin.calvin_sequences import START_STATES, TASK_RULES, generate
-from deer_vla_ros.lab.calvin.calvin_wordings import drawn
+from deer_vla_ros.lab.calvin.calvin_wordings import words_of_chains
 from deer_vla_ros.lab.scoring.benchmark import Group
 from deer_vla_ros.lab.scoring.chain_run import LaneDecision
 from deer_vla_ros.lab.scoring.sentences import Sentence
@@ -43,7 +43,9 @@ def benchmark(install):
         versions = versions_of(process)
     sequences = generate(4)
     own = [Sentence(task, f"please {task}", "published") for task in TASK_RULES]
-    return CalvinBenchmark(install, versions, sequences, drawn(own, sequences), tuple(own), tuple(TASK_RULES))
+    return CalvinBenchmark(
+        install, versions, sequences, words_of_chains(own, sequences), tuple(own), tuple(TASK_RULES)
+    )
 
 
 class KnowingDriver:
@@ -242,14 +244,14 @@ def test_other_wordings_come_from_files_of_the_field(command, tmp_path):
     [
         (("--sequences", "0"), "--sequences is 0: give 1 to 10000, or a file"),
         (("--sequences", "/nowhere"), "/nowhere cannot be read"),
-        (("--chains", "-1"), "--chains is -1: give 0 or more"),
+        (("--chains", "-1"), "--chains is -1: give 0 to 50000"),
         (("--chains", "0"), "neither --chains nor --trials asks for anything"),
         (("--trials", "97", "--tasks", "open_drawer"), "open_drawer has 96 start states in CALVIN"),
         (("--sequences", "9" * 5000), "cannot be read"),
         (("--chains", "5"), "--chains is 5, and 4 of the 4 sequences have only the tasks asked for"),
         (
             ("--tasks", "stack_block", "--chains", "0", "--trials", "1"),
-            "none of them is given alone",
+            "no single task is given",
         ),
         (("--tasks", "fly"), "there is no task 'fly'"),
         (("--calvin-scene", "calvin_scene_E"), "no scene 'calvin_scene_E': choose one of calvin_scene_A"),

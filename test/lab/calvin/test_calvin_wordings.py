@@ -8,7 +8,7 @@ import pytest
 
 from deer_vla_ros.errors import UserError
 from deer_vla_ros.lab.calvin.calvin_sequences import TASK_RULES, generate
-from deer_vla_ros.lab.calvin.calvin_wordings import VALIDATION, drawn, enriched, published
+from deer_vla_ros.lab.calvin.calvin_wordings import VALIDATION, enriched, published, words_of_chains
 from deer_vla_ros.lab.scoring.sentences import Sentence
 
 SEQUENCES = generate(4)
@@ -100,7 +100,7 @@ def test_a_sentence_ends_at_its_first_line_break(tmp_path):
         ([["a"] * 5] * 3 + [["a"] * 4 + ["\nb"]], "chain 3 has ''"),
         ([["a"] * 5] * 3 + [["a"] * 4 + ["\ud800"]], "chain 3 has '\\ud800'"),
         ({"juggle": ["juggle"]}, "there is no task 'juggle'"),
-        ({"open_drawer": "open"}, "open_drawer has 'open': give a list"),
+        ({"open_drawer": "open"}, "open_drawer has 'open' in place of a list of sentences"),
         ({"open_drawer": ["open", 7]}, "open_drawer has 7"),
         ({"open_drawer": ["open"]}, "which the chains contain"),
     ],
@@ -113,5 +113,5 @@ def test_what_is_wrong_in_a_file_is_said_in_one_line(tmp_path, content, said):
 
 def test_a_task_with_one_sentence_always_gets_it():
     own = [Sentence(task, f"do {task}", "published") for task in TASK_RULES]
-    for five in drawn(own, SEQUENCES):
+    for five in words_of_chains(own, SEQUENCES):
         assert all(each.text == f"do {each.task}" for each in five)
