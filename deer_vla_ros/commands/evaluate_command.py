@@ -247,9 +247,8 @@ def _calvin(args: argparse.Namespace, trials: int) -> tuple[CalvinBenchmark, int
 
     python = args.calvin_python
     if python is not None and os.sep in python:
-        python = os.path.abspath(
-            os.path.expanduser(python)
-        )  # Workers have other folders. A link stays: it belongs to a venv.
+        # Workers have other working directories. A link is not resolved: it belongs to a venv.
+        python = os.path.abspath(os.path.expanduser(python))
     given = {
         "python": python,
         "scene": args.calvin_scene,

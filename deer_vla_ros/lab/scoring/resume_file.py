@@ -24,9 +24,9 @@ class ResumeFile:
     `done` maps the key of every finished part to its value. The object holds a lock on the file until `remove`
     or the end of the process, so that no other run uses it.
 
-    The constructor raises UserError if the file has other arguments, is damaged, or belongs to a run that goes
-    on. It drops an incomplete last line, which a killed process may leave; the caller then runs that part
-    again.
+    The constructor raises UserError if the file has other arguments, is damaged, or belongs to a run that
+    goes on. It drops an incomplete last line, which a killed process may leave; the caller then runs that
+    part again.
     """
 
     def __init__(self, path: Path, arguments: dict[str, Any]):
