@@ -21,8 +21,8 @@ class ResumeFile:
     """The first line holds `arguments`, on which all results depend; every other line is [key, value] of a
     finished part.
 
-    `done` maps the key of every finished part to its value. The object holds a lock on the file until `remove`
-    or the end of the process, so that no other run uses it.
+    `done` maps the key of every finished part to its value. The object holds a lock on the file until
+    `remove` or the end of the process, so that no other run uses it.
 
     The constructor raises UserError if the file has other arguments, is damaged, or belongs to a run that
     goes on. It drops an incomplete last line, which a killed process may leave; the caller then runs that
