@@ -33,6 +33,7 @@ from distributed.scheduler import KilledWorker
 import deer_vla_ros
 from deer_vla_ros.errors import Cancelled, UserError, cause, shown
 from deer_vla_ros.files import refusal
+from deer_vla_ros.lab.checksums import file_sha256
 
 if TYPE_CHECKING:
     from deer_vla_ros.lab.workers import Job, Work
@@ -173,7 +174,7 @@ def software() -> dict[str, str]:
     for path in sorted(root.rglob("*")):
         place = path.relative_to(root)
         if path.suffix in _SOURCES and place.parts[0] != "msg":  # which is generated
-            digest.update(f"{place}\0{_sha256(path)}\n".encode())
+            digest.update(f"{place}\0{file_sha256(path)}\n".encode())
     return {
         "deer_vla_ros": deer_vla_ros.__version__,
         "source files of deer_vla_ros with the SHA-256 sum": digest.hexdigest(),
@@ -185,7 +186,7 @@ def software() -> dict[str, str]:
 
 def sums_of(files: Sequence[Path]) -> dict[str, str | None]:
     """The SHA-256 sum of every file by its path; None for a missing one."""
-    return {str(path): _sha256(path) if path.is_file() else None for path in files}
+    return {str(path): file_sha256(path) for path in files}
 
 
 def _version(package: str) -> str:
@@ -193,14 +194,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # In a worker process.

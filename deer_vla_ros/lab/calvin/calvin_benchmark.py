@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from deer_vla_ros.errors import UserError
 from deer_vla_ros.inference.types import Observation
 from deer_vla_ros.lab.calvin.calvin_process import CalvinInstall, CalvinProcess, SimulatorLost
 from deer_vla_ros.lab.calvin.calvin_sequences import CalvinSequence, CalvinState, start_of, states_for
+from deer_vla_ros.lab.checksums import json_sha256
 from deer_vla_ros.lab.scoring.benchmark import Group
 from deer_vla_ros.lab.scoring.chain_run import Attempt, Chain, Driver, run_chains
 from deer_vla_ros.lab.scoring.sentences import Sentence, sentences_sha256
@@ -49,7 +48,7 @@ class CalvinBenchmark:
             "scene": self.install.scene,
             "renderer": self.install.renderer,
             "versions": dict(self.versions),
-            "sequences_sha256": hashlib.sha256(json.dumps(states).encode()).hexdigest(),
+            "sequences_sha256": json_sha256(states),
             "words_sha256": sentences_sha256([each for words in self.words for each in words]),
             "seed": self.seed if self.alone else None,  # The words of chains are in their sum.
             "tasks_asked_for": list(self.tasks),

@@ -37,7 +37,7 @@ def new_driver(folder: Path) -> Callable[[str], Driver]:
     return driver_of
 
 
-def files_of(folder: Path) -> tuple[Path, ...]:
+def network_files(folder: Path) -> tuple[Path, ...]:
     """Returns the paths of all files that a network's actions depend on."""
     return tuple(folder / name for name in (CONFIG, WEIGHTS, TOKENIZER))
 
@@ -45,7 +45,7 @@ def files_of(folder: Path) -> tuple[Path, ...]:
 def fingerprint(folder: Path) -> str:
     """Returns the SHA-256 of all files that a network's actions depend on."""
     digest = hashlib.sha256()
-    for path in files_of(folder):
+    for path in network_files(folder):
         try:
             digest.update(path.read_bytes())
         except OSError as error:

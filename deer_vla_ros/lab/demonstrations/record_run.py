@@ -124,7 +124,7 @@ def record(request: DemoRequest, jobs: int, cluster: str | None = None) -> tuple
         bar = progress.add_task("recording", total=request.demos, completed=kept)
         policy = None if request.policy is None else request.policy.absolute()
         arguments = (store, policy, cluster is not None)
-        needed = () if policy is None else _policy_driver().files_of(policy)
+        needed = () if policy is None else _policy_driver().network_files(policy)
         for _, (recorded, files) in spread(
             _worker, arguments, missing, jobs, lambda: progress.advance(bar), cluster, needed
         ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from deer_vla_ros.budget.calibration import CALIBRATION
 from deer_vla_ros.errors import UserError, cause
 from deer_vla_ros.files import write_json
+from deer_vla_ros.lab.checksums import file_sha256
 from deer_vla_ros.lab.scoring.benchmark import Benchmark, Group
 from deer_vla_ros.lab.scoring.chain_report import summary
 from deer_vla_ros.lab.scoring.chain_run import Attempt, Chain
@@ -134,13 +134,9 @@ def files_of(folder: Path) -> dict[str, Any]:
     """The SHA-256 sums of a checkpoint's files, by which checkpoints differ; None for a missing file."""
     names = (CONFIG, TOKENIZER, CALIBRATION)
     return {
-        "checkpoint_sha256": _sha256(folder / WEIGHTS),
-        "other_files_sha256": {name: _sha256(folder / name) for name in names},
+        "checkpoint_sha256": file_sha256(folder / WEIGHTS),
+        "other_files_sha256": {name: file_sha256(folder / name) for name in names},
     }
-
-
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 _drawn: dict[tuple[Benchmark, Group], list[Chain]] = {}

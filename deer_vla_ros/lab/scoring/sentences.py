@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from deer_vla_ros.errors import UserError, shown
+from deer_vla_ros.lab.checksums import json_sha256
 from deer_vla_ros.untrusted import read_json
 
 LONGEST = 300
@@ -81,7 +80,7 @@ def sentences_sha256(sentences: Sequence[Sentence]) -> str | None:
     if not sentences:
         return None
     values = [[each.task, each.text, each.wording] for each in sentences]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return json_sha256(values)
 
 
 def unknown_task(task: str, tasks: Collection[str]) -> str:

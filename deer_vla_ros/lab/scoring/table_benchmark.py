@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from deer_vla_ros.lab.checksums import json_sha256
 from deer_vla_ros.lab.scoring.benchmark import Group
 from deer_vla_ros.lab.scoring.chain_run import Attempt, Chain, Driver, run_chains
 from deer_vla_ros.lab.scoring.sentences import Sentence, sentences_sha256
@@ -95,5 +94,4 @@ def tasks_sha256() -> str:
 
     It covers neither the simulation nor the criteria of success.
     """
-    wordings = [[task.name, task.phrasings, task.held_out] for task in TASKS]
-    return hashlib.sha256(json.dumps(wordings).encode()).hexdigest()
+    return json_sha256([[task.name, task.phrasings, task.held_out] for task in TASKS])
